@@ -1,0 +1,95 @@
+"""Linear layer with a (decoupled) low-rank adapter: the specification of ``lora_linear`` forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..registry import implements
+from ._common import always
+
+
+def dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+    """Inverted dropout with a given mask (True = kept): ``x ∘ mask / keep``."""
+    return x if mask is None else x * mask.to(x.dtype) * (1.0 / keep)
+
+
+@implements("lora_linear", "reference", always)
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+) -> tuple[Tensor, Tensor]:
+    """``y = x W0ᵀ + bias + s·(x̃ Aᵀ Q_Bᵀ + x̃ Q_A Bᵀ)`` for x (tokens, d_in); plain LoRA: ``s·x̃ Aᵀ Bᵀ``.
+
+    Returns y and the rank-r activation that the gradient of B needs: ``x̃ Q_A`` (decoupled) or ``x̃ Aᵀ`` (plain).
+    """
+    x_adapter = dropped(x, mask, keep)
+    if q_a is None or q_b is None:
+        hidden = x_adapter @ a.mT
+        update, up = hidden, b
+    else:
+        rank = a.shape[0]
+        update = x_adapter @ torch.cat([a, q_a]).mT
+        hidden, up = update[:, rank:].contiguous(), torch.cat([q_b, b], dim=1)
+    y = None if weight is None else F.linear(x, weight, bias)
+    if y is None:
+        y = (update * scale) @ up.mT
+    else:
+        y.addmm_(update, up.mT, alpha=scale)
+    return y, hidden
+
+
+@implements("lora_linear_backward", "reference", always)
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    hidden: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, of (x, weight, bias, A, B), in this order; no GEMM for any other.
+
+    Decoupled: ``∂A = s (∂y Q_B)ᵀ x̃``, ``∂B = s ∂yᵀ (x̃ Q_A)``: Q_A and Q_B are constants (METHODS §1).
+    """
+    need_x, need_weight, need_bias, need_a, need_b = needs
+    decoupled = q_a is not None and q_b is not None
+    rank = a.shape[0]
+    out: list[Tensor] = []
+    if need_x and decoupled:
+        assert q_a is not None and q_b is not None
+        projected = grad @ torch.cat([q_b, b], dim=1)
+        through_a, down = projected[:, :rank], torch.cat([a, q_a])
+    elif need_x or need_a:
+        projected = through_a = grad @ (q_b if q_b is not None else b)
+        down = a
+    if need_x:
+        if mask is None and weight is not None:
+            out.append((grad @ weight).addmm_(projected, down, alpha=scale))
+        else:
+            grad_x = dropped((projected * scale) @ down, mask, keep)
+            out.append(grad_x if weight is None else grad_x.addmm_(grad, weight))
+    if need_weight:
+        out.append(grad.mT @ x)
+    if need_bias:
+        out.append(grad.sum(dim=0))
+    if need_a:
+        out.append((through_a * scale).mT @ dropped(x, mask, keep))
+    if need_b:
+        out.append(grad.mT @ (hidden * scale))
+    return out

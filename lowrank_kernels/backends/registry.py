@@ -1,0 +1,191 @@
+"""The registry: which backend takes a call, and why the others do not.
+
+An implementation is a function with the operation's backend signature (see the operation's file in ``ops/``) and a
+``verify`` function of the same arguments that answers ``(ok, reason)`` without touching any data. The first one that
+takes the call runs it, in the order of :data:`PREFERENCE`. ``LOWRANK_KERNELS_BACKEND`` (or :func:`force`) replaces the
+choice: a forced backend that cannot take the call is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+ENVIRONMENT_VARIABLE = "LOWRANK_KERNELS_BACKEND"
+BACKENDS = ("triton", "native", "reference")
+#: The order in which backends are asked, by device type. Anything else gets the reference.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+
+Verdict = tuple[bool, str]
+
+
+class BackendError(RuntimeError):
+    """A backend was forced that cannot take the call."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One operation on one backend."""
+
+    operation: str
+    backend: str
+    function: Callable[..., Any]
+    verify: Callable[..., Verdict]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of one choice: the implementation, and what every backend that was asked answered."""
+
+    implementation: Implementation
+    reasons: dict[str, str]
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_unavailable: dict[str, str] = {}
+_forced: list[dict[str, str]] = []
+_loaded = False
+_calls: Counter[tuple[str, str]] = Counter()
+_launches = 0
+
+
+def implements(operation: str, backend: str, verify: Callable[..., Verdict]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as ``operation`` on ``backend``; ``verify(*args)`` says whether it takes a call."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _implementations.setdefault(operation, {})[backend] = Implementation(operation, backend, function, verify)
+        return function
+
+    return register
+
+
+def implementations(operation: str) -> dict[str, Implementation]:
+    """Every implementation of ``operation``, by backend."""
+    _load()
+    return dict(_implementations[operation])
+
+
+def unavailable() -> dict[str, str]:
+    """Backends that did not load on this machine, with the cause."""
+    _load()
+    return dict(_unavailable)
+
+
+def operations() -> list[str]:
+    """The names of all operations."""
+    _load()
+    return sorted(_implementations)
+
+
+def _load() -> None:
+    """Import the backends once. One that cannot be imported is remembered with its reason, not raised."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    for backend in reversed(BACKENDS):
+        try:
+            importlib.import_module(f"{__package__}.{backend}")
+        except ImportError as error:
+            if backend == "reference":
+                raise
+            _unavailable[backend] = f"{type(error).__name__}: {error}"
+
+
+def _parse_forced(text: str) -> dict[str, str]:
+    """``"native"`` or ``"native,lora_linear=reference"``: a backend for all operations ("*"), and exceptions."""
+    forced: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        operation, _, backend = part.rpartition("=")
+        if backend not in BACKENDS or (operation and operation not in _implementations):
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}={text!r}: cannot read {part!r}; write one of {', '.join(BACKENDS)}, and for "
+                f"exceptions operation=backend with an operation of {', '.join(sorted(_implementations))}"
+            )
+        forced[operation or "*"] = backend
+    return forced
+
+
+_environment_cache: tuple[str, dict[str, str]] = ("", {})
+
+
+def _forced_backend(operation: str) -> str | None:
+    global _environment_cache
+    if _forced:
+        mapping = _forced[-1]
+    else:
+        text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+        if not text:
+            return None
+        if _environment_cache[0] != text:
+            _environment_cache = (text, _parse_forced(text))
+        mapping = _environment_cache[1]
+    return mapping.get(operation, mapping.get("*"))
+
+
+@contextlib.contextmanager
+def force(backends: str) -> Iterator[None]:
+    """Within the context, operations run on the named backend (the syntax of ``LOWRANK_KERNELS_BACKEND``)."""
+    _load()
+    _forced.append(_parse_forced(backends))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def select(operation: str, device_type: str, args: tuple[Any, ...]) -> Selection:
+    """Choose the implementation of ``operation`` for a call with ``args`` on ``device_type``.
+
+    Raises:
+        BackendError: a backend is forced that is not built, does not have the operation, or refuses the call.
+    """
+    if not _loaded:
+        _load()
+    available = _implementations[operation]
+    forced = _forced_backend(operation)
+    if forced is not None:
+        if forced not in available:
+            why = _unavailable.get(forced, f"it does not implement {operation}")
+            raise BackendError(f"{operation}: backend {forced!r} was forced, but {why}")
+        ok, reason = available[forced].verify(*args)
+        if not ok:
+            raise BackendError(f"{operation}: backend {forced!r} was forced, but {reason}")
+        return Selection(available[forced], {forced: f"forced; {reason}"})
+    reasons: dict[str, str] = {}
+    for backend in PREFERENCE.get(device_type, ("reference",)):
+        if backend not in available:
+            reasons[backend] = _unavailable.get(backend, "does not implement it")
+            continue
+        ok, reasons[backend] = available[backend].verify(*args)
+        if ok:
+            return Selection(available[backend], reasons)
+    raise AssertionError(f"{operation}: the reference refused a call: {reasons}")  # pragma: no cover
+
+
+def run(operation: str, device_type: str, *args: Any) -> Any:
+    """Choose an implementation and run it."""
+    implementation = select(operation, device_type, args).implementation
+    _calls[operation, implementation.backend] += 1
+    return implementation.function(*args)
+
+
+def call_counts() -> dict[tuple[str, str], int]:
+    """How often each ``(operation, backend)`` ran in this process: "was the fast path used at all?"."""
+    return dict(_calls)
+
+
+def count_launch() -> None:
+    """Note one device kernel launch or one call into compiled code; the backends call this."""
+    global _launches
+    _launches += 1
+
+
+def launch_count() -> int:
+    """Kernel launches (Triton, cuSOLVER, cuBLAS) and calls into compiled code (CPU) in this process so far."""
+    return _launches

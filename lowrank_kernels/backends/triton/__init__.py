@@ -1,0 +1,2 @@
+"""placeholder"""
+raise ImportError("not built")

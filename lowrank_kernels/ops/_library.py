@@ -1,0 +1,61 @@
+"""The ``torch.library`` namespace of the package, and what all operations need to define themselves in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "lowrank_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+#: dtypes of factors, gradients and activations; what is narrower than fp32 is computed in fp32.
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def define(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define ``lowrank_kernels::name`` for every device, with its meta implementation."""
+    LIBRARY.define(f"{name}{signature}")
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+
+def no_backward(name: str, why: str) -> None:
+    """Register a backward that says that ``name`` has none, for whoever asks."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name} has no backward: {why}. Call it on detached tensors or under torch.no_grad().")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of r×r results: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like: Tensor | None = None, ndim: int | None = 2) -> None:
+    """Refuse a list whose tensors are not strided, floating, of one dtype and on one device (those of ``like``, if given)."""
+    if isinstance(tensors, Tensor) or not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{operation}: {argument} must be a list of tensors, got {type(tensors).__name__}; wrap it in [ ]")
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operation}: {argument}[{index}] must be a tensor, got {type(tensor).__name__}")
+        like = tensor if like is None else like
+        if ndim is not None and tensor.ndim != ndim:
+            raise ValueError(f"{operation}: {argument}[{index}] must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{operation}: {argument}[{index}] has dtype {tensor.dtype}; use one of {', '.join(map(str, FLOATING))}")
+        if tensor.dtype != like.dtype:
+            raise TypeError(f"{operation}: {argument}[{index}] has dtype {tensor.dtype}, expected {like.dtype}; call once per dtype")
+        if tensor.device != like.device:
+            raise ValueError(f"{operation}: {argument}[{index}] is on {tensor.device}, expected {like.device}; call once per device")
+
+
+def check_same_length(operation: str, **lists: Sequence[Any]) -> None:
+    """Refuse lists of different lengths."""
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{operation}: lists must have equal lengths, got {', '.join(f'{n}: {c}' for n, c in lengths.items())}")

@@ -1,0 +1,174 @@
+"""``grouped_adamw_``: the moment step of all parameters of a group in one call, with optional r×r maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends.registry import run
+from ._library import accumulation_dtype, check_list, check_same_length, define
+
+_NAME = "grouped_adamw_"
+
+
+def grouped_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int | Tensor,
+    missed: Sequence[int] = (),
+    bias_correction: bool = True,
+    maximize: bool = False,
+    grad_maps: Tensor | None = None,
+    momentum_maps: Tensor | None = None,
+    rank_dims: Sequence[int] = (),
+) -> None:
+    """One AdamW step (Loshchilov & Hutter, decoupled decay) of a whole list of parameters, in place::
+
+        g = P_i · grad_i
+        m = β₁ C_i · m + (1-β₁) g ;   v = β₂ v + (1-β₂) g²
+        x = (1 - lr·weight_decay) x - lr · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + eps),   t = step - missed[i]
+
+    Args:
+        params: any shapes and (for matrices) any strides, of one dtype and device; updated in place.
+        grads: like ``params``.
+        exp_avgs, exp_avg_sqs: contiguous moments of the same shapes, fp32 (fp64 for fp64 parameters), updated in place.
+            An empty ``exp_avgs`` means no momentum (m = g), an empty ``exp_avg_sqs`` means that the direction is m itself.
+        lr, step: numbers, or one-element tensors on the device (then nothing is read on the host, as a CUDA graph needs).
+            ``step`` counts from 1, this step included.
+        missed: per parameter, how many of these steps it did not take (its gradient was None); empty means none.
+        bias_correction: divide the moments by ``1-βᵗ``, as Adam does.
+        maximize: ascend.
+        grad_maps, momentum_maps: P and C, stacked (N, r, r), fp32 at least; every parameter is then a matrix.
+        rank_dims: with maps, which dimension of each parameter is r: 0 for A (r, d), mapped as ``P g``; 1 for B (d, r),
+            mapped as ``g P``.
+
+    Raises:
+        TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
+    """
+    check_list(_NAME, "params", params, ndim=None)
+    check_same_length(_NAME, params=params, grads=grads)
+    if not params:
+        return
+    first = params[0]
+    check_list(_NAME, "grads", grads, like=first, ndim=None)
+    state_dtype = accumulation_dtype(first.dtype)
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad.shape != param.shape:
+            raise ValueError(f"{_NAME}: grads[{index}] has shape {tuple(grad.shape)}, params[{index}] has {tuple(param.shape)}")
+    for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        if not states:
+            continue
+        check_same_length(_NAME, params=params, **{name: states})
+        for index, (param, state) in enumerate(zip(params, states, strict=True)):
+            if state.dtype != state_dtype or state.shape != param.shape or state.device != param.device:
+                raise ValueError(
+                    f"{_NAME}: {name}[{index}] must be {state_dtype} of shape {tuple(param.shape)} on {param.device}, "
+                    f"got {state.dtype} of shape {tuple(state.shape)} on {state.device}"
+                )
+            if not state.is_contiguous():
+                raise ValueError(f"{_NAME}: {name}[{index}] must be contiguous, got strides {state.stride()}")
+    if missed:
+        check_same_length(_NAME, params=params, missed=missed)
+    if grad_maps is not None or momentum_maps is not None:
+        _check_maps(params, grad_maps, momentum_maps, rank_dims, state_dtype)
+    torch.ops.lowrank_kernels.grouped_adamw_(
+        list(params),
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        grad_maps,
+        momentum_maps,
+        list(rank_dims),
+        lr if not isinstance(lr, Tensor) else 0.0,
+        lr if isinstance(lr, Tensor) else None,
+        *betas,
+        eps,
+        weight_decay,
+        step if not isinstance(step, Tensor) else 0,
+        step if isinstance(step, Tensor) else None,
+        list(missed),
+        bias_correction,
+        maximize,
+    )
+
+
+def _check_maps(
+    params: Sequence[Tensor], grad_maps: Tensor | None, momentum_maps: Tensor | None, rank_dims: Sequence[int], dtype: torch.dtype
+) -> None:
+    check_same_length(_NAME, params=params, rank_dims=rank_dims)
+    if any(dim not in (0, 1) for dim in rank_dims):
+        raise ValueError(f"{_NAME}: rank_dims must be 0 (a factor (r, d)) or 1 (a factor (d, r)), got {list(rank_dims)}")
+    check_list(_NAME, "params", params)
+    rank = params[0].shape[rank_dims[0]]
+    for index, (param, dim) in enumerate(zip(params, rank_dims, strict=True)):
+        if param.shape[dim] != rank:
+            raise ValueError(f"{_NAME}: params[{index}] of shape {tuple(param.shape)} does not have rank {rank}; call once per rank")
+    for name, maps in (("grad_maps", grad_maps), ("momentum_maps", momentum_maps)):
+        if maps is not None and (maps.shape != (len(params), rank, rank) or maps.dtype != dtype or maps.device != params[0].device):
+            raise ValueError(
+                f"{_NAME}: {name} must be {dtype} of shape {(len(params), rank, rank)} on {params[0].device}, "
+                f"got {maps.dtype} of shape {tuple(maps.shape)} on {maps.device}"
+            )
+
+
+def _grouped_adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grad_maps: Tensor | None,
+    momentum_maps: Tensor | None,
+    rank_dims: list[int],
+    lr: float,
+    lr_tensor: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    step_tensor: Tensor | None,
+    missed: list[int],
+    bias_correction: bool,
+    maximize: bool,
+) -> None:
+    run(
+        _NAME,
+        params[0].device.type,
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        grad_maps,
+        momentum_maps,
+        rank_dims,
+        lr if lr_tensor is None else lr_tensor,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step if step_tensor is None else step_tensor,
+        missed,
+        bias_correction,
+        maximize,
+    )
+    torch.autograd.graph.increment_version(params)
+
+
+define(
+    _NAME,
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? grad_maps, "
+    "Tensor? momentum_maps, int[] rank_dims, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
+    "float weight_decay, int step, Tensor? step_tensor, int[] missed, bool bias_correction, bool maximize) -> ()",
+    _grouped_adamw_,
+    lambda *args: None,
+)
+__all__ = ["grouped_adamw_"]

@@ -1,0 +1,186 @@
+"""``lora_linear``: a frozen linear layer with a low-rank adapter, plain or decoupled, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.registry import run
+from ._library import FLOATING, LIBRARY, NAMESPACE, define
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    *,
+    q_a: Tensor | None = None,
+    q_b: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``y = x W0ᵀ + bias + x̃ ΔWᵀ`` with ``ΔW = s B A``, or decoupled ``ΔW = s (Q_B A + B Q_Aᵀ)`` (SDS-LoRA Eq. 5).
+
+    The decoupled layer is the rank-2r LoRA ``s [Q_B B] [A; Q_Aᵀ]`` with half of each factor frozen: Q_A and Q_B are
+    constants of the backward pass, ``∂A = s Q_Bᵀ G`` and ``∂B = s G Q_A`` (Eq. 6).
+
+    Args:
+        x: (..., d_in); any number of leading dimensions.
+        weight: the frozen W0 (d_out, d_in); None computes the adapter's part alone (for bases that are not plain tensors).
+        bias: (d_out,) or None.
+        a: (r, d_in).
+        b: (d_out, r).
+        scale: s.
+        q_a: Q_Aᵀ, (r, d_in) with orthonormal rows; with ``q_b`` makes the layer decoupled.
+        q_b: Q_B, (d_out, r) with orthonormal columns.
+        dropout: probability with which an entry of the adapter's input x̃ is dropped (the base sees x whole); the mask
+            is drawn from torch's generator of the device, so checkpointing with ``preserve_rng_state`` repeats it.
+        training: False switches dropout off.
+
+    Factors of another dtype than x are cast to it; their gradients come back in their own.
+    No GEMM is done for a gradient that nobody asked for.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or only one of q_a and q_b is given.
+    """
+    _check(x, weight, bias, a, b, q_a, q_b, dropout)
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    if q_a is not None and q_b is not None:
+        q_a, q_b = q_a.detach().to(x.dtype), q_b.detach().to(x.dtype)
+    tokens = x.reshape(-1, x.shape[-1])
+    mask = None
+    if training and dropout > 0.0:
+        mask = torch.empty(tokens.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout)
+    keep = 1.0 - dropout if mask is not None else 1.0
+    y, _ = torch.ops.lowrank_kernels.lora_linear(tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    dropout: float,
+) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("a", a), ("b", b), ("q_a", q_a), ("q_b", q_b)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"lora_linear: {name} has dtype {tensor.dtype}; use one of {', '.join(map(str, FLOATING))}")
+        if tensor.device != x.device:
+            raise ValueError(f"lora_linear: {name} is on {tensor.device}, x on {x.device}; move them together")
+    if x.ndim == 0 or a.ndim != 2 or b.ndim != 2:
+        raise ValueError(f"lora_linear: need x (..., d_in), a (r, d_in), b (d_out, r); got {x.shape}, {a.shape}, {b.shape}")
+    d_in, rank, d_out = x.shape[-1], a.shape[0], b.shape[0]
+    if (q_a is None) != (q_b is None):
+        raise ValueError(f"lora_linear: q_a and q_b come together, got only {'q_a' if q_b is None else 'q_b'}")
+    expected = {"a": (a, (rank, d_in)), "b": (b, (d_out, rank)), "weight": (weight, (d_out, d_in)), "bias": (bias, (d_out,))}
+    expected |= {"q_a": (q_a, (rank, d_in)), "q_b": (q_b, (d_out, rank))}
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"lora_linear: {name} must be {shape} (x has d_in={d_in}, a has r={rank}), got {tuple(tensor.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"lora_linear: {name} is {tensor.dtype}, x is {x.dtype}; cast one, or use torch.autocast")
+    if weight is None and bias is not None:
+        raise ValueError("lora_linear: a bias without a weight; add it to the base layer's output instead")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"lora_linear: dropout must be in [0, 1), got {dropout}")
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+) -> tuple[Tensor, Tensor]:
+    return run("lora_linear", x.device.type, x, weight, bias, a, b, q_a, q_b, scale, mask, keep)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    hidden: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    return run("lora_linear_backward", x.device.type, grad, x, weight, a, b, q_a, q_b, hidden, scale, mask, keep, needs)
+
+
+def _forward_fake(x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+def _backward_fake(grad: Tensor, x: Tensor, weight: Any, a: Tensor, b: Tensor, q_a: Any, q_b: Any, hidden: Any, scale: float,
+                   mask: Any, keep: float, needs: list[bool]) -> list[Tensor]:  # fmt: skip
+    shapes = (x.shape, (b.shape[0], a.shape[1]), (b.shape[0],), a.shape, b.shape)
+    return [x.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, a, b, q_a, q_b, scale, mask, keep = inputs
+    hidden = output[1]
+    ctx.mark_non_differentiable(hidden)
+    need_x, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
+    # Only what some requested gradient reads is kept alive until the backward pass.
+    ctx.save_for_backward(
+        x if need_a or need_weight else None,
+        weight if need_x else None,
+        a,
+        b,
+        q_a,
+        q_b,
+        hidden if need_b else None,
+        mask if need_x or need_a else None,
+    )
+    ctx.scale, ctx.keep, ctx.has_bias, ctx.has_weight, ctx.x_shape = scale, keep, bias is not None, weight is not None, x.shape
+
+
+def _autograd_backward(ctx: Any, grad: Tensor, grad_hidden: Tensor | None) -> tuple[Any, ...]:
+    x, weight, a, b, q_a, q_b, hidden, mask = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    x = grad.new_empty(ctx.x_shape[0], 0) if x is None else x
+    hidden = grad.new_empty(0) if hidden is None else hidden
+    grads = torch.ops.lowrank_kernels.lora_linear_backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs)
+    found = iter(grads)
+    return (*(next(found) if needed else None for needed in needs), None, None, None, None, None)
+
+
+define(
+    "lora_linear",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, Tensor? q_a, Tensor? q_b, float scale, Tensor? mask, float keep)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "lora_linear_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor a, Tensor b, Tensor? q_a, Tensor? q_b, Tensor hidden, float scale, "
+    "Tensor? mask, float keep, bool[] needs) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+torch.library.register_autograd(f"{NAMESPACE}::lora_linear", _autograd_backward, setup_context=_setup_context, lib=LIBRARY)
+__all__ = ["lora_linear"]

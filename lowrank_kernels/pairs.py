@@ -1,0 +1,122 @@
+"""Pairs of low-rank factors: which parameters of a model, ours or another library's, are the A and the B of one layer."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The factors of one adapted layer, ``ΔW = scale · B @ A`` (decoupled layers add their frozen halves).
+
+    Attributes:
+        name: the layer's name in the model (with ``.{adapter}`` behind it where a layer has several adapters).
+        A: (r, d_in).
+        B: (d_out, r).
+        scale: s, as the module applies it; None when only names were known.
+        layer: the module that owns the factors; None when only names were known.
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scale: float | None
+    layer: nn.Module | None = None
+
+
+@runtime_checkable
+class HoldsPair(Protocol):
+    """A module that holds one pair of factors: what our adapter layers look like to the rooms below ``adapters``."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+
+
+_live_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def register_layer(layer: nn.Module) -> None:
+    """Make one of our layers findable from its bare parameters (:func:`owners`); layers call it when they come to life."""
+    _live_layers.add(layer)
+
+
+def owners() -> dict[int, nn.Module]:
+    """``id(lora_A) → layer`` of every live layer of ours, read anew, since frameworks swap parameters."""
+    return {id(layer.lora_A): layer for layer in _live_layers}
+
+
+_FACTOR_NAME = re.compile(r"^(?P<stem>.*?\.?)(?P<factor>lora_A|lora_B|lora_a|lora_b)(?P<adapter>\.[^.]+)??(?P<leaf>\.weight)?$")
+
+
+def _split_name(name: str) -> tuple[tuple[str, str], str] | None:
+    """``("layer", adapter), "A" | "B"`` for a factor's parameter name, None for any other name."""
+    match = _FACTOR_NAME.match(name)
+    if match is None:
+        return None
+    stem = match["stem"].removesuffix(".")
+    return (stem, (match["adapter"] or "").removeprefix(".")), match["factor"][-1].upper()
+
+
+def pairs_by_name(named: Iterable[tuple[str, Tensor]]) -> list[Pair]:
+    """Pair named parameters: ``….lora_A[.adapter].weight`` with ``….lora_B[.adapter].weight`` (PEFT), ``lora_a`` /
+    ``lora_b`` (torchtune), ``….lora_A`` / ``….lora_B`` (ours). Only matrices that fit together make a pair."""
+    halves: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name, tensor in named:
+        split = _split_name(name)
+        if split is not None:
+            halves.setdefault(split[0], {})[split[1]] = tensor
+    found = []
+    for (stem, adapter), factors in halves.items():
+        a, b = factors.get("A"), factors.get("B")
+        if a is not None and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]:
+            found.append(Pair(".".join(filter(None, (stem, adapter))), a, b, None))
+    return found
+
+
+def _module_scale(layer: nn.Module, adapter: str) -> float | None:
+    """The scale that ``layer`` applies: PEFT keeps ``scaling[adapter]``, torchtune ``alpha / rank``."""
+    scaling = getattr(layer, "scaling", None)
+    if isinstance(scaling, Mapping) and adapter in scaling:
+        return float(scaling[adapter])
+    if hasattr(layer, "alpha") and hasattr(layer, "rank"):
+        return float(layer.alpha) / layer.rank
+    return None
+
+
+def _layer_pairs(name: str, layer: nn.Module) -> Iterator[Pair]:
+    if isinstance(layer, HoldsPair) and layer in _live_layers:
+        yield Pair(name, layer.lora_A, layer.lora_B, layer.scale, layer)
+        return
+    for a_name, b_name in (("lora_A", "lora_B"), ("lora_a", "lora_b")):
+        a, b = getattr(layer, a_name, None), getattr(layer, b_name, None)
+        if isinstance(a, nn.ModuleDict) and isinstance(b, nn.ModuleDict):
+            for adapter in a:
+                if adapter in b:
+                    yield from _weights_pair(f"{name}.{adapter}", a[adapter], b[adapter], layer, adapter)
+        elif isinstance(a, nn.Module) and isinstance(b, nn.Module):
+            yield from _weights_pair(name, a, b, layer, "")
+
+
+def _weights_pair(name: str, a: nn.Module, b: nn.Module, layer: nn.Module, adapter: str) -> Iterator[Pair]:
+    a_weight, b_weight = getattr(a, "weight", None), getattr(b, "weight", None)
+    if isinstance(a_weight, Tensor) and isinstance(b_weight, Tensor) and a_weight.ndim == b_weight.ndim == 2:
+        yield Pair(name, a_weight, b_weight, _module_scale(layer, adapter), layer)
+
+
+def pairs(model: nn.Module) -> list[Pair]:
+    """Every pair of low-rank factors in ``model``, frozen ones too: our adapters', PEFT's ``LoraLayer``, torchtune's.
+
+    The scale is read from the module that applies it. A pair that two names share (a tied layer) is listed once.
+    """
+    found: dict[tuple[int, int], Pair] = {}
+    for name, module in model.named_modules():
+        for pair in _layer_pairs(name, module):
+            found.setdefault((id(pair.A), id(pair.B)), pair)
+    return list(found.values())
