@@ -85,9 +85,8 @@ def _module_scale(layer: nn.Module, adapter: str) -> float | None:
     scaling = getattr(layer, "scaling", None)
     if isinstance(scaling, Mapping) and adapter in scaling:
         return float(scaling[adapter])
-    if hasattr(layer, "alpha") and hasattr(layer, "rank"):
-        return float(layer.alpha) / layer.rank
-    return None
+    alpha, rank = getattr(layer, "alpha", None), getattr(layer, "rank", None)
+    return float(alpha) / rank if isinstance(alpha, (int, float)) and isinstance(rank, int) else None
 
 
 def _layer_pairs(name: str, layer: nn.Module) -> Iterator[Pair]:

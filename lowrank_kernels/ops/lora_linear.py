@@ -163,7 +163,9 @@ def _autograd_backward(ctx: Any, grad: Tensor, grad_hidden: Tensor | None) -> tu
     needs = list(ctx.needs_input_grad[:5])
     x = grad.new_empty(ctx.x_shape[0], 0) if x is None else x
     hidden = grad.new_empty(0) if hidden is None else hidden
-    grads = torch.ops.lowrank_kernels.lora_linear_backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs)
+    grads = torch.ops.lowrank_kernels.lora_linear_backward(
+        grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs
+    )
     found = iter(grads)
     return (*(next(found) if needed else None for needed in needs), None, None, None, None, None)
 

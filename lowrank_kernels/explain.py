@@ -1,0 +1,102 @@
+"""``explain()``: which backend each operation runs on, why, and what actually ran so far."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .backends import registry
+from .optim.base import LowRankOptimizer
+from .pairs import pairs
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One operation on one kind of call: the backend that takes it, and every backend's answer."""
+
+    operation: str
+    device: str
+    what: str
+    backend: str
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found; its text is the report."""
+
+    choices: list[Choice]
+    unavailable: dict[str, str]
+    calls: dict[tuple[str, str], int]
+    forced: str = field(default_factory=lambda: os.environ.get(registry.ENVIRONMENT_VARIABLE, ""))
+
+    def _lines(self) -> Iterator[str]:
+        yield f"lowrank_kernels, torch {torch.__version__}, {torch.get_num_threads()} CPU threads, CUDA {torch.cuda.is_available()}"
+        if self.forced:
+            yield f"forced by {registry.ENVIRONMENT_VARIABLE}={self.forced}"
+        for backend, cause in self.unavailable.items():
+            yield f"backend {backend} is not available: {cause}"
+        for choice in self.choices:
+            yield f"{choice.operation} on {choice.device} ({choice.what}): {choice.backend}"
+            for backend, reason in choice.reasons.items():
+                yield f"    {backend}: {reason}"
+        if not self.choices:
+            yield "pass a model or an optimizer to see what its calls run on"
+        for (operation, backend), count in sorted(self.calls.items()):
+            yield f"ran so far: {operation} on {backend}, {count} calls"
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+
+def _model_calls(model: nn.Module) -> Iterator[tuple[str, str, str, tuple[object, ...]]]:
+    """One forward and one backward call per distinct layer shape of our adapters, with a one-token input."""
+    seen = set()
+    for pair in pairs(model):
+        layer, a, b = pair.layer, pair.A.detach(), pair.B.detach()
+        if layer is None or not hasattr(layer, "decoupled"):
+            continue
+        decoupled = bool(layer.decoupled)
+        key = (a.shape, b.shape, a.dtype, a.device, decoupled)
+        if key in seen:
+            continue
+        seen.add(key)
+        bases = (layer.q_a, layer.q_b) if decoupled else (None, None)
+        base_weight = layer.base_layer.weight  # type: ignore[union-attr]
+        weight = base_weight.detach() if isinstance(base_weight, Tensor) and base_weight.dtype == a.dtype else None
+        x, y, hidden = a.new_empty(1, a.shape[1]), a.new_empty(1, b.shape[0]), a.new_empty(1, a.shape[0])
+        what = f"{b.shape[0]} × {a.shape[1]}, r = {a.shape[0]}{', decoupled' if decoupled else ''}"
+        yield "lora_linear", a.device.type, what, (x, weight, None, a, b, *bases, 1.0, None, 1.0)
+        needs = [True, False, False, True, True]
+        yield "lora_linear_backward", a.device.type, what, (y, x, weight, a, b, *bases, hidden, 1.0, None, 1.0, needs)
+
+
+def explain(model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> Explanation:
+    """Print and return which backend the operations of ``model`` and ``optimizer`` run on, with each backend's reason.
+
+    Args:
+        model: a model with our adapters (or none).
+        optimizer: an optimizer of this package (or none).
+
+    The report also counts what ran in this process so far: "was the fast path used at all?".
+
+    Raises:
+        TypeError: an optimizer that is not one of ours.
+        BackendError: a forced backend cannot take one of the calls.
+    """
+    if optimizer is not None and not isinstance(optimizer, LowRankOptimizer):
+        raise TypeError(f"explain: optimizer must be one of lowrank_kernels, got {type(optimizer).__module__}.{type(optimizer).__name__}")
+    calls = list(_model_calls(model)) if model is not None else []
+    if optimizer is not None:
+        calls += [(op, device, f"{len(args[0])} tensors", args) for op, device, args in optimizer._example_calls()]
+    choices = []
+    for operation, device, what, args in calls:
+        selection = registry.select(operation, device, args)
+        choices.append(Choice(operation, device, what, selection.implementation.backend, selection.reasons))
+    explanation = Explanation(choices, registry.unavailable(), registry.call_counts())
+    print(explanation)
+    return explanation

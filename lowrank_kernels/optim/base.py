@@ -1,0 +1,391 @@
+"""What all optimizers of the package share: arguments, pairing, state rules, and the moment step.
+
+A method is a subclass that says what happens to the factors of each pair; everything that is not a factor of a pair
+(heads, norms, ``modules_to_save``) gets AdamW in the same ``step()``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import grouped_adamw_
+from ..pairs import Pair, owners, pairs, pairs_by_name
+
+ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module
+
+Position: TypeAlias = tuple[int, int]
+
+#: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).
+REST_WEIGHT_DECAY = 1e-2
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """Where the factors of one pair stand in ``param_groups``: positions, not references, since frameworks swap parameters.
+
+    Attributes:
+        name: the layer's name, or its position where names are unknown.
+        scale: s.
+        a, b: (group index, index within the group) of A (r, d_in) and of B (d_out, r).
+        holds_bases: whether they belong to a layer of ours that keeps Q_A and Q_B (``adapt(method="sds")``).
+    """
+
+    name: str
+    scale: float
+    a: Position
+    b: Position
+    holds_bases: bool
+
+
+@dataclass
+class _Bucket:
+    """Parameters that one call of ``grouped_adamw_`` takes: one device, one dtype, one set of hyperparameters."""
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    missed: list[int] = field(default_factory=list)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Optimizer state is fp32 for bf16, fp16 and fp32 parameters, fp64 for fp64 ones."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class AdamWOptions(TypedDict, total=False):
+    """The keyword-only arguments that every optimizer here shares; see :class:`LowRankOptimizer`."""
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    scale: float | None
+
+
+class LowRankOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers here: ``torch.optim.AdamW``'s leading arguments, pairing, lazily created fp32 state.
+
+    Args:
+        params: what ``torch.optim.AdamW`` takes (tensors, dicts of groups, named parameters), or the model itself
+            (then its trainable parameters). Factors are paired by our adapters or by name; s is read from the module
+            when the model is given.
+        lr, betas, eps, maximize, capturable: as ``torch.optim.AdamW``.
+        weight_decay: decoupled, multiplied by lr. None means 0 for factors and AdamW's 0.01 for everything else; a
+            number holds for both. In a group they stand as ``factor_weight_decay`` and ``weight_decay``.
+        amsgrad, differentiable: not supported; True is an error.
+        foreach, fused: accepted as ``torch.optim.AdamW`` accepts them; there is one, fused, implementation.
+        scale: s of every pair whose module is not known (only tensors or names were given).
+
+    State, one dictionary per parameter, tensors only, created by the first ``step()``: ``exp_avg`` and ``exp_avg_sq``
+    in fp32 (fp64 for fp64 parameters). The step counter is one per group, ``group["step"]`` (a device tensor when
+    ``capturable``); ``group["missed"]`` counts, by position, the steps in which a parameter had no gradient.
+    """
+
+    #: A method that makes no sense without pairs refuses parameters in which there are none.
+    requires_pairs = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        scale: float | None = None,
+        method_defaults: dict[str, Any] | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if amsgrad:
+            raise ValueError(f"{name}: amsgrad=True is not supported; leave it out")
+        if differentiable:
+            raise ValueError(f"{name}: differentiable=True is not supported; step() is not differentiated through")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if scale is not None and not scale > 0:
+            raise ValueError(f"{name}: scale must be positive, got {scale}")
+        self._pairs: list[FactorPair] = []
+        self._factors: list[frozenset[int]] = []
+        self._scale = scale
+        self._constructed = False
+        known = pairs(params) if isinstance(params, nn.Module) else []
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            fused=fused,
+            method=name,
+            **(method_defaults or {}),
+        )
+        super().__init__(self._groups_of(params), defaults)
+        self._constructed = True
+        self._find_pairs(known)
+
+    # ---------------------------------------------------------------- arguments
+
+    def _groups_of(self, params: ParamsT) -> list[Any]:
+        name = type(self).__name__
+        if isinstance(params, nn.Module):
+            trainable = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
+            if not trainable:
+                raise ValueError(f"{name}: the model has no parameter with requires_grad=True; adapt(model, …) first")
+            return [{"params": trainable}]
+        if isinstance(params, (Tensor, dict)):
+            raise TypeError(f"{name}: params must be an iterable of tensors or dicts, or a model, got {type(params).__name__}")
+        return list(params)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; pairs among the new parameters (and with unpaired older ones) are found."""
+        self._check_hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        decay = group["weight_decay"]
+        group["factor_weight_decay"] = 0.0 if decay is None else decay
+        group["weight_decay"] = REST_WEIGHT_DECAY if decay is None else decay
+        group["step"], group["cleared_at"], group["missed"] = 0, 0, {}
+        if self._constructed:
+            self._find_pairs([])
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        """``torch.optim.AdamW``'s checks, in its words."""
+        lr, betas, decay = group["lr"], group["betas"], group["weight_decay"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError("Tensor lr must be 1-element")
+        elif not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not group["eps"] >= 0.0:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        for index, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+        if decay is not None and not decay >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {decay}")
+
+    def _find_pairs(self, known: list[Pair]) -> None:
+        """Pair what is not paired yet: by ``known`` (the model's pairs), by our live layers, then by name."""
+        taken = {position for pair in self._pairs for position in (pair.a, pair.b)}
+        positions = {
+            id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"]) if (g, i) not in taken
+        }
+        named: list[tuple[str, Tensor]] = []
+        for group in self.param_groups:
+            named += zip(group.get("param_names", ()), group["params"], strict=False)
+        ours = [Pair("", layer.lora_A, layer.lora_B, layer.scale, layer) for layer in owners().values()]  # type: ignore[arg-type]
+        unknown_scale = False
+        for pair in [*known, *ours, *pairs_by_name(named)]:
+            a, b = positions.get(id(pair.A)), positions.get(id(pair.B))
+            if a is None or b is None:
+                continue
+            scale = pair.scale if pair.scale is not None else self._scale
+            unknown_scale |= scale is None
+            holds_bases = hasattr(pair.layer, "q_a")
+            self._pairs.append(FactorPair(pair.name or self._name_at(a), 1.0 if scale is None else scale, a, b, holds_bases))
+            del positions[id(pair.A)], positions[id(pair.B)]
+        name = type(self).__name__
+        if self.requires_pairs and not self._pairs:
+            raise ValueError(
+                f"{name}: found no pair of low-rank factors among the {sum(len(g['params']) for g in self.param_groups)} parameters. "
+                "Pass the adapted model itself, or model.named_parameters() with names such as '….lora_A[.adapter].weight' and "
+                "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt"
+            )
+        positions_of_factors = [position for pair in self._pairs for position in (pair.a, pair.b)]
+        self._factors = [frozenset(i for g, i in positions_of_factors if g == index) for index in range(len(self.param_groups))]
+        self._accept_pairs()
+        if unknown_scale and self.requires_pairs:
+            warnings.warn(
+                f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…",
+                stacklevel=4,
+            )
+
+    def _name_at(self, position: Position) -> str:
+        group = self.param_groups[position[0]]
+        names = group.get("param_names")
+        return names[position[1]] if names else f"param_groups[{position[0]}][{position[1]}]"
+
+    def _accept_pairs(self) -> None:
+        """A method refuses here the pairs that it cannot train; called whenever pairs were found."""
+
+    def _at(self, position: Position) -> Tensor:
+        return self.param_groups[position[0]]["params"][position[1]]
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; the whole schedule of the method lives here.
+
+        Args:
+            closure: re-evaluates the model and returns the loss (optional).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.state and self._is_probe():
+            self._create_state()
+            return loss
+        self._before_update()
+        self._create_state()
+        for group in self.param_groups:
+            group["step"] += 1
+        self._update()
+        return loss
+
+    def _is_probe(self) -> bool:
+        """Whether this is ``torch.distributed.checkpoint`` asking for empty state: lr 0 and all gradients zero."""
+        if any(isinstance(g["lr"], Tensor) or g["lr"] != 0 for g in self.param_groups):
+            return False
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return bool(grads) and not any(grad.any() for grad in grads)
+
+    def _before_update(self) -> None:
+        """Checks that must fail before anything has changed."""
+
+    def _update(self) -> None:
+        """What a step does, once ``group["step"]`` counts it. Here: AdamW for all."""
+        for group_index in range(len(self.param_groups)):
+            self._moment_step(group_index)
+
+    def _trained_parts(self, group_index: int) -> dict[int, tuple[slice, ...]]:
+        """For parameters of which only a part is trained: position → the slice that is."""
+        return {}
+
+    def _create_state(self) -> None:
+        """Every key of every parameter's state, at once, in its final shape."""
+        for group_index, group in enumerate(self.param_groups):
+            if group["capturable"] and not isinstance(group["step"], Tensor):
+                group["step"] = torch.tensor(float(group["step"]), device=group["params"][0].device)
+            parts = None
+            for index, p in enumerate(group["params"]):
+                if p not in self.state:
+                    parts = self._trained_parts(group_index) if parts is None else parts
+                    part = p[parts[index]] if index in parts else p
+                    self.state[p] = {
+                        key: torch.zeros_like(part, dtype=state_dtype(p.dtype), memory_format=torch.contiguous_format)
+                        for key in ("exp_avg", "exp_avg_sq")
+                    }
+
+    def _moment_step(self, group_index: int) -> None:
+        """AdamW on every parameter of the group that has a gradient: one call per device, dtype and kind."""
+        group = self.param_groups[group_index]
+        factors, parts, missed = self._factors[group_index], self._trained_parts(group_index), group["missed"]
+        buckets: defaultdict[tuple[bool, torch.device, torch.dtype], _Bucket] = defaultdict(_Bucket)
+        for index, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None:
+                missed[index] = missed.get(index, 0) + 1
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            bucket = buckets[index in factors, p.device, p.dtype]
+            part = parts.get(index)
+            bucket.params.append(p if part is None else p[part])
+            bucket.grads.append(grad if part is None else grad[part])
+            state = self.state[p]
+            bucket.exp_avgs.append(state["exp_avg"])
+            bucket.exp_avg_sqs.append(state["exp_avg_sq"])
+            bucket.missed.append(missed.get(index, 0))
+        for (is_factor, _, _), bucket in buckets.items():
+            grouped_adamw_(
+                bucket.params,
+                bucket.grads,
+                bucket.exp_avgs,
+                bucket.exp_avg_sqs,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["factor_weight_decay" if is_factor else "weight_decay"],
+                step=group["step"] - group["cleared_at"] if is_factor else group["step"],
+                missed=bucket.missed if any(bucket.missed) else (),
+                maximize=group["maximize"],
+            )
+
+    def _clear_factor_state(self) -> None:
+        """Zero the moments of all factors and restart the counter of their bias correction; other state stays."""
+        for group, factors in zip(self.param_groups, self._factors, strict=True):
+            if not factors:
+                continue
+            torch._foreach_zero_([value for i in factors for value in self.state[group["params"][i]].values()])
+            group["cleared_at"] = group["step"].clone() if isinstance(group["step"], Tensor) else group["step"]
+            group["missed"] = {i: n for i, n in group["missed"].items() if i not in factors}
+
+    # ---------------------------------------------------------------- saving, loading, copying
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps the dtype it was saved in (torch casts it down to the parameter's).
+
+        Raises:
+            ValueError: the checkpoint is of another method, or its shapes do not fit; nothing was changed.
+        """
+        self._check_state_dict(state_dict)
+        saved_state = state_dict["state"]
+        super().load_state_dict(state_dict)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if isinstance(group["step"], Tensor):
+                group["step"] = group["step"].to(group["params"][0].device)
+            for p, key in zip(group["params"], saved_group["params"], strict=True):
+                for name, value in saved_state.get(key, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[p][name] = value.to(device=p.device, copy=True)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        name = type(self).__name__
+        saved_groups = state_dict.get("param_groups", [])
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(f"{name}: the checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(self.param_groups)}")
+        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            if saved.get("method") != name:
+                raise ValueError(
+                    f"{name}: param_groups[{index}] of the checkpoint was saved by {saved.get('method', 'another optimizer')}, "
+                    f"not by {name}; resume with the same optimizer, or start this one without the checkpoint"
+                )
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    f"{name}: param_groups[{index}] of the checkpoint has {len(saved['params'])} parameters, here {len(group['params'])}"
+                )
+            parts = self._trained_parts(index)
+            for position, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                shape = (p[parts[position]] if position in parts else p).shape
+                for state_name, value in state_dict["state"].get(key, {}).items():
+                    if state_name in ("exp_avg", "exp_avg_sq") and value.shape != shape:
+                        raise ValueError(
+                            f"{name}: {state_name} of {self._name_at((index, position))} has shape {tuple(value.shape)} in the "
+                            f"checkpoint, {tuple(shape)} here; was it saved with another rank?"
+                        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_pairs", "_factors", "_scale", "_constructed")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    # ---------------------------------------------------------------- explain()
+
+    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        """``(operation, device type, arguments)`` as ``step()`` will make them, for ``explain()``; no data is read."""
+        for group_index, group in enumerate(self.param_groups):
+            parts = self._trained_parts(group_index)
+            buckets: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+            for index, p in enumerate(group["params"]):
+                buckets[p.device, p.dtype].append(p.detach()[parts[index]] if index in parts else p.detach())
+            for (device, _), tensors in buckets.items():
+                hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], 1, [], True, group["maximize"])
+                yield "grouped_adamw_", device.type, (tensors, tensors, [], [], None, None, [], *hyperparameters)

@@ -1,0 +1,285 @@
+"""What SDS-LoRA and OD-LoRA share: the decoupled parametrization ``ΔW = s(Q_B A + B Q_Aᵀ)`` on both of its roads.
+
+Road one: our adapter layers, which hold Q_A and Q_B as buffers. Road two: an unmodified LoRA layer of rank 2r of any
+library, ``s [Q_B B] [A; Q_Aᵀ]``, of which the optimizer trains one half and overwrites the other (METHODS §1).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import grouped_qr, grouped_svd_product
+from ..pairs import owners
+from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, state_dtype
+
+Action: TypeAlias = Callable[[list[FactorPair]], None]
+
+
+@dataclass(frozen=True)
+class DecoupledFactors:
+    """Views of one pair's factors: ``ΔW = s(q_b @ a + b @ q_a)``, or ``s·b @ a`` while it is plain LoRA.
+
+    a: A (r, d_in); b: B (d_out, r); q_a: Q_Aᵀ (r, d_in); q_b: Q_B (d_out, r).
+    """
+
+    a: Tensor
+    b: Tensor
+    q_a: Tensor
+    q_b: Tensor
+
+
+def refresh_due(t: int, total: int, phases: int) -> bool:
+    """The phased schedule: after main step t (from 1) of ``total``, refresh if ``t mod ⌈phases·t/total⌉ = 0``.
+
+    So the run has ``phases`` phases with intervals 1, 2, …, ``phases``; beyond ``total`` the interval stays ``phases``.
+    """
+    interval = min(-(-phases * t // total), phases)
+    return t % interval == 0
+
+
+def _half(pair_a: bool, rank: int, decoupled: bool, idle: bool) -> tuple[slice, ...]:
+    """The trained (or the idle) half of ``lora_A`` (2r, d_in) or ``lora_B`` (d_out, 2r) on road two (METHODS §1).
+
+    ``lora_A = [A; Q_Aᵀ]`` always; ``lora_B`` is ``[B 0]`` while plain and ``[Q_B B]`` when decoupled.
+    """
+    first, last = slice(None, rank), slice(rank, None)
+    if pair_a:
+        return (last if idle else first,)
+    return (slice(None), last if decoupled != idle else first)
+
+
+class DecoupledOptimizer(LowRankOptimizer):
+    """AdamW on A and B of decoupled adapters; a subclass says when Q_A and Q_B are set anew.
+
+    Args:
+        start_steps: how many steps come before the main run.
+        total_steps: number of ``step()`` calls of the whole run; the phased schedule is a function of it.
+        phases: k of the phased schedule (:func:`refresh_due`).
+        refresh_every: n; a uniform schedule (after main steps n, 2n, …) in place of the phased one.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float | None,
+        amsgrad: bool,
+        *,
+        start_steps: int,
+        total_steps: int | None,
+        phases: int,
+        refresh_every: int | None,
+        method_defaults: dict[str, Any],
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        name = type(self).__name__
+        for key, value in (("total_steps", total_steps), ("phases", phases), ("refresh_every", refresh_every)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
+        if total_steps is None and refresh_every is None:
+            raise ValueError(
+                f"{name}: total_steps is missing: pass the number of step() calls of the whole run (the refresh schedule is a "
+                "function of it), or refresh_every=n for a uniform schedule, which needs no total"
+            )
+        if total_steps is not None and total_steps <= start_steps:
+            raise ValueError(f"{name}: total_steps must be larger than the {start_steps} steps of the start phase, got {total_steps}")
+        if options.get("capturable"):
+            raise ValueError(
+                f"{name}: capturable=True is not supported: the schedule decides on the host when the bases are refreshed, which a "
+                "replayed CUDA graph would never see"
+            )
+        self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
+        schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={**schedule, **method_defaults}, **options)
+
+    # ---------------------------------------------------------------- what a subclass says
+
+    def _is_decoupled(self, group: dict[str, Any], step: int) -> bool:
+        """Whether pairs of ``group`` are decoupled after ``step`` steps (else they are plain LoRA)."""
+        raise NotImplementedError
+
+    def _start_action(self, group: dict[str, Any], step: int) -> Action | None:
+        """What follows the update of step ``step ≤ start_steps``."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- the step
+
+    def _update(self) -> None:
+        super()._update()
+        actions = [self._action(group) for group in self.param_groups]
+        due: defaultdict[Action, list[FactorPair]] = defaultdict(list)
+        if any(actions):
+            for pair in self._pairs:
+                action = actions[pair.a[0]]
+                if action is not None:
+                    due[action].append(pair)
+        for action, affected in due.items():
+            action(affected)
+
+    def _action(self, group: dict[str, Any]) -> Action | None:
+        step, t = group["step"], group["step"] - group["start_steps"]
+        if t <= 0:
+            return self._start_action(group, step)
+        if group["refresh_every"] is not None:
+            return self._refresh if t % group["refresh_every"] == 0 else None
+        return self._refresh if refresh_due(t, group["total_steps"] - group["start_steps"], group["phases"]) else None
+
+    def _refresh(self, due: list[FactorPair]) -> None:
+        """``Aᵀ = Q_A R_A``, ``B = Q_B R_B``: bases of the factors' ranges anew, with the signs of the old ones (SDS Eq. 5)."""
+        layers = owners()
+        for pairs in self._alike(due):
+            views = [self._views(pair, layers, decoupled=True) for pair in pairs]
+            bases = [v.q_a.mT for v in views] + [v.q_b for v in views]
+            grouped_qr([v.a.mT for v in views] + [v.b for v in views], previous=bases, out=bases)
+
+    def _reparametrize(self, due: list[FactorPair]) -> None:
+        """From plain to decoupled, ΔW unchanged: ``BA = UΣVᵀ``; ``A = ΣVᵀ/2``, ``B = UΣ/2``, ``Q_A = V``, ``Q_B = U`` (SDS Eq. 8).
+
+        (The paper writes the SVD of ``sBA`` and divides by 2s: s cancels.) The factors' optimizer state is cleared.
+        """
+        layers = owners()
+        for pairs in self._alike(due):
+            plain = [self._views(pair, layers, decoupled=False) for pair in pairs]
+            us, ss, vs = grouped_svd_product([v.b for v in plain], [v.a.mT for v in plain], plain[0].a.shape[0])
+            for index, pair in enumerate(pairs):
+                new, half = self._views(pair, layers, decoupled=True), ss[index] / 2
+                new.a.copy_(half[:, None] * vs[index].mT)
+                new.b.copy_(us[index] * half)
+                new.q_a.copy_(vs[index].mT)
+                new.q_b.copy_(us[index])
+                if pair.holds_bases:
+                    layers[id(self._at(pair.a))].decoupled = True  # type: ignore[assignment]
+        self._clear_factor_state()
+
+    def _before_update(self) -> None:
+        name = type(self).__name__
+        self._hook_idle_halves()
+        layers = owners()
+        for pair in self._pairs:
+            group = self.param_groups[pair.a[0]]
+            decoupled = self._is_decoupled(group, group["step"])
+            if pair.holds_bases:
+                layer = layers.get(id(self._at(pair.a)))
+                if layer is None:
+                    raise RuntimeError(
+                        f"{name}: the adapter layer of {pair.name} is gone; build the optimizer from the model that is trained"
+                    )
+                if layer.decoupled != decoupled:
+                    states = ("plain LoRA", "decoupled")
+                    raise RuntimeError(
+                        f"{name}: after {group['step']} steps {pair.name} should be {states[decoupled]}, but it is "
+                        f"{states[not decoupled]}: model and optimizer are not of the same moment; load the adapter's and the optimizer's "
+                        "state of one checkpoint"
+                    )
+            elif group["step"] == 0 and self._at(pair.b)[_half(False, self._rank(pair), decoupled, idle=True)].any():
+                raise RuntimeError(
+                    f"{name}: {pair.name}: the second half of lora_B must be zero at the start (half of a rank-2r LoRA layer becomes "
+                    "the frozen basis). Start from LoRA's default initialization (B = 0), or load the optimizer's state as well"
+                )
+
+    # ---------------------------------------------------------------- the two roads
+
+    def _rank(self, pair: FactorPair) -> int:
+        """The trained rank r."""
+        rows = self._at(pair.a).shape[0]
+        return rows if pair.holds_bases else rows // 2
+
+    def _views(self, pair: FactorPair, layers: dict[int, nn.Module], decoupled: bool) -> DecoupledFactors:
+        a, b = self._at(pair.a), self._at(pair.b)
+        if pair.holds_bases:
+            layer = layers[id(a)]
+            return DecoupledFactors(a.detach(), b.detach(), layer.q_a, layer.q_b)  # type: ignore[arg-type]
+        a, b, rank = a.detach(), b.detach(), self._rank(pair)
+        trained = _half(False, rank, decoupled, idle=False)
+        return DecoupledFactors(a[:rank], b[trained], a[rank:], b[:, :rank])
+
+    def _alike(self, due: list[FactorPair]) -> Iterator[list[FactorPair]]:
+        """The pairs in lists of one device, dtype and rank: what one call of an operation takes."""
+        buckets: defaultdict[Any, list[FactorPair]] = defaultdict(list)
+        for pair in due:
+            a = self._at(pair.a)
+            buckets[a.device, a.dtype, self._rank(pair)].append(pair)
+        yield from buckets.values()
+
+    def _half_of(self, pair: FactorPair, position: Position, step: int, *, idle: bool) -> tuple[slice, ...]:
+        decoupled = self._is_decoupled(self.param_groups[position[0]], step)
+        return _half(position == pair.a, self._rank(pair), decoupled, idle)
+
+    def _trained_parts(self, group_index: int) -> dict[int, tuple[slice, ...]]:
+        # The gradients at hand were computed before this step's counter moved.
+        step = max(self.param_groups[group_index]["step"] - 1, 0)
+        return {
+            position[1]: self._half_of(pair, position, step, idle=False)
+            for pair in self._pairs
+            if not pair.holds_bases
+            for position in (pair.a, pair.b)
+            if position[0] == group_index
+        }
+
+    def _accept_pairs(self) -> None:
+        name = type(self).__name__
+        for pair in self._pairs:
+            a, b = self._at(pair.a), self._at(pair.b)
+            if self.param_groups[pair.a[0]]["step"] != self.param_groups[pair.b[0]]["step"]:
+                raise ValueError(f"{name}: A and B of {pair.name} were added at different steps; add both in one add_param_group")
+            if not pair.holds_bases and a.shape[0] % 2:
+                raise ValueError(
+                    f"{name}: {pair.name} is a plain LoRA layer of rank {a.shape[0]}; half of each factor becomes the frozen basis, so "
+                    "its rank must be even: give it rank 2r to train at rank r (or adapt with method='sds')"
+                )
+            if self._rank(pair) > min(a.shape[1], b.shape[0]):
+                raise ValueError(
+                    f"{name}: {pair.name} would train rank {self._rank(pair)}, more than its {b.shape[0]} × {a.shape[1]} allow"
+                )
+        self._hook_idle_halves()
+
+    def _hook_idle_halves(self) -> None:
+        """On road two, zero the gradients of untrained halves as they arrive, so that clipping sees what it sees on road one."""
+        optimizer = weakref.ref(self)
+        for pair in self._pairs:
+            if pair.holds_bases:
+                continue
+            for position in (pair.a, pair.b):
+                parameter = self._at(position)
+                hooked = self._idle_hooks.get(position)
+                if hooked is not None and hooked[0]() is parameter:
+                    continue
+
+                def zero_idle_half(grad: Tensor, pair: FactorPair = pair, position: Position = position) -> Tensor | None:
+                    self = optimizer()
+                    if self is None:
+                        return None
+                    grad = grad.clone()
+                    grad[self._half_of(pair, position, self.param_groups[position[0]]["step"], idle=True)] = 0
+                    return grad
+
+                handle = parameter.register_hook(zero_idle_half)
+                weakref.finalize(self, handle.remove)
+                self._idle_hooks[position] = (weakref.ref(parameter), handle)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_idle_hooks", {})
+        self._hook_idle_halves()
+
+    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        yield from super()._example_calls()
+        layers = owners()
+        for pairs in self._alike(self._pairs):
+            views = [self._views(pair, layers, decoupled=True) for pair in pairs]
+            device, rank, count = views[0].a.device, views[0].a.shape[0], len(views)
+            factors, bases = [v.a.mT for v in views] + [v.b for v in views], [v.q_a.mT for v in views] + [v.q_b for v in views]
+            rs, ss = (
+                torch.empty(shape, dtype=state_dtype(views[0].a.dtype), device=device) for shape in ((2 * count, rank, rank), (count, rank))
+            )
+            yield "grouped_qr", device.type, (factors, bases, bases, rs)
+            yield "grouped_svd_product", device.type, (factors[count:], factors[:count], bases[count:], ss, bases[:count])

@@ -1,0 +1,72 @@
+"""SDS-LoRA: structurally decoupled singular values."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from .base import AdamWOptions, ParamsT
+from .decoupled import Action, DecoupledOptimizer
+
+
+class SDSLoRA(DecoupledOptimizer):
+    """SDS-LoRA (Algorithm 1): AdamW on A and B of ``ΔW = s(Q_B A + B Q_Aᵀ)`` (Eq. 5), whose bases follow the factors.
+
+    1. ``warmup_steps`` steps of plain LoRA, ``ΔW = sBA``.
+    2. Once: ``sBA = UΣVᵀ``; ``A = ΣVᵀ/2s``, ``B = UΣ/2s``, ``Q_A = V``, ``Q_B = U`` (Eq. 8; ΔW does not change); the
+       factors' optimizer state is cleared, the step counter of Adam's bias correction too.
+    3. Main run, t = 1, 2, …: AdamW on A and B with ``∂A = sQ_BᵀG``, ``∂B = sGQ_A`` (Eq. 6); after the update of step t, if
+       ``t mod ⌈phases·t/(total_steps - warmup_steps)⌉ = 0``, the bases are refreshed by QR of Aᵀ and B.
+
+    All of it happens in ``step()``. The model is one adapted by ``adapt(model, method="sds", rank=r)``, or an unmodified
+    LoRA model of another library with layers of rank 2r (PEFT: ``LoraConfig(r=2*r, lora_alpha=2*r*s)``), of which A starts as
+    the first r rows of ``lora_A``.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
+        total_steps: the number of ``step()`` calls of the whole run, warm-up included. Needed unless ``refresh_every`` is given.
+        warmup_steps: T. 0 continues with layers that are decoupled already.
+        phases: k, the number of refresh phases (intervals 1 … k).
+        refresh_every: n; refresh after main steps n, 2n, … instead.
+
+    The paper's setting: ``alpha=4, rank_scaling="rslora"`` (s = α/√r), cosine schedule, all linear layers.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        *,
+        total_steps: int | None = None,
+        warmup_steps: int = 10,
+        phases: int = 5,
+        refresh_every: int | None = None,
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
+            raise ValueError(f"SDSLoRA: warmup_steps must be a non-negative integer, got {warmup_steps!r}")
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            start_steps=warmup_steps,
+            total_steps=total_steps,
+            phases=phases,
+            refresh_every=refresh_every,
+            method_defaults={},
+            **options,
+        )
+
+    def _is_decoupled(self, group: dict[str, Any], step: int) -> bool:
+        return step >= group["start_steps"]
+
+    def _start_action(self, group: dict[str, Any], step: int) -> Action | None:
+        return self._reparametrize if step == group["start_steps"] else None
