@@ -9,9 +9,9 @@ import warnings
 import pytest
 import torch
 from _models import batch, loss_of, make_model, pair_delta, trainable
+from benchmarks.naive.sds_lora import SDSLoRALayer
 from torch import nn
 
-from benchmarks.naive.sds_lora import SDSLoRALayer
 from lowrank_kernels import LowRankLinear, SDSLoRA, pairs
 from lowrank_kernels.optim.decoupled import refresh_due
 
