@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import FLOATING, check_list, check_same_length, define, no_backward
+from ._library import FLOATING, check_list, define, no_backward
 
 
 def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float = 0.0, *, side: str = "left") -> list[Tensor] | Tensor:
@@ -37,11 +37,11 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
         raise ValueError(f"{name}: side must be 'left' or 'right', got {side!r}")
     if not damping >= 0:
         raise ValueError(f"{name}: damping must be ≥ 0, got {damping}")
-    stacked = isinstance(rhs, Tensor)
-    if stacked and rhs.ndim != 3:
+    if isinstance(rhs, Tensor) and rhs.ndim != 3:
         raise ValueError(f"{name}: a stacked rhs must have 3 dimensions, got {tuple(rhs.shape)}")
-    matrices = list(rhs.unbind(0)) if isinstance(rhs, Tensor) else list(rhs)
-    check_same_length(name, grams=grams, rhs=matrices)
+    matrices = list(rhs)
+    if len(matrices) != len(grams):
+        raise ValueError(f"{name}: got {len(grams)} Grams and {len(matrices)} right-hand sides")
     check_list(name, "rhs", matrices)
     rank, dim = grams.shape[1], 0 if side == "left" else 1
     for index, matrix in enumerate(matrices):
@@ -50,7 +50,9 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
         if matrix.device != grams.device or matrix.dtype not in FLOATING:
             raise ValueError(f"{name}: rhs[{index}] is {matrix.dtype} on {matrix.device}, the Grams are on {grams.device}")
     solutions = torch.ops.lowrank_kernels.grouped_solve(grams, matrices, float(damping), side == "left")
-    return torch.stack(solutions) if stacked and solutions else (torch.empty_like(rhs) if isinstance(rhs, Tensor) else solutions)
+    if isinstance(rhs, Tensor):
+        return torch.stack(solutions) if solutions else torch.empty_like(rhs)
+    return solutions
 
 
 def _empty_result(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) -> list[Tensor]:

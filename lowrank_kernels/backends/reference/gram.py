@@ -15,6 +15,6 @@ def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor) -> No
         wide = x.to(grams.dtype)
         if ys is None:
             gram = wide.mT @ wide
-            grams[index].copy_((gram.tril() + gram.tril(-1).mT))
+            grams[index].copy_(gram.tril() + gram.tril(-1).mT)
         else:
             grams[index].copy_(wide.mT @ ys[index].to(grams.dtype))
