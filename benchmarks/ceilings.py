@@ -15,7 +15,8 @@ class Ceilings:
     """Peak rates of one device.
 
     Attributes:
-        copy_bandwidth: bytes per second of a copy beyond all caches, reads and writes both counted.
+        copy_bandwidth: bytes per second beyond all caches, reads and writes both counted: the better of a copy and of an
+            update in place (on a CPU a copy also reads the lines that it overwrites, an update in place has them already).
         gemm_flops: floating-point operations per second of a large matrix product.
     """
 
@@ -46,7 +47,8 @@ def measure(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> Ceili
 def _copy_bandwidth(device: torch.device, rounds: int) -> float:
     count = (1 << 29) if device.type == "cuda" else (1 << 26)  # fp32 elements: 2 GiB and 256 MiB
     source, target = torch.ones(count, device=device), torch.empty(count, device=device)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device, rounds)
+    passes = (lambda: target.copy_(source), lambda: source.neg_())
+    return 2 * source.nbytes / min(_best_seconds(one, device, rounds) for one in passes)
 
 
 def _gemm_flops(device: torch.device, dtype: torch.dtype, rounds: int) -> float:

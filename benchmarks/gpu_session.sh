@@ -48,7 +48,9 @@ part tests 240 "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider tests
 part bench 140 "$PYTHON" -m benchmarks --device cuda --model-shapes "$MODEL_SHAPES" --rank "$RANKS" --dtype "$DTYPES" \
   --seconds "$SECONDS_PER_CASE" --out "$OUT/cuda.csv"
 if command -v ncu >/dev/null; then
-  part profile 50 ncu --target-processes all --kernel-name-base demangled --launch-skip 20 --launch-count 12 \
+  # Our kernels by exclusion of torch's: Triton names them after their functions.
+  part profile 60 ncu --clock-control none --kill yes --launch-count 12 \
+    --kernel-name 'regex:^(?!.*(elementwise|reduce|distribution|gemm|cutlass|nvjet|fill|copy|spin)).*_kernel$' \
     --section SpeedOfLight --section LaunchStats --section MemoryWorkloadAnalysis \
     "$PYTHON" -m benchmarks --device cuda --model-shapes llama3-8b --rank 16 --seconds 0 --provider ours-triton --out "$elsewhere/profile.csv"
 else

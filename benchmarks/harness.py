@@ -9,6 +9,7 @@ gets a row that says so and shows no time.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import platform
@@ -69,7 +70,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure a case: at least ``min_rounds`` of all providers, then until ``seconds`` or ``max_rounds`` are reached."""
+    """How long to measure a case: at least ``min_rounds`` rounds of all providers, then until ``seconds`` or ``max_rounds`` are
+    reached. Where that would take more than four times ``seconds``, one round to warm up and three to measure are enough."""
 
     seconds: float = 5.0
     warmup: int = 3
@@ -100,12 +102,17 @@ def interleave(calls: Mapping[str, Callable[[], dict[str, float]]], budget: Budg
     times: Times = {name: {} for name in names}
     if not names:
         return times
+    warmup = budget.warmup
     started = time.perf_counter()
-    for index in range(budget.warmup + budget.max_rounds):
-        recorded = index - budget.warmup
-        if recorded == 0:
-            started = time.perf_counter()
-        if recorded >= budget.min_rounds and time.perf_counter() - started > budget.seconds:
+    for index in itertools.count():
+        elapsed = time.perf_counter() - started
+        if index == 1 and elapsed * (budget.warmup + budget.min_rounds) > 4 * budget.seconds:
+            warmup = 1
+        if index == warmup:
+            started, elapsed = time.perf_counter(), 0.0
+        recorded = index - warmup
+        limit = budget.seconds if recorded >= budget.min_rounds else 4 * budget.seconds
+        if recorded >= budget.max_rounds or (recorded >= min(3, budget.min_rounds) and elapsed > limit):
             break
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:

@@ -240,9 +240,7 @@ def best_lr(results: list[Result], method: str) -> float:
 
 def quality_table(results: list[Result]) -> Table:
     seeds = len({r.seed for r in results})
-    table = Table(
-        title="Quality", caption=f"{seeds} seed(s), mean ± standard deviation; * lowest validation loss of the learning rates tried"
-    )
+    table = Table(title="Quality", caption=f"{seeds} seed(s), mean ± standard deviation; * lowest validation loss")
     for column in ("method", "lr", "test accuracy", "test loss", "validation loss", "final train loss"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for name in dict.fromkeys(r.method for r in results):
@@ -263,14 +261,22 @@ def quality_table(results: list[Result]) -> Table:
 
 
 def cost_figures(results: list[Result], peak_rss: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Per method: median times over all steps after the first five of each run, the mean too (it contains the refreshes)."""
+    """Per method: median times over all steps (after the first five of longer runs), the mean too (it contains the refreshes).
+
+    ``step_ratio`` is the median over the steps of this method's time by the first method's, for the same batch.
+    """
     figures: dict[str, dict[str, Any]] = {}
+    skip = 5 if len(results[0].step_ms) > 10 else 0
+    baseline = {(r.lr, r.seed): r.step_ms[skip:] for r in results if r.method == results[0].method}
     for name in dict.fromkeys(r.method for r in results):
         rows = [r for r in results if r.method == name]
-        step = [ms for r in rows for ms in r.step_ms[5:]]
-        optimizer = [ms for r in rows for ms in r.optimizer_ms[5:]]
+        step = [ms for r in rows for ms in r.step_ms[skip:]]
+        optimizer = [ms for r in rows for ms in r.optimizer_ms[skip:]]
         figures[name] = {
             "step_ms_median": statistics.median(step),
+            "step_ratio": statistics.median(
+                own / first for r in rows for own, first in zip(r.step_ms[skip:], baseline[r.lr, r.seed], strict=True)
+            ),
             "optimizer_ms_median": statistics.median(optimizer),
             "optimizer_ms_mean": statistics.fmean(optimizer),
             "peak_rss_mib": peak_rss.get(name),
@@ -280,15 +286,24 @@ def cost_figures(results: list[Result], peak_rss: dict[str, float]) -> dict[str,
 
 
 def cost_table(figures: dict[str, dict[str, Any]]) -> Table:
-    caption = "Steps of all methods taken in turn, same batches; peak RSS of a process of its own on the 15 longest batches."
+    caption = "Steps of all methods taken in turn on the same batches;\npeak RSS of a process of its own on the 15 longest batches."
     table = Table(title="Cost", caption=caption)
-    for column in ("method", "step ms\nmedian", "optimizer ms\nmedian", "optimizer ms\nmean", "peak RSS\nMiB", "backends that ran"):
+    for column in (
+        "method",
+        "step ms\nmedian",
+        "× first\nmethod",
+        "optimizer ms\nmedian",
+        "optimizer ms\nmean",
+        "peak RSS\nMiB",
+        "backends that ran",
+    ):
         table.add_column(column, justify="left" if column in ("method", "backends that ran") else "right")
     for name, row in figures.items():
         rss = row["peak_rss_mib"]
         table.add_row(
             METHODS[name].label,
             f"{row['step_ms_median']:.1f}",
+            f"{row['step_ratio']:.3f}",
             f"{row['optimizer_ms_median']:.2f}",
             f"{row['optimizer_ms_mean']:.2f}",
             "–" if rss is None else f"{rss:.0f}",
@@ -372,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     peak_rss = {} if args.no_memory else {name: measure_peak_rss(name, args) for name in args.methods}
     costs = cost_figures(results, peak_rss)
     save(results, costs, args)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(quality_table(results))
     console.print(cost_table(costs))
     console.print(f"Figures and loss curves: {args.output}", soft_wrap=True)

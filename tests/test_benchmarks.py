@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lowrank_kernels.backends import BackendError, count_launch
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_bandwidth=1e9, gemm_flops=1e12)
-QUICK = Budget(seconds=0.0, warmup=1, min_rounds=4, max_rounds=4)
+QUICK = Budget(seconds=0.5, warmup=1, min_rounds=4, max_rounds=4)
 
 
 def make_case(**providers) -> Case:
@@ -79,13 +80,15 @@ def test_the_suites_reject_a_wrong_result(monkeypatch):
     setting = Setting("minilm", "qv", 4, torch.float32, CPU)
     for broken in (lambda *args, **kwargs: None, lambda p, g, m, v, **kwargs: optimizer.adamw_(p[1:], g[1:], m[1:], v[1:], **kwargs)):
         monkeypatch.setattr(optimizer, "grouped_adamw_", broken)
-        trial = optimizer.operation("reference", setting, optimizer.Judge(setting))
+        factors = optimizer.make_factors(setting)
+        trial = optimizer.operation("reference", factors.copy(), optimizer.Judge(factors))
         trial.run()
         assert not passes(*trial.check())
     right = linalg.grouped_qr
     for broken in (lambda xs, previous, out: None, lambda xs, previous, out: right(xs, None, out=out)):
         monkeypatch.setattr(linalg, "grouped_qr", broken)
-        trial = linalg.operation("reference", setting, linalg.Judge(setting))
+        bases = linalg.make_bases(setting)
+        trial = linalg.operation("reference", bases.copy(), linalg.Judge(bases))
         trial.run()
         assert not passes(*trial.check())
 
@@ -109,10 +112,27 @@ def test_providers_take_turns_and_the_first_of_a_round_rotates():
 
         return measure
 
-    times = interleave({name: call(name) for name in "abc"}, Budget(seconds=0.0, warmup=1, min_rounds=3, max_rounds=10))
+    times = interleave({name: call(name) for name in "abc"}, Budget(seconds=9.0, warmup=1, min_rounds=3, max_rounds=3))
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
     assert [len(times[name]["main"]) for name in "abc"] == [3, 3, 3], "the warm-up round is not recorded"
     assert times["b"]["main"] == [4.0, 9.0, 11.0]
+
+
+def test_the_budget_decides_how_many_rounds():
+    def rounds(seconds_per_call: float, **budget) -> int:
+        def measure() -> dict[str, float]:
+            time.sleep(seconds_per_call)
+            calls.append(0)
+            return {"main": 1.0}
+
+        calls: list[int] = []
+        recorded = len(interleave({"a": measure}, Budget(**budget))["a"]["main"])
+        assert len(calls) - recorded == (budget["warmup"] if seconds_per_call == 0 else 1)
+        return recorded
+
+    assert rounds(0.0, seconds=10.0, warmup=5, min_rounds=2, max_rounds=6) == 6, "the largest number, if there is time"
+    assert rounds(0.05, seconds=0.001, warmup=5, min_rounds=9, max_rounds=50) == 3, "too slow: three rounds are enough"
+    assert 4 <= rounds(0.02, seconds=0.07, warmup=1, min_rounds=4, max_rounds=50) < 8, "then no more than there is time for"
 
 
 def test_ratio_is_taken_within_rounds(monkeypatch):

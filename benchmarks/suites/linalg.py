@@ -25,9 +25,13 @@ class Bases:
     previous: list[Tensor]
     out: list[Tensor]
 
+    def copy(self) -> Bases:
+        """The same inputs (and strides) elsewhere in memory, and outputs full of NaN."""
+        return Bases([x.clone() for x in self.xs], [p.clone() for p in self.previous], [torch.full_like(q, math.nan) for q in self.out])
+
 
 def make_bases(setting: Setting) -> Bases:
-    """Gaussian factors, and previous Qs that are their own with random signs; the same ones at every call."""
+    """Gaussian factors, and previous Qs that are their own with random signs."""
     generator = setting.generator()
     rank, dtype, device = setting.rank, setting.dtype, setting.device
 
@@ -59,19 +63,17 @@ def householder(x: Tensor, previous: Tensor) -> Tensor:
 class Judge:
     """The worst error over all matrices, against twice that of Householder QR in the same dtype, plus 8·eps."""
 
-    def __init__(self, setting: Setting) -> None:
-        bases = make_bases(setting)
+    def __init__(self, bases: Bases) -> None:
         own = max(qr_error(x, p, householder(x, p)) for x, p in zip(bases.xs, bases.previous, strict=True))
-        self.tolerance = 2 * own + 8 * torch.finfo(setting.dtype).eps
+        self.tolerance = 2 * own + 8 * torch.finfo(bases.xs[0].dtype).eps
 
     def __call__(self, bases: Bases) -> tuple[float, float]:
         errors = [qr_error(*matrices) for matrices in zip(bases.xs, bases.previous, bases.out, strict=True)]
         return (math.nan if any(map(math.isnan, errors)) else max(errors)), self.tolerance
 
 
-def naive(setting: Setting, judge: Judge) -> Trial:
+def naive(bases: Bases, judge: Judge) -> Trial:
     """A loop over ``torch.linalg.qr``, then the signs."""
-    bases = make_bases(setting)
 
     def run() -> None:
         for x, previous, out in zip(bases.xs, bases.previous, bases.out, strict=True):
@@ -80,13 +82,12 @@ def naive(setting: Setting, judge: Judge) -> Trial:
     return Trial(run, lambda: judge(bases))
 
 
-def batched(setting: Setting, judge: Judge) -> Trial:
+def batched(bases: Bases, judge: Judge) -> Trial:
     """The best one can do by stacking: CholeskyQR twice on all matrices of one height, the copies included."""
-    bases = make_bases(setting)
     by_height: dict[int, list[int]] = {}
     for index, x in enumerate(bases.xs):
         by_height.setdefault(x.shape[0], []).append(index)
-    wide = torch.promote_types(setting.dtype, torch.float32)
+    wide = torch.promote_types(bases.xs[0].dtype, torch.float32)
 
     def run() -> None:
         for indices in by_height.values():
@@ -101,22 +102,21 @@ def batched(setting: Setting, judge: Judge) -> Trial:
     return Trial(run, lambda: judge(bases))
 
 
-def operation(backend: str, setting: Setting, judge: Judge) -> Trial:
+def operation(backend: str, bases: Bases, judge: Judge) -> Trial:
     """``ops.grouped_qr`` on one backend."""
-    bases = make_bases(setting)
     return Trial(lambda: grouped_qr(bases.xs, bases.previous, out=bases.out), lambda: judge(bases), on(backend), ours=True)
 
 
 @suite("linalg")
 def cases(setting: Setting) -> Iterator[Case]:
     """``grouped_qr`` of Aᵀ and B of all adapted layers: one refresh of SDS-LoRA."""
-    judge = Judge(setting)
-    providers: dict[str, Callable[[Setting, Judge], Trial]] = {
+    bases = make_bases(setting)
+    judge = Judge(bases)
+    providers: dict[str, Callable[[Bases, Judge], Trial]] = {
         "naive": naive,
         "torch-batched": batched,
         **{f"ours-{backend}": partial(operation, backend) for backend in setting.backends},
     }
-    bases = make_bases(setting)
     elements, item = sum(x.numel() for x in bases.xs), bases.xs[0].element_size()
     yield Case(
         op="grouped_qr",
@@ -127,5 +127,5 @@ def cases(setting: Setting) -> Iterator[Case]:
         # Read X and the previous Q, write Q and R.
         bytes=3 * elements * item + len(bases.xs) * setting.rank**2 * max(item, 4),
         tensors=len(bases.xs),
-        providers={name: partial(build, setting, judge) for name, build in providers.items()},
+        providers={name: lambda build=build: build(bases.copy(), judge) for name, build in providers.items()},
     )

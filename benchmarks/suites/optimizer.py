@@ -32,9 +32,13 @@ class Factors:
         """Zero moments, fp32 at least."""
         return [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.params]
 
+    def copy(self, dtype: torch.dtype | None = None) -> Factors:
+        """The same factors and gradients elsewhere in memory."""
+        return Factors(*([t.to(dtype or t.dtype, copy=True) for t in tensors] for tensors in (self.params, self.grads)))
+
 
 def make_factors(setting: Setting) -> Factors:
-    """Gaussian factors and gradients of all layers; the same ones at every call."""
+    """Gaussian factors and gradients of all layers."""
     shapes = [shape for d_out, d_in in setting.layers for shape in ((setting.rank, d_in), (d_out, setting.rank))]
     generator = setting.generator()
 
@@ -44,36 +48,31 @@ def make_factors(setting: Setting) -> Factors:
     return Factors(draw(), draw())
 
 
-def after_one_step(setting: Setting, dtype: torch.dtype | None) -> list[Tensor]:
-    """The parameters after one naive step from ``make_factors``, in fp64, or as computed in ``dtype``."""
-    factors = make_factors(setting)
-    params = [p.to(dtype or p.dtype) for p in factors.params]
-    grads = [g.to(dtype or g.dtype) for g in factors.grads]
-    moments, squares = ([torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params] for _ in range(2))
-    adamw_(params, grads, moments, squares, step=1, **HYPERPARAMETERS)
-    return [p.double() for p in params]
+def after_one_step(factors: Factors) -> list[Tensor]:
+    """The parameters after one naive step, which is taken in place."""
+    adamw_(factors.params, factors.grads, factors.moments(), factors.moments(), step=1, **HYPERPARAMETERS)
+    return factors.params
 
 
 class Judge:
     """DESIGN's tolerance for kernels: ``|out − ref64| ≤ 2·|torch in the same dtype − ref64| + 8·eps·max|ref64|``."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.exact = after_one_step(setting, torch.float64)
-        own = after_one_step(setting, None)
-        eps = torch.finfo(setting.dtype).eps
+    def __init__(self, factors: Factors) -> None:
+        self.exact = after_one_step(factors.copy(torch.float64))
+        own = after_one_step(factors.copy())
+        eps = torch.finfo(own[0].dtype).eps
         self.tolerances = [
-            2 * (mine - exact).abs().max().item() + 8 * eps * exact.abs().max().item()
+            2 * (mine.double() - exact).abs().max().item() + 8 * eps * exact.abs().max().item()
             for mine, exact in zip(own, self.exact, strict=True)
-        ]  # fmt: skip
+        ]
 
     def __call__(self, params: list[Tensor]) -> tuple[float, float]:
         errors = [(p.double() - exact).abs().max().item() for p, exact in zip(params, self.exact, strict=True)]
         return worst(list(zip(errors, self.tolerances, strict=True)))
 
 
-def naive(setting: Setting, judge: Judge) -> Trial:
+def naive(factors: Factors, judge: Judge) -> Trial:
     """The loop over tensors that a paper's repository ships."""
-    factors = make_factors(setting)
     moments, squares, step = factors.moments(), factors.moments(), [0]
 
     def run() -> None:
@@ -83,9 +82,8 @@ def naive(setting: Setting, judge: Judge) -> Trial:
     return Trial(run, lambda: judge(factors.params))
 
 
-def operation(backend: str, setting: Setting, judge: Judge) -> Trial:
+def operation(backend: str, factors: Factors, judge: Judge) -> Trial:
     """``ops.grouped_adamw_`` on one backend."""
-    factors = make_factors(setting)
     moments, squares, step = factors.moments(), factors.moments(), [0]
 
     def run() -> None:
@@ -95,9 +93,8 @@ def operation(backend: str, setting: Setting, judge: Judge) -> Trial:
     return Trial(run, lambda: judge(factors.params), on(backend), ours=True)
 
 
-def optimizer(make: Callable[..., Any], ours: bool, setting: Setting, judge: Judge) -> Trial:
+def optimizer(make: Callable[..., Any], ours: bool, factors: Factors, judge: Judge) -> Trial:
     """``.step()`` of a ``torch.optim.Optimizer``, gradients in place."""
-    factors = make_factors(setting)
     params = [torch.nn.Parameter(p) for p in factors.params]
     for param, grad in zip(params, factors.grads, strict=True):
         param.grad = grad
@@ -107,15 +104,15 @@ def optimizer(make: Callable[..., Any], ours: bool, setting: Setting, judge: Jud
 @suite("optimizer")
 def cases(setting: Setting) -> Iterator[Case]:
     """``grouped_adamw_`` over all factors of the adapted layers."""
-    judge = Judge(setting)
-    providers: dict[str, Callable[[Setting, Judge], Trial]] = {
+    factors = make_factors(setting)
+    judge = Judge(factors)
+    providers: dict[str, Callable[[Factors, Judge], Trial]] = {
         "naive": naive,
         "torch-foreach": partial(optimizer, partial(torch.optim.AdamW, foreach=True), False),
         "torch-fused": partial(optimizer, partial(torch.optim.AdamW, fused=True), False),
         **{f"ours-{backend}": partial(operation, backend) for backend in setting.backends},
         "ours-optimizer": partial(optimizer, lrk.AdamW, True),
     }
-    factors = make_factors(setting)
     elements, item = sum(p.numel() for p in factors.params), factors.params[0].element_size()
     state = factors.moments()[0].element_size()
     yield Case(
@@ -127,5 +124,5 @@ def cases(setting: Setting) -> Iterator[Case]:
         # Read the parameter and the gradient, write the parameter; read and write both moments.
         bytes=elements * (3 * item + 4 * state),
         tensors=len(factors.params),
-        providers={name: partial(build, setting, judge) for name, build in providers.items()},
+        providers={name: lambda build=build: build(factors.copy(), judge) for name, build in providers.items()},
     )
