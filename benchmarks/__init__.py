@@ -1,0 +1,1 @@
+"""Timings, baselines and the plain per-layer versions of every method. Run ``python -m benchmarks --help``."""

@@ -1,0 +1,291 @@
+"""How things are timed.
+
+All providers of a case are built first and judged against fp64. Those that are right are then timed in turn, one call
+each per round, the order rotating: what disturbs the machine disturbs all of them, and each call finds the caches as
+the others left them, as the optimizer finds them after a backward pass. A provider that is wrong, or cannot run here,
+gets a row that says so and shows no time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lowrank_kernels.backends import BackendError, launch_count
+
+from .ceilings import Ceilings
+from .results import Row
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One provider, ready on inputs of its own.
+
+    Attributes:
+        run: one call; what is timed.
+        check: after the very first ``run()``: (error against fp64, tolerance).
+        context: entered around each turn, outside of the clock (to force a backend).
+        ours: whether the launches of this package are to be counted.
+    """
+
+    run: Callable[[], object]
+    check: Callable[[], tuple[float, float]]
+    context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one set of inputs, and who offers it.
+
+    Attributes:
+        op: the operation.
+        shapes: "minilm/qv", as in the CSV.
+        bytes: what must move if everything is read and written once.
+        tensors: how many tensors (or matrices) the call is about.
+        providers: name → builder; the baseline is called "naive". Every builder makes the same inputs anew.
+    """
+
+    op: str
+    shapes: str
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
+    bytes: int
+    tensors: int
+    providers: Mapping[str, Callable[[], Trial]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure a case: at least ``min_rounds`` rounds of all providers, then until ``seconds`` or ``max_rounds`` are
+    reached. Where that would take more than four times ``seconds``, one round to warm up and three to measure are enough."""
+
+    seconds: float = 5.0
+    warmup: int = 3
+    min_rounds: int = 7
+    max_rounds: int = 300
+
+
+#: name of a provider → one list of milliseconds per column
+Times = dict[str, dict[str, list[float]]]
+
+
+def worst(judgements: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of several (error, tolerance) the one that fails most; NaN fails most of all."""
+    return max(judgements, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
+
+
+def passes(error: float, tolerance: float) -> bool:
+    """Whether an error is within its tolerance (NaN is not)."""
+    return error <= tolerance
+
+
+def interleave(calls: Mapping[str, Callable[[], dict[str, float]]], budget: Budget) -> Times:
+    """Call everything in turn, ``budget.warmup`` rounds unrecorded first; each call answers its measured columns.
+
+    Round i starts with provider i mod n, so that nobody always follows the same neighbour's state of the caches.
+    """
+    names = list(calls)
+    times: Times = {name: {} for name in names}
+    if not names:
+        return times
+    warmup = budget.warmup
+    started = time.perf_counter()
+    for index in itertools.count():
+        elapsed = time.perf_counter() - started
+        if index == 1 and elapsed * (budget.warmup + budget.min_rounds) > 4 * budget.seconds:
+            warmup = 1
+        if index == warmup:
+            started, elapsed = time.perf_counter(), 0.0
+        recorded = index - warmup
+        limit = budget.seconds if recorded >= budget.min_rounds else 4 * budget.seconds
+        if recorded >= budget.max_rounds or (recorded >= min(3, budget.min_rounds) and elapsed > limit):
+            break
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            measured = calls[name]()
+            if recorded >= 0:
+                for column, milliseconds in measured.items():
+                    times[name].setdefault(column, []).append(milliseconds)
+    return times
+
+
+def _cpu_clock(trial: Trial) -> Callable[[], dict[str, float]]:
+    def measure() -> dict[str, float]:
+        with trial.context():
+            start = time.perf_counter()
+            trial.run()
+            return {"main": 1e3 * (time.perf_counter() - start)}
+
+    return measure
+
+
+def _cuda_clock(trial: Trial, device: torch.device) -> Callable[[], dict[str, float]]:
+    """Event time, replay time and wall time of one call each.
+
+    Before the events, the device is kept busy for longer than the host needs to issue the call: what lies between the
+    events is then device time, not the host's.
+    """
+    graph = _capture(trial, device)
+    last_wall = [1e-3]
+    cycles_per_second = 2e9  # no current GPU clocks faster; a slower one only waits longer
+
+    def between_events(call: Callable[[], object], head_start: float) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if head_start:
+            torch.cuda._sleep(int(min(head_start, 0.05) * cycles_per_second))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def measure() -> dict[str, float]:
+        with trial.context(), torch.cuda.device(device):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            trial.run()
+            torch.cuda.synchronize(device)
+            last_wall[0] = time.perf_counter() - start
+            columns = {"wall": 1e3 * last_wall[0], "main": between_events(trial.run, 1.5 * last_wall[0])}
+            if graph is not None:
+                columns["graph"] = between_events(graph.replay, 1e-4)
+            return columns
+
+    return measure
+
+
+def _capture(trial: Trial, device: torch.device) -> torch.cuda.CUDAGraph | None:
+    """A CUDA graph of one call; None where the call cannot be captured (it synchronizes, or calls cuSOLVER)."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with trial.context(), torch.cuda.device(device):
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    trial.run()
+            torch.cuda.current_stream(device).wait_stream(side)
+            with torch.cuda.graph(graph):
+                trial.run()
+            graph.replay()
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return None
+    return graph
+
+
+def peak_temporary_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Peak of what torch allocated during the call and had not yet freed. Scratch of compiled code on a CPU is not seen."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        call()
+    # Not profiler.events(): those leave out what was allocated inside an operator.
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Some builds of the profiler log every start and stop to file descriptor 2."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
+
+
+def run_case(case: Case, ceilings: Ceilings, budget: Budget, providers: Sequence[str] | None = None) -> list[Row]:
+    """Judge and time the providers of a case (those whose name begins with one of ``providers``, or all); one row each."""
+    rows: dict[str, Row] = {}
+    trials: dict[str, Trial] = {}
+    for name, build in case.providers.items():
+        if providers and not name.startswith(tuple(providers)):
+            continue
+        rows[name] = row = Row(
+            case.op, name, case.shapes, case.rank, str(case.dtype).removeprefix("torch."), case.device.type,
+            device_name(case.device), torch.get_num_threads(), tensors=case.tensors, bytes=case.bytes,
+            copy_gb_s=ceilings.copy_bandwidth / 1e9, gemm_gflop_s=ceilings.gemm_flops / 1e9,
+            torch=torch.__version__, triton=_triton_version(), python=platform.python_version(), date=date.today().isoformat(),
+        )  # fmt: skip
+        try:
+            trial = build()
+            with trial.context():
+                launches = launch_count()
+                trial.run()
+                row.launches = launch_count() - launches if trial.ours else None
+                row.error, row.tolerance = trial.check()
+        except BackendError as error:
+            row.note = f"not available: {error}"
+            continue
+        if not passes(row.error, row.tolerance):
+            row.note = f"wrong: error {row.error:.3g} exceeds {row.tolerance:.3g}"
+            continue
+        trials[name] = trial
+    clock = _cpu_clock if case.device.type == "cpu" else lambda trial: _cuda_clock(trial, case.device)
+    times = interleave({name: clock(trial) for name, trial in trials.items()}, budget)
+    for name, trial in trials.items():
+        _fill_times(rows[name], times, name, ceilings)
+        with trial.context():
+            rows[name].peak_mib = peak_temporary_bytes(trial.run, case.device) / 2**20
+    return list(rows.values())
+
+
+def _fill_times(row: Row, times: Times, name: str, ceilings: Ceilings) -> None:
+    main = times[name]["main"]
+    row.rounds = len(main)
+    row.median_ms = statistics.median(main)
+    row.p20_ms, *_, row.p80_ms = statistics.quantiles(main, n=5) if len(main) > 1 else (main[0], main[0])
+    for column, attribute in (("graph", "graph_ms"), ("wall", "wall_ms")):
+        if column in times[name]:
+            setattr(row, attribute, statistics.median(times[name][column]))
+    if "naive" in times:
+        row.ratio_to_naive = statistics.median(own / naive for own, naive in zip(main, times["naive"]["main"], strict=True))
+    assert row.bytes is not None
+    row.copy_share = row.bytes / (1e-3 * row.median_ms) / ceilings.copy_bandwidth

@@ -1,0 +1,92 @@
+"""The rows of the benchmark: one tidy CSV, where a re-run replaces what it measured before."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass
+class Row:
+    """One provider on one case. Empty fields were not measured (and say so in ``note``, if something kept them from it).
+
+    Attributes:
+        shapes: model and layers, such as "minilm/qv".
+        median_ms, p20_ms, p80_ms: wall time on a CPU; on a GPU device time between events, the queue being full.
+        graph_ms: median time of a replayed CUDA graph.
+        wall_ms: median wall time of an eager call on a GPU, synchronized.
+        ratio_to_naive: median over the rounds of this provider's time by that of "naive" in the same round.
+        bytes: what must move between memory and processor if everything is read and written once.
+        copy_share: bytes / median time, as a share of the copy bandwidth measured in the same run.
+        launches: kernel launches and calls into compiled code, for our own providers.
+        peak_mib: peak of the temporary memory that torch allocated during the call.
+        error, tolerance: against fp64; a row with error > tolerance has no times.
+        note: why there is no time.
+    """
+
+    op: str
+    provider: str
+    shapes: str
+    rank: int
+    dtype: str
+    device: str
+    device_name: str
+    threads: int
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    graph_ms: float | None = None
+    wall_ms: float | None = None
+    ratio_to_naive: float | None = None
+    rounds: int | None = None
+    tensors: int | None = None
+    bytes: int | None = None
+    copy_share: float | None = None
+    copy_gb_s: float | None = None
+    gemm_gflop_s: float | None = None
+    launches: int | None = None
+    peak_mib: float | None = None
+    error: float | None = None
+    tolerance: float | None = None
+    note: str = ""
+    torch: str = ""
+    triton: str = ""
+    python: str = ""
+    date: str = ""
+
+
+#: Rows that agree in these replace each other.
+KEY = ("op", "provider", "shapes", "rank", "dtype", "device", "device_name", "threads")
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def _as_text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file as text; none if it does not exist."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def upsert(path: Path, rows: Iterable[Row]) -> None:
+    """Write ``rows`` into ``path``: a row replaces the one with the same key where that stands, new ones go to the end."""
+    table = {tuple(row.get(name, "") for name in KEY): row for row in read(path)}
+    for row in rows:
+        text = {name: _as_text(value) for name, value in asdict(row).items()}
+        table[tuple(text[name] for name in KEY)] = text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
+    os.replace(temporary, path)

@@ -1,0 +1,206 @@
+"""The benchmark harness: it must not show the time of a wrong answer, nor favour a provider, nor lose rows."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+
+from benchmarks.ceilings import Ceilings
+from benchmarks.harness import Budget, Case, Trial, interleave, passes, peak_temporary_bytes, run_case, worst
+from benchmarks.results import Row, read, upsert
+from benchmarks.shapes import MODELS, layers
+from benchmarks.suites import SUITES, Setting
+from lowrank_kernels.backends import BackendError, count_launch
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(copy_bandwidth=1e9, gemm_flops=1e12)
+QUICK = Budget(seconds=0.5, warmup=1, min_rounds=4, max_rounds=4)
+
+
+def make_case(**providers) -> Case:
+    return Case("op", "model/all", 8, torch.float32, CPU, bytes=1000, tensors=1, providers=providers)
+
+
+def make_row(provider: str, median: float | None, **more) -> Row:
+    return Row("op", provider, "minilm/all", 8, "float32", "cpu", "a, processor", 2, median_ms=median, **more)
+
+
+def test_upsert_replaces_the_row_with_the_same_key_and_keeps_the_others(tmp_path):
+    path = tmp_path / "new" / "results.csv"
+    upsert(path, [make_row("naive", 2.0), make_row("ours", 1.0, copy_share=0.5)])
+    upsert(path, [make_row("naive", 3.0)])
+    upsert(path, [make_row("ours", None, note="wrong: error 1 exceeds 0.1, by far"), make_row("other", 4.0)])
+    other_rank = make_row("naive", 5.0)
+    other_rank.rank = 16
+    upsert(path, [other_rank])
+    rows = read(path)
+    assert [(row["provider"], row["rank"], row["median_ms"]) for row in rows] == [
+        ("naive", "8", "3"),
+        ("ours", "8", ""),
+        ("other", "8", "4"),
+        ("naive", "16", "5"),
+    ]
+    assert rows[1]["copy_share"] == "", "a column of the replaced row must not survive in the new one"
+    assert rows[1]["note"] == "wrong: error 1 exceeds 0.1, by far" and rows[0]["device_name"] == "a, processor"
+
+
+def test_a_wrong_provider_shows_no_time_and_is_not_timed():
+    calls = {"right": 0, "wrong": 0, "nan": 0}
+
+    def provider(name: str, error: float):
+        def build() -> Trial:
+            def run() -> None:
+                calls[name] += 1
+
+            return Trial(run, lambda: (error, 1e-6))
+
+        return build
+
+    def unavailable() -> Trial:
+        raise BackendError("not on this machine")
+
+    case = make_case(naive=provider("right", 1e-7), wrong=provider("wrong", 1e-2), nan=provider("nan", math.nan), absent=unavailable)
+    rows = {row.provider: row for row in run_case(case, CEILINGS, QUICK)}
+    assert rows["naive"].median_ms is not None and rows["naive"].ratio_to_naive == 1.0 and rows["naive"].note == ""
+    for name in ("wrong", "nan", "absent"):
+        row = rows[name]
+        times = (row.median_ms, row.p20_ms, row.p80_ms, row.graph_ms, row.wall_ms, row.ratio_to_naive, row.copy_share)
+        assert times == (None,) * 7 and row.note
+    assert rows["wrong"].error == 1e-2 and rows["wrong"].note.startswith("wrong")
+    assert calls["wrong"] == calls["nan"] == 1, "only the call that was judged"
+
+
+def test_the_suites_reject_a_wrong_result(monkeypatch):
+    """The gate of each suite sees a kernel that does nothing, one that forgets a tensor, and one that ignores the old signs."""
+    from benchmarks.suites import linalg, optimizer
+
+    setting = Setting("minilm", "qv", 4, torch.float32, CPU)
+    for broken in (lambda *args, **kwargs: None, lambda p, g, m, v, **kwargs: optimizer.adamw_(p[1:], g[1:], m[1:], v[1:], **kwargs)):
+        monkeypatch.setattr(optimizer, "grouped_adamw_", broken)
+        factors = optimizer.make_factors(setting)
+        trial = optimizer.operation("reference", factors.copy(), optimizer.Judge(factors))
+        trial.run()
+        assert not passes(*trial.check())
+    right = linalg.grouped_qr
+    for broken in (lambda xs, previous, out: None, lambda xs, previous, out: right(xs, None, out=out)):
+        monkeypatch.setattr(linalg, "grouped_qr", broken)
+        bases = linalg.make_bases(setting)
+        trial = linalg.operation("reference", bases.copy(), linalg.Judge(bases))
+        trial.run()
+        assert not passes(*trial.check())
+
+
+@pytest.mark.parametrize("suite", sorted(SUITES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_provider_of_the_suites_is_right(suite, dtype):
+    for case in SUITES[suite](Setting("minilm", "qv", 4, dtype, CPU)):
+        rows = {row.provider: row for row in run_case(case, CEILINGS, QUICK)}
+        assert rows["naive"].median_ms and rows["ours-reference"].median_ms
+        assert not [row.note for row in rows.values() if row.note.startswith("wrong")]
+
+
+def test_providers_take_turns_and_the_first_of_a_round_rotates():
+    order: list[str] = []
+
+    def call(name: str):
+        def measure() -> dict[str, float]:
+            order.append(name)
+            return {"main": float(len(order))}
+
+        return measure
+
+    times = interleave({name: call(name) for name in "abc"}, Budget(seconds=9.0, warmup=1, min_rounds=3, max_rounds=3))
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert [len(times[name]["main"]) for name in "abc"] == [3, 3, 3], "the warm-up round is not recorded"
+    assert times["b"]["main"] == [4.0, 9.0, 11.0]
+
+
+def test_the_budget_decides_how_many_rounds():
+    def rounds(seconds_per_call: float, **budget) -> int:
+        def measure() -> dict[str, float]:
+            time.sleep(seconds_per_call)
+            calls.append(0)
+            return {"main": 1.0}
+
+        calls: list[int] = []
+        recorded = len(interleave({"a": measure}, Budget(**budget))["a"]["main"])
+        assert len(calls) - recorded == (budget["warmup"] if seconds_per_call == 0 else 1)
+        return recorded
+
+    assert rounds(0.0, seconds=10.0, warmup=5, min_rounds=2, max_rounds=6) == 6, "the largest number, if there is time"
+    assert rounds(0.05, seconds=0.001, warmup=5, min_rounds=9, max_rounds=50) == 3, "too slow: three rounds are enough"
+    assert 4 <= rounds(0.02, seconds=0.07, warmup=1, min_rounds=4, max_rounds=50) < 8, "then no more than there is time for"
+
+
+def test_ratio_is_taken_within_rounds(monkeypatch):
+    """A machine that slows down tenfold in the middle does not change the ratio."""
+    from benchmarks import harness
+
+    speeds = {"naive": 4.0, "ours": 1.0}
+    rounds = {"naive": 0, "ours": 0}
+
+    def clock(trial: Trial):
+        name = trial.run()
+
+        def measure() -> dict[str, float]:
+            rounds[name] += 1
+            return {"main": speeds[name] * (10 if rounds[name] > 2 else 1)}
+
+        return measure
+
+    monkeypatch.setattr(harness, "_cpu_clock", clock)
+    providers = {name: (lambda name=name: Trial(lambda: name, lambda: (0.0, 1.0), ours=name == "ours")) for name in speeds}
+    rows = {row.provider: row for row in run_case(make_case(**providers), CEILINGS, QUICK)}
+    assert rows["ours"].ratio_to_naive == 0.25
+    assert rows["ours"].copy_share == pytest.approx(1000 / (rows["ours"].median_ms * 1e-3) / 1e9)
+
+
+def test_launches_are_counted_for_one_call_of_ours_only():
+    def build(ours: bool):
+        def run() -> None:
+            count_launch()
+            count_launch()
+
+        return lambda: Trial(run, lambda: (0.0, 1.0), ours=ours)
+
+    rows = {row.provider: row for row in run_case(make_case(naive=build(False), ours=build(True)), CEILINGS, QUICK)}
+    assert rows["ours"].launches == 2 and rows["naive"].launches is None
+
+
+def test_bytes_that_must_move_by_hand():
+    # MiniLM, query and value: 6 blocks × 2 layers × (4 × 384 + 384 × 4) = 36,864 elements in 24 matrices.
+    (adamw,) = SUITES["optimizer"](Setting("minilm", "qv", 4, torch.float32, CPU))
+    assert (adamw.tensors, adamw.bytes) == (24, 36_864 * 7 * 4)
+    (adamw,) = SUITES["optimizer"](Setting("minilm", "qv", 4, torch.bfloat16, CPU))
+    assert adamw.bytes == 36_864 * (3 * 2 + 4 * 4), "the moments of bf16 parameters are fp32"
+    (qr,) = SUITES["linalg"](Setting("minilm", "qv", 4, torch.float32, CPU))
+    assert (qr.tensors, qr.bytes) == (24, 3 * 36_864 * 4 + 24 * 4 * 4 * 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "trainable"),
+    # What `print_trainable_parameters()` says for these models at r = 16 on all linear layers.
+    [("llama3-8b", 41_943_040), ("llama-1b", 11_272_192), ("gemma-2b", 19_611_648)],
+)
+def test_shape_tables_have_the_known_number_of_adapter_parameters(model, trainable):
+    assert sum(16 * (d_out + d_in) for d_out, d_in in layers(model)) == trainable
+    assert len(layers(model, "qv")) == 2 * MODELS[model].blocks
+
+
+def test_worst_prefers_nan_and_judges_relative_to_the_tolerance():
+    assert worst([(1e-3, 1.0), (1e-6, 1e-7), (0.5, 1.0)]) == (1e-6, 1e-7)
+    assert math.isnan(worst([(10.0, 1.0), (math.nan, 1.0)])[0]) and not passes(math.nan, 1.0)
+
+
+def test_peak_memory_sees_temporaries_that_are_gone_at_the_end():
+    def call() -> torch.Tensor:
+        first = torch.empty(1 << 18)
+        second = first + 1
+        del first
+        return second.sum()
+
+    peak = peak_temporary_bytes(call, CPU)
+    assert 2 * 4 * (1 << 18) <= peak < 2.1 * 4 * (1 << 18)
