@@ -85,8 +85,9 @@ def _module_scale(layer: nn.Module, adapter: str) -> float | None:
     scaling = getattr(layer, "scaling", None)
     if isinstance(scaling, Mapping) and adapter in scaling:
         return float(scaling[adapter])
-    if hasattr(layer, "alpha") and hasattr(layer, "rank"):
-        return float(layer.alpha) / layer.rank
+    alpha, rank = getattr(layer, "alpha", None), getattr(layer, "rank", None)
+    if isinstance(alpha, (int, float)) and isinstance(rank, int):
+        return float(alpha) / rank
     return None
 
 
