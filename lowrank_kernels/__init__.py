@@ -1,1 +1,35 @@
+"""Low-rank adapters and optimizers for PyTorch that treat all layers of a model at once."""
+
 from . import ops
+from .adapters import (
+    LowRankLinear,
+    adapt,
+    adapter_state_dict,
+    delta_weights,
+    export_peft,
+    load_adapter,
+    load_adapter_state_dict,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from .pairs import Pair, pairs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LowRankLinear",
+    "Pair",
+    "__version__",
+    "adapt",
+    "adapter_state_dict",
+    "delta_weights",
+    "export_peft",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "merge",
+    "ops",
+    "pairs",
+    "save_adapter",
+    "unmerge",
+]
