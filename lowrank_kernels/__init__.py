@@ -14,16 +14,22 @@ from .adapters import (
     unmerge,
 )
 from .explain import explain
-from .optim import AdamW, SDSLoRA
+from .optim import AdamW, AltLoRA, AltLoRAPlus, LoRAPro, LoRARITE, ScaledAdamW, ScaledGD, SDSLoRA
 from .pairs import Pair, pairs
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdamW",
+    "AltLoRA",
+    "AltLoRAPlus",
+    "LoRAPro",
+    "LoRARITE",
     "LowRankLinear",
     "Pair",
     "SDSLoRA",
+    "ScaledAdamW",
+    "ScaledGD",
     "__version__",
     "adapt",
     "adapter_state_dict",

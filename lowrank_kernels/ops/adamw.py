@@ -29,13 +29,19 @@ def grouped_adamw_(
     maximize: bool = False,
     grad_maps: Tensor | None = None,
     momentum_maps: Tensor | None = None,
+    param_maps: Tensor | None = None,
+    direction_maps: Tensor | None = None,
     rank_dims: Sequence[int] = (),
+    new_grams: Tensor | None = None,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, decoupled decay) of a whole list of parameters, in place::
 
-        g = P_i · grad_i
+        g = P_i · grad_i + T_i · x
         m = β₁ C_i · m + (1-β₁) g ;   v = β₂ v + (1-β₂) g²
-        x = (1 - lr·weight_decay) x - lr · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + eps),   t = step - missed[i]
+        x = (1 - lr·weight_decay) x - lr · D_i · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + eps),   t = step - missed[i]
+
+    The r×r maps P, C, T, D are identities (T: zero) unless given. P alone is ScaledAdamW's step, P and C are AltLoRA's,
+    P and T LoRA-Pro's, P, C and D LoRA-RITE's.
 
     Args:
         params: any shapes and (for matrices) any strides, of one dtype and device; updated in place.
@@ -47,9 +53,12 @@ def grouped_adamw_(
         missed: per parameter, how many of these steps it did not take (its gradient was None); empty means none.
         bias_correction: divide the moments by ``1-βᵗ``, as Adam does.
         maximize: ascend.
-        grad_maps, momentum_maps: P and C, stacked (N, r, r), fp32 at least; every parameter is then a matrix.
-        rank_dims: with maps, which dimension of each parameter is r: 0 for A (r, d), mapped as ``P g``; 1 for B (d, r),
-            mapped as ``g P``.
+        grad_maps, momentum_maps, param_maps, direction_maps: P, C, T and D, stacked (N, r, r), fp32 (fp64 for fp64
+            parameters); every parameter is then a matrix.
+        rank_dims: with maps or new_grams, which dimension of each parameter is r: 0 for A (r, d), mapped as ``P g``; 1 for
+            B (d, r), mapped as ``g P``.
+        new_grams: (N, 2, r, r), fp32 or fp64, written: the Gram matrix of the new factor and its cross-Gram with the old one,
+            ``XᵀX`` and ``XᵀX_old`` for B, ``XXᵀ`` and ``XX_oldᵀ`` for A, formed in the same pass while the old factor is known.
 
     Raises:
         TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
@@ -78,8 +87,9 @@ def grouped_adamw_(
                 raise ValueError(f"{_NAME}: {name}[{index}] must be contiguous, got strides {state.stride()}")
     if missed:
         check_same_length(_NAME, params=params, missed=missed)
-    if grad_maps is not None or momentum_maps is not None:
-        _check_maps(params, grad_maps, momentum_maps, rank_dims, state_dtype)
+    maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
+    if new_grams is not None or any(value is not None for value in maps.values()):
+        _check_maps(params, maps, new_grams, rank_dims, state_dtype)
     torch.ops.lowrank_kernels.grouped_adamw_(
         list(params),
         list(grads),
@@ -87,7 +97,10 @@ def grouped_adamw_(
         list(exp_avg_sqs),
         grad_maps,
         momentum_maps,
+        param_maps,
+        direction_maps,
         list(rank_dims),
+        new_grams,
         lr if not isinstance(lr, Tensor) else 0.0,
         lr if isinstance(lr, Tensor) else None,
         *betas,
@@ -102,7 +115,7 @@ def grouped_adamw_(
 
 
 def _check_maps(
-    params: Sequence[Tensor], grad_maps: Tensor | None, momentum_maps: Tensor | None, rank_dims: Sequence[int], dtype: torch.dtype
+    params: Sequence[Tensor], maps: dict[str, Tensor | None], new_grams: Tensor | None, rank_dims: Sequence[int], dtype: torch.dtype
 ) -> None:
     check_same_length(_NAME, params=params, rank_dims=rank_dims)
     if any(dim not in (0, 1) for dim in rank_dims):
@@ -112,11 +125,16 @@ def _check_maps(
     for index, (param, dim) in enumerate(zip(params, rank_dims, strict=True)):
         if param.shape[dim] != rank:
             raise ValueError(f"{_NAME}: params[{index}] of shape {tuple(param.shape)} does not have rank {rank}; call once per rank")
-    for name, maps in (("grad_maps", grad_maps), ("momentum_maps", momentum_maps)):
-        if maps is not None and (maps.shape != (len(params), rank, rank) or maps.dtype != dtype or maps.device != params[0].device):
+    count, device = len(params), params[0].device
+    expected: list[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = [
+        *((name, value, (count, rank, rank), (dtype,)) for name, value in maps.items()),
+        ("new_grams", new_grams, (count, 2, rank, rank), (dtype, torch.float64)),
+    ]
+    for name, value, shape, dtypes in expected:
+        if value is not None and (value.shape != shape or value.dtype not in dtypes or value.device != device):
             raise ValueError(
-                f"{_NAME}: {name} must be {dtype} of shape {(len(params), rank, rank)} on {params[0].device}, "
-                f"got {maps.dtype} of shape {tuple(maps.shape)} on {maps.device}"
+                f"{_NAME}: {name} must be {dtypes[0]} of shape {shape} on {device}, "
+                f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
             )
 
 
@@ -127,7 +145,10 @@ def _grouped_adamw_(
     exp_avg_sqs: list[Tensor],
     grad_maps: Tensor | None,
     momentum_maps: Tensor | None,
+    param_maps: Tensor | None,
+    direction_maps: Tensor | None,
     rank_dims: list[int],
+    new_grams: Tensor | None,
     lr: float,
     lr_tensor: Tensor | None,
     beta1: float,
@@ -149,7 +170,10 @@ def _grouped_adamw_(
         exp_avg_sqs,
         grad_maps,
         momentum_maps,
+        param_maps,
+        direction_maps,
         rank_dims,
+        new_grams,
         lr if lr_tensor is None else lr_tensor,
         beta1,
         beta2,
@@ -166,7 +190,7 @@ def _grouped_adamw_(
 define(
     _NAME,
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? grad_maps, "
-    "Tensor? momentum_maps, int[] rank_dims, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
+    "Tensor? momentum_maps, Tensor? param_maps, Tensor? direction_maps, int[] rank_dims, Tensor(d!)? new_grams, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
     "float weight_decay, int step, Tensor? step_tensor, int[] missed, bool bias_correction, bool maximize) -> ()",
     _grouped_adamw_,
     lambda *args: None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict
 
 import torch
@@ -44,20 +44,14 @@ class FactorPair:
     holds_bases: bool
 
 
-@dataclass
-class _Bucket:
-    """Parameters that one call of ``grouped_adamw_`` takes: one device, one dtype, one set of hyperparameters."""
-
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    missed: list[int] = field(default_factory=list)
-
-
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Optimizer state is fp32 for bf16, fp16 and fp32 parameters, fp64 for fp64 ones."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def moments(like: Tensor, *names: str) -> dict[str, Tensor]:
+    """Zero moments of a parameter."""
+    return {name: torch.zeros(like.shape, dtype=state_dtype(like.dtype), device=like.device) for name in names}
 
 
 class AdamWOptions(TypedDict, total=False):
@@ -69,6 +63,7 @@ class AdamWOptions(TypedDict, total=False):
     differentiable: bool
     fused: bool | None
     scale: float | None
+    lr_ratio: float
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -84,6 +79,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         amsgrad, differentiable: not supported; True is an error.
         foreach, fused: accepted as ``torch.optim.AdamW`` accepts them; there is one, fused, implementation.
         scale: s of every pair whose module is not known (only tensors or names were given).
+        lr_ratio: the learning rate of every B over that of its A (LoRA+, Hayou et al. 2024); 1 is AdamW's.
 
     State, one dictionary per parameter, tensors only, created by the first ``step()``: ``exp_avg`` and ``exp_avg_sq``
     in fp32 (fp64 for fp64 parameters). The step counter is one per group, ``group["step"]`` (a device tensor when
@@ -108,6 +104,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         scale: float | None = None,
+        lr_ratio: float = 1.0,
         method_defaults: dict[str, Any] | None = None,
     ) -> None:
         name = type(self).__name__
@@ -117,10 +114,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: differentiable=True is not supported; step() is not differentiated through")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if scale is not None and not scale > 0:
-            raise ValueError(f"{name}: scale must be positive, got {scale}")
+        for key, value in (("scale", scale), ("lr_ratio", lr_ratio)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: {key} must be positive, got {value}")
         self._pairs: list[FactorPair] = []
         self._factors: list[frozenset[int]] = []
+        self._second_factors: list[frozenset[int]] = []
         self._scale = scale
         self._constructed = False
         known = pairs(params) if isinstance(params, nn.Module) else []
@@ -133,6 +132,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             foreach=foreach,
             capturable=capturable,
             fused=fused,
+            lr_ratio=lr_ratio,
             method=name,
             **(method_defaults or {}),
         )
@@ -209,7 +209,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt"
             )
         positions_of_factors = [position for pair in self._pairs for position in (pair.a, pair.b)]
-        self._factors = [frozenset(i for g, i in positions_of_factors if g == index) for index in range(len(self.param_groups))]
+        groups = range(len(self.param_groups))
+        self._factors = [frozenset(i for g, i in positions_of_factors if g == index) for index in groups]
+        self._second_factors = [frozenset(pair.b[1] for pair in self._pairs if pair.b[0] == index) for index in groups]
         self._accept_pairs()
         if unknown_scale and self.requires_pairs:
             warnings.warn(
@@ -227,6 +229,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _at(self, position: Position) -> Tensor:
         return self.param_groups[position[0]]["params"][position[1]]
+
+    def _rank(self, pair: FactorPair) -> int:
+        """The trained rank r."""
+        return self._at(pair.a).shape[0]
+
+    def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[list[FactorPair]]:
+        """The pairs in lists of one device, dtype, rank and parameter groups: what one call of an operation takes."""
+        buckets: defaultdict[Any, list[FactorPair]] = defaultdict(list)
+        for pair in pairs:
+            a = self._at(pair.a)
+            buckets[a.device, a.dtype, self._rank(pair), pair.a[0], pair.b[0]].append(pair)
+        yield from buckets.values()
 
     # ---------------------------------------------------------------- the step
 
@@ -270,6 +284,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """For parameters of which only a part is trained: position → the slice that is."""
         return {}
 
+    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
+        """The initial state of a factor, of which ``part`` is trained."""
+        return moments(part, "exp_avg", "exp_avg_sq")
+
     def _create_state(self) -> None:
         """Every key of every parameter's state, at once, in its final shape."""
         for group_index, group in enumerate(self.param_groups):
@@ -283,46 +301,53 @@ class LowRankOptimizer(torch.optim.Optimizer):
                         group["missed"][index] = int(group["step"] - since)
                     parts = self._trained_parts(group_index) if parts is None else parts
                     part = p[parts[index]] if index in parts else p
-                    self.state[p] = {
-                        key: torch.zeros_like(part, dtype=state_dtype(p.dtype), memory_format=torch.contiguous_format)
-                        for key in ("exp_avg", "exp_avg_sq")
-                    }
+                    is_factor = index in self._factors[group_index]
+                    self.state[p] = self._factor_state(group, part) if is_factor else moments(part, "exp_avg", "exp_avg_sq")
 
-    def _moment_step(self, group_index: int) -> None:
-        """AdamW on every parameter of the group that has a gradient: one call per device, dtype and kind."""
-        group = self.param_groups[group_index]
-        factors, parts, missed = self._factors[group_index], self._trained_parts(group_index), group["missed"]
-        buckets: defaultdict[tuple[bool, torch.device, torch.dtype], _Bucket] = defaultdict(_Bucket)
-        for index, p in enumerate(group["params"]):
-            grad = p.grad
-            if grad is None:
-                if p in self.state:
-                    missed[index] = missed.get(index, 0) + 1
-                continue
-            if grad.is_sparse:
+    def _moment_step(self, group_index: int, indices: Iterable[int] | None = None) -> None:
+        """AdamW on those parameters of the group (all, if not told) that have a gradient: one call per device, dtype and kind."""
+        group, factors = self.param_groups[group_index], self._factors[group_index]
+        indices = range(len(group["params"])) if indices is None else indices
+        buckets: defaultdict[tuple[bool, bool, torch.device, torch.dtype], list[int]] = defaultdict(list)
+        second = self._second_factors[group_index] if group["lr_ratio"] != 1.0 else ()
+        for index in indices:
+            p = group["params"][index]
+            if p.grad is None:
+                self._miss(group, index)
+            else:
+                buckets[index in factors, index in second, p.device, p.dtype].append(index)
+        for (is_factor, is_second, _, _), members in buckets.items():
+            self._adamw(group_index, members, is_factor=is_factor, is_second=is_second)
+
+    def _miss(self, group: dict[str, Any], index: int) -> None:
+        """Note that a parameter does not take this step: its bias correction lags behind by one."""
+        if group["params"][index] in self.state:
+            group["missed"][index] = group["missed"].get(index, 0) + 1
+
+    def _adamw(self, group_index: int, members: list[int], *, is_factor: bool, is_second: bool, **options: Any) -> None:
+        """One call of ``grouped_adamw_`` on parameters that all have a gradient; ``options`` replace what AdamW would pass."""
+        group, parts = self.param_groups[group_index], self._trained_parts(group_index)
+        params, grads = [], []
+        for index in members:
+            p = group["params"][index]
+            if p.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            bucket = buckets[index in factors, p.device, p.dtype]
             part = parts.get(index)
-            bucket.params.append(p if part is None else p[part])
-            bucket.grads.append(grad if part is None else grad[part])
-            state = self.state[p]
-            bucket.exp_avgs.append(state["exp_avg"])
-            bucket.exp_avg_sqs.append(state["exp_avg_sq"])
-            bucket.missed.append(missed.get(index, 0))
-        for (is_factor, _, _), bucket in buckets.items():
-            grouped_adamw_(
-                bucket.params,
-                bucket.grads,
-                bucket.exp_avgs,
-                bucket.exp_avg_sqs,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["factor_weight_decay" if is_factor else "weight_decay"],
-                step=group["step"] - group["cleared_at"] if is_factor else group["step"],
-                missed=bucket.missed if any(bucket.missed) else (),
-                maximize=group["maximize"],
-            )
+            params.append(p if part is None else p[part])
+            grads.append(p.grad if part is None else p.grad[part])
+        states = [self.state[group["params"][index]] for index in members]
+        missed = [group["missed"].get(index, 0) for index in members] if group["missed"] else []
+        arguments: dict[str, Any] = {
+            "lr": group["lr"] * group["lr_ratio"] if is_second else group["lr"],
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "weight_decay": group["factor_weight_decay" if is_factor else "weight_decay"],
+            "step": group["step"] - group["cleared_at"] if is_factor else group["step"],
+            "missed": missed if any(missed) else (),
+            "maximize": group["maximize"],
+        }
+        exp_avgs, exp_avg_sqs = ([s[key] for s in states if key in s] for key in ("exp_avg", "exp_avg_sq"))
+        grouped_adamw_(params, grads, exp_avgs, exp_avg_sqs, **{**arguments, **options})
 
     def _clear_factor_state(self, cleared: list[FactorPair]) -> None:
         """Zero the factors' moments in the groups of these pairs and restart their bias correction; other state stays."""
@@ -377,7 +402,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                         )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_pairs", "_factors", "_scale", "_constructed")
+        kept = ("_pairs", "_factors", "_second_factors", "_scale", "_constructed")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     # ---------------------------------------------------------------- explain()
@@ -390,5 +415,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for index, p in enumerate(group["params"]):
                 buckets[p.device, p.dtype].append(p.detach()[parts[index]] if index in parts else p.detach())
             for (device, _), tensors in buckets.items():
+                maps = (None, None, None, None, [], None)
                 hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], 1, [], True, group["maximize"])
-                yield "grouped_adamw_", device.type, (tensors, tensors, [], [], None, None, [], *hyperparameters)
+                yield "grouped_adamw_", device.type, (tensors, tensors, [], [], *maps, *hyperparameters)

@@ -189,7 +189,6 @@ class DecoupledOptimizer(LowRankOptimizer):
     # ---------------------------------------------------------------- the two roads
 
     def _rank(self, pair: FactorPair) -> int:
-        """The trained rank r."""
         rows = self._at(pair.a).shape[0]
         return rows if pair.holds_bases else rows // 2
 
@@ -201,14 +200,6 @@ class DecoupledOptimizer(LowRankOptimizer):
         a, b, rank = a.detach(), b.detach(), self._rank(pair)
         trained = _half(False, rank, decoupled, idle=False)
         return DecoupledFactors(a[:rank], b[trained], a[rank:], b[:, :rank])
-
-    def _alike(self, due: list[FactorPair]) -> Iterator[list[FactorPair]]:
-        """The pairs in lists of one device, dtype and rank: what one call of an operation takes."""
-        buckets: defaultdict[Any, list[FactorPair]] = defaultdict(list)
-        for pair in due:
-            a = self._at(pair.a)
-            buckets[a.device, a.dtype, self._rank(pair)].append(pair)
-        yield from buckets.values()
 
     def _half_of(self, pair: FactorPair, position: Position, step: int, *, idle: bool) -> tuple[slice, ...]:
         decoupled = self._is_decoupled(self.param_groups[position[0]], step)

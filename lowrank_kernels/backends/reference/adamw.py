@@ -21,7 +21,10 @@ def grouped_adamw_(
     exp_avg_sqs: list[Tensor],
     grad_maps: Tensor | None,
     momentum_maps: Tensor | None,
+    param_maps: Tensor | None,
+    direction_maps: Tensor | None,
     rank_dims: list[int],
+    new_grams: Tensor | None,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -34,10 +37,11 @@ def grouped_adamw_(
 ) -> None:
     """One step for each i, in fp32 at least::
 
-        g = P_i · grad_i                     (grad_maps; no map: P = I)
+        g = P_i · grad_i + T_i · x           (grad_maps, param_maps; no map: P = I, T = 0)
         m = β₁ C_i · m + (1-β₁) g            (momentum_maps; no exp_avgs: m = g)
         v = β₂ v + (1-β₂) g²                 (no exp_avg_sqs: the direction is m itself)
-        x = (1 - lr·weight_decay) x - lr · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + eps)
+        x = (1 - lr·weight_decay) x - lr · D_i · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + eps)       (direction_maps; no map: D = I)
+        new_grams[i] = (XᵀX, XᵀX_old) with X = x (d, r), or X = xᵀ for x (r, d)
 
     with ``t = step - missed[i]`` (``missed`` empty: no steps were missed) and no bias correction if not asked for.
     """
@@ -47,6 +51,9 @@ def grouped_adamw_(
             g = -g
         if grad_maps is not None:
             g = apply_map(grad_maps[i], g, rank_dims[i])
+        old = param.to(g.dtype)
+        if param_maps is not None:
+            g = g + apply_map(param_maps[i], old, rank_dims[i])
         t = step - missed[i] if missed else step
         correction1 = 1 - beta1**t if bias_correction else 1.0
         correction2 = 1 - beta2**t if bias_correction else 1.0
@@ -61,4 +68,13 @@ def grouped_adamw_(
         if exp_avg_sqs:
             v = exp_avg_sqs[i].mul_(beta2).addcmul_(g, g, value=1 - beta2)
             direction = direction / ((v / correction2).sqrt() + eps)
-        param.copy_(param.to(g.dtype) * (1 - lr * weight_decay) - lr * direction)
+        if direction_maps is not None:
+            direction = apply_map(direction_maps[i], direction, rank_dims[i])
+        new = old * (1 - lr * weight_decay) - lr * direction
+        if new_grams is not None:
+            # Of the factor as it is stored, rounding included: the next step sees that one.
+            tall_new, tall_old = (x.mT if rank_dims[i] == 0 else x for x in (new.to(param.dtype), param))
+            tall_new, tall_old = tall_new.to(new_grams.dtype), tall_old.to(new_grams.dtype)
+            new_grams[i, 0].copy_(tall_new.mT @ tall_new)
+            new_grams[i, 1].copy_(tall_new.mT @ tall_old)
+        param.copy_(new)

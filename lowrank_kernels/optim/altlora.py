@@ -1,0 +1,148 @@
+"""AltLoRA and AltLoRA+: alternating projections of the full gradient, with momentum that stays aligned."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..ops import grouped_solve
+from .base import AdamWOptions, FactorPair, ParamsT, moments, state_dtype
+from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+
+ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
+
+
+class AltLoRA(PreconditionedOptimizer):
+    """AltLoRA (Algorithm 1 of the AltLoRA paper): one factor's turn a step. A's turn, with G the full gradient::
+
+        g = s⁻² (BᵀB + δI)⁻¹ ∂A                 the best approximation of G by sBg (Theorem 1)
+        M ← β₁ C_A M + (1-β₁) g                 C_A carries M from the old column space of B to the new (Theorem 2)
+        A ← A - lr (M + weight_decay·A)
+
+    B's turn is the mirror image, with the current A. The previous factors are not stored: after each update of B,
+    ``C_A ← (BᵀB + δI)⁻¹ (BᵀB_old) C_A``, r×r, formed in the pass that writes B; after A's turn C_A = I. A turn whose
+    gradient is None changes nothing. The trajectory of ΔW does not depend on how ΔW is split into B and A (Theorem 4).
+
+    Args:
+        params, lr, maximize, scale, lr_ratio, …: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with
+            its default betas, eps and weight decay.
+        momentum: β₁, without bias correction.
+        weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
+        order: whose turn is first: "B" (B = 0 at the start, so A's gradient is zero), "A", or "joint": both in every step, from the
+            factors as they were.
+        damping: δ, absolute.
+        freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
+            DistributedDataParallel and torch.compile do not like parameters whose ``requires_grad`` changes.
+
+    State of a factor: ``exp_avg`` and ``transport`` (r, r).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float | None = None,
+        *,
+        order: str = "B",
+        damping: float = DEFAULT_DAMPING,
+        freeze_idle: bool = False,
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"Invalid momentum value: {momentum}")
+        method = {"momentum": momentum, **_alternation(type(self).__name__, order, damping, freeze_idle)}
+        super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
+
+    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
+        transport = torch.eye(min(part.shape), dtype=state_dtype(part.dtype), device=part.device)
+        return {**moments(part, "exp_avg"), "transport": transport}
+
+    def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
+        """How the moment step differs from AdamW's."""
+        return {"betas": (group["momentum"], 0.0), "bias_correction": False}
+
+    def _step_pairs(self, pairs: list[FactorPair]) -> None:
+        group = self._group(pairs, "A")
+        turn = ORDERS[group["order"]][(int(group["step"]) - 1) % 2]
+        for idle in set("AB") - set(turn):
+            for pair in pairs:
+                self._miss(self._group([pair], idle), self._position(pair, idle)[1])
+        active = {side: self._with_gradient(pairs, side) for side in turn}
+        # Jacobi: every preconditioner from the factors as they were.
+        inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in turn if active[side]}
+        new_grams: dict[str, Tensor] = {}
+        for side, inverse in inverses.items():
+            scales = torch.tensor([pair.scale**-2 for pair in active[side]], dtype=inverse.dtype).to(inverse.device)
+            transport = torch.stack(self._small_state(active[side], side, "transport"))
+            new_grams[side] = inverse.new_empty(len(inverse), 2, *inverse.shape[1:])
+            self._step_side(
+                active[side],
+                side,
+                grad_maps=inverse * scales[:, None, None],
+                momentum_maps=transport if side == "A" else transport.mT,
+                new_grams=new_grams[side],
+                **self._moments(self._group(pairs, side)),
+            )
+        for side in inverses:
+            for transport in self._small_state(active[side], side, "transport"):
+                transport.copy_(torch.eye(len(transport)))
+        for side, grams in new_grams.items():
+            self._carry_momentum(active[side], OTHER[side], grams)
+        if group["freeze_idle"]:
+            self._freeze_idle(pairs, ORDERS[group["order"]][int(group["step"]) % 2])
+
+    def _carry_momentum(self, pairs: list[FactorPair], side: str, grams: Tensor) -> None:
+        """After the other side's update: ``C ← (XᵀX + δI)⁻¹ (XᵀX_old) C`` (of B's momentum the transpose is kept)."""
+        transports = self._small_state(pairs, side, "transport")
+        carried = grams[:, 1] @ torch.stack(transports).to(grams.dtype)
+        aligned = grouped_solve(grams[:, 0].contiguous(), carried, self._group(pairs, side)["damping"])
+        torch._foreach_copy_(transports, list(aligned))
+
+    def _freeze_idle(self, pairs: list[FactorPair], next_turn: str) -> None:
+        for pair in pairs:
+            for side in "AB":
+                self._at(self._position(pair, side)).requires_grad_(side in next_turn)
+
+
+class AltLoRAPlus(AltLoRA):
+    """AltLoRA+ (Algorithm 2): AltLoRA with second moments, ``v ← β₂ v + (1-β₂) g²`` (not carried), AdamW's bias corrections
+    (counted per factor: how often it was updated) and decoupled weight decay.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
+        order, damping, freeze_idle: see :class:`AltLoRA`.
+
+    State of a factor: ``exp_avg``, ``exp_avg_sq`` and ``transport`` (r, r).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        *,
+        order: str = "B",
+        damping: float = DEFAULT_DAMPING,
+        freeze_idle: bool = False,
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        method = _alternation(type(self).__name__, order, damping, freeze_idle)
+        super(AltLoRA, self).__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
+
+    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
+        return {**super()._factor_state(group, part), **moments(part, "exp_avg_sq")}
+
+    def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+def _alternation(name: str, order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:
+    if order not in ORDERS:
+        raise ValueError(f"{name}: order must be 'B' (first), 'A' (first) or 'joint', got {order!r}")
+    return {"order": order, "damping": damping, "freeze_idle": bool(freeze_idle)}

@@ -1,0 +1,81 @@
+"""LoRA-Pro, as OD-LoRA's authors ran it: AdamW on adjusted gradients, no full-size momentum."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from ..ops import grouped_gram
+from .base import AdamWOptions, FactorPair, ParamsT
+from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
+
+
+class LoRAPro(PreconditionedOptimizer):
+    """LoRA-Pro (Eq. 3 of the AltLoRA paper): AdamW on the gradients whose joint step is closest to the full gradient G::
+
+        g_A = s⁻² (BᵀB + δI)⁻¹ ∂A + X A
+        g_B = s⁻² [I - B(BᵀB + δI)⁻¹Bᵀ] ∂B (AAᵀ + δI)⁻¹ - B X
+
+    X changes how the step is split between the factors, not (to first order) what it does to ΔW. Everything is taken from the factors as
+    they were; as the terms with X and the projection are r×r maps of the factor itself, no full-size matrix is formed.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
+        sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB)⁻¹ ∂A Aᵀ`` (through the eigenvectors of the two Grams); False: X = 0.
+        damping: δ, absolute.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        *,
+        sylvester: bool = True,
+        damping: float = DEFAULT_DAMPING,
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        method = {"sylvester": bool(sylvester), "damping": damping}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
+
+    def _step_pairs(self, pairs: list[FactorPair]) -> None:
+        group = self._group(pairs, "A")
+        with_a, with_b = self._with_gradient(pairs, "A"), self._with_gradient(pairs, "B")
+        pairs = [pair for pair in with_a if pair in with_b]
+        for side, extra in (("A", with_a), ("B", with_b)):
+            for pair in extra:
+                if pair not in pairs:  # the adjusted gradients need both
+                    self._miss(self._group([pair], side), self._position(pair, side)[1])
+        if not pairs:
+            return
+        inverse_b, inverse_a = self._inverse_grams(pairs, "B"), self._inverse_grams(pairs, "A")
+        s = torch.tensor([pair.scale**-2 for pair in pairs], dtype=torch.float64).to(inverse_a.device)[:, None, None]
+        sign = -1.0 if group["maximize"] else 1.0
+        map_a = s * inverse_b
+        # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself.
+        overlap_b = grouped_gram(self._tall(pairs, "B"), [b.grad for b in self._factors_of(pairs, "B")], dtype=torch.float64)
+        x = torch.zeros_like(inverse_a)
+        if group["sylvester"]:
+            overlap_a = grouped_gram([a.grad.mT for a in self._factors_of(pairs, "A")], self._tall(pairs, "A"), dtype=torch.float64)
+            x = _solve_sylvester(self._grams(pairs, "B"), self._grams(pairs, "A"), -map_a @ overlap_a)
+        # The maps of the factors themselves come from the gradients: they change sign with them.
+        self._step_side(pairs, "A", grad_maps=map_a, param_maps=sign * x)
+        self._step_side(pairs, "B", grad_maps=s * inverse_a, param_maps=-sign * (s * inverse_b @ overlap_b @ inverse_a + x))
+
+    def _grams(self, pairs: list[FactorPair], side: str) -> Tensor:
+        return grouped_gram(self._tall(pairs, side), dtype=torch.float64)
+
+
+def _solve_sylvester(left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
+    """X of ``left X + X right = rhs`` for symmetric positive semidefinite (N, r, r) stacks; directions that neither has stay zero."""
+    values_l, vectors_l = torch.linalg.eigh(left)
+    values_r, vectors_r = torch.linalg.eigh(right)
+    sums = values_l[:, :, None] + values_r[:, None, :]
+    rotated = vectors_l.mT @ rhs @ vectors_r
+    floor = sums.amax(dim=(1, 2), keepdim=True) * torch.finfo(sums.dtype).eps
+    return vectors_l @ torch.where(sums > floor, rotated / sums, 0) @ vectors_r.mT

@@ -1,0 +1,99 @@
+"""What the methods share that precondition the gradient of one factor with the Gram matrix of the other.
+
+The Gram matrices are accumulated and solved in fp64: they square the condition number, and with σ₁ = 10, κ = 1e6 and a damping of
+1e-6 an fp32 Cholesky of the damped Gram fails every time (METHODS §6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import grouped_gram, grouped_solve
+from .base import FactorPair, LowRankOptimizer, Position, state_dtype
+
+#: Absolute damping δ of every Gram matrix. `benchmarks/results/damping.csv` has the experiment behind the number.
+DEFAULT_DAMPING = 1e-6
+
+OTHER = {"A": "B", "B": "A"}
+#: Which dimension of a factor is r: A is (r, d_in), B is (d_out, r).
+RANK_DIM = {"A": 0, "B": 1}
+
+
+class PreconditionedOptimizer(LowRankOptimizer):
+    """Factors are stepped side by side (all As, or all Bs, of like pairs in one call), each with r×r maps; the rest gets AdamW."""
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        if not group["damping"] >= 0:
+            raise ValueError(f"{type(self).__name__}: damping must be ≥ 0, got {group['damping']}")
+
+    def _update(self) -> None:
+        for group_index, group in enumerate(self.param_groups):
+            rest = [i for i in range(len(group["params"])) if i not in self._factors[group_index]]
+            self._moment_step(group_index, rest)
+        for pairs in self._alike(self._pairs):
+            self._step_pairs(pairs)
+
+    def _step_pairs(self, pairs: list[FactorPair]) -> None:
+        """One step of pairs that agree in everything but their widths."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _position(pair: FactorPair, side: str) -> Position:
+        return pair.a if side == "A" else pair.b
+
+    def _group(self, pairs: list[FactorPair], side: str) -> dict[str, Any]:
+        return self.param_groups[self._position(pairs[0], side)[0]]
+
+    def _factors_of(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
+        return [self._at(self._position(pair, side)) for pair in pairs]
+
+    def _tall(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
+        """The factors as tall matrices: Aᵀ (d_in, r) without a copy, B (d_out, r)."""
+        factors = self._factors_of(pairs, side)
+        return [a.mT for a in factors] if side == "A" else factors
+
+    def _with_gradient(self, pairs: list[FactorPair], side: str) -> list[FactorPair]:
+        """The pairs whose factor of this side has a gradient; the others' factors miss the step."""
+        active = []
+        for pair in pairs:
+            group_index, index = self._position(pair, side)
+            group = self.param_groups[group_index]
+            if group["params"][index].grad is not None:
+                active.append(pair)
+            else:
+                self._miss(group, index)
+        return active
+
+    def _inverse_grams(self, pairs: list[FactorPair], side: str) -> Tensor:
+        """``(XᵀX + δI)⁻¹`` (N, r, r) in fp64 of the factors of this side, X being Aᵀ or B."""
+        grams = grouped_gram(self._tall(pairs, side), dtype=torch.float64)
+        identity = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device).expand_as(grams)
+        inverse = grouped_solve(grams, identity, self._group(pairs, side)["damping"])
+        assert isinstance(inverse, Tensor)
+        return inverse
+
+    def _step_side(self, pairs: list[FactorPair], side: str, *, new_grams: Tensor | None = None, **options: Any) -> None:
+        """The moment step of all factors of one side, with the maps in ``options`` (in any float dtype)."""
+        dtype = state_dtype(self._at(pairs[0].a).dtype)
+        maps = {key: value.to(dtype) if key.endswith("_maps") and value is not None else value for key, value in options.items()}
+        members = [self._position(pair, side)[1] for pair in pairs]
+        dims = [RANK_DIM[side]] * len(pairs)
+        group_index = self._position(pairs[0], side)[0]
+        self._adamw(group_index, members, is_factor=True, is_second=side == "B", rank_dims=dims, new_grams=new_grams, **maps)
+
+    def _small_state(self, pairs: list[FactorPair], side: str, key: str) -> list[Tensor]:
+        """The r×r state of this name of all factors of a side."""
+        return [self.state[factor][key] for factor in self._factors_of(pairs, side)]
+
+    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        yield from super()._example_calls()
+        for pairs in self._alike(self._pairs):
+            tall = [x.detach() for x in self._tall(pairs, "B")]
+            grams = torch.empty(len(pairs), self._rank(pairs[0]), self._rank(pairs[0]), dtype=torch.float64, device=tall[0].device)
+            yield "grouped_gram", tall[0].device.type, (tall, None, grams)
+            yield "grouped_solve", tall[0].device.type, (grams, list(grams), 0.0, True, list(grams))

@@ -1,0 +1,85 @@
+"""ScaledGD and ScaledAdamW: Riemannian gradients (Zhang & Pilanci 2024)."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from .base import AdamWOptions, FactorPair, ParamsT, moments
+from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+
+
+class ScaledAdamW(PreconditionedOptimizer):
+    """AdamW on the Riemannian gradients ``ĝ_A = (BᵀB + δI)⁻¹ ∂A`` and ``ĝ_B = ∂B (AAᵀ + δI)⁻¹``, both from the factors as they
+    were (Jacobi, the paper's formula; its authors' code is Gauss-Seidel).
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
+        damping: δ, absolute.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        *,
+        damping: float = DEFAULT_DAMPING,
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={"damping": damping}, **options)
+
+    def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
+        """How the moment step differs from AdamW's."""
+        return {}
+
+    def _step_pairs(self, pairs: list[FactorPair]) -> None:
+        active = {side: self._with_gradient(pairs, side) for side in "AB"}
+        inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in "AB" if active[side]}
+        for side, inverse in inverses.items():
+            self._step_side(active[side], side, grad_maps=inverse, **self._moments(self._group(pairs, side)))
+
+
+class ScaledGD(ScaledAdamW):
+    """Scaled gradient descent: SGD with heavy-ball momentum, as ``torch.optim.SGD``, on the gradients of :class:`ScaledAdamW`.
+
+    One step at learning rate lr is one simultaneous least-squares step of OPLoRA at lr·s² with λ = δ (METHODS §3).
+
+    Args:
+        params, lr: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with its default betas and eps.
+        momentum: μ of ``m ← μ m + ĝ``; 0 keeps no state for the factors.
+        weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
+        damping: δ, absolute.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float | None = None,
+        *,
+        damping: float = DEFAULT_DAMPING,
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"Invalid momentum value: {momentum}")
+        method = {"damping": damping, "momentum": momentum}
+        super(ScaledAdamW, self).__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
+
+    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
+        return moments(part, "exp_avg") if group["momentum"] else {}
+
+    def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
+        # The moment step averages, m = μ m + (1-μ) ĝ; SGD adds up. Dividing the step by 1-μ makes them equal.
+        keep = 1.0 - group["momentum"]
+        return {
+            "betas": (group["momentum"], 0.0),
+            "bias_correction": False,
+            "lr": group["lr"] / keep,
+            "weight_decay": group["factor_weight_decay"] * keep,
+        }
