@@ -383,13 +383,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    results = [result for lr in args.lrs for seed in args.seeds for result in run_side_by_side(lr, seed, args)]
     peak_rss = {} if args.no_memory else {name: measure_peak_rss(name, args) for name in args.methods}
-    costs = cost_figures(results, peak_rss)
-    save(results, costs, args)
+    results: list[Result] = []
+    for lr in args.lrs:
+        for seed in args.seeds:
+            results += run_side_by_side(lr, seed, args)
+            save(results, cost_figures(results, peak_rss), args)  # after every run: a sweep takes long
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(quality_table(results))
-    console.print(cost_table(costs))
+    console.print(cost_table(cost_figures(results, peak_rss)))
     console.print(f"Figures and loss curves: {args.output}", soft_wrap=True)
 
 
