@@ -86,7 +86,9 @@ def _module_scale(layer: nn.Module, adapter: str) -> float | None:
     if isinstance(scaling, Mapping) and adapter in scaling:
         return float(scaling[adapter])
     alpha, rank = getattr(layer, "alpha", None), getattr(layer, "rank", None)
-    return float(alpha) / rank if isinstance(alpha, (int, float)) and isinstance(rank, int) else None
+    if isinstance(alpha, (int, float)) and isinstance(rank, int):
+        return float(alpha) / rank
+    return None
 
 
 def _layer_pairs(name: str, layer: nn.Module) -> Iterator[Pair]:

@@ -1,5 +1,19 @@
 """Modules that hold low-rank factors, and what turns a model into an adapted one and back."""
 
+from .adapt import adapt
+from .io import adapter_state_dict, export_peft, load_adapter, load_adapter_state_dict, save_adapter
 from .layer import LowRankLinear
+from .merge import delta_weights, merge, unmerge
 
-__all__ = ["LowRankLinear"]
+__all__ = [
+    "LowRankLinear",
+    "adapt",
+    "adapter_state_dict",
+    "delta_weights",
+    "export_peft",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "merge",
+    "save_adapter",
+    "unmerge",
+]

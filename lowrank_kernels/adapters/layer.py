@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,31 @@ from torch import Tensor, nn
 
 from ..ops import lora_linear
 from ..pairs import register_layer
+
+
+def holds_matrix(base: nn.Linear) -> bool:
+    """Whether the layer's ``weight`` is an ordinary floating-point matrix: not quantized, not a tensor subclass."""
+    weight = base.weight
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+
+
+def is_plain(base: nn.Linear) -> bool:
+    """Whether calling the layer is nothing but ``F.linear(x, weight, bias)``, so that it may be fused with the adapter.
+
+    False for quantized layers and other subclasses with a ``forward`` of their own, for layers with hooks (they must
+    run), and for layers whose ``forward`` was replaced on the instance, as offloading frameworks do.
+    """
+    return (
+        type(base).forward is nn.Linear.forward
+        and "forward" not in base.__dict__
+        and not (base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks)
+        and holds_matrix(base)
+    )
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is replaced or written in place (inference tensors do not count their writes)."""
+    return id(tensor), -1 if tensor.is_inference() else tensor._version
 
 
 class LowRankLinear(nn.Module):
@@ -21,7 +47,8 @@ class LowRankLinear(nn.Module):
         ``state_dict``; an optimizer (``SDSLoRA``, ``ODLoRA``) writes them.
 
     Args:
-        base_layer: the layer to adapt; kept as it is.
+        base_layer: the layer to adapt; kept as it is. One that is not a plain ``nn.Linear`` (quantized, with hooks, …) is
+            called as a module, and the adapter's part is added to what it returns.
         rank: r, at most ``min(d_in, d_out)``.
         scale: s.
         method: "lora" or "sds".
@@ -51,6 +78,8 @@ class LowRankLinear(nn.Module):
         d_in, d_out = base_layer.in_features, base_layer.out_features
         if not 1 <= rank <= min(d_in, d_out):
             raise ValueError(f"LowRankLinear: rank must be between 1 and {min(d_in, d_out)} for a {d_out} × {d_in} layer, got {rank}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"LowRankLinear: dropout must be in [0, 1), got {dropout}")
         weight = base_layer.weight
         if dtype is None:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -64,7 +93,9 @@ class LowRankLinear(nn.Module):
             self.register_buffer("q_b", torch.zeros(d_out, rank, dtype=dtype, device=weight.device))
             self.register_buffer("is_decoupled", torch.zeros((), dtype=torch.uint8, device=weight.device))
         self._decoupled = False
+        self._merged = False
         self._merged_weight: Tensor | None = None
+        self._merged_state: object = None
         self.reset_parameters()
         register_layer(self)
 
@@ -90,31 +121,102 @@ class LowRankLinear(nn.Module):
             self.is_decoupled.fill_(value)
         self._decoupled = bool(value)
 
+    @property
+    def merged(self) -> bool:
+        """Whether inference runs on one weight ``W0 + ΔW`` (see :func:`~lowrank_kernels.merge`).
+
+        That weight is a cache beside the untouched base weight. It serves where no gradient is asked: in eval mode,
+        under ``torch.no_grad()`` or with frozen factors. Training mode always uses the factors, so a forgotten
+        ``merge`` neither loses a gradient nor drops dropout, and a changed factor makes the cache be computed anew.
+        """
+        return self._merged
+
+    @merged.setter
+    def merged(self, value: bool) -> None:
+        if value and not is_plain(self.base_layer):
+            raise ValueError(
+                f"LowRankLinear: a {type(self.base_layer).__name__} with hooks, a quantized weight or a forward of its own cannot be merged"
+            )
+        self._merged = bool(value)
+        self._merged_weight = self._merged_state = None
+        if value:
+            self._cached_weight()
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight ``W0 + ΔW`` (d_out, d_in), differentiable, for code that reads a Linear's weight instead of
+        calling it (``nn.MultiheadAttention`` and its fast paths); no dropout there. A quantized base's own weight."""
+        base = self.base_layer.weight
+        if not holds_matrix(self.base_layer):
+            return base
+        return base + self._delta_weight().to(base.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    def _delta_weight(self) -> Tensor:
+        dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        if self._decoupled:
+            return self.scale * (self.q_b.to(dtype) @ a + b @ self.q_a.to(dtype))
+        return self.scale * (b @ a)
+
+    @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """ΔW (d_out, d_in), in the factors' dtype, without gradient."""
-        with torch.no_grad():
-            if self._decoupled:
-                return self.scale * (self.q_b @ self.lora_A + self.lora_B @ self.q_a)
-            return self.scale * (self.lora_B @ self.lora_A)
+        """ΔW (d_out, d_in), computed and returned in fp32 (fp64 for fp64 factors), without gradient."""
+        return self._delta_weight()
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """``W0 + ΔW`` (d_out, d_in) as a new tensor, summed in fp32 at least and rounded once to the base weight's dtype."""
+        delta = self._delta_weight()
+        base = self.base_layer.weight
+        return (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
+
+    def _cached_weight(self) -> Tensor:
+        if torch.compiler.is_compiling():  # version counters cannot be traced; a compiled graph takes the cache as it finds it
+            return self.merged_weight() if self._merged_weight is None else self._merged_weight
+        tensors = [self.base_layer.weight, self.lora_A, self.lora_B]
+        if self._decoupled:
+            tensors += [self.q_a, self.q_b]
+        state = (self.scale, *map(_state, tensors))
+        if self._merged_weight is None or self._merged_state != state:
+            self._merged_weight, self._merged_state = self.merged_weight(), state
+        return self._merged_weight
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
-        if self._merged_weight is not None:
-            return nn.functional.linear(x, self._merged_weight, base.bias)
+        if self._merged and not self.training:
+            learning = torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad)
+            if not learning:
+                return nn.functional.linear(x, self._cached_weight(), base.bias)
         q_a, q_b = (self.q_a, self.q_b) if self._decoupled else (None, None)
         adapter = (self.lora_A, self.lora_B, self.scale)
-        if type(base) is nn.Linear:
-            # The exact type: a subclass may keep something else than a plain matrix in `weight`, or hooks of its own.
+        if is_plain(base):
             return lora_linear(x, base.weight, base.bias, *adapter, q_a=q_a, q_b=q_b, dropout=self.dropout, training=self.training)
-        return base(x) + lora_linear(x, None, None, *adapter, q_a=q_a, q_b=q_b, dropout=self.dropout, training=self.training)
+        y = base(x)
+        delta = lora_linear(x, None, None, *adapter, q_a=q_a, q_b=q_b, dropout=self.dropout, training=self.training)
+        return y + delta.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:g}, method={self.method!r}, dropout={self.dropout}, decoupled={self._decoupled}"
+        state = f"decoupled={self._decoupled}, merged={self._merged}"
+        return f"rank={self.rank}, scale={self.scale:g}, method={self.method!r}, dropout={self.dropout}, {state}"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.method == "sds":
+        if self.method == "sds" and not self.is_decoupled.is_meta:
             self._decoupled = bool(self.is_decoupled.item())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
+        super()._apply(fn, recurse)
+        self._merged_weight = None  # the next merged forward computes it where the parameters now are
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A merged layer is saved with its factors and the flag; the sum of the weights is computed anew.
+        return self.__dict__ | {"_merged_weight": None, "_merged_state": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # deepcopy and unpickling come through here and not through __init__.

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 ENVIRONMENT_VARIABLE = "LOWRANK_KERNELS_BACKEND"
 BACKENDS = ("triton", "native", "reference")
 #: The order in which backends are asked, by device type. Anything else gets the reference.
@@ -169,9 +171,12 @@ def select(operation: str, device_type: str, args: tuple[Any, ...]) -> Selection
 
 
 def run(operation: str, device_type: str, *args: Any) -> Any:
-    """Choose an implementation and run it."""
+    """Choose an implementation and run it, with autocast off inside: the operation has settled its dtypes before."""
     implementation = select(operation, device_type, args).implementation
     _calls[operation, implementation.backend] += 1
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return implementation.function(*args)
     return implementation.function(*args)
 
 

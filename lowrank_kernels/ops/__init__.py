@@ -1,8 +1,21 @@
 """Operations: schemas, checks, meta implementations and autograd. What runs them is in ``backends/``."""
 
 from .adamw import grouped_adamw_
+from .gram import grouped_gram
 from .lora_linear import lora_linear
+from .polar import grouped_polar
 from .qr import grouped_qr
+from .solve import grouped_solve
+from .svd import grouped_svd
 from .svd_product import grouped_svd_product
 
-__all__ = ["grouped_adamw_", "grouped_qr", "grouped_svd_product", "lora_linear"]
+__all__ = [
+    "grouped_adamw_",
+    "grouped_gram",
+    "grouped_polar",
+    "grouped_qr",
+    "grouped_solve",
+    "grouped_svd",
+    "grouped_svd_product",
+    "lora_linear",
+]

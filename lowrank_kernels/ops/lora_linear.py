@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import FLOATING, LIBRARY, NAMESPACE, define
+from ._library import FLOATING, LIBRARY, NAMESPACE, define, no_backward
 
 
 def lora_linear(
@@ -42,13 +42,18 @@ def lora_linear(
             is drawn from torch's generator of the device, so checkpointing with ``preserve_rng_state`` repeats it.
         training: False switches dropout off.
 
-    Factors of another dtype than x are cast to it; their gradients come back in their own.
+    Factors of another dtype than x are cast to it; their gradients come back in their own. Under ``torch.autocast``
+    everything is cast as ``F.linear`` would cast it.
     No GEMM is done for a gradient that nobody asked for.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or only one of q_a and q_b is given.
     """
     _check(x, weight, bias, a, b, q_a, q_b, dropout)
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     a, b = a.to(x.dtype), b.to(x.dtype)
     if q_a is not None and q_b is not None:
         q_a, q_b = q_a.detach().to(x.dtype), q_b.detach().to(x.dtype)
@@ -89,7 +94,8 @@ def _check(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"lora_linear: {name} must be {shape} (x has d_in={d_in}, a has r={rank}), got {tuple(tensor.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        if tensor is not None and tensor.dtype != x.dtype and not autocast:
             raise TypeError(f"lora_linear: {name} is {tensor.dtype}, x is {x.dtype}; cast one, or use torch.autocast")
     if weight is None and bias is not None:
         raise ValueError("lora_linear: a bias without a weight; add it to the base layer's output instead")
@@ -163,9 +169,8 @@ def _autograd_backward(ctx: Any, grad: Tensor, grad_hidden: Tensor | None) -> tu
     needs = list(ctx.needs_input_grad[:5])
     x = grad.new_empty(ctx.x_shape[0], 0) if x is None else x
     hidden = grad.new_empty(0) if hidden is None else hidden
-    grads = torch.ops.lowrank_kernels.lora_linear_backward(
-        grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs
-    )
+    backward = torch.ops.lowrank_kernels.lora_linear_backward
+    grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs)
     found = iter(grads)
     return (*(next(found) if needed else None for needed in needs), None, None, None, None, None)
 
@@ -184,5 +189,7 @@ define(
     _backward,
     _backward_fake,
 )
+# Its result depends on what the forward pass kept as constants, so differentiating it would give wrong second derivatives.
+no_backward("lora_linear_backward", "second derivatives through a low-rank layer are not implemented")
 torch.library.register_autograd(f"{NAMESPACE}::lora_linear", _autograd_backward, setup_context=_setup_context, lib=LIBRARY)
 __all__ = ["lora_linear"]

@@ -277,7 +277,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 group["step"] = torch.tensor(float(group["step"]), device=group["params"][0].device)
             parts = None
             for index, p in enumerate(group["params"]):
-                if p not in self.state:
+                if p.requires_grad and p not in self.state:
+                    since = group["cleared_at"] if index in self._factors[group_index] else 0
+                    if group["step"] > since:
+                        group["missed"][index] = int(group["step"] - since)
                     parts = self._trained_parts(group_index) if parts is None else parts
                     part = p[parts[index]] if index in parts else p
                     self.state[p] = {
@@ -293,7 +296,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for index, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
-                missed[index] = missed.get(index, 0) + 1
+                if p in self.state:
+                    missed[index] = missed.get(index, 0) + 1
                 continue
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
@@ -320,11 +324,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 maximize=group["maximize"],
             )
 
-    def _clear_factor_state(self) -> None:
-        """Zero the moments of all factors and restart the counter of their bias correction; other state stays."""
-        for group, factors in zip(self.param_groups, self._factors, strict=True):
-            if not factors:
-                continue
+    def _clear_factor_state(self, cleared: list[FactorPair]) -> None:
+        """Zero the factors' moments in the groups of these pairs and restart their bias correction; other state stays."""
+        for group_index in {position[0] for pair in cleared for position in (pair.a, pair.b)}:
+            group, factors = self.param_groups[group_index], self._factors[group_index]
             torch._foreach_zero_([value for i in factors for value in self.state[group["params"][i]].values()])
             group["cleared_at"] = group["step"].clone() if isinstance(group["step"], Tensor) else group["step"]
             group["missed"] = {i: n for i, n in group["missed"].items() if i not in factors}

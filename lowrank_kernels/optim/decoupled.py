@@ -158,7 +158,7 @@ class DecoupledOptimizer(LowRankOptimizer):
                 new.q_b.copy_(us[index])
                 if pair.holds_bases:
                     layers[id(self._at(pair.a))].decoupled = True  # type: ignore[assignment]
-        self._clear_factor_state()
+        self._clear_factor_state(due)
 
     def _before_update(self) -> None:
         name = type(self).__name__

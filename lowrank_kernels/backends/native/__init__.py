@@ -1,2 +1,3 @@
 """placeholder"""
+
 raise ImportError("not built")

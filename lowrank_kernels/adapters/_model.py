@@ -1,0 +1,64 @@
+"""How the functions of this room see a model: without wrappers, and under the names that its bare form has."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .layer import LowRankLinear
+
+#: What ``torch.compile`` and checkpoint wrappers put into module names.
+_WRAPPER_NAMES = {"_orig_mod", "_checkpoint_wrapped_module"}
+_COMPILED = "OptimizedModule"
+_REPLICATED = ("DistributedDataParallel", "DataParallel")
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+
+
+def _is_any(model: nn.Module, names: tuple[str, ...]) -> bool:
+    """By class name, since the classes exist only in builds of torch with distributed support."""
+    return any(cls.__name__ in names and cls.__module__.startswith("torch.") for cls in type(model).__mro__)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, DistributedDataParallel and DataParallel wrappers."""
+    while True:
+        if _is_any(model, (_COMPILED,)):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif _is_any(model, _REPLICATED):
+            model = model.module  # type: ignore[assignment]
+        else:
+            return model
+
+
+def parallel_wrapper(model: nn.Module) -> str | None:
+    """The name of a data-parallel wrapper around or in the model, or None. Such a wrapper has already made its list of parameters."""
+    wrapper = next((module for module in model.modules() if _is_any(module, _REPLICATED + _SHARDED)), None)
+    return None if wrapper is None else type(wrapper).__name__
+
+
+def clean_name(name: str) -> str:
+    """A module's or parameter's name without what wrappers inside the model have put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
+
+
+def check_model(function: str, model: object) -> nn.Module:
+    """``model`` without its wrappers.
+
+    Raises:
+        TypeError: it is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    return unwrap(model)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Our layers by name; one that has several names (tied modules) under its first."""
+    return {clean_name(name): module for name, module in unwrap(model).named_modules() if isinstance(module, LowRankLinear)}
+
+
+def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Put ``replacements[id(module)]`` wherever ``module`` stands in the model, under all of its names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])

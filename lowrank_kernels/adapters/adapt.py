@@ -1,0 +1,247 @@
+"""``adapt``: put low-rank adapters on the linear layers of a model, in place."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+
+import torch
+from torch import nn
+
+from ..ops._library import FLOATING
+from ..pairs import pairs
+from ._model import check_model, clean_name, parallel_wrapper, replace_modules
+from .layer import LowRankLinear
+
+ALL_LINEAR = "all-linear"
+#: Top-level names of classification heads in ``transformers``: a head starts at random and wants full training, not an adapter.
+_HEAD_NAMES = ("classifier", "score")
+_METHODS = ("lora", "sds")
+_RANK_SCALINGS = ("lora", "rslora")
+
+
+def adapt(
+    model: nn.Module,
+    method: str = "lora",
+    rank: int = 8,
+    alpha: float | None = None,
+    rank_scaling: str | None = None,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    dropout: float = 0.0,
+    modules_to_save: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Adapt the linear layers of ``model`` in place, freeze everything else, and return the model.
+
+    ``W = W0 + ΔW`` with ``ΔW = s·B A`` (LoRA), which starts at zero; the base weights are not touched, not copied, and
+    tied weights stay tied. Call it before the optimizer is made and before the model is wrapped for data parallelism.
+
+    Args:
+        model: any module whose targets are ``nn.Linear`` (quantized subclasses included).
+        method: "lora"; or "sds", which adds the constant bases that ``SDSLoRA`` and ``ODLoRA`` need for
+            ``ΔW = s(Q_B A + B Q_Aᵀ)``. Until such an optimizer switches, both compute the same.
+        rank: r.
+        alpha: α. None means 8 for "lora" (PEFT's default) and 4 for "sds" (its paper's).
+        rank_scaling: "lora", s = α/r; or "rslora", s = α/√r. None means "lora" for "lora" and "rslora" for "sds" (its paper's).
+        target_modules: which layers. A list of names: layers that have one as their full name or as its last components
+            (``"query"``, ``"attention.self.query"``). A string: a regular expression that the full name must match entirely. (Both are
+            PEFT's rules.) "all-linear": every ``nn.Linear`` except the output head, that is what the model's
+            ``get_output_embeddings()`` returns, or where it returns nothing the top-level module ``classifier`` or ``score``.
+        dropout: probability of dropping an entry of the adapters' input, in training mode.
+        modules_to_save: modules to train in full, beside the adapters, a new classification head say; named like targets.
+            They are never adapted, even when ``target_modules`` matches them.
+        dtype: of the factors; None means the base weight's, but fp32 for bf16, fp16 and quantized weights.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, nothing matches, something matched is not a ``nn.Linear``, a rank is
+            too large for a layer, or the model has adapters already. Nothing was changed then.
+    """
+    root = check_model("adapt", model)
+    check_settings(method, rank, dropout, dtype)
+    scale = _scale(method, rank, alpha, rank_scaling)
+    check_unadapted("adapt", model)
+    # Names as of the bare model; a module that has two (tied modules) has two entries.
+    named = {clean_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
+    saved = _match_saved(named, modules_to_save)
+    targets = _match_targets(root, named, target_modules, saved, modules_to_save)
+    layers: dict[int, nn.Module] = {}
+    for name, module in targets.items():
+        if rank > min(module.in_features, module.out_features):
+            raise ValueError(
+                f"adapt: rank {rank} is too large for {name!r} ({module.out_features} × {module.in_features}); "
+                f"use at most {min(module.in_features, module.out_features)}, or leave this layer out of target_modules"
+            )
+    for module in targets.values():
+        if id(module) not in layers:
+            layer = LowRankLinear(module, rank, scale, method=method, dropout=dropout, dtype=dtype)
+            layers[id(module)] = layer.train(module.training)
+    install(root, layers, [parameter for module in saved.values() for parameter in module.parameters()])
+    return model
+
+
+def install(root: nn.Module, layers: dict[int, nn.Module], trained: Iterable[nn.Parameter]) -> None:
+    """Freeze ``root``, let ``trained`` train, and put ``layers[id(base layer)]`` in the base layers' places."""
+    root.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    replace_modules(root, layers)
+
+
+def check_unadapted(function: str, model: nn.Module) -> None:
+    """Refuse a model that cannot be adapted in place now: one with adapters, one wrapped for data parallelism, a lone Linear."""
+    wrapper = parallel_wrapper(model)
+    if wrapper is not None:
+        raise ValueError(
+            f"{function}: the model is already wrapped by {wrapper}, which would not see the new factors; adapt it before wrapping"
+        )
+    present = pairs(model)
+    if present:
+        raise ValueError(
+            f"{function}: the model already has {len(present)} low-rank adapters (the first at {present[0].name!r}); "
+            "`merge(model, unload=True)` folds ours into the weights, PEFT's `unload()` or `merge_and_unload()` removes PEFT's"
+        )
+    if isinstance(check_model(function, model), nn.Linear):
+        raise ValueError(f"{function}: the model is itself a Linear and cannot be replaced in place; wrap it, `nn.Sequential(layer)`")
+
+
+def check_settings(method: str, rank: int, dropout: float, dtype: torch.dtype | None) -> None:
+    """Refuse adapter settings of a wrong type or out of range."""
+    if method not in _METHODS:
+        raise ValueError(f"adapt: method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
+    if not isinstance(rank, Integral) or isinstance(rank, bool):
+        raise TypeError(f"adapt: rank must be an integer, got {rank!r}")
+    if rank < 1:
+        raise ValueError(f"adapt: rank must be at least 1, got {rank}")
+    if not isinstance(dropout, Real) or isinstance(dropout, bool):
+        raise TypeError(f"adapt: dropout must be a number, got {dropout!r}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"adapt: dropout must be in [0, 1), got {dropout}")
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"adapt: dtype must be one of {', '.join(map(str, FLOATING))} or None, got {dtype!r}")
+
+
+def _scale(method: str, rank: int, alpha: float | None, rank_scaling: str | None) -> float:
+    if alpha is None:
+        alpha = 4.0 if method == "sds" else 8.0
+    if rank_scaling is None:
+        rank_scaling = "rslora" if method == "sds" else "lora"
+    if not isinstance(alpha, Real) or isinstance(alpha, bool):
+        raise TypeError(f"adapt: alpha must be a number, got {alpha!r}")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"adapt: alpha must be positive and finite, got {alpha}")
+    if rank_scaling not in _RANK_SCALINGS:
+        raise ValueError(f"adapt: rank_scaling must be 'lora' (s = α/r) or 'rslora' (s = α/√r), got {rank_scaling!r}")
+    return float(alpha) / (rank if rank_scaling == "lora" else math.sqrt(rank))
+
+
+def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _inside(name: str, parents: Iterable[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def _check_names(argument: str, names: object) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"adapt: {argument} must be a list of module names, got {names!r}")
+    found = list(names)
+    if not all(isinstance(name, str) and name for name in found):
+        raise TypeError(f"adapt: {argument} must contain module names, got {found!r}")
+    if not found:
+        raise ValueError(f"adapt: {argument} is empty")
+    return found
+
+
+def _close_names(wanted: Iterable[str], names: Iterable[str]) -> str:
+    """A hint: what the model has that looks like ``wanted``, else the names of its layers."""
+    full = [name for name in names if name]
+    last = list(dict.fromkeys(name.rpartition(".")[2] for name in full))
+    close = {match: None for name in wanted for match in difflib.get_close_matches(name, last + full, n=3, cutoff=0.5)}
+    shown = list(close) or [name for name in last if not name.isdigit()] or full
+    return ("did you mean " if close else "the model has ") + ", ".join(map(repr, shown[:12])) + (", …" if len(shown) > 12 else "")
+
+
+def _match_saved(named: dict[str, nn.Module], modules_to_save: Sequence[str] | None) -> dict[str, nn.Module]:
+    if modules_to_save is None:
+        return {}
+    wanted = _check_names("modules_to_save", modules_to_save)
+    for suffix in wanted:
+        if not any(_ends_with(name, [suffix]) for name in named):
+            raise ValueError(f"adapt: no module matches {suffix!r} of modules_to_save; {_close_names([suffix], named)}")
+    saved = {name: module for name, module in named.items() if _ends_with(name, wanted)}
+    for name, module in saved.items():
+        parameters = dict(module.named_parameters())
+        if not parameters:
+            raise ValueError(f"adapt: {name!r} of modules_to_save has no parameters to train")
+        for key, parameter in parameters.items():
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                raise TypeError(f"adapt: {name!r} of modules_to_save cannot train, its {key} is {parameter.dtype}")
+    return saved
+
+
+def _output_heads(root: nn.Module, named: dict[str, nn.Module], saved: Iterable[str]) -> list[str]:
+    """The names of the output head: what "all-linear" leaves out."""
+    get_output = getattr(root, "get_output_embeddings", None)
+    try:
+        head = get_output() if callable(get_output) else None
+    except NotImplementedError:
+        head = None
+    if head is not None:
+        return [name for name, module in named.items() if module is head]
+    heads = [name for name in _HEAD_NAMES if name in named]
+    frozen = [name for name in heads if not _inside(name, saved) and any(True for _ in named[name].parameters())]
+    if frozen:
+        warnings.warn(
+            f"adapt: the output head {frozen[0]!r} is neither adapted nor trained; "
+            f"if it is new, train it with modules_to_save=[{frozen[0]!r}]",
+            stacklevel=4,
+        )
+    return heads
+
+
+def _match_targets(
+    root: nn.Module,
+    named: dict[str, nn.Module],
+    target_modules: str | Sequence[str],
+    saved: Iterable[str],
+    modules_to_save: Sequence[str] | None,
+) -> dict[str, nn.Linear]:
+    """The layers to adapt, by name; a tied one under each name that matches."""
+    linears = [name for name, module in named.items() if isinstance(module, nn.Linear)]
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        heads = _output_heads(root, named, saved)
+        matched = [name for name in linears if not _inside(name, heads)]
+        head_modules = {id(named[name]) for name in heads}
+        matched = [name for name in matched if id(named[name]) not in head_modules]
+    elif isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"adapt: target_modules={target_modules!r} is not a regular expression: {error}") from None
+        matched = [name for name in named if pattern.fullmatch(name)]
+        if not matched:
+            listed = [name for name in named if _ends_with(name, [target_modules])]
+            hint = f"for a name write a list, [{target_modules!r}]" if listed else _close_names([target_modules], linears)
+            raise ValueError(f"adapt: no module's full name matches the regular expression {target_modules!r}; {hint}")
+    else:
+        wanted = _check_names("target_modules", target_modules)
+        for suffix in wanted:
+            if not any(_ends_with(name, [suffix]) for name in named):
+                raise ValueError(f"adapt: no module matches {suffix!r} of target_modules; {_close_names([suffix], linears)}")
+        matched = [name for name in named if _ends_with(name, wanted)]
+    kept = [name for name in matched if not _inside(name, saved)]
+    if not kept:
+        why = f"modules_to_save={list(modules_to_save or ())} leaves none of them" if matched else "the model has no nn.Linear to adapt"
+        raise ValueError(f"adapt: target_modules={target_modules!r} matches nothing to adapt: {why}")
+    for name in kept:
+        if not isinstance(named[name], nn.Linear):
+            raise TypeError(
+                f"adapt: {name!r} is a {type(named[name]).__name__}; only nn.Linear can be adapted: "
+                "make target_modules match Linear layers only"
+            )
+    return {name: module for name in kept if isinstance(module := named[name], nn.Linear)}

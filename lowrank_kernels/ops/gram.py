@@ -1,0 +1,66 @@
+"""``grouped_gram``: Gram and cross-Gram matrices of many thin factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends.registry import run
+from ._library import accumulation_dtype, check_list, check_same_length, define, no_backward
+
+
+def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+    """``X_iᵀ X_i``, or ``X_iᵀ Y_i``, for all matrices of a list, stacked.
+
+    Args:
+        xs: (d_i, r) of one r, dtype and device; any heights, any strides (``A.mT`` needs no copy).
+        ys: (d_i, k) of one k; None means xs.
+        dtype: of the accumulation and the result: fp32 or fp64. None means fp64 for fp64 factors, else fp32. A Gram matrix
+            squares the condition number: with κ(X) = 1e6 only fp64 keeps what a small damping needs (METHODS §6).
+
+    Returns:
+        (N, r, k), or (N, r, r) and exactly symmetric without ys.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit; nothing was computed.
+
+    The result is a constant for autograd; its backward says so.
+    """
+    check_list("grouped_gram", "xs", xs)
+    for name, factors in (("xs", xs), ("ys", ys or ())):
+        for index, x in enumerate(factors):
+            if x.shape[1] != factors[0].shape[1]:
+                raise ValueError(f"grouped_gram: {name}[{index}] has {x.shape[1]} columns, {name}[0] has {factors[0].shape[1]}")
+    if ys is not None:
+        check_same_length("grouped_gram", xs=xs, ys=ys)
+        check_list("grouped_gram", "ys", ys, like=xs[0] if xs else None)
+        for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            if x.shape[0] != y.shape[0]:
+                raise ValueError(f"grouped_gram: xs[{index}] has {x.shape[0]} rows, ys[{index}] has {y.shape[0]}")
+    natural = accumulation_dtype(xs[0].dtype) if xs else torch.float32
+    if dtype not in (None, torch.float32, torch.float64) or (natural == torch.float64 and dtype == torch.float32):
+        raise TypeError(f"grouped_gram: dtype must be torch.float64{'' if natural == torch.float64 else ' or torch.float32'}, got {dtype}")
+    return torch.ops.lowrank_kernels.grouped_gram(
+        list(xs), None if ys is None else list(ys), dtype == torch.float64 or natural == torch.float64
+    )
+
+
+def _empty_result(xs: list[Tensor], ys: list[Tensor] | None, double: bool) -> Tensor:
+    dtype = torch.float64 if double else torch.float32
+    if not xs:
+        return torch.empty(0, 0, 0, dtype=dtype)
+    return xs[0].new_empty(len(xs), xs[0].shape[1], (xs if ys is None else ys)[0].shape[1], dtype=dtype)
+
+
+def _grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, double: bool) -> Tensor:
+    grams = _empty_result(xs, ys, double)
+    if xs:
+        run("grouped_gram", xs[0].device.type, xs, ys, grams)
+    return grams
+
+
+define("grouped_gram", "(Tensor[] xs, Tensor[]? ys, bool double) -> Tensor", _grouped_gram, _empty_result)
+no_backward("grouped_gram", "Gram matrices are constants in every method of this package")
+__all__ = ["grouped_gram"]

@@ -1,0 +1,71 @@
+"""``grouped_solve``: damped r×r systems of all layers, from the left or from the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends.registry import run
+from ._library import FLOATING, check_list, define, no_backward
+
+
+def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float = 0.0, *, side: str = "left") -> list[Tensor] | Tensor:
+    """``(G_i + δI)⁻¹ R_i`` (left) or ``R_i (G_i + δI)⁻¹`` (right) for symmetric positive definite G_i, by Cholesky.
+
+    Args:
+        grams: (N, r, r), fp32 or fp64; the arithmetic is done in this dtype. Only the lower triangles are read.
+        rhs: N matrices (r, d_i) for ``side="left"``, (d_i, r) for ``"right"``, of one dtype; or one stacked tensor (N, r, k)
+            or (N, k, r).
+        damping: δ ≥ 0, absolute.
+        side: "left" or "right".
+
+    Returns:
+        What ``rhs`` is, of the same shapes and dtype. A matrix ``G_i + δI`` that is not positive definite in the arithmetic
+        of its dtype (or not finite) gives NaN in its own result; the others are not touched by it.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit; nothing was computed.
+
+    The result is a constant for autograd; its backward says so.
+    """
+    name = "grouped_solve"
+    if grams.ndim != 3 or grams.shape[1] != grams.shape[2] or grams.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name}: grams must be (N, r, r), fp32 or fp64, got {tuple(grams.shape)} {grams.dtype}")
+    if side not in ("left", "right"):
+        raise ValueError(f"{name}: side must be 'left' or 'right', got {side!r}")
+    if not damping >= 0:
+        raise ValueError(f"{name}: damping must be ≥ 0, got {damping}")
+    if isinstance(rhs, Tensor) and rhs.ndim != 3:
+        raise ValueError(f"{name}: a stacked rhs must have 3 dimensions, got {tuple(rhs.shape)}")
+    matrices = list(rhs)
+    if len(matrices) != len(grams):
+        raise ValueError(f"{name}: got {len(grams)} Grams and {len(matrices)} right-hand sides")
+    check_list(name, "rhs", matrices)
+    rank, dim = grams.shape[1], 0 if side == "left" else 1
+    for index, matrix in enumerate(matrices):
+        if matrix.shape[dim] != rank:
+            raise ValueError(f"{name}: rhs[{index}] of shape {tuple(matrix.shape)} does not fit {rank} × {rank} Grams from the {side}")
+        if matrix.device != grams.device or matrix.dtype not in FLOATING:
+            raise ValueError(f"{name}: rhs[{index}] is {matrix.dtype} on {matrix.device}, the Grams are on {grams.device}")
+    solutions = torch.ops.lowrank_kernels.grouped_solve(grams, matrices, float(damping), side == "left")
+    if isinstance(rhs, Tensor):
+        return torch.stack(solutions) if solutions else torch.empty_like(rhs)
+    return solutions
+
+
+def _empty_result(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) -> list[Tensor]:
+    return [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in rhs]
+
+
+def _grouped_solve(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) -> list[Tensor]:
+    solutions = _empty_result(grams, rhs, damping, left)
+    if rhs:
+        run("grouped_solve", grams.device.type, grams, rhs, damping, left, solutions)
+    return solutions
+
+
+define("grouped_solve", "(Tensor grams, Tensor[] rhs, float damping, bool left) -> Tensor[]", _grouped_solve, _empty_result)
+no_backward("grouped_solve", "preconditioned gradients are constants in every method of this package")
+__all__ = ["grouped_solve"]

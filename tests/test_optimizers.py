@@ -1,0 +1,287 @@
+"""What every optimizer of the package promises: AdamW's arithmetic and arguments, state rules, resume, constant launches."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from _models import loss_of, make_model, pair_delta, trainable
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank_kernels as lk
+from lowrank_kernels import backends, pairs
+
+OPTIMIZERS = {
+    "AdamW": lambda params, **k: lk.AdamW(params, **{"lr": 1e-2, **k}),
+    "SDSLoRA": lambda params, **k: lk.SDSLoRA(params, **{"lr": 1e-2, "total_steps": 40, **k}),
+}
+every_optimizer = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, dtype: torch.dtype = torch.float64) -> None:
+    for step in range(first, last):
+        optimizer.zero_grad()
+        loss_of(model, step, dtype).backward()
+        optimizer.step()
+
+
+def mixed_parameters(dtype: torch.dtype) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((7, 5), (11,), (2, 3, 4), (), (1, 1))]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_adamw_is_torchs_adamw(weight_decay: float, maximize: bool, tensor_lr: bool) -> None:
+    ours, theirs = mixed_parameters(torch.float64), mixed_parameters(torch.float64)
+    lr = torch.tensor(3e-2, dtype=torch.float64) if tensor_lr else 3e-2
+    options = dict(lr=lr, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay, maximize=maximize)
+    mine, reference = lk.AdamW(ours, **options), torch.optim.AdamW(theirs, foreach=False, **options)
+    for step in range(30):
+        for index, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            # Some gradients are missing in some steps: their bias corrections must lag behind, as torch's do.
+            p.grad = None if (step + index) % 4 == 0 else torch.randn_like(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        mine.step()
+        reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_default_weight_decay_spares_factors_only() -> None:
+    model = make_model("ours")
+    head = nn.Linear(9, 2)
+    optimizer = lk.AdamW([*model.named_parameters(), *((f"head.{n}", p) for n, p in head.named_parameters())])
+    assert optimizer.param_groups[0]["weight_decay"] == 1e-2 and optimizer.param_groups[0]["factor_weight_decay"] == 0.0
+    before = {n: p.detach().clone() for n, p in [*model.named_parameters(), *head.named_parameters()]}
+    for p in [*trainable(model), *head.parameters()]:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in head.named_parameters():
+        torch.testing.assert_close(p, before[name] * (1 - 1e-3 * 1e-2))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+@every_optimizer
+def test_state_is_created_by_the_first_step(build) -> None:
+    model = make_model("ours")
+    optimizer = build(model)
+    assert not optimizer.state
+    run(model, optimizer, 0, 1)
+    for p in trainable(model):
+        state = optimizer.state[p]
+        assert all(isinstance(v, torch.Tensor) and v.shape == p.shape for v in state.values())
+    assert set(optimizer.state) == set(trainable(model)), "frozen parameters must have no state"
+
+
+@every_optimizer
+def test_checkpoint_probe_moves_nothing(build) -> None:
+    """torch.distributed.checkpoint asks an empty optimizer for its state by a step with lr 0 and zero gradients."""
+    model = make_model("ours")
+    optimizer = build(model)
+    before = [p.detach().clone() for p in trainable(model)]
+    lrs = [g["lr"] for g in optimizer.param_groups]
+    for p in trainable(model):
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        group["lr"] = lr
+    assert len(optimizer.state) == len(before) and all(g["step"] == 0 for g in optimizer.param_groups)
+    assert all(torch.equal(p, b) for p, b in zip(trainable(model), before, strict=True))
+    fresh = make_model("ours")
+    run(fresh, build(fresh), 0, 15)
+    run(model, optimizer, 0, 15)
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
+
+
+@every_optimizer
+def test_low_precision_parameters_keep_float32_state_through_a_checkpoint(build) -> None:
+    def bf16_model() -> nn.Module:
+        return make_model("peft", rank=2, dtype=torch.bfloat16)
+
+    model = bf16_model()
+    optimizer = build(model)
+    run(model, optimizer, 0, 7, torch.bfloat16)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twin = bf16_model()
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    resumed = build(twin)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for p, q in zip(trainable(model), trainable(twin), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert value.dtype == torch.float32 and torch.equal(value, resumed.state[q][key])
+    run(model, optimizer, 7, 20, torch.bfloat16)
+    run(twin, resumed, 7, 20, torch.bfloat16)
+    assert all(torch.equal(p, q) for p, q in zip(trainable(model), trainable(twin), strict=True))
+
+
+@every_optimizer
+def test_checkpoints_that_do_not_fit_are_refused_before_anything_changes(build) -> None:
+    model, other_rank, other_count = make_model("ours"), make_model("ours", rank=2), make_model("ours", shapes=[(20, 12), (9, 20)])
+    optimizer = build(model)
+    run(model, optimizer, 0, 3)
+    before = copy.deepcopy(optimizer.state_dict())
+    for bad_model in (other_rank, other_count):
+        bad = build(bad_model)
+        run(bad_model, bad, 0, 2)
+        with pytest.raises(ValueError, match="rank|parameters"):
+            optimizer.load_state_dict(bad.state_dict())
+    foreign = torch.optim.AdamW(trainable(model))
+    with pytest.raises(ValueError, match="saved by another optimizer"):
+        optimizer.load_state_dict(foreign.state_dict())
+    after = optimizer.state_dict()
+    for key, state in before["state"].items():
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in state.items())
+
+
+@every_optimizer
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_of_model_and_optimizer_go_on_alike(build, copier) -> None:
+    model = make_model("ours")
+    optimizer = build(model)
+    run(model, optimizer, 0, 12)
+    twin_model, twin = copier((model, optimizer))
+    run(model, optimizer, 12, 30)
+    run(twin_model, twin, 12, 30)
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), twin_model.state_dict().values(), strict=True))
+
+
+@every_optimizer
+def test_closure_scheduler_and_named_groups(build) -> None:
+    model = make_model("ours")
+    optimizer = build([{"params": [(n, p)], "lr": 1e-2} for n, p in model.named_parameters() if p.requires_grad])
+    assert len(optimizer.param_groups) == 6, "the user's groups stay the user's groups"
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
+    twin = make_model("ours")
+    plain = build(twin)
+    twin_scheduler = torch.optim.lr_scheduler.LinearLR(plain, total_iters=10)
+    for step in range(20):
+
+        def closure(step: int = step) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() > 0
+        scheduler.step()
+        run(twin, plain, step, step + 1)
+        twin_scheduler.step()
+    for p, q in zip(pairs(model), pairs(twin), strict=True):
+        torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-12, atol=0)
+
+
+@every_optimizer
+def test_add_param_group(build) -> None:
+    model, later = make_model("ours"), make_model("ours", seed=3)
+    optimizer = build(model)
+    run(model, optimizer, 0, 5)
+    optimizer.zero_grad()
+    optimizer.add_param_group({"params": [(n, p) for n, p in later.named_parameters() if p.requires_grad], "lr": 1e-2})
+    run(later, optimizer, 0, 15)
+    alone = make_model("ours", seed=3)
+    run(alone, build(alone), 0, 15)
+    for p, q in zip(pairs(later), pairs(alone), strict=True):
+        torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-12, atol=0)
+
+
+@every_optimizer
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_and_accumulation_change_nothing(build, reentrant: bool) -> None:
+    plain, recomputed = make_model("ours"), make_model("ours")
+    optimizers = build(plain), build(recomputed)
+
+    class Recomputed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(recomputed, x.requires_grad_(), use_reentrant=reentrant)
+
+    for step in range(14):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for micro in range(2):
+            loss_of(plain, 2 * step + micro).backward()
+            loss_of(Recomputed(), 2 * step + micro).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(plain.state_dict().values(), recomputed.state_dict().values(), strict=True))
+
+
+def launches_per_step(build, layers: int) -> list[int]:
+    model = make_model("ours", rank=2, dtype=torch.float32, shapes=[(12, 12)] * (layers - 1) + [(9, 12)])
+    optimizer = build(model, lr=1e-4)
+    counts = []
+    for step in range(14):
+        optimizer.zero_grad()
+        loss_of(model, step, torch.float32).backward()
+        before = backends.launch_count()
+        optimizer.step()
+        counts.append(backends.launch_count() - before)
+    return counts
+
+
+@every_optimizer
+def test_launches_do_not_depend_on_the_number_of_layers(build) -> None:
+    counts = launches_per_step(build, 6)
+    assert counts == launches_per_step(build, 60)
+    assert max(counts) > 0, "no backend counted a launch: was the native extension built?"
+
+
+@every_optimizer
+def test_adamws_checks(build) -> None:
+    model = make_model("ours")
+    for bad, message in (
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
+        ({"eps": -1.0}, "Invalid epsilon value: -1.0"),
+        ({"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
+        ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
+        ({"amsgrad": True}, "amsgrad"),
+        ({"differentiable": True}, "differentiable"),
+        ({"scale": 0.0}, "scale must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(model, **bad)
+    with pytest.raises(RuntimeError, match="fused"):
+        build(model, fused=True, foreach=True)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        build(model, learning_rate=1.0)
+    with pytest.raises(TypeError, match="iterable of tensors"):
+        build(trainable(model)[0])
+    build(model, fused=True), build(model, foreach=True)
+
+
+@every_optimizer
+def test_explain_names_a_backend_and_a_reason_for_every_operation(build, capsys) -> None:
+    model = make_model("ours", dtype=torch.float32)
+    explanation = lk.explain(model, build(model))
+    assert {c.operation for c in explanation.choices} >= {"lora_linear", "lora_linear_backward", "grouped_adamw_"}
+    assert all(c.backend in c.reasons and all(c.reasons.values()) for c in explanation.choices)
+    assert str(explanation) in capsys.readouterr().out
+    with pytest.raises(TypeError, match="one of lowrank_kernels"):
+        lk.explain(model, torch.optim.AdamW(trainable(model)))
+
+
+def test_forcing_a_backend_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("ours")
+    optimizer = lk.AdamW(model)
+    loss_of(model, 0).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    monkeypatch.setenv("LOWRANK_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(backends.BackendError, match="cannot read 'nonsense'"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    monkeypatch.setenv("LOWRANK_KERNELS_BACKEND", "native,lora_linear=reference,lora_linear_backward=reference")
+    used = backends.call_counts().get(("grouped_adamw_", "native"), 0)
+    optimizer.step()
+    assert backends.call_counts()["grouped_adamw_", "native"] == used + 1

@@ -1,0 +1,262 @@
+"""SDSLoRA against its algorithm box, on both roads: trajectory, continuity, resume, phases, bad input."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from _models import batch, loss_of, make_model, pair_delta, trainable
+from benchmarks.naive.sds_lora import SDSLoRALayer
+from torch import nn
+
+from lowrank_kernels import LowRankLinear, SDSLoRA, pairs
+from lowrank_kernels.optim.decoupled import refresh_due
+
+ROADS = ["ours", "peft"]
+
+
+def forward_with(model: nn.Module, deltas: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The model's forward with effective weights W0 + ΔW, so that autograd gives the full gradients G."""
+    for index, (pair, delta) in enumerate(zip(pairs(model), deltas, strict=True)):
+        base = pair.layer.base_layer
+        x = nn.functional.linear(x, base.weight + delta, base.bias)
+        x = x.tanh() if index < len(deltas) - 1 else x
+    return x
+
+
+def factor_gradients(layer: SDSLoRALayer, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``∂A = sBᵀG, ∂B = sGAᵀ`` while plain, ``∂A = sQ_BᵀG, ∂B = sGQ_A`` when decoupled (Eq. 6)."""
+    left, right = (layer.B, layer.A.T) if layer.Q_A is None else (layer.Q_B, layer.Q_A)
+    return layer.scale * left.T @ full, layer.scale * full @ right
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("road", ROADS)
+def test_trajectory_is_algorithm_1(road: str, clip: float | None) -> None:
+    total, rank, lr = 310, 3, 1e-2
+    model = make_model(road, rank=rank)
+    optimizer = SDSLoRA(model, lr=lr, total_steps=total)
+    naive = [
+        SDSLoRALayer(p.A[:rank].detach().clone(), p.B[:, :rank].detach().clone(), p.scale, total_steps=total, lr=lr) for p in pairs(model)
+    ]
+    clipped = 0
+    for step in range(total):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        deltas = [n.delta_weight().requires_grad_() for n in naive]
+        x, y = batch(step)
+        full = torch.autograd.grad((forward_with(model, deltas, x) - y).square().mean(), deltas)
+        grads = [factor_gradients(n, g) for n, g in zip(naive, full, strict=True)]
+        if clip is not None:
+            ours = torch.nn.utils.clip_grad_norm_(trainable(model), clip)
+            norm = torch.stack([g.norm() for pair in grads for g in pair]).norm()
+            torch.testing.assert_close(ours, norm, rtol=1e-9, atol=0)
+            factor = min(1.0, clip / (float(norm) + 1e-6))
+            clipped += factor < 1
+            grads = [(a * factor, b * factor) for a, b in grads]
+        for n, (grad_a, grad_b) in zip(naive, grads, strict=True):
+            n.step(grad_a, grad_b)
+        optimizer.step()
+        for pair, n in zip(pairs(model), naive, strict=True):
+            expected = n.delta_weight()
+            assert (pair_delta(pair) - expected).norm() <= 1e-9 * expected.norm(), f"step {step + 1}, layer {pair.name}"
+    assert clip is None or clipped > total // 2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("road", ROADS)
+def test_refresh_after_reparametrization_is_continuous(road: str, dtype: torch.dtype, tolerance: float) -> None:
+    model, plain = make_model(road, dtype=dtype), make_model(road, dtype=dtype)
+    optimizer = SDSLoRA(model, lr=1e-2, total_steps=100)
+    # A longer warm-up: the same ten updates, without the re-parametrization after the tenth.
+    still_plain = SDSLoRA(plain, lr=1e-2, total_steps=100, warmup_steps=11)
+    train(model, optimizer, 0, 10)
+    train(plain, still_plain, 0, 10)
+    before = [pair_delta(p) for p in pairs(plain)]
+    reparametrized = [pair_delta(p) for p in pairs(model)]
+    optimizer._refresh(optimizer._pairs)
+    refreshed = [pair_delta(p) for p in pairs(model)]
+    for x, y, z in zip(before, reparametrized, refreshed, strict=True):
+        assert (x - y).norm() <= tolerance * x.norm(), "re-parametrization"
+        assert (y - z).norm() <= tolerance * y.norm(), "refresh"
+    for state in (optimizer.state[p] for p in trainable(model)):
+        assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+    with torch.no_grad():
+        unaligned = [torch.linalg.qr(pair_b(p))[0] for p in pairs(model)]
+        jump = max(float((q - pair_q(p)).norm()) for q, p in zip(unaligned, pairs(model), strict=True))
+    assert jump > 0.1, "a QR without sign alignment must jump, or this test proves nothing"
+
+
+def pair_b(pair):
+    return pair.B if isinstance(pair.layer, LowRankLinear) else pair.B[:, pair.B.shape[1] // 2 :]
+
+
+def pair_q(pair):
+    return pair.layer.q_b if isinstance(pair.layer, LowRankLinear) else pair.B[:, : pair.B.shape[1] // 2]
+
+
+def train(model: nn.Module, optimizer: SDSLoRA, first: int, last: int) -> None:
+    for step in range(first, last):
+        optimizer.zero_grad()
+        loss_of(model, step, pairs(model)[0].A.dtype).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("stop", [4, 10, 23, 24, 41])
+@pytest.mark.parametrize("road", ROADS)
+def test_resume_is_bit_for_bit(road: str, stop: int) -> None:
+    whole = make_model(road)
+    optimizer = SDSLoRA(whole, lr=1e-2, total_steps=60)
+    train(whole, optimizer, 0, 60)
+
+    first = make_model(road)
+    optimizer = SDSLoRA(first, lr=1e-2, total_steps=60)
+    train(first, optimizer, 0, stop)
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    second = make_model(road, seed=99)
+    second.load_state_dict(saved["model"])
+    resumed = SDSLoRA(second, lr=5e-2, total_steps=60)
+    resumed.load_state_dict(saved["optimizer"])
+    train(second, resumed, stop, 60)
+    for p, q in zip(whole.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_both_roads_agree_in_float32() -> None:
+    models = [make_model(road, dtype=torch.float32) for road in ROADS]
+    optimizers = [SDSLoRA(m, lr=3e-3, total_steps=60) for m in models]
+    for step in range(60):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, step, torch.float32).backward()
+            optimizer.step()
+    for ours, theirs in zip(pairs(models[0]), pairs(models[1]), strict=True):
+        assert (pair_delta(ours) - pair_delta(theirs)).norm() <= 1e-3 * pair_delta(ours).norm()
+
+
+def test_peft_gradients_of_untrained_halves_are_zero() -> None:
+    model = make_model("peft")
+    optimizer = SDSLoRA(model, lr=1e-2, total_steps=60)
+    for step in range(14):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        for pair in pairs(model):
+            trained = pair.B.grad[:, :3] if step < 10 else pair.B.grad[:, 3:]
+            idle = pair.B.grad[:, 3:] if step < 10 else pair.B.grad[:, :3]
+            assert trained.any() and not idle.any() and not pair.A.grad[3:].any()
+        untouched = [pair.A[3:].detach().clone() for pair in pairs(model)]
+        optimizer.step()
+        if step < 9:
+            assert all(torch.equal(pair.A[3:], old) for pair, old in zip(pairs(model), untouched, strict=True))
+    del optimizer
+    model.zero_grad()
+    loss_of(model, 0).backward()
+    assert pairs(model)[0].B.grad[:, :3].any(), "the hooks must go with the optimizer"
+
+
+def test_refresh_schedule() -> None:
+    assert [t for t in range(1, 301) if refresh_due(t, 300, 5)][:61] == [*range(1, 61), 62]
+    for t in range(1, 400):
+        interval = min((5 * t + 299) // 300, 5)
+        assert refresh_due(t, 300, 5) == (t % interval == 0)
+
+
+def test_uniform_schedule_needs_no_total() -> None:
+    model = make_model("ours")
+    optimizer = SDSLoRA(model, lr=1e-2, refresh_every=7)
+    changed = []
+    for step in range(40):
+        bases = [p.layer.q_b.clone() for p in pairs(model)]
+        train(model, optimizer, step, step + 1)
+        if step >= 10 and not torch.equal(bases[0], pairs(model)[0].layer.q_b):
+            changed.append(step + 1 - 10)
+    assert changed == [7, 14, 21, 28]
+
+
+def test_continues_from_a_decoupled_adapter() -> None:
+    model = make_model("ours")
+    train(model, SDSLoRA(model, lr=1e-2, total_steps=40), 0, 40)
+    before = [pair_delta(p) for p in pairs(model)]
+    with pytest.raises(RuntimeError, match="not of the same moment"):
+        train(model, SDSLoRA(model, lr=1e-2, total_steps=40), 0, 1)
+    assert all(torch.equal(b, pair_delta(p)) for b, p in zip(before, pairs(model), strict=True))
+    train(model, SDSLoRA(model, lr=1e-2, total_steps=40, warmup_steps=0), 0, 40)
+    assert loss_of(model, 0).isfinite()
+
+
+def test_heads_get_adamw_and_their_state_is_not_cleared() -> None:
+    torch.manual_seed(0)
+    model = make_model("ours")
+    head = nn.Linear(9, 2, dtype=torch.float64)
+    reference = copy.deepcopy(head)
+    optimizer = SDSLoRA([{"params": trainable(model)}, {"params": head.parameters(), "lr": 5e-3}], lr=1e-2, total_steps=30)
+    plain = torch.optim.AdamW(reference.parameters(), lr=5e-3)
+    for step in range(20):
+        optimizer.zero_grad()
+        hidden = model(torch.randn(8, 12, dtype=torch.float64))
+        head(hidden).square().mean().backward()
+        for p, q in zip(reference.parameters(), head.parameters(), strict=True):
+            p.grad = q.grad.clone()
+        optimizer.step()
+        plain.step()
+    for p, q in zip(reference.parameters(), head.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+class TestBadInput:
+    def test_total_steps(self) -> None:
+        model = make_model("ours")
+        with pytest.raises(ValueError, match="total_steps is missing"):
+            SDSLoRA(model, lr=1e-2)
+        with pytest.raises(ValueError, match="total_steps must be larger than the 10 steps"):
+            SDSLoRA(model, lr=1e-2, total_steps=10)
+        with pytest.raises(ValueError, match="total_steps must be a positive integer, got 1.5"):
+            SDSLoRA(model, lr=1e-2, total_steps=1.5)
+        with pytest.raises(ValueError, match="warmup_steps"):
+            SDSLoRA(model, lr=1e-2, total_steps=10, warmup_steps=-1)
+
+    def test_nothing_to_pair(self) -> None:
+        with pytest.raises(ValueError, match="no pair of low-rank factors"):
+            SDSLoRA(nn.Linear(3, 3), lr=1e-2, total_steps=100)
+        with pytest.raises(ValueError, match="no pair of low-rank factors"):
+            SDSLoRA(make_model("peft").parameters(), lr=1e-2, total_steps=100)
+
+    def test_odd_rank(self) -> None:
+        import peft
+
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(r=3, target_modules=["0"]))
+        with pytest.raises(ValueError, match="rank must be even"):
+            SDSLoRA(model, lr=1e-2, total_steps=100)
+
+    def test_second_half_not_zero(self) -> None:
+        model = make_model("peft")
+        with torch.no_grad():
+            pairs(model)[1].B[:, 3:] = 1.0
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = SDSLoRA(model, lr=1e-2, total_steps=100)
+        loss_of(model, 0).backward()
+        with pytest.raises(RuntimeError, match="second half of lora_B must be zero"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)) and not optimizer.state
+
+    def test_scale_unknown_warns_once(self) -> None:
+        model = make_model("peft")
+        with pytest.warns(UserWarning, match="scale is not known") as caught:
+            SDSLoRA(model.named_parameters(), lr=1e-2, total_steps=100)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            SDSLoRA(make_model("peft").named_parameters(), lr=1e-2, total_steps=100, scale=0.7)
+            ours = make_model("ours")
+            SDSLoRA(ours.parameters(), lr=1e-2, total_steps=100)
+
+    def test_capturable(self) -> None:
+        with pytest.raises(ValueError, match="capturable"):
+            SDSLoRA(make_model("ours"), lr=1e-2, total_steps=100, capturable=True)
