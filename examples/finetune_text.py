@@ -358,7 +358,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3], help="learning rates of the adapters")
-    parser.add_argument("--sweep", action="store_true", help="the same as --lrs 1.5e-3 3e-3 6e-3, which holds the best one of either method")
+    parser.add_argument("--sweep", action="store_true", help="the same as --lrs 1.5e-3 3e-3 6e-3")
     parser.add_argument("--head-lr", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=4.0, help="s = alpha / √rank")
