@@ -38,9 +38,10 @@ part build 90 "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --
 # The tests and benchmarks must run what was installed, with its compiled part, not the sources beside them.
 export PYTHONSAFEPATH=1
 elsewhere=$(mktemp -d)
-cp -r benchmarks tests examples pyproject.toml "$elsewhere"
-root=$PWD
-case $OUT in /*) ;; *) OUT=$root/$OUT ;; esac
+for entry in *; do
+  [ "$entry" = lowrank_kernels ] || cp -r "$entry" "$elsewhere"
+done
+case $OUT in /*) ;; *) OUT=$PWD/$OUT ;; esac
 cd "$elsewhere" || exit 1
 export PYTHONPATH=$elsewhere
 

@@ -56,6 +56,7 @@ class Case:
         bytes: what must move if everything is read and written once.
         tensors: how many tensors (or matrices) the call is about.
         providers: name → builder; the baseline is called "naive". Every builder makes the same inputs anew.
+        rival: the provider that is the best one can have without this package.
     """
 
     op: str
@@ -66,6 +67,7 @@ class Case:
     bytes: int
     tensors: int
     providers: Mapping[str, Callable[[], Trial]]
+    rival: str = "naive"
 
 
 @dataclass(frozen=True)
@@ -271,13 +273,13 @@ def run_case(case: Case, ceilings: Ceilings, budget: Budget, providers: Sequence
     clock = _cpu_clock if case.device.type == "cpu" else lambda trial: _cuda_clock(trial, case.device)
     times = interleave({name: clock(trial) for name, trial in trials.items()}, budget)
     for name, trial in trials.items():
-        _fill_times(rows[name], times, name, ceilings)
+        _fill_times(rows[name], times, name, case.rival, ceilings)
         with trial.context():
             rows[name].peak_mib = peak_temporary_bytes(trial.run, case.device) / 2**20
     return list(rows.values())
 
 
-def _fill_times(row: Row, times: Times, name: str, ceilings: Ceilings) -> None:
+def _fill_times(row: Row, times: Times, name: str, rival: str, ceilings: Ceilings) -> None:
     main = times[name]["main"]
     row.rounds = len(main)
     row.median_ms = statistics.median(main)
@@ -285,7 +287,9 @@ def _fill_times(row: Row, times: Times, name: str, ceilings: Ceilings) -> None:
     for column, attribute in (("graph", "graph_ms"), ("wall", "wall_ms")):
         if column in times[name]:
             setattr(row, attribute, statistics.median(times[name][column]))
-    if "naive" in times:
-        row.ratio_to_naive = statistics.median(own / naive for own, naive in zip(main, times["naive"]["main"], strict=True))
+    for baseline, attribute in (("naive", "ratio_to_naive"), (rival, "ratio_to_rival")):
+        if baseline in times:
+            pairs = zip(main, times[baseline]["main"], strict=True)
+            setattr(row, attribute, statistics.median(own / other for own, other in pairs))
     assert row.bytes is not None
     row.copy_share = row.bytes / (1e-3 * row.median_ms) / ceilings.copy_bandwidth

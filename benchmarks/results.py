@@ -19,6 +19,7 @@ class Row:
         graph_ms: median time of a replayed CUDA graph.
         wall_ms: median wall time of an eager call on a GPU, synchronized.
         ratio_to_naive: median over the rounds of this provider's time by that of "naive" in the same round.
+        ratio_to_rival: the same by the best that one can have without this package (torch-fused, torch-batched).
         bytes: what must move between memory and processor if everything is read and written once.
         copy_share: bytes / median time, as a share of the copy bandwidth measured in the same run.
         launches: kernel launches and calls into compiled code, for our own providers.
@@ -41,6 +42,7 @@ class Row:
     graph_ms: float | None = None
     wall_ms: float | None = None
     ratio_to_naive: float | None = None
+    ratio_to_rival: float | None = None
     rounds: int | None = None
     tensors: int | None = None
     bytes: int | None = None

@@ -23,7 +23,7 @@ def render(rows: Sequence[Row]) -> Table:
     cuda = any(row.device == "cuda" for row in rows)
     table = Table(title="Times in ms; device time on a GPU" if cuda else "Times in ms (wall), interleaved")
     left = ("case", "provider")
-    columns = ["case", "provider", "median", "p20–p80", "× naive", "copy share", "launches", "peak MiB", "error"]
+    columns = ["case", "provider", "median", "p20–p80", "× naive", "× rival", "copy share", "launches", "peak MiB", "error"]
     if cuda:
         columns[4:4] = ["graph", "wall"]
     for column in columns:
@@ -36,7 +36,12 @@ def render(rows: Sequence[Row]) -> Table:
                 cells = ["–", row.note.split(":")[0]]
             if cuda:
                 cells += [_number(row.graph_ms), _number(row.wall_ms)]
-            cells += [_number(row.ratio_to_naive), _share(row.copy_share), "" if row.launches is None else str(row.launches)]
+            cells += [
+                _number(row.ratio_to_naive),
+                _number(row.ratio_to_rival),
+                _share(row.copy_share),
+                "" if row.launches is None else str(row.launches),
+            ]
             table.add_row(title, row.provider, *cells, _number(row.peak_mib), _number(row.error, 2))
             title = ""
         table.add_section()

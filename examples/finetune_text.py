@@ -358,7 +358,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3], help="learning rates of the adapters")
-    parser.add_argument("--sweep", action="store_true", help="the same as --lrs 1e-3 2e-3 4e-3")
+    parser.add_argument("--sweep", action="store_true", help="the same as --lrs 1.5e-3 3e-3 6e-3")
     parser.add_argument("--head-lr", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=4.0, help="s = alpha / √rank")
@@ -373,7 +373,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     args = parser.parse_args(argv)
     if args.sweep:
-        args.lrs = [1e-3, 2e-3, 4e-3]
+        args.lrs = [1.5e-3, 3e-3, 6e-3]
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
     # On our road the optimizer reads s from the layers; PEFT's parameters, given by name, do not tell it.
@@ -383,13 +383,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    results = [result for lr in args.lrs for seed in args.seeds for result in run_side_by_side(lr, seed, args)]
     peak_rss = {} if args.no_memory else {name: measure_peak_rss(name, args) for name in args.methods}
-    costs = cost_figures(results, peak_rss)
-    save(results, costs, args)
+    results: list[Result] = []
+    for lr in args.lrs:
+        for seed in args.seeds:
+            results += run_side_by_side(lr, seed, args)
+            save(results, cost_figures(results, peak_rss), args)  # after every run: a sweep takes long
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(quality_table(results))
-    console.print(cost_table(costs))
+    console.print(cost_table(cost_figures(results, peak_rss)))
     console.print(f"Figures and loss curves: {args.output}", soft_wrap=True)
 
 

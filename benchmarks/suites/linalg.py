@@ -128,4 +128,5 @@ def cases(setting: Setting) -> Iterator[Case]:
         bytes=3 * elements * item + len(bases.xs) * setting.rank**2 * max(item, 4),
         tensors=len(bases.xs),
         providers={name: lambda build=build: build(bases.copy(), judge) for name, build in providers.items()},
+        rival="torch-batched",
     )

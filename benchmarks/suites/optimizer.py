@@ -125,4 +125,5 @@ def cases(setting: Setting) -> Iterator[Case]:
         bytes=elements * (3 * item + 4 * state),
         tensors=len(factors.params),
         providers={name: lambda build=build: build(factors.copy(), judge) for name, build in providers.items()},
+        rival="torch-fused",
     )
