@@ -65,7 +65,6 @@ void bind_cuda(py::module_& m) {
       .def("gemm", &Routines::gemm, NoGil())
       .def("trsm", &Routines::trsm, NoGil())
       .def("geqrf", &Routines::geqrf, NoGil())
-      .def("potrf", &Routines::potrf, NoGil())
       .def("gesvdj", &Routines::gesvdj, NoGil())
       .def("syev", &Routines::syev, NoGil());
 }

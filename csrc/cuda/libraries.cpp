@@ -101,7 +101,7 @@ OpenedLibrary open_library(const char* soname, const std::vector<std::string>& f
     }
   }
   if (opened.handle == nullptr) {
-    note("not in the " + std::to_string(folders.size()) + " folders of the nvidia-* wheels");
+    note("not in any of " + std::to_string(folders.size()) + " folders searched");
     if (use_system) {
       if ((opened.handle = dlopen(soname, RTLD_NOW | RTLD_LOCAL)) != nullptr) {
         opened.origin = "system";
@@ -187,9 +187,14 @@ Libraries::Libraries(std::vector<int> majors, std::vector<std::string> folders, 
     const Sonames* sonames = sonames_of(major);
     OpenedLibrary opened[kLibraries];
     bool any = false;
+    std::vector<std::string> places = folders;
     for (int which = 0; which < kLibraries; ++which) {
-      opened[which] = open_library(sonames->names[which], folders, use_loaded, use_system);
-      any = any || opened[which].handle != nullptr;
+      opened[which] = open_library(sonames->names[which], places, use_loaded, use_system);
+      if (opened[which].handle == nullptr) continue;
+      any = true;
+      // The libraries of one CUDA mostly lie together; torch opens cuSOLVER late, so it may not be loaded yet.
+      const std::string::size_type slash = opened[which].path.rfind('/');
+      if (slash != std::string::npos) places.push_back(opened[which].path.substr(0, slash));
     }
     for (int which = 0; which < kLibraries; ++which) {
       // With nothing found, the message names what was tried for every version, first choice first.

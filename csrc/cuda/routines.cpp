@@ -20,7 +20,6 @@ struct Typed<float> {
   static constexpr auto gemm = &Libraries::cublasSgemmStridedBatched;
   static constexpr auto trsm = &Libraries::cublasStrsmBatched;
   static constexpr auto geqrf = &Libraries::cublasSgeqrfBatched;
-  static constexpr auto potrf = &Libraries::cusolverDnSpotrfBatched;
   static constexpr auto gesvdj_size = &Libraries::cusolverDnSgesvdjBatched_bufferSize;
   static constexpr auto gesvdj = &Libraries::cusolverDnSgesvdjBatched;
 };
@@ -30,7 +29,6 @@ struct Typed<double> {
   static constexpr auto gemm = &Libraries::cublasDgemmStridedBatched;
   static constexpr auto trsm = &Libraries::cublasDtrsmBatched;
   static constexpr auto geqrf = &Libraries::cublasDgeqrfBatched;
-  static constexpr auto potrf = &Libraries::cusolverDnDpotrfBatched;
   static constexpr auto gesvdj_size = &Libraries::cusolverDnDgesvdjBatched_bufferSize;
   static constexpr auto gesvdj = &Libraries::cusolverDnDgesvdjBatched;
 };
@@ -46,7 +44,8 @@ auto in_precision(bool is_double, Body body) {
 // While it lives: the calling thread is on the place's device, and the place's handles are this thread's alone.
 class Routines::InUse {
  public:
-  InUse(Routines& routines, const Place& place, bool needs_cublas) : libraries_(*routines.libraries_), device_(place.device) {
+  InUse(Routines& routines, const Place& place, bool needs_cublas)
+      : libraries_(*routines.libraries_), device_(place.device) {
     libraries_.cudaGetDevice(&previous_);
     if (previous_ != device_) libraries_.cudaSetDevice(device_);
     try {
@@ -128,8 +127,9 @@ void Routines::gemm(const Place& place, bool is_double, bool transpose_a, bool t
     using T = decltype(zero);
     const T typed_alpha = static_cast<T>(alpha), typed_beta = static_cast<T>(beta);
     ((*libraries_).*Typed<T>::gemm)(context->cublas, transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N,
-                                  transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &typed_alpha, at<const T>(a), lda,
-                                  stride_a, at<const T>(b), ldb, stride_b, &typed_beta, at<T>(c), ldc, stride_c, batch);
+                                    transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &typed_alpha, at<const T>(a), lda,
+                                    stride_a, at<const T>(b), ldb, stride_b, &typed_beta, at<T>(c), ldc, stride_c,
+                                    batch);
   });
 }
 
@@ -140,9 +140,9 @@ void Routines::trsm(const Place& place, bool is_double, bool right, bool upper, 
     using T = decltype(zero);
     const T one = 1;
     ((*libraries_).*Typed<T>::trsm)(context->cublas, right ? CUBLAS_SIDE_RIGHT : CUBLAS_SIDE_LEFT,
-                                  upper ? CUBLAS_FILL_MODE_UPPER : CUBLAS_FILL_MODE_LOWER,
-                                  transpose ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT, m, n, &one,
-                                  at<const T* const>(a), lda, at<T* const>(b), ldb, batch);
+                                    upper ? CUBLAS_FILL_MODE_UPPER : CUBLAS_FILL_MODE_LOWER,
+                                    transpose ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT, m, n, &one,
+                                    at<const T* const>(a), lda, at<T* const>(b), ldb, batch);
   });
 }
 
@@ -159,18 +159,8 @@ void Routines::geqrf(const Place& place, bool is_double, int m, int n, Address a
   }
 }
 
-void Routines::potrf(const Place& place, bool is_double, bool upper, int n, Address a, int lda, Address info,
-                     int batch) {
-  InUse context(*this, place, false);
-  in_precision(is_double, [&](auto zero) {
-    using T = decltype(zero);
-    ((*libraries_).*Typed<T>::potrf)(context->cusolver, upper ? CUBLAS_FILL_MODE_UPPER : CUBLAS_FILL_MODE_LOWER, n,
-                                   at<T*>(a), lda, at<int>(info), batch);
-  });
-}
-
-int Routines::gesvdj(const Place& place, bool is_double, int n, Address a, Address s, Address u, Address v, Address work,
-                     int work_length, Address info, int batch) {
+int Routines::gesvdj(const Place& place, bool is_double, int n, Address a, Address s, Address u, Address v,
+                     Address work, int work_length, Address info, int batch) {
   InUse context(*this, place, false);
   if (context->gesvdj == nullptr) libraries_->cusolverDnCreateGesvdjInfo(&context->gesvdj);
   return in_precision(is_double, [&](auto zero) {
@@ -178,12 +168,12 @@ int Routines::gesvdj(const Place& place, bool is_double, int n, Address a, Addre
     int length = work_length;
     if (work == 0) {
       ((*libraries_).*Typed<T>::gesvdj_size)(context->cusolver, CUSOLVER_EIG_MODE_VECTOR, n, n, at<const T>(a), n,
-                                           at<const T>(s), at<const T>(u), n, at<const T>(v), n, &length,
-                                           context->gesvdj, batch);
+                                             at<const T>(s), at<const T>(u), n, at<const T>(v), n, &length,
+                                             context->gesvdj, batch);
     } else {
       ((*libraries_).*Typed<T>::gesvdj)(context->cusolver, CUSOLVER_EIG_MODE_VECTOR, n, n, at<T>(a), n, at<T>(s),
-                                      at<T>(u), n, at<T>(v), n, at<T>(work), length, at<int>(info), context->gesvdj,
-                                      batch);
+                                        at<T>(u), n, at<T>(v), n, at<T>(work), length, at<int>(info), context->gesvdj,
+                                        batch);
     }
     return length;
   });
@@ -213,8 +203,8 @@ std::size_t Routines::syev(const Place& place, bool jacobi, int n, Address a, Ad
                                                 &host_bytes, batch);
   if (work == 0) return device_bytes;
   if (context->host_work.size() < host_bytes) context->host_work.resize(host_bytes);
-  libraries_->cusolverDnXsyevBatched(context->cusolver, context->params, kVectors, kLower, n, CUDA_R_64F, at<void>(a), n,
-                                     CUDA_R_64F, at<void>(w), CUDA_R_64F, at<void>(work), work_bytes,
+  libraries_->cusolverDnXsyevBatched(context->cusolver, context->params, kVectors, kLower, n, CUDA_R_64F, at<void>(a),
+                                     n, CUDA_R_64F, at<void>(w), CUDA_R_64F, at<void>(work), work_bytes,
                                      context->host_work.data(), host_bytes, at<int>(info), batch);
   return work_bytes;
 }

@@ -1,5 +1,6 @@
-// The batched routines that the Python side composes: cuBLAS and cuSOLVER calls over device addresses on a torch stream.
-// Conventions are the vendor's: column-major, leading dimensions and strides in elements, pointer tables on the device.
+// The batched routines that the Python side composes: cuBLAS and cuSOLVER calls over device addresses on a torch
+// stream. Conventions are the vendor's: column-major, leading dimensions and strides in elements, pointer tables on the
+// device.
 #pragma once
 
 #include <map>
@@ -33,12 +34,10 @@ class Routines {
             Address a, int lda, long long stride_a, Address b, int ldb, long long stride_b, double beta, Address c,
             int ldc, long long stride_c, int batch);
   // X·op(A) = B (right) or op(A)·X = B (left) in place of B (m×n), A triangular. `a`, `b`: tables of addresses.
-  void trsm(const Place& place, bool is_double, bool right, bool upper, bool transpose, int m, int n, Address a, int lda,
-            Address b, int ldb, int batch);
+  void trsm(const Place& place, bool is_double, bool right, bool upper, bool transpose, int m, int n, Address a,
+            int lda, Address b, int ldb, int batch);
   // Householder QR of m×n matrices in place. `a`, `tau`: tables of addresses.
   void geqrf(const Place& place, bool is_double, int m, int n, Address a, int lda, Address tau, int batch);
-  // Cholesky in place of n×n matrices; info (int32, one each) > 0: not positive definite. `a`: table of addresses.
-  void potrf(const Place& place, bool is_double, bool upper, int n, Address a, int lda, Address info, int batch);
   // SVD of n×n matrices, n ≤ 32, contiguous; A is destroyed. Returns the scratch length in elements if `work` is 0.
   int gesvdj(const Place& place, bool is_double, int n, Address a, Address s, Address u, Address v, Address work,
              int work_length, Address info, int batch);

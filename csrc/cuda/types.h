@@ -1,5 +1,6 @@
-// The few types of cuBLAS, cuSOLVER and the CUDA runtime that our calls need, so that no CUDA header is needed to build.
-// Names and values are the vendor's (CUDA 12 and 13); tests/test_cuda_host.py compares them with the real headers.
+// The few types of cuBLAS, cuSOLVER and the CUDA runtime that our calls need, so that no CUDA header is needed to
+// build. Names and values are the vendor's (CUDA 12 and 13); tests/test_cuda_host.py compares them with the real
+// headers.
 #pragma once
 
 #include <cstddef>

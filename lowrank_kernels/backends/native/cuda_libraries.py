@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 import torch
 
-from . import _csrc
-
-CudaLibraryError = _csrc.CudaLibraryError
+#: The compiled extension (imported by name: type checkers cannot look into it).
+extension: Any = importlib.import_module(f"{__package__}._csrc")
+CudaLibraryError: type[RuntimeError] = extension.CudaLibraryError
 
 #: CUDA major versions whose sonames and prototypes are known, newest first.
 MAJORS = (13, 12)
@@ -48,14 +49,8 @@ def _majors() -> list[int]:
 
 @functools.cache
 def routines() -> Any:
-    """The process's table of routines (``_csrc.CudaRoutines``); opened at first use, kept for good."""
-    return _csrc.CudaRoutines(_majors(), library_folders())
-
-
-@functools.cache
-def missing_symbols() -> frozenset[str]:
-    """Names in ``csrc/cuda/symbols.def`` that the opened libraries do not have."""
-    return frozenset(routines().status()["missing_symbols"])
+    """The process's table of routines (``CudaRoutines``); opened at first use, kept for good."""
+    return extension.CudaRoutines(_majors(), library_folders())
 
 
 @functools.cache
@@ -65,19 +60,22 @@ def problem(*symbols: str) -> str | None:
         return "this torch is built for ROCm; the native CUDA road calls cuSOLVER and cuBLAS"
     if torch.version.cuda is not None and not _majors():
         return f"torch is built for CUDA {torch.version.cuda}; known here: {', '.join(map(str, sorted(MAJORS)))}"
-    missing = [name for name in symbols if name in missing_symbols()]
+    status = cuda_status()
+    missing = [name for name in symbols if name in status["missing_symbols"]]
     if not missing:
         return None
-    errors = [library["error"] for library in routines().status()["libraries"].values() if library["error"]]
+    errors = [library["error"] for library in status["libraries"].values() if library["error"]]
     return "; ".join(errors) if errors else f"not in the opened CUDA libraries: {', '.join(missing)}"
 
 
+@functools.cache
 def cuda_status() -> dict[str, Any]:
     """Facts for ``explain()``: ``cuda_major``, ``libraries`` (name → soname, path, origin, error), versions, ``missing_symbols``.
 
     Opens the libraries, but asks nothing of a GPU.
     """
-    return dict(routines().status())
+    status: dict[str, Any] = routines().status()
+    return status
 
 
 def report() -> list[str]:
@@ -90,6 +88,9 @@ def report() -> list[str]:
     for name in ("cuda_runtime_version", "cusolver_version"):
         if status[name]:
             lines.append(f"{name}: {status[name]}")
-    if status["missing_symbols"] and status["cuda_major"]:
-        lines.append(f"missing symbols: {', '.join(status['missing_symbols'])}")
+    # A library that was not found has said so above; name what a found one lacks.
+    prefixes = tuple("cuda" if name == "cudart" else name for name, library in status["libraries"].items() if library["path"])
+    missing = [symbol for symbol in status["missing_symbols"] if symbol.startswith(prefixes)]
+    if missing:
+        lines.append(f"missing symbols: {', '.join(missing)}")
     return lines

@@ -6,16 +6,14 @@ with a PyTorch stand-in.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..registry import count_launch
-from . import _csrc
 from .cuda_choices import XSYEV_VERSION
-from .cuda_libraries import cuda_status, missing_symbols, routines
+from .cuda_libraries import extension, routines
 
 #: cuBLAS scratch per (device, stream). Batched products of small matrices do not split their inner dimension: the 4 MiB that
 #: NVIDIA recommends for most architectures are plenty.
@@ -50,9 +48,10 @@ class CudaPrimitives:
 
     def __init__(self, library: Any, device_index: int, stream: int, workspace: Tensor | None) -> None:
         self._routines = library
+        self._has_xsyev = has_xsyev(library.status())
         self._workspace = workspace  # keeps it alive as long as the handles know its address
         address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
-        self._place = _csrc.CudaPlace(device_index, stream, address, size)
+        self._place = extension.CudaPlace(device_index, stream, address, size)
 
     @staticmethod
     def _addresses(batch: Tensor) -> Tensor:
@@ -108,8 +107,7 @@ class CudaPrimitives:
         count, n, _ = symmetric.shape
         values = symmetric.new_empty(count, n)
         info = torch.empty(count, dtype=torch.int32, device=symmetric.device)
-        jacobi = not has_xsyev()
-        arguments = (self._place, jacobi, n, symmetric.data_ptr(), values.data_ptr())
+        arguments = (self._place, not self._has_xsyev, n, symmetric.data_ptr(), values.data_ptr())
         size = self._routines.syev(*arguments, 0, 0, info.data_ptr(), count)
         work = torch.empty(max(size, 1), dtype=torch.uint8, device=symmetric.device)
         count_launch()
@@ -117,10 +115,9 @@ class CudaPrimitives:
         return values.masked_fill_((info != 0)[:, None], torch.nan)
 
 
-@functools.cache
-def has_xsyev() -> bool:
-    """Whether ``cusolverDnXsyevBatched`` is there and of a version that works; else ``DsyevjBatched`` serves."""
-    return "cusolverDnXsyevBatched" not in missing_symbols() and cuda_status()["cusolver_version"] >= XSYEV_VERSION
+def has_xsyev(status: dict[str, Any]) -> bool:
+    """Whether ``cusolverDnXsyevBatched`` is there (of the libraries' ``status``) and recent enough; else ``DsyevjBatched``."""
+    return "cusolverDnXsyevBatched" not in status["missing_symbols"] and status["cusolver_version"] >= XSYEV_VERSION
 
 
 _primitives: dict[tuple[int, int], CudaPrimitives] = {}

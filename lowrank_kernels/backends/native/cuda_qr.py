@@ -11,11 +11,10 @@ from .cuda_lists import buckets, stack_transposed, to_list_order, write_transpos
 from .cuda_primitives import Primitives, primitives_for
 from .cuda_tsqr import apply_q, factor, identity, normalize_rows, scale_rows
 
-SYMBOLS = tuple(
-    f"{library}{precision}{name}"
-    for precision in "SD"
-    for library, name in (("cublas", "geqrfBatched"), ("cublas", "gemmStridedBatched"), ("cublas", "trsmBatched"))
-) + ("cublasCreate_v2", "cublasSetStream_v2", "cublasSetWorkspace_v2", "cudaGetDevice", "cudaSetDevice")
+SYMBOLS = (
+    *("cublasCreate_v2", "cublasSetStream_v2", "cublasSetWorkspace_v2", "cudaGetDevice", "cudaSetDevice"),
+    *(f"cublas{precision}{name}" for precision in "SD" for name in ("geqrfBatched", "gemmStridedBatched", "trsmBatched")),
+)
 
 
 def verify_tensors(tensors: list[Tensor], symbols: tuple[str, ...]) -> tuple[bool, str]:

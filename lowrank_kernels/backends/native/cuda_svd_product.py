@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from .cuda_choices import block_rows, svd_road
-from .cuda_libraries import problem
+from .cuda_libraries import cuda_status, problem
 from .cuda_lists import Bucket, buckets, stack_transposed, to_bucket_order, to_list_order, write_transposed
 from .cuda_primitives import Primitives, has_xsyev, primitives_for
 from .cuda_qr import SYMBOLS, verify_tensors
 from .cuda_tsqr import apply_q, factor, orthonormalize_rows
 
 SOLVER_SYMBOLS = ("cusolverDnCreate", "cusolverDnSetStream")
-JACOBI_SYMBOLS = ("cusolverDnCreateGesvdjInfo",) + tuple(
-    f"cusolverDn{precision}gesvdjBatched{suffix}" for precision in "SD" for suffix in ("", "_bufferSize")
+JACOBI_SYMBOLS = (
+    "cusolverDnCreateGesvdjInfo",
+    *(f"cusolverDn{precision}gesvdjBatched{suffix}" for precision in "SD" for suffix in ("", "_bufferSize")),
 )
 XSYEV_SYMBOLS = ("cusolverDnCreateParams", "cusolverDnXsyevBatched", "cusolverDnXsyevBatched_bufferSize")
 SYEVJ_SYMBOLS = ("cusolverDnCreateSyevjInfo", "cusolverDnDsyevjBatched", "cusolverDnDsyevjBatched_bufferSize")
@@ -28,7 +29,7 @@ def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tens
     k = lefts[0].shape[1]
     if svd_road(k, ss.dtype) == "jacobi":
         symbols, name = JACOBI_SYMBOLS, "gesvdjBatched"
-    elif has_xsyev():
+    elif has_xsyev(cuda_status()):
         symbols, name = XSYEV_SYMBOLS, "XsyevBatched"
     else:
         symbols, name = SYEVJ_SYMBOLS, "DsyevjBatched"
