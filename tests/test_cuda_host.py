@@ -14,6 +14,7 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,6 @@ CSRC = TESTS.parent / "csrc"
 COMPILER = next((found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (CXX, c++, g++, clang++)")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="no CUDA device")
-CUBLAS = {13: "libcublas.so.13", 12: "libcublas.so.12"}
 FILES = {
     13: {"cudart": "libcudart.so.13", "cublas": "libcublas.so.13", "cusolver": "libcusolver.so.12"},
     12: {"cudart": "libcudart.so.12", "cublas": "libcublas.so.12", "cusolver": "libcusolver.so.11"},
@@ -89,7 +89,7 @@ struct __nv_bfloat16;
 
 #define LOWRANK_SYMBOL(library, name, status, arguments) \\
   static_assert(std::is_same_v<decltype(::name), status arguments>, "prototype of " #name);
-#include "cuda/symbols.def"
+#include "cuda/symbols.h"
 
 #define SAME(name) static_assert(static_cast<int>(::name) == static_cast<int>(lowrank::cuda::name), "value of " #name);
 SAME(CUBLAS_STATUS_SUCCESS) SAME(CUSOLVER_STATUS_SUCCESS) SAME(cudaSuccess)
@@ -106,6 +106,8 @@ IS_POINTER(cublasHandle_t) IS_POINTER(cusolverDnHandle_t) IS_POINTER(cusolverDnP
 IS_POINTER(syevjInfo_t) IS_POINTER(cudaStream_t)
 
 // The names that error messages give to status codes.
+static_assert(cudaErrorMemoryAllocation == 2 && cudaErrorInitializationError == 3 && cudaErrorInsufficientDriver == 35 &&
+              cudaErrorNoDevice == 100 && cudaErrorInvalidDevice == 101);
 static_assert(CUBLAS_STATUS_NOT_INITIALIZED == 1 && CUBLAS_STATUS_ALLOC_FAILED == 3 && CUBLAS_STATUS_INVALID_VALUE == 7 &&
               CUBLAS_STATUS_ARCH_MISMATCH == 8 && CUBLAS_STATUS_MAPPING_ERROR == 11 && CUBLAS_STATUS_EXECUTION_FAILED == 13 &&
               CUBLAS_STATUS_INTERNAL_ERROR == 14 && CUBLAS_STATUS_NOT_SUPPORTED == 15 && CUBLAS_STATUS_LICENSE_ERROR == 16);
@@ -134,7 +136,7 @@ def test_prototypes_are_the_vendors(tmp_path: Path, major: int) -> None:
     result = compile_prototypes(tmp_path, major, PROTOTYPES)
     assert result.returncode == 0, result.stderr[:4000]
     # The check can fail: one wrong parameter is found, and named.
-    wrong = PROTOTYPES.replace('#include "cuda/symbols.def"', "LOWRANK_SYMBOL(x, cublasDestroy_v2, cublasStatus_t, (int))")
+    wrong = PROTOTYPES.replace('#include "cuda/symbols.h"', "LOWRANK_SYMBOL(x, cublasDestroy_v2, cublasStatus_t, (int))")
     result = compile_prototypes(tmp_path, major, wrong)
     assert result.returncode != 0 and "prototype of cublasDestroy_v2" in result.stderr
 
@@ -226,6 +228,30 @@ def test_versions_do_not_mix(fakes: dict[int, Path], tmp_path: Path) -> None:
     assert "cusolverDnCreate" in status["missing_symbols"] and "cublasCreate_v2" not in status["missing_symbols"]
 
 
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sonames are an ELF matter")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch brings its own CUDA libraries into every process")
+def test_the_copy_in_the_process_decides(tmp_path: Path) -> None:
+    """Another CUDA version in a folder must not win over the one that is loaded; the rest is found beside the loaded one."""
+    for name in ("cudart", "cublas"):
+        command = [COMPILER, "-std=c++17", "-w", "-shared", "-fPIC", f"-I{CSRC}", f"-DFAKE_{name.upper()}", "-DFAKE_CUDA_MAJOR=12"]
+        command += [f"-Wl,-soname,{FILES[12][name]}", TESTS / "fake_cuda.cpp", "-o", tmp_path / FILES[12][name]]
+        subprocess.run(command, check=True, capture_output=True)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / FILES[12]["cublas"], tmp_path / "other" / FILES[13]["cublas"])
+    # In a process of its own: a false libcudart under its true soname would serve whoever asks for it later.
+    script = (
+        "import ctypes, sys; from lowrank_kernels.backends.native import cuda_libraries as c\n"
+        "ctypes.CDLL(sys.argv[1])\n"
+        "status = c.extension.CudaRoutines([13, 12], [sys.argv[2]], True, False).status()\n"
+        "print(status['cuda_major'], *(x['origin'] for x in status['libraries'].values()), sep='|')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
+    arguments = [sys.executable, "-c", script, str(tmp_path / FILES[12]["cudart"]), str(tmp_path / "other")]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.strip() == "12|already loaded|folder|"
+
+
 def test_a_symbol_that_an_older_library_lacks_is_named_and_the_rest_works(fakes: dict[int, Path]) -> None:
     routines = open_fakes(fakes[12])
     status = routines.status()
@@ -243,7 +269,7 @@ def test_a_failing_call_names_symbol_status_and_library(fakes: dict[int, Path]) 
     routines = open_fakes(fakes[13])
     with pytest.raises(cuda_libraries.CudaLibraryError, match=r"cublasSgeqrfBatched returned CUBLAS_STATUS_INVALID_VALUE \(7\), libcublas"):
         routines.geqrf(cuda_libraries.extension.CudaPlace(0, 0, 0, 0), False, 4, 2, 0, 3, 0, 1)
-    with pytest.raises(cuda_libraries.CudaLibraryError, match="cudaSetDevice returned cudaError"):
+    with pytest.raises(cuda_libraries.CudaLibraryError, match=r"cudaSetDevice returned cudaErrorInvalidDevice \(101\)"):
         routines.geqrf(cuda_libraries.extension.CudaPlace(2, 0, 0, 0), False, 4, 2, 0, 4, 0, 0)
 
 
@@ -294,7 +320,7 @@ def test_folders_come_from_the_variable_and_from_both_layouts_of_the_wheels(monk
     script = "from lowrank_kernels.backends.native.cuda_libraries import library_folders; print('\\n'.join(library_folders()))"
     environment = {**os.environ, cuda_libraries.FOLDERS_VARIABLE: f"/first{os.pathsep}/second"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(TESTS.parent), environment.get("PYTHONPATH", "")])
-    result = subprocess.run([os.sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     found = result.stdout.split()
     assert found[:2] == ["/first", "/second"] and set(expected) <= set(found)
 

@@ -136,10 +136,19 @@ std::string name_in(const std::vector<std::pair<int, const char*>>& names, int s
   for (const auto& entry : names) {
     if (entry.first == status) return std::string(prefix) + entry.second;
   }
-  return std::string(prefix) + "unknown";
+  return std::string(prefix) + "(unnamed)";
 }
 
 }  // namespace
+
+std::string cuda_error_name(int error) {
+  return name_in({{2, "MemoryAllocation"},
+                  {3, "InitializationError"},
+                  {35, "InsufficientDriver"},
+                  {100, "NoDevice"},
+                  {101, "InvalidDevice"}},
+                 error, "cudaError");
+}
 
 std::string cublas_status_name(int status) {
   return name_in({{1, "NOT_INITIALIZED"},
@@ -206,7 +215,7 @@ Libraries::Libraries(std::vector<int> majors, std::vector<std::string> folders, 
     if (any) break;
   }
 #define LOWRANK_SYMBOL(library, name, status, arguments) resolve(name, opened_[library].handle, missing_);
-#include "cuda/symbols.def"
+#include "cuda/symbols.h"
 #undef LOWRANK_SYMBOL
 }
 
@@ -215,7 +224,7 @@ std::vector<std::string> Libraries::missing_symbols() const { return missing_; }
 std::vector<std::string> Libraries::symbol_names() const {
   return {
 #define LOWRANK_SYMBOL(library, name, status, arguments) #name,
-#include "cuda/symbols.def"
+#include "cuda/symbols.h"
 #undef LOWRANK_SYMBOL
   };
 }

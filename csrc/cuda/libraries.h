@@ -26,6 +26,7 @@ struct OpenedLibrary {
   void* handle = nullptr;
 };
 
+std::string cuda_error_name(int error);
 std::string cublas_status_name(int status);
 std::string cusolver_status_name(int status);
 
@@ -49,7 +50,7 @@ class Symbol<Status(Arguments...)> {
     if (status != 0) {
       const std::string status_name = library_ == kCublas     ? cublas_status_name(status)
                                       : library_ == kCusolver ? cusolver_status_name(status)
-                                                              : "cudaError";
+                                                              : cuda_error_name(status);
       throw CudaLibraryError(std::string(name_) + " returned " + status_name + " (" + std::to_string(status) + "), " +
                              where());
     }
@@ -87,7 +88,7 @@ class Libraries {
 
  public:
 #define LOWRANK_SYMBOL(library, name, status, arguments) Symbol<status arguments> name{library, #name, opened_};
-#include "cuda/symbols.def"
+#include "cuda/symbols.h"
 #undef LOWRANK_SYMBOL
 };
 

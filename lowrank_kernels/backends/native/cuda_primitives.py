@@ -56,8 +56,8 @@ class CudaPrimitives:
     @staticmethod
     def _addresses(batch: Tensor) -> Tensor:
         """Device table (int64) of the addresses of ``batch[i]``; made on the device, so nothing is copied from the host."""
-        step = max(batch.stride(0), 1) * batch.element_size()
-        return torch.arange(batch.shape[0], device=batch.device, dtype=torch.int64).mul_(step).add_(batch.data_ptr())
+        start, step = batch.data_ptr(), batch.stride(0) * batch.element_size()
+        return torch.arange(start, start + batch.shape[0] * step, step, dtype=torch.int64, device=batch.device)
 
     @staticmethod
     def _is_double(tensor: Tensor) -> bool:

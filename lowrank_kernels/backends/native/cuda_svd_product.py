@@ -43,6 +43,13 @@ def grouped_svd_product(lefts: list[Tensor], rights: list[Tensor], us: list[Tens
         compute_svd_product(primitives_for(lefts[0].device), lefts, rights, us, ss, vs)
 
 
+def _descending(uh: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Triples (vectors as rows) in the order of falling singular values."""
+    s, order = s.sort(dim=1, descending=True)
+    rows = order[:, :, None].expand_as(uh)
+    return uh.gather(1, rows), s, vh.gather(1, rows)
+
+
 def core_svd(primitives: Primitives, cores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of finite cores (N, k, k), which are destroyed: (uh, s, vh), vectors as rows, complete for any rank, s descending.
 
@@ -53,7 +60,7 @@ def core_svd(primitives: Primitives, cores: Tensor) -> tuple[Tensor, Tensor, Ten
     count, k, _ = cores.shape
     road = svd_road(k, cores.dtype)
     if road == "jacobi":
-        uh, s, vh = primitives.svd(cores)
+        uh, s, vh = _descending(*primitives.svd(cores))
         uh, vh = (orthonormalize_rows(primitives, x.nan_to_num())[0] for x in (uh, vh))
     elif road == "gram":
         wide = cores.double()
@@ -65,6 +72,7 @@ def core_svd(primitives: Primitives, cores: Tensor) -> tuple[Tensor, Tensor, Ten
         primitives.matmul(vh, wide, images, transpose_b=True)  # rows M v_j = s_j u_j
         uh, r_t = orthonormalize_rows(primitives, images)
         s = torch.where(values.isnan(), torch.nan, r_t.diagonal(dim1=1, dim2=2).clamp_min(0))
+        uh, s, vh = _descending(uh, s, vh)
     else:
         augmented = cores.new_zeros(count, 2 * k, 2 * k)
         augmented[:, :k, k:].copy_(cores)
@@ -73,10 +81,8 @@ def core_svd(primitives: Primitives, cores: Tensor) -> tuple[Tensor, Tensor, Ten
         vectors = augmented.flip(1)[:, :k]  # (u, v)/√2, largest first
         uh, vh = (orthonormalize_rows(primitives, x.contiguous())[0] for x in (vectors[:, :, :k], vectors[:, :, k:]))
         s = values.flip(1)[:, :k].clamp_min(0)
-    s, order = s.sort(dim=1, descending=True)
-    order = order[:, :, None].expand(-1, -1, k)
     failed = s.isnan().any(dim=1)[:, None]
-    uh, vh = (x.gather(1, order).masked_fill(failed[:, :, None], torch.nan).to(cores.dtype) for x in (uh, vh))
+    uh, vh = (x.masked_fill(failed[:, :, None], torch.nan).to(cores.dtype) for x in (uh, vh))
     return uh, s.masked_fill(failed, torch.nan).to(cores.dtype), vh
 
 

@@ -1,5 +1,6 @@
 // Every foreign function that csrc/cuda calls: LOWRANK_SYMBOL(library, name, return type, (parameter types)).
 // The one place where prototypes stand; the test suite compares each with the declaration in the vendor's headers.
+// Included several times, with different meanings of LOWRANK_SYMBOL: no include guard.
 
 LOWRANK_SYMBOL(kCudart, cudaGetDevice, cudaError_t, (int*))
 LOWRANK_SYMBOL(kCudart, cudaSetDevice, cudaError_t, (int))
