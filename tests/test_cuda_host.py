@@ -25,7 +25,9 @@ from lowrank_kernels.backends.reference import qr as reference_qr
 from lowrank_kernels.backends.reference import svd_product as reference_svd
 from lowrank_kernels.backends.registry import launch_count
 
-cuda_libraries = pytest.importorskip("lowrank_kernels.backends.native.cuda_libraries", reason="the native backend is not built")
+cuda_libraries = pytest.importorskip(
+    "lowrank_kernels.backends.native.cuda_libraries", reason="the native backend is not built", exc_type=ImportError
+)
 
 from lowrank_kernels.backends.native import cuda_choices, cuda_lists, cuda_primitives, cuda_qr, cuda_svd_product, cuda_tsqr  # noqa: E402
 
