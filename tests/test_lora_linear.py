@@ -162,7 +162,9 @@ T, D_IN, D_OUT, R = 11, 13, 17, 3  # all different, and no sum of two of them is
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["plain", "decoupled"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("wanted", [("x", "a", "b"), ("a", "b"), ("a",), ("b",), ("x",), ("x", "weight", "bias", "a", "b"), ("bias",)], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [("x", "a", "b"), ("a", "b"), ("a",), ("b",), ("x",), ("x", "weight", "bias", "a", "b"), ("bias",)], ids=str
+)
 def test_no_gemm_for_a_gradient_that_nobody_asked_for(wanted: tuple[str, ...], dropout: float, decoupled: bool) -> None:
     t = make(T, D_IN, D_OUT, R, decoupled=decoupled)
     for name in wanted:
