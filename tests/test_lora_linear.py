@@ -162,7 +162,9 @@ T, D_IN, D_OUT, R = 11, 13, 17, 3  # all different, and no sum of two of them is
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["plain", "decoupled"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("wanted", [("x", "a", "b"), ("a", "b"), ("a",), ("b",), ("x",), ("x", "weight", "bias", "a", "b"), ("bias",)], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [("x", "a", "b"), ("a", "b"), ("a",), ("b",), ("x",), ("x", "weight", "bias", "a", "b"), ("bias",)], ids=str
+)
 def test_no_gemm_for_a_gradient_that_nobody_asked_for(wanted: tuple[str, ...], dropout: float, decoupled: bool) -> None:
     t = make(T, D_IN, D_OUT, R, decoupled=decoupled)
     for name in wanted:
@@ -303,3 +305,33 @@ def test_bad_input(change: dict[str, object], error: type[Exception], message: s
     ops.lora_linear(**arguments)
     with pytest.raises(error, match=message):
         ops.lora_linear(**(arguments | change))
+
+
+class _Record(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("decoupled", [False, True], ids=["plain", "decoupled"])
+def test_dispatch_modes_see_the_operation_and_eager_calls_give_the_same(decoupled: bool) -> None:
+    t = make(T, D_IN, D_OUT, R, torch.float32, decoupled=decoupled)
+    grad = torch.randn(T, D_OUT)
+    eager = run_with_grads(ops.lora_linear, t, grad, torch.float32, scale=0.5)
+    with _Record() as mode:
+        node = run_with_grads(ops.lora_linear, t, grad, torch.float32, scale=0.5)
+    assert {"lowrank_kernels::lora_linear", "lowrank_kernels::lora_linear_backward"} <= set(mode.seen)
+    assert all(torch.equal(node[name], eager[name]) for name in eager)
+
+
+def test_the_result_may_be_changed_in_place() -> None:
+    t = make(T, D_IN, D_OUT, R)
+    a = t["a"].requires_grad_()
+    expected = naive(t["x"], t["weight"], t["bias"], a, t["b"], 1.0).relu().sum()
+    y = ops.lora_linear(t["x"], t["weight"], t["bias"], a, t["b"])
+    (ours,) = torch.autograd.grad(F.relu(y, inplace=True).sum(), a)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, a)[0], rtol=1e-12, atol=1e-12)

@@ -163,8 +163,6 @@ def _plan(
             raise TypeError(f"{function}: {name} is {source.dtype}, the model's is {target.dtype}; cast one of them")
         if target.is_meta or source.is_meta:
             raise ValueError(f"{function}: {name} is on the meta device; materialize it first")
-        if name.endswith(".is_decoupled") and int(source) not in (0, 1):
-            raise ValueError(f"{function}: {name} must be 0 or 1, got {int(source)}")
         copies.append((target, source))
     return IncompatibleKeys(missing, unexpected), copies
 
@@ -269,6 +267,9 @@ def _check_layer(name: str, layer: LayerSettings, state: Mapping[str, Tensor]) -
     for kind in kinds:
         if f"{name}.{kind}" not in state:
             raise ValueError(f"the tensor {name}.{kind} is missing")
+    flag = state.get(f"{name}.is_decoupled")
+    if flag is not None and (flag.numel() != 1 or int(flag) not in (0, 1)):
+        raise ValueError(f"{name}.is_decoupled must be 0 or 1, got {flag.tolist()}")
     if state[f"{name}.lora_A"].ndim != 2 or state[f"{name}.lora_A"].shape[0] != layer.rank:
         raise ValueError(f"{name}.lora_A has shape {tuple(state[f'{name}.lora_A'].shape)}, but its rank is {layer.rank}")
 
@@ -314,7 +315,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         new[name].train(module.training)
     # The rest of the file is checked against the bare model (the names do not depend on the adapters), so that nothing
     # is changed before everything fits.
-    others = {name: tensor for name, tensor in state.items() if not _is_factor(name, settings)}
     factors = {_join(name, key): tensor for name, layer in new.items() for key, tensor in _factor_tensors(layer).items()}
     for name, target in factors.items():
         if target.is_meta:
@@ -323,6 +323,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
             raise ValueError(
                 f"load_adapter: {name} is {state[name].dtype} {tuple(state[name].shape)}, expected {target.dtype} {tuple(target.shape)}"
             )
+    others = {name: tensor for name, tensor in state.items() if name not in factors}
     _, copies = _plan("load_adapter", root, others, strict=False)
     parameters = {clean_name(name): parameter for name, parameter in root.named_parameters()}
     buffers = {clean_name(name) for name, _ in root.named_buffers()}
@@ -332,10 +333,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     install(root, {id(modules[name]): layer for name, layer in new.items()}, [parameters[name] for name in others if name in parameters])
     _copy(new, copies + [(target, state[name]) for name, target in factors.items()])
     return model
-
-
-def _is_factor(name: str, settings: Mapping[str, LayerSettings]) -> bool:
-    return name.rpartition(".")[0] in settings
 
 
 def _check_same_settings(settings: Mapping[str, LayerSettings], layers: Mapping[str, LowRankLinear], strict: bool) -> None:

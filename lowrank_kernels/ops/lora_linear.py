@@ -10,6 +10,8 @@ from torch import Tensor
 from ..backends.registry import run
 from ._library import FLOATING, LIBRARY, NAMESPACE, define, no_backward
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def lora_linear(
     x: Tensor,
@@ -49,7 +51,8 @@ def lora_linear(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or only one of q_a and q_b is given.
     """
-    _check(x, weight, bias, a, b, q_a, q_b, dropout)
+    if not (_fits(x, weight, bias, a, b, q_a, q_b) and 0.0 <= dropout < 1.0):
+        _check(x, weight, bias, a, b, q_a, q_b, dropout)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -62,8 +65,50 @@ def lora_linear(
     if training and dropout > 0.0:
         mask = torch.empty(tokens.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout)
     keep = 1.0 - dropout if mask is not None else 1.0
-    y, _ = torch.ops.lowrank_kernels.lora_linear(tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep)
+    call = _eager if _is_plain_eager(tokens, weight, bias, a, b, q_a, q_b) else torch.ops.lowrank_kernels.lora_linear
+    y, _ = call(tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing needs the operation as a node: no compiler, no dispatch mode, no functorch transform, no tensor subclass.
+
+    Then the same implementations are called without the dispatcher, whose Python road costs more than a small layer.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+        and tensors[0].device.type != "meta"  # type: ignore[union-attr]
+    )
+
+
+def _eager(*args: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in args[:5]):
+        return _LoraLinear.apply(*args)
+    return _forward(*args)
+
+
+def _fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, q_a: Tensor | None, q_b: Tensor | None) -> bool:
+    """The quick form of :func:`_check`, for every call: True for ordinary arguments, False for what deserves a closer look."""
+    if x.ndim == 0 or a.ndim != 2 or b.ndim != 2 or (q_a is None) != (q_b is None):
+        return False
+    device, dtype, a_shape, b_shape = x.device, x.dtype, a.shape, b.shape
+    if x.shape[-1] != a_shape[1] or b_shape[1] != a_shape[0] or not (dtype in FLOATING and a.dtype in FLOATING and b.dtype in FLOATING):
+        return False
+    if a.device != device or b.device != device:
+        return False
+    if weight is None:
+        base_fits = bias is None
+    else:
+        base_fits = weight.shape == (b_shape[0], a_shape[1]) and weight.dtype == dtype and weight.device == device
+        if bias is not None:
+            base_fits = base_fits and bias.shape == b_shape[:1] and bias.dtype == dtype and bias.device == device
+    if q_a is None or q_b is None:
+        return base_fits
+    q_fit = q_a.shape == a_shape and q_b.shape == b_shape and q_a.device == device and q_b.device == device
+    return base_fits and q_fit and q_a.dtype in FLOATING and q_b.dtype in FLOATING
 
 
 def _check(
@@ -165,14 +210,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, grad_hidden: Tensor | None) -> tuple[Any, ...]:
-    x, weight, a, b, q_a, q_b, hidden, mask = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: non-reentrant checkpointing refuses a second look
+    x, weight, a, b, q_a, q_b, hidden, mask = saved
     needs = list(ctx.needs_input_grad[:5])
     x = grad.new_empty(ctx.x_shape[0], 0) if x is None else x
     hidden = grad.new_empty(0) if hidden is None else hidden
-    backward = torch.ops.lowrank_kernels.lora_linear_backward
+    # With a graph of the backward pass, or traced, the operation stands in it as a node (one that refuses a second derivative).
+    as_node = torch.is_grad_enabled() or not _is_plain_eager(grad, *saved)
+    backward = torch.ops.lowrank_kernels.lora_linear_backward if as_node else _backward
     grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs)
     found = iter(grads)
     return (*(next(found) if needed else None for needed in needs), None, None, None, None, None)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The autograd of the operation without its dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*args)
+        _setup_context(ctx, args, output)
+        ctx.set_materialize_grads(False)  # the gradient of the rank-r activation is never read
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_hidden: Tensor | None) -> tuple[Any, ...]:
+        return (None,) * 10 if grad is None else _autograd_backward(ctx, grad, grad_hidden)
 
 
 define(
