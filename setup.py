@@ -14,7 +14,7 @@ from setuptools import setup
 
 WINDOWS = sys.platform == "win32"
 OPENMP = ["/openmp"] if WINDOWS else ([] if sys.platform == "darwin" else ["-fopenmp"])
-OPTIMIZE = ["/O2"] if WINDOWS else ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+OPTIMIZE = ["/O2"] if WINDOWS else ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
 
 extension = Pybind11Extension(
     "lowrank_kernels.backends.native._csrc",

@@ -1,0 +1,45 @@
+// The kernels of one instruction set, behind a table of functions; which set runs is decided when the module is loaded.
+//
+// kernels_body.h is compiled once per set, in its own namespace and with its own target pragma. What it uses of the
+// standard library is included before the pragma, so that no code for a newer processor ends up in a shared template.
+#pragma once
+
+#include "cpu/common.h"
+
+namespace lowrank {
+
+struct AdamWScalars {
+  DType dtype;
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize;
+};
+
+// One parameter, as a (rows, columns) matrix; the moments are contiguous, of the type of the computation, or null.
+struct AdamWItem {
+  View param, grad;
+  void* m = nullptr;
+  void* v = nullptr;
+  int64_t rows = 0, columns = 0;
+  double step_size = 0;  // lr / (1 - β₁ᵗ)
+  double scale_v = 0;    // 1 / √(1 - β₂ᵗ)
+  const void* grad_map = nullptr;
+  const void* momentum_map = nullptr;
+  int rank_dim = 0;
+};
+
+template <class T>
+struct Kernels {
+  // Elements [begin, end) in row-major order.
+  void (*adamw_range)(const AdamWScalars&, const AdamWItem&, int64_t begin, int64_t end);
+  // `rows` rows of the factor seen as tall; scratch for 6 · padded_rows(rows) · r elements.
+  void (*adamw_mapped_panel)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch);
+};
+
+template <class T>
+const Kernels<T>& kernels();
+
+// "avx512", "avx2" or "portable": what runs now, and what this processor and build can run.
+const char* instruction_set();
+bool use_instruction_set(const char* name);
+
+}  // namespace lowrank
