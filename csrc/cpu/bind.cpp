@@ -43,6 +43,10 @@ DType dtype_of(int code) {
   return static_cast<DType>(code);
 }
 
+void check_rank(int64_t r) {
+  if (r < 0 || r > kMaxRank) throw std::invalid_argument("the rank must be at most " + std::to_string(kMaxRank));
+}
+
 // Sections: param, grad, m, v (0: none), rows, columns, row and column strides of param, of grad, missed steps, rank_dim.
 void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, double beta1, double beta2, double eps,
            double weight_decay, double step, bool bias_correction, bool maximize, intptr_t grad_maps,
@@ -72,6 +76,7 @@ void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, doub
     item.rank_dim = static_cast<int>(table.at(11, i));
     if (grad_maps || momentum_maps) {
       const int64_t r = item.rank_dim == 1 ? item.columns : item.rows;
+      check_rank(r);
       if (grad_maps) item.grad_map = reinterpret_cast<const void*>(grad_maps + i * r * r * size);
       if (momentum_maps) item.momentum_map = reinterpret_cast<const void*>(momentum_maps + i * r * r * size);
     }
@@ -80,11 +85,32 @@ void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, doub
   grouped_adamw(scalars, items.data(), n, threads);
 }
 
+// Sections: x, previous (0: none), q, rows, row and column strides of x, of previous, of q. R is (n, r, r), contiguous.
+void qr(int64_t n, const py::buffer& table_buffer, int dtype, int64_t r, intptr_t rs, int threads) {
+  const Table table("grouped_qr", table_buffer, 10, n);
+  const DType type = dtype_of(dtype);
+  const int64_t size = type == DType::kFloat64 ? 8 : 4;
+  check_rank(r);
+  std::vector<QrItem> items(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    QrItem& item = items[i];
+    item.rows = table.at(3, i);
+    if (item.rows < r) throw std::invalid_argument("grouped_qr: a matrix is not tall");
+    item.x = {table.data(0, i, item.rows * r), table.at(4, i), table.at(5, i)};
+    item.previous = {table.address(1, i), table.at(6, i), table.at(7, i)};
+    item.q = {table.data(2, i, item.rows * r), table.at(8, i), table.at(9, i)};
+    item.r = reinterpret_cast<void*>(rs + i * r * r * size);
+  }
+  const py::gil_scoped_release released;
+  grouped_qr(type, items.data(), n, r, threads);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
   watch_for_fork();
   m.def("adamw", &adamw, "One AdamW step of a list of parameters, in place.");
+  m.def("qr", &qr, "Thin QR of a list of tall matrices.");
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use now.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Use 'avx512', 'avx2' or 'portable' kernels from now on; False (and no change) where that cannot run.");

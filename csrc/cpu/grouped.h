@@ -9,4 +9,7 @@ namespace lowrank {
 // One AdamW step of n parameters; see backends/reference/adamw.py. r × r maps are in the items.
 void grouped_adamw(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int threads);
 
+// Thin QR of n tall matrices with r columns each, computed in double if dtype is fp64 and else in float.
+void grouped_qr(DType dtype, const QrItem* items, int64_t n, int64_t r, int threads);
+
 }  // namespace lowrank

@@ -27,12 +27,35 @@ struct AdamWItem {
   int rank_dim = 0;
 };
 
+// One tall matrix of `rows` rows, the Q to align with (or no data), and where Q and the contiguous R go.
+struct QrItem {
+  View x, previous, q;
+  int64_t rows = 0;
+  void* r = nullptr;
+};
+
+// Scratch of one QR. The small matrices have r rows of small_pitch(r).
+template <class T>
+struct QrWork {
+  T* panels;           // panel_elements(rows, r)
+  double* partial;     // group_count(rows) small matrices
+  double* gram;        // small matrices: the Gram matrix, the result R, an inverse, U in T
+  double* r;
+  double* inverse;
+  T* factor;
+  T* reciprocals;      // r
+  T* tile;             // for each worker: a panel and its staging area, 2 · panel_rows(r) · r
+  int64_t tile_stride;
+};
+
 template <class T>
 struct Kernels {
   // Elements [begin, end) in row-major order.
   void (*adamw_range)(const AdamWScalars&, const AdamWItem&, int64_t begin, int64_t end);
   // `rows` rows of the factor seen as tall; scratch for 6 · padded_rows(rows) · r elements.
   void (*adamw_mapped_panel)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch);
+  // QR of one matrix; `threads` share its groups of rows.
+  void (*qr)(DType, const QrItem&, int64_t r, const QrWork<T>&, int threads);
 };
 
 template <class T>

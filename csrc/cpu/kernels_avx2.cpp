@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 #include "cpu/targets.h"
 
 #if defined(LOWRANK_X86_TARGETS)

@@ -1,5 +1,6 @@
 // Included by kernels_*.cpp with LOWRANK_ISA and LOWRANK_VECTOR_BYTES defined, after kernels_begin.h.
 #include "cpu/adamw.h"
+#include "cpu/qr.h"
 
 namespace lowrank::LOWRANK_ISA {
 
@@ -8,6 +9,7 @@ const Kernels<T>& table() {
   static constexpr Kernels<T> kernels = {
       adamw_range<T>,
       adamw_mapped_panel<T>,
+      qr<T>,
   };
   return kernels;
 }

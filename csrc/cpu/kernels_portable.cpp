@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 #define LOWRANK_ISA portable
 #define LOWRANK_VECTOR_BYTES 16

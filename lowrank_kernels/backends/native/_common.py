@@ -34,3 +34,9 @@ def refuse_device(tensor: Tensor) -> str | None:
     if tensor.layout != torch.strided:
         return f"it needs strided tensors, got layout {tensor.layout}"
     return None
+
+
+def strides(matrices: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """The row strides of all matrices, and their column strides."""
+    pairs = [matrix.stride() for matrix in matrices]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
