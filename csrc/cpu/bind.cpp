@@ -105,12 +105,38 @@ void qr(int64_t n, const py::buffer& table_buffer, int dtype, int64_t r, intptr_
   grouped_qr(type, items.data(), n, r, threads);
 }
 
+// Sections: left, right, u, v, their rows (left, right), and row and column strides of left, right, u, v. S is (n, rank),
+// contiguous.
+void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k, int64_t rank, intptr_t ss,
+                 int threads) {
+  const Table table("grouped_svd_product", table_buffer, 14, n);
+  const DType type = dtype_of(dtype);
+  const int64_t size = type == DType::kFloat64 ? 8 : 4;
+  check_rank(k);
+  if (rank < 1 || rank > k) throw std::invalid_argument("grouped_svd_product: the rank must be between 1 and k");
+  std::vector<SvdProductItem> items(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    SvdProductItem& item = items[i];
+    item.left_rows = table.at(4, i);
+    item.right_rows = table.at(5, i);
+    if (item.left_rows < k || item.right_rows < k) throw std::invalid_argument("grouped_svd_product: a factor is not tall");
+    item.left = {table.data(0, i, 1), table.at(6, i), table.at(7, i)};
+    item.right = {table.data(1, i, 1), table.at(8, i), table.at(9, i)};
+    item.u = {table.data(2, i, 1), table.at(10, i), table.at(11, i)};
+    item.v = {table.data(3, i, 1), table.at(12, i), table.at(13, i)};
+    item.s = reinterpret_cast<void*>(ss + i * rank * size);
+  }
+  const py::gil_scoped_release released;
+  grouped_svd_product(type, items.data(), n, k, rank, threads);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
   watch_for_fork();
   m.def("adamw", &adamw, "One AdamW step of a list of parameters, in place.");
   m.def("qr", &qr, "Thin QR of a list of tall matrices.");
+  m.def("svd_product", &svd_product, "Truncated SVD of a list of products of thin factors.");
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use now.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Use 'avx512', 'avx2' or 'portable' kernels from now on; False (and no change) where that cannot run.");

@@ -12,4 +12,7 @@ void grouped_adamw(const AdamWScalars& scalars, const AdamWItem* items, int64_t 
 // Thin QR of n tall matrices with r columns each, computed in double if dtype is fp64 and else in float.
 void grouped_qr(DType dtype, const QrItem* items, int64_t n, int64_t r, int threads);
 
+// Truncated SVD of n products of tall factors with k columns each, `rank` of the k triples.
+void grouped_svd_product(DType dtype, const SvdProductItem* items, int64_t n, int64_t k, int64_t rank, int threads);
+
 }  // namespace lowrank

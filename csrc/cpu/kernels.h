@@ -34,6 +34,13 @@ struct QrItem {
   void* r = nullptr;
 };
 
+// left (left_rows, k) · rightᵀ (k, right_rows) ≈ U diag(s) Vᵀ.
+struct SvdProductItem {
+  View left, right, u, v;
+  int64_t left_rows = 0, right_rows = 0;
+  void* s = nullptr;
+};
+
 // Scratch of one QR. The small matrices have r rows of small_pitch(r).
 template <class T>
 struct QrWork {
@@ -56,6 +63,8 @@ struct Kernels {
   void (*adamw_mapped_panel)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch);
   // QR of one matrix; `threads` share its groups of rows.
   void (*qr)(DType, const QrItem&, int64_t r, const QrWork<T>&, int threads);
+  void (*svd_product)(DType, const SvdProductItem&, int64_t k, int64_t rank, const QrWork<T>& left,
+                      const QrWork<T>& right, int threads);
 };
 
 template <class T>

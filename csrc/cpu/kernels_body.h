@@ -1,6 +1,7 @@
 // Included by kernels_*.cpp with LOWRANK_ISA and LOWRANK_VECTOR_BYTES defined, after kernels_begin.h.
 #include "cpu/adamw.h"
 #include "cpu/qr.h"
+#include "cpu/svd_product.h"
 
 namespace lowrank::LOWRANK_ISA {
 
@@ -10,6 +11,7 @@ const Kernels<T>& table() {
       adamw_range<T>,
       adamw_mapped_panel<T>,
       qr<T>,
+      svd_product<T>,
   };
   return kernels;
 }

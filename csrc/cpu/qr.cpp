@@ -11,9 +11,6 @@
 namespace lowrank {
 namespace {
 
-// Smaller ones (half a megabyte in float) are not worth a parallel region for each of their steps.
-constexpr int64_t kSplitElements = 131072;
-
 template <class T>
 void run(DType dtype, const QrItem* items, int64_t n, int64_t r, int threads) {
   if (n == 0 || r == 0) return;
@@ -23,12 +20,7 @@ void run(DType dtype, const QrItem* items, int64_t n, int64_t r, int threads) {
   int64_t total = 0;
   for (int64_t i = 0; i < n; ++i) total += items[i].rows;
   const int workers = usable_threads(std::max<int64_t>(n, group_count(items[order[0]].rows)), threads);
-  // The largest come first: those that are more than half of a thread's share are split.
-  int64_t split = 0;
-  while (split < n && workers > 1 && items[order[split]].rows * r >= kSplitElements &&
-         2 * workers * items[order[split]].rows > total) {
-    ++split;
-  }
+  const int64_t split = split_count(n, total * r, workers, [&](int64_t i) { return items[order[i]].rows * r; });
   const Kernels<T>& kernel = kernels<T>();
   if (split > 0) {
     const QrScratch<T> scratch(items[order[0]].rows, r, 1, workers);
