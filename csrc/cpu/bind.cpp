@@ -1,8 +1,145 @@
-// What the CPU code offers to Python.
+// What the CPU code offers to Python. Tables are int64 buffers (array.array("q")), one section of n numbers per column.
 #include <pybind11/pybind11.h>
 
-namespace lowrank {
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
-void bind_cpu(pybind11::module_&) {}
+#include "cpu/grouped.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace lowrank {
+namespace {
+
+// A table of `columns` sections; it keeps the buffer locked while it lives.
+class Table {
+ public:
+  Table(const char* what, const py::buffer& buffer, int64_t columns, int64_t n) : info_(buffer.request()), n_(n) {
+    if (info_.itemsize != 8 || info_.ndim != 1 || info_.strides[0] != 8 || info_.size != columns * n) {
+      throw std::invalid_argument(std::string(what) + ": the table must be a dense int64 buffer of " +
+                                  std::to_string(columns) + " sections of " + std::to_string(n));
+    }
+  }
+  int64_t at(int64_t column, int64_t i) const { return static_cast<const int64_t*>(info_.ptr)[column * n_ + i]; }
+  void* address(int64_t column, int64_t i) const { return reinterpret_cast<void*>(static_cast<intptr_t>(at(column, i))); }
+  // The address of something with `elements` elements: fake and distributed tensors answer 0, which must not be read.
+  void* data(int64_t column, int64_t i, int64_t elements) const {
+    void* p = address(column, i);
+    if (p == nullptr && elements > 0) throw std::invalid_argument("a tensor without memory (fake, meta or distributed)");
+    return p;
+  }
+
+ private:
+  py::buffer_info info_;
+  int64_t n_;
+};
+
+DType dtype_of(int code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code");
+  return static_cast<DType>(code);
+}
+
+void check_rank(int64_t r) {
+  if (r < 0 || r > kMaxRank) throw std::invalid_argument("the rank must be at most " + std::to_string(kMaxRank));
+}
+
+// Sections: param, grad, m, v (0: none), rows, columns, row and column strides of param, of grad, missed steps, rank_dim.
+void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, double beta1, double beta2, double eps,
+           double weight_decay, double step, bool bias_correction, bool maximize, intptr_t grad_maps,
+           intptr_t momentum_maps, int threads) {
+  const Table table("grouped_adamw", table_buffer, 12, n);
+  const AdamWScalars scalars{dtype_of(dtype), lr, beta1, beta2, eps, weight_decay, maximize};
+  const int64_t size = scalars.dtype == DType::kFloat64 ? 8 : 4;
+  std::vector<AdamWItem> items(static_cast<size_t>(n));
+  double steps_known = -1, correction1 = 1, correction2 = 1;
+  for (int64_t i = 0; i < n; ++i) {
+    AdamWItem& item = items[i];
+    item.rows = table.at(4, i);
+    item.columns = table.at(5, i);
+    const int64_t elements = item.rows * item.columns;
+    item.param = {table.data(0, i, elements), table.at(6, i), table.at(7, i)};
+    item.grad = {table.data(1, i, elements), table.at(8, i), table.at(9, i)};
+    item.m = table.address(2, i);
+    item.v = table.address(3, i);
+    const double steps = step - static_cast<double>(table.at(10, i));
+    if (bias_correction && steps != steps_known) {
+      correction1 = 1 - std::pow(beta1, steps);
+      correction2 = 1 - std::pow(beta2, steps);
+      steps_known = steps;
+    }
+    item.step_size = lr / correction1;
+    item.scale_v = 1 / std::sqrt(correction2);
+    item.rank_dim = static_cast<int>(table.at(11, i));
+    if (grad_maps || momentum_maps) {
+      const int64_t r = item.rank_dim == 1 ? item.columns : item.rows;
+      check_rank(r);
+      if (grad_maps) item.grad_map = reinterpret_cast<const void*>(grad_maps + i * r * r * size);
+      if (momentum_maps) item.momentum_map = reinterpret_cast<const void*>(momentum_maps + i * r * r * size);
+    }
+  }
+  const py::gil_scoped_release released;
+  grouped_adamw(scalars, items.data(), n, threads);
+}
+
+// Sections: x, previous (0: none), q, rows, row and column strides of x, of previous, of q. R is (n, r, r), contiguous.
+void qr(int64_t n, const py::buffer& table_buffer, int dtype, int64_t r, intptr_t rs, int threads) {
+  const Table table("grouped_qr", table_buffer, 10, n);
+  const DType type = dtype_of(dtype);
+  const int64_t size = type == DType::kFloat64 ? 8 : 4;
+  check_rank(r);
+  std::vector<QrItem> items(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    QrItem& item = items[i];
+    item.rows = table.at(3, i);
+    if (item.rows < r) throw std::invalid_argument("grouped_qr: a matrix is not tall");
+    item.x = {table.data(0, i, item.rows * r), table.at(4, i), table.at(5, i)};
+    item.previous = {table.address(1, i), table.at(6, i), table.at(7, i)};
+    item.q = {table.data(2, i, item.rows * r), table.at(8, i), table.at(9, i)};
+    item.r = reinterpret_cast<void*>(rs + i * r * r * size);
+  }
+  const py::gil_scoped_release released;
+  grouped_qr(type, items.data(), n, r, threads);
+}
+
+// Sections: left, right, u, v, their rows (left, right), and row and column strides of left, right, u, v. S is (n, rank),
+// contiguous.
+void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k, int64_t rank, intptr_t ss,
+                 int threads) {
+  const Table table("grouped_svd_product", table_buffer, 14, n);
+  const DType type = dtype_of(dtype);
+  const int64_t size = type == DType::kFloat64 ? 8 : 4;
+  check_rank(k);
+  if (rank < 1 || rank > k) throw std::invalid_argument("grouped_svd_product: the rank must be between 1 and k");
+  std::vector<SvdProductItem> items(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    SvdProductItem& item = items[i];
+    item.left_rows = table.at(4, i);
+    item.right_rows = table.at(5, i);
+    if (item.left_rows < k || item.right_rows < k) throw std::invalid_argument("grouped_svd_product: a factor is not tall");
+    item.left = {table.data(0, i, 1), table.at(6, i), table.at(7, i)};
+    item.right = {table.data(1, i, 1), table.at(8, i), table.at(9, i)};
+    item.u = {table.data(2, i, 1), table.at(10, i), table.at(11, i)};
+    item.v = {table.data(3, i, 1), table.at(12, i), table.at(13, i)};
+    item.s = reinterpret_cast<void*>(ss + i * rank * size);
+  }
+  const py::gil_scoped_release released;
+  grouped_svd_product(type, items.data(), n, k, rank, threads);
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& m) {
+  watch_for_fork();
+  m.def("adamw", &adamw, "One AdamW step of a list of parameters, in place.");
+  m.def("qr", &qr, "Thin QR of a list of tall matrices.");
+  m.def("svd_product", &svd_product, "Truncated SVD of a list of products of thin factors.");
+  m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use now.");
+  m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
+        "Use 'avx512', 'avx2' or 'portable' kernels from now on; False (and no change) where that cannot run.");
+}
 
 }  // namespace lowrank

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -97,6 +98,13 @@ def _load() -> None:
             if backend == "reference":
                 raise
             _unavailable[backend] = f"{type(error).__name__}: {error}"
+            if backend == "native":
+                # Every machine can have this backend, so missing it is worth a word; Triton is not for every machine.
+                warnings.warn(
+                    f"lowrank_kernels: the native backend is missing, its operations run on the slower reference: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
 
 def _parse_forced(text: str) -> dict[str, str]:

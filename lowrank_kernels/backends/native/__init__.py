@@ -1,3 +1,18 @@
-"""placeholder"""
+"""Compiled code: C++ with threads and SIMD on the CPU, cuSOLVER and cuBLAS on CUDA (``csrc``). One file per operation.
 
-raise ImportError("not built")
+The extension must be loaded after torch, whose copy of the OpenMP runtime it then shares; the line below sees to it.
+"""
+
+import torch  # noqa: F401
+
+try:
+    from . import _csrc
+except ImportError as error:
+    raise ImportError(
+        f"the compiled extension did not load ({error}). Install a C++17 compiler and reinstall the package with "
+        "LOWRANK_KERNELS_REQUIRE_NATIVE=1, which shows the compiler's own error"
+    ) from error
+
+from . import adamw, lora_linear, qr, svd_product
+
+__all__ = ["_csrc", "adamw", "lora_linear", "qr", "svd_product"]

@@ -1,0 +1,62 @@
+// Hands the elements of all parameters out to threads, in chunks, so that one large parameter does not serialize.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/grouped.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/sizes.h"
+
+namespace lowrank {
+namespace {
+
+constexpr int64_t kChunk = 16384;  // elements: some 10 µs of work, and what one thread should have at least
+
+bool has_maps(const AdamWItem& item) { return item.grad_map || item.momentum_map; }
+
+int64_t rank_of(const AdamWItem& item) { return item.rank_dim == 1 ? item.columns : item.rows; }
+
+template <class T>
+void run(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int threads) {
+  // Chunks of item i are the tasks [first[i], first[i + 1]).
+  std::vector<int64_t> first(static_cast<size_t>(n) + 1, 0);
+  int64_t scratch_elements = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const AdamWItem& item = items[i];
+    int64_t chunks = (item.rows * item.columns + kChunk - 1) / kChunk;
+    if (has_maps(item)) {
+      const int64_t r = rank_of(item), height = r ? item.rows * item.columns / r : 0;
+      chunks = r ? (height + panel_rows(r) - 1) / panel_rows(r) : 0;
+      scratch_elements = std::max(scratch_elements, 6 * panel_rows(r) * r);
+    }
+    first[i + 1] = first[i] + chunks;
+  }
+  const int64_t tasks = first[n];
+  threads = usable_threads(tasks, threads);
+  const Scratch scratch(static_cast<size_t>(scratch_elements) * sizeof(T), scratch_elements ? threads : 0);
+  const Kernels<T>& kernel = kernels<T>();
+  parallel_for(tasks, threads, [&](int64_t task, int worker) {
+    const int64_t i = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
+    const AdamWItem& item = items[i];
+    if (has_maps(item)) {
+      const int64_t r = rank_of(item), height = item.rows * item.columns / r;
+      const int64_t begin = (task - first[i]) * panel_rows(r);
+      kernel.adamw_mapped_panel(scalars, item, begin, std::min(panel_rows(r), height - begin), scratch.of<T>(worker));
+    } else {
+      const int64_t begin = (task - first[i]) * kChunk;
+      kernel.adamw_range(scalars, item, begin, std::min(begin + kChunk, item.rows * item.columns));
+    }
+  });
+}
+
+}  // namespace
+
+void grouped_adamw(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int threads) {
+  if (scalars.dtype == DType::kFloat64) {
+    run<double>(scalars, items, n, threads);
+  } else {
+    run<float>(scalars, items, n, threads);
+  }
+}
+
+}  // namespace lowrank

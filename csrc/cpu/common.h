@@ -1,0 +1,40 @@
+// What all CPU code shares: element types, strided views of matrices. No torch, no Python.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__GNUC__)
+#define LOWRANK_INLINE __attribute__((always_inline)) inline
+#define LOWRANK_RESTRICT __restrict__
+#else
+#define LOWRANK_INLINE inline
+#define LOWRANK_RESTRICT __restrict
+#endif
+
+namespace lowrank {
+
+// The codes that Python passes. Narrow types are stored as 16 bits and computed in float.
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// A matrix somewhere in memory: element (i, j) is at data + i * row_stride + j * column_stride (in elements).
+struct View {
+  void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+};
+
+// The largest rank that the fixed-size parts of the kernels are laid out for; Python refuses more.
+constexpr int64_t kMaxRank = 128;
+
+}  // namespace lowrank

@@ -1,0 +1,18 @@
+// The operations over whole lists, as Python calls them: arrays of addresses, sizes and strides in, results in place.
+#pragma once
+
+#include "cpu/common.h"
+#include "cpu/kernels.h"
+
+namespace lowrank {
+
+// One AdamW step of n parameters; see backends/reference/adamw.py. r × r maps are in the items.
+void grouped_adamw(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int threads);
+
+// Thin QR of n tall matrices with r columns each, computed in double if dtype is fp64 and else in float.
+void grouped_qr(DType dtype, const QrItem* items, int64_t n, int64_t r, int threads);
+
+// Truncated SVD of n products of tall factors with k columns each, `rank` of the k triples.
+void grouped_svd_product(DType dtype, const SvdProductItem* items, int64_t n, int64_t k, int64_t rank, int threads);
+
+}  // namespace lowrank

@@ -1,0 +1,77 @@
+// The kernels of one instruction set, behind a table of functions; which set runs is decided when the module is loaded.
+//
+// kernels_body.h is compiled once per set, in its own namespace and with its own target pragma. What it uses of the
+// standard library is included before the pragma, so that no code for a newer processor ends up in a shared template.
+#pragma once
+
+#include "cpu/common.h"
+
+namespace lowrank {
+
+struct AdamWScalars {
+  DType dtype;
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize;
+};
+
+// One parameter, as a (rows, columns) matrix; the moments are contiguous, of the type of the computation, or null.
+struct AdamWItem {
+  View param, grad;
+  void* m = nullptr;
+  void* v = nullptr;
+  int64_t rows = 0, columns = 0;
+  double step_size = 0;  // lr / (1 - β₁ᵗ)
+  double scale_v = 0;    // 1 / √(1 - β₂ᵗ)
+  const void* grad_map = nullptr;
+  const void* momentum_map = nullptr;
+  int rank_dim = 0;
+};
+
+// One tall matrix of `rows` rows, the Q to align with (or no data), and where Q and the contiguous R go.
+struct QrItem {
+  View x, previous, q;
+  int64_t rows = 0;
+  void* r = nullptr;
+};
+
+// left (left_rows, k) · rightᵀ (k, right_rows) ≈ U diag(s) Vᵀ.
+struct SvdProductItem {
+  View left, right, u, v;
+  int64_t left_rows = 0, right_rows = 0;
+  void* s = nullptr;
+};
+
+// Scratch of one QR. The small matrices have r rows of small_pitch(r).
+template <class T>
+struct QrWork {
+  T* panels;           // panel_elements(rows, r)
+  double* partial;     // group_count(rows) small matrices
+  double* gram;        // small matrices: the Gram matrix, the result R, an inverse, U in T
+  double* r;
+  double* inverse;
+  T* factor;
+  T* reciprocals;      // r
+  T* tile;             // for each worker: a panel and its staging area, 2 · panel_rows(r) · r
+  int64_t tile_stride;
+};
+
+template <class T>
+struct Kernels {
+  // Elements [begin, end) in row-major order.
+  void (*adamw_range)(const AdamWScalars&, const AdamWItem&, int64_t begin, int64_t end);
+  // `rows` rows of the factor seen as tall; scratch for 6 · padded_rows(rows) · r elements.
+  void (*adamw_mapped_panel)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch);
+  // QR of one matrix; `threads` share its groups of rows.
+  void (*qr)(DType, const QrItem&, int64_t r, const QrWork<T>&, int threads);
+  void (*svd_product)(DType, const SvdProductItem&, int64_t k, int64_t rank, const QrWork<T>& left,
+                      const QrWork<T>& right, int threads);
+};
+
+template <class T>
+const Kernels<T>& kernels();
+
+// "avx512", "avx2" or "portable": what runs now, and what this processor and build can run.
+const char* instruction_set();
+bool use_instruction_set(const char* name);
+
+}  // namespace lowrank

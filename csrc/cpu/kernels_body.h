@@ -1,0 +1,22 @@
+// Included by kernels_*.cpp with LOWRANK_ISA and LOWRANK_VECTOR_BYTES defined, after kernels_begin.h.
+#include "cpu/adamw.h"
+#include "cpu/qr.h"
+#include "cpu/svd_product.h"
+
+namespace lowrank::LOWRANK_ISA {
+
+template <class T>
+const Kernels<T>& table() {
+  static constexpr Kernels<T> kernels = {
+      adamw_range<T>,
+      adamw_mapped_panel<T>,
+      qr<T>,
+      svd_product<T>,
+  };
+  return kernels;
+}
+
+template const Kernels<float>& table<float>();
+template const Kernels<double>& table<double>();
+
+}  // namespace lowrank::LOWRANK_ISA

@@ -1,0 +1,146 @@
+// Vectors of floating-point numbers through the compiler's vector extension. Included once per instruction set (see
+// kernels.h), with LOWRANK_ISA the namespace and LOWRANK_VECTOR_BYTES the width of a register.
+#pragma once
+
+#include "cpu/common.h"
+
+namespace lowrank::LOWRANK_ISA {
+
+#if defined(__GNUC__)
+template <class T>
+struct VectorTypes;
+template <>
+struct VectorTypes<float> {
+  typedef float Vector __attribute__((vector_size(LOWRANK_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(LOWRANK_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct VectorTypes<double> {
+  typedef double Vector __attribute__((vector_size(LOWRANK_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(LOWRANK_VECTOR_BYTES), aligned(8), may_alias));
+};
+template <class T>
+using Vec = typename VectorTypes<T>::Vector;
+
+template <class T>
+LOWRANK_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorTypes<T>::Unaligned*>(p);
+}
+template <class T>
+LOWRANK_INLINE void store(T* p, const Vec<T>& v) {
+  *reinterpret_cast<typename VectorTypes<T>::Unaligned*>(p) = v;
+}
+template <class T>
+LOWRANK_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};  // x - 0 keeps the sign of a zero
+}
+#else
+// Compilers without the extension get an array and loops, and vectorize what they can.
+template <class T>
+struct Vec {
+  T lane[LOWRANK_VECTOR_BYTES / sizeof(T)] = {};
+  T operator[](int i) const { return lane[i]; }
+  T& operator[](int i) { return lane[i]; }
+#define LOWRANK_OPERATOR(op)                                                               \
+  friend Vec operator op(Vec a, const Vec& b) {                                            \
+    for (size_t i = 0; i < LOWRANK_VECTOR_BYTES / sizeof(T); ++i) a.lane[i] op## = b.lane[i]; \
+    return a;                                                                              \
+  }                                                                                        \
+  Vec& operator op##=(const Vec& b) { return *this = *this op b; }
+  LOWRANK_OPERATOR(+)
+  LOWRANK_OPERATOR(-)
+  LOWRANK_OPERATOR(*)
+#undef LOWRANK_OPERATOR
+};
+template <class T>
+LOWRANK_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(v.lane, p, sizeof(v.lane));
+  return v;
+}
+template <class T>
+LOWRANK_INLINE void store(T* p, const Vec<T>& v) {
+  std::memcpy(p, v.lane, sizeof(v.lane));
+}
+template <class T>
+LOWRANK_INLINE Vec<T> splat(T value) {
+  Vec<T> v;
+  for (T& x : v.lane) x = value;
+  return v;
+}
+#endif
+
+template <class T>
+constexpr int kLanes = static_cast<int>(LOWRANK_VECTOR_BYTES / sizeof(T));
+
+// Wide registers come 32 at a time, narrow ones 16: blocks of accumulators are sized by this.
+constexpr bool kManyRegisters = LOWRANK_VECTOR_BYTES == 64;
+
+#if defined(__GNUC__) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define LOWRANK_HAS_SHUFFLE 1
+#endif
+#endif
+
+#if defined(LOWRANK_HAS_SHUFFLE)
+template <class T, int Offset, int... I>
+LOWRANK_INLINE Vec<T> interleave_from(const Vec<T>& a, const Vec<T>& b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (Offset + I / 2 + (I % 2) * kLanes<T>)...);
+}
+#else
+template <class T, int Offset, int... I>
+LOWRANK_INLINE Vec<T> interleave_from(const Vec<T>& a, const Vec<T>& b, std::integer_sequence<int, I...>) {
+  Vec<T> out{};
+  ((out[I] = (I % 2) ? b[Offset + I / 2] : a[Offset + I / 2]), ...);
+  return out;
+}
+#endif
+
+// a0 b0 a1 b1 … of the lower and of the upper halves.
+template <class T>
+LOWRANK_INLINE Vec<T> interleave_low(const Vec<T>& a, const Vec<T>& b) {
+  return interleave_from<T, 0>(a, b, std::make_integer_sequence<int, kLanes<T>>());
+}
+template <class T>
+LOWRANK_INLINE Vec<T> interleave_high(const Vec<T>& a, const Vec<T>& b) {
+  return interleave_from<T, kLanes<T> / 2>(a, b, std::make_integer_sequence<int, kLanes<T>>());
+}
+
+constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+
+// One perfect shuffle of the Count · kLanes elements of v: their address bits rotate left by one. `Rounds` of them turn
+// an m × n matrix stored in v into its transpose when n = 2^Rounds.
+template <class T, int Count, int Rounds>
+LOWRANK_INLINE void perfect_shuffles(Vec<T>* v) {
+  if constexpr (Rounds > 0 && Count > 1) {
+    Vec<T> out[Count];
+    for (int i = 0; i < Count / 2; ++i) {
+      out[2 * i] = interleave_low<T>(v[i], v[i + Count / 2]);
+      out[2 * i + 1] = interleave_high<T>(v[i], v[i + Count / 2]);
+    }
+    for (int i = 0; i < Count; ++i) v[i] = out[i];
+    perfect_shuffles<T, Count, Rounds - 1>(v);
+  }
+}
+
+// Lane i of the result is the sum over the lanes of v[i], i = 0 … kLanes-1.
+template <class T, int Count = kLanes<T>>
+LOWRANK_INLINE Vec<T> sum_lanes_of_each(Vec<T>* v) {
+  if constexpr (Count == 1) {
+    return v[0];
+  } else {
+    for (int i = 0; i < Count / 2; ++i) {
+      v[i] = interleave_low<T>(v[i], v[i + Count / 2]) + interleave_high<T>(v[i], v[i + Count / 2]);
+    }
+    return sum_lanes_of_each<T, Count / 2>(v);
+  }
+}
+
+template <class T>
+LOWRANK_INLINE T sum_lanes(const Vec<T>& v) {
+  T sum = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+
+}  // namespace lowrank::LOWRANK_ISA

@@ -1,0 +1,28 @@
+// How panels and small matrices are laid out: the same for every instruction set, so that scratch is sized once.
+#pragma once
+
+#include "cpu/common.h"
+
+namespace lowrank {
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Panels are padded with zeros to pairs of the widest vectors (16 lanes).
+constexpr int64_t kRowAlignment = 32;
+constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, kRowAlignment); }
+
+// Rows of a panel of r columns: what keeps it at 32 KiB in float, between 64 and 256.
+constexpr int64_t panel_rows(int64_t r) { return r <= 32 ? 256 : r <= 64 ? 128 : 64; }
+
+// Elements of all panels of a (d, r) matrix.
+constexpr int64_t panel_elements(int64_t d, int64_t r) { return round_up(d, panel_rows(r)) * r; }
+
+// Sums over rows are taken over groups of panels, each of kGroupRows rows, and then over the groups, in order: so the
+// result does not depend on how many threads share the groups.
+constexpr int64_t kGroupRows = 1024;
+constexpr int64_t group_count(int64_t d) { return d == 0 ? 1 : (d + kGroupRows - 1) / kGroupRows; }
+
+// Row pitch of small r × r matrices: whole vectors of doubles.
+constexpr int64_t small_pitch(int64_t r) { return round_up(r, 8); }
+
+}  // namespace lowrank

@@ -1,0 +1,42 @@
+"""What the native implementations share: codes of dtypes, tables, and the usual reasons to refuse a call."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+#: The codes of ``csrc/cpu/common.h``.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+#: The largest r that the kernels are laid out for (``kMaxRank``).
+MAX_RANK = 128
+
+
+def table(*sections: Iterable[int]) -> array[int]:
+    """An int64 table of equally long sections, as ``csrc`` reads them."""
+    values = array("q")
+    for section in sections:
+        values.extend(section)
+    return values
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def refuse_device(tensor: Tensor) -> str | None:
+    """Why compiled CPU code cannot take ``tensor``; None if it can."""
+    if tensor.device.type != "cpu":
+        return f"it is written for CPU tensors, these are on {tensor.device.type}"
+    if tensor.layout != torch.strided:
+        return f"it needs strided tensors, got layout {tensor.layout}"
+    return None
+
+
+def strides(matrices: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """The row strides of all matrices, and their column strides."""
+    pairs = [matrix.stride() for matrix in matrices]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
