@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowrank_kernels.backends.triton import _launch, adamw, qr
+from lowrank_kernels.backends.triton import _launch, adamw, qr, svd_product
 
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
          torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8"}  # fmt: skip
@@ -42,6 +42,11 @@ def qr_case(rank: int, dtype: torch.dtype, previous: bool = True) -> None:
     xs = [torch.zeros(256, rank, dtype=dtype)]
     rs = torch.empty(1, rank, rank, dtype=wide(dtype))
     qr.grouped_qr(xs, xs if previous else None, [torch.empty_like(x) for x in xs], rs)
+
+
+def svd_case(rank: int, dtype: torch.dtype) -> None:
+    xs, us = ([torch.zeros(256, rank, dtype=dtype)] for _ in range(2))
+    svd_product.grouped_svd_product(xs, xs, us, torch.empty(1, rank, dtype=wide(dtype)), us)
 
 
 def adamw_case(dtype: torch.dtype, rank: int = 0, on_device: bool = False) -> None:
@@ -60,6 +65,10 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "r64 fp32": lambda: qr_case(64, torch.float32),
         "r128 fp32": lambda: qr_case(128, torch.float32),
         "r64 fp64": lambda: qr_case(64, torch.float64),
+    },
+    "svd": {
+        "r16 fp32": lambda: svd_case(16, torch.float32),
+        "r64 fp32": lambda: svd_case(64, torch.float32),
     },
     "adamw": {
         "fp32": lambda: adamw_case(torch.float32),
@@ -113,7 +122,10 @@ def resources(cubin: bytes) -> dict[str, int]:
         file.flush()
         tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    found: dict[str, int] = {}
+    for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text):
+        found[key.lower()] = max(int(value), found.get(key.lower(), 0))
+    return found
 
 
 def reports(group: str, architectures: list[int]) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import Verdict, implements
+from ._device import scalar
 from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, addresses, signature, table
 
@@ -27,12 +28,6 @@ _LARGEST_RANK = 128
 COLUMNS = tl.constexpr(11)
 
 _SCALARS = ["lr", "beta1", "beta2", "eps", "weight_decay", "step", "log2_beta1", "log2_beta2", "correction1", "correction2"]
-
-
-@triton.jit
-def _scalar(value, DTYPE: tl.constexpr):
-    """A launch argument as a tensor of DTYPE (the interpreter passes plain numbers)."""
-    return (tl.full((), 0.0, tl.float64) + value).to(DTYPE)
 
 
 @triton.jit
@@ -56,22 +51,22 @@ def _root(x, COMPUTE: tl.constexpr):
 def _coefficients(lr, lr_pointer, step, step_pointer, missed, log2_beta1, log2_beta2, correction1, correction2, weight_decay,
                   LR_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr, BIAS_CORRECTION: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """``lr, 1 - lr·weight_decay, 1 - β₁ᵗ, √(1 - β₂ᵗ)``, formed in fp64 whatever the parameters' dtype."""
-    rate = _scalar(lr, tl.float64)
+    rate = scalar(lr, tl.float64)
     if LR_ON_DEVICE:
         rate = tl.load(lr_pointer).to(tl.float64)
     keep = 1.0 - rate * weight_decay
-    first = _scalar(1.0, tl.float64)
-    second = _scalar(1.0, tl.float64)
+    first = scalar(1.0, tl.float64)
+    second = scalar(1.0, tl.float64)
     if BIAS_CORRECTION:
-        first = _scalar(correction1, tl.float64)
-        second = _scalar(correction2, tl.float64)
+        first = scalar(correction1, tl.float64)
+        second = scalar(correction2, tl.float64)
         if STEP_ON_DEVICE:
             taken = tl.load(step_pointer).to(tl.float64) - missed.to(tl.float64)
             first = 1.0 - tl.exp2(taken * log2_beta1)
             second = 1.0 - tl.exp2(taken * log2_beta2)
         else:
             if missed != 0:
-                taken = _scalar(step, tl.float64) - missed.to(tl.float64)
+                taken = scalar(step, tl.float64) - missed.to(tl.float64)
                 first = 1.0 - tl.exp2(taken * log2_beta1)
                 second = 1.0 - tl.exp2(taken * log2_beta2)
     return rate.to(COMPUTE), keep.to(COMPUTE), first.to(COMPUTE), tl.sqrt(second).to(COMPUTE)
@@ -80,8 +75,8 @@ def _coefficients(lr, lr_pointer, step, step_pointer, missed, log2_beta1, log2_b
 @triton.jit
 def _momentum(m, g, beta1, COMPUTE: tl.constexpr):
     """``β₁ m + (1-β₁) g``, exact at β₁ = 0 and 1 as ``torch.lerp`` is."""
-    weight = _scalar(1.0 - _scalar(beta1, tl.float64), COMPUTE)
-    rest = _scalar(beta1, COMPUTE)
+    weight = scalar(1.0 - scalar(beta1, tl.float64), COMPUTE)
+    rest = scalar(beta1, COMPUTE)
     return tl.where(weight < 0.5, m + weight * (g - m), g - rest * (g - m))
 
 
@@ -108,10 +103,10 @@ def _step_tile(param, grad, exp_avg, exp_avg_sq, p_offset, g_offset, m_offset, m
     direction = _divide(m, correction, COMPUTE)
     if HAS_V:
         v = tl.load(exp_avg_sq + m_offset, mask=mask, other=0.0)
-        v = v * _scalar(beta2, COMPUTE) + _scalar(1.0 - _scalar(beta2, tl.float64), COMPUTE) * (g * g)
+        v = v * scalar(beta2, COMPUTE) + scalar(1.0 - scalar(beta2, tl.float64), COMPUTE) * (g * g)
         tl.store(exp_avg_sq + m_offset, v, mask=mask)
         root = _divide(_root(v, COMPUTE), root_correction, COMPUTE)
-        direction = _divide(direction, root + _scalar(eps, COMPUTE), COMPUTE)
+        direction = _divide(direction, root + scalar(eps, COMPUTE), COMPUTE)
     x = tl.load(param + p_offset, mask=mask, other=0.0)
     x = x.to(COMPUTE) * keep - rate * direction
     tl.store(param + p_offset, x.to(param.dtype.element_ty), mask=mask)

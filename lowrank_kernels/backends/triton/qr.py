@@ -172,12 +172,15 @@ def _column_scales(diagonal, k, rank):
 
 
 @triton.jit
-def _cholesky(a, TILE: tl.constexpr):
-    """The upper factor U of ``a = UᵀU``, its inverse, and the smallest pivot (a pivot ≤ 1e-30 is replaced by 1)."""
+def _cholesky(a, target, unscale, R: tl.constexpr, TILE: tl.constexpr):
+    """The upper factor U of ``a = UᵀU``, written to ``target`` with its columns times ``unscale``.
+
+    Returns U⁻¹, ‖U‖² and the smallest pivot (a pivot ≤ 1e-30 is replaced by 1).
+    """
     i = tl.arange(0, TILE)
-    upper = tl.zeros([TILE, TILE], tl.float64)
     lower_inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(tl.float64)
     smallest = tl.full((), 1.0, tl.float64)
+    squares = tl.zeros([TILE], tl.float64)
     for j in range(TILE):
         row = tl.sum(tl.where(i[:, None] == j, a, 0.0), axis=0)
         column = tl.sum(tl.where(i[None, :] == j, a, 0.0), axis=1)
@@ -186,16 +189,28 @@ def _cholesky(a, TILE: tl.constexpr):
         inverse_root = 1.0 / tl.sqrt(tl.where(pivot > 1e-30, pivot, 1.0))
         row = tl.where(i >= j, row * inverse_root, 0.0)
         column = tl.where(i > j, column * inverse_root, 0.0)
-        upper = tl.where(i[:, None] == j, row[None, :], upper)
+        squares += row * row
+        tl.store(target + j * R + i, row * unscale)
         a -= column[:, None] * row[None, :]
         solved = tl.sum(tl.where(i[:, None] == j, lower_inverse, 0.0), axis=0) * inverse_root
         lower_inverse = tl.where(i[:, None] == j, solved[None, :], lower_inverse - column[:, None] * solved[None, :])
-    return upper, tl.trans(lower_inverse), smallest
+    return tl.trans(lower_inverse), tl.sum(squares, axis=0), smallest
 
 
 @triton.jit
-def _product(a, b, INPUT: tl.constexpr = "ieee"):
-    return tl.dot(a, b, input_precision=INPUT, out_dtype=tl.float64)
+def _multiply(a, a_row, a_column, TRANSPOSE_A: tl.constexpr, b, b_row, b_column, R: tl.constexpr, TILE: tl.constexpr):
+    """The product of two tiles in memory (the first transposed, if asked for), 16 of the inner dimension at a time."""
+    i = tl.arange(0, TILE)
+    total = tl.zeros([TILE, TILE], tl.float64)
+    for first in range(0, TILE, 16):
+        k = first + tl.arange(0, 16)
+        if TRANSPOSE_A:
+            left = tl.trans(tl.load(a + (a_row + k[:, None]) * R + a_column + i[None, :]))
+        else:
+            left = tl.load(a + (a_row + i[:, None]) * R + a_column + k[None, :])
+        right = tl.load(b + (b_row + k[:, None]) * R + b_column + i[None, :])
+        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=tl.float64)
+    return total
 
 
 @triton.jit
@@ -231,38 +246,49 @@ def factor_kernel(tensors, levels, squares, partials, rs, rank, single_pass: tl.
     scale, unscale, good = _column_scales(_diagonal(gram, TILE), i, rank)
     pad = eye & (i[None, :] >= rank)
     gram = tl.where(pad | ((not good) & eye), 1.0, tl.where(good, gram * scale[:, None] * scale[None, :], 0.0))
-    upper, inverse, smallest = _cholesky(gram, TILE)
-    norms = _squares(upper)
+    # In one tile, what is stored is scaled back at once; in blocks, once all of it is there.
+    one = tl.full([TILE], 1.0, tl.float64)
+    inverse, norms, smallest = _cholesky(gram, new_factor, unscale if R == TILE else one, R, TILE)
     inverse_norms = _squares(inverse)
-    _store_square(new_factor, 0, 0, upper * unscale[None, :], R, TILE)
-    _store_square(new_weight, 0, 0, inverse * scale[:, None], R, TILE)
-    if TWO_STAGES and not SECOND:
-        _store_square(weight + 4 * R * R, 0, 0, inverse * scale[:, None], R, TILE)
-    if R > TILE:
-        # Blocked 2 × 2: U12 = U11⁻ᵀ A12, S = A22 - U12ᵀ U12, (U⁻¹)12 = -U11⁻¹ U12 U22⁻¹.
-        corner = _sum_partials(partials, first_chunk, count, TILE, TILE, R, TILE)
-        scale2, unscale2, good2 = _column_scales(_diagonal(corner, TILE), TILE + i, rank)
+    if R == TILE:
+        _store_square(new_weight, 0, 0, inverse * scale[:, None], R, TILE)
+        if TWO_STAGES and not SECOND:
+            _store_square(weight + 4 * R * R, 0, 0, inverse * scale[:, None], R, TILE)
+    else:
+        # Blocked 2 × 2: U12 = U11⁻ᵀ A12, S = A22 - U12ᵀ U12, (U⁻¹)12 = -U11⁻¹ U12 U22⁻¹. What is not needed at the
+        # moment lies in memory, and the unused lower tiles hold what is under way: in registers it would spill.
+        _store_square(new_weight, 0, 0, inverse, R, TILE)
+        diagonal = _diagonal(_sum_partials(partials, first_chunk, count, TILE, TILE, R, TILE), TILE)
+        scale2, unscale2, good2 = _column_scales(diagonal, TILE + i, rank)
         good = good & good2
-        pad = eye & (TILE + i[None, :] >= rank)
-        corner = tl.where(pad | ((not good) & eye), 1.0, tl.where(good, corner * scale2[:, None] * scale2[None, :], 0.0))
         side = _sum_partials(partials, first_chunk, count, 0, TILE, R, TILE)
-        side = tl.where(good, side * scale[:, None] * scale2[None, :], 0.0)
-        side = _product(tl.trans(inverse), side)
+        _store_square(new_factor, TILE, 0, tl.where(good, side * scale[:, None] * scale2[None, :], 0.0), R, TILE)
+        tl.debug_barrier()
+        side = _multiply(new_weight, 0, 0, True, new_factor, TILE, 0, R, TILE)
         norms += _squares(side)
-        _store_square(new_factor, 0, TILE, side * unscale2[None, :], R, TILE)
-        _store_square(new_factor, TILE, 0, zero, R, TILE)
-        corner -= _product(tl.trans(side), side)
-        side = _product(inverse, side)
-        upper, inverse, smallest2 = _cholesky(corner, TILE)
+        _store_square(new_factor, 0, TILE, side, R, TILE)
+        tl.debug_barrier()
+        pad = eye & (TILE + i[None, :] >= rank)
+        corner = _sum_partials(partials, first_chunk, count, TILE, TILE, R, TILE)
+        corner = tl.where(pad | ((not good) & eye), 1.0, tl.where(good, corner * scale2[:, None] * scale2[None, :], 0.0))
+        corner -= _multiply(new_factor, 0, TILE, True, new_factor, 0, TILE, R, TILE)
+        inverse, norms2, smallest2 = _cholesky(corner, new_factor + TILE * R + TILE, unscale2, R, TILE)
         smallest = tl.minimum(smallest, smallest2)
-        norms += _squares(upper)
+        norms += norms2
         inverse_norms += _squares(inverse)
-        _store_square(new_factor, TILE, TILE, upper * unscale2[None, :], R, TILE)
-        _store_square(new_weight, TILE, TILE, inverse * scale2[:, None], R, TILE)
-        side = -_product(side, inverse)
+        _store_square(new_weight, TILE, TILE, inverse, R, TILE)
+        _store_square(new_weight, TILE, 0, _multiply(new_weight, 0, 0, False, new_factor, 0, TILE, R, TILE), R, TILE)
+        tl.debug_barrier()
+        side = -_multiply(new_weight, TILE, 0, False, new_weight, TILE, TILE, R, TILE)
         inverse_norms += _squares(side)
+        tl.debug_barrier()
         _store_square(new_weight, 0, TILE, side * scale[:, None], R, TILE)
+        _store_square(new_weight, 0, 0, _load_square(new_weight, 0, 0, R, TILE) * scale[:, None], R, TILE)
+        _store_square(new_weight, TILE, TILE, _load_square(new_weight, TILE, TILE, R, TILE) * scale2[:, None], R, TILE)
+        _store_square(new_factor, 0, 0, _load_square(new_factor, 0, 0, R, TILE) * unscale[None, :], R, TILE)
+        _store_square(new_factor, 0, TILE, _load_square(new_factor, 0, TILE, R, TILE) * unscale2[None, :], R, TILE)
         _store_square(new_weight, TILE, 0, zero, R, TILE)
+        _store_square(new_factor, TILE, 0, zero, R, TILE)
 
     level = 2
     condition = tl.sqrt(norms) * tl.sqrt(inverse_norms)
@@ -281,14 +307,13 @@ def factor_kernel(tensors, levels, squares, partials, rs, rank, single_pass: tl.
 
     if SECOND:
         # W ← W₁ U⁻¹ and R ← U R₁ in place, tile by tile, in the order in which no tile is needed after it was overwritten.
-        for step in tl.static_range(0, R, TILE):
-            right: tl.constexpr = R - TILE - step
+        for right in tl.static_range(R - TILE, -1, -TILE):
             for left in tl.static_range(0, R, TILE):
                 if left <= right:
                     total = zero
                     for inner in tl.static_range(0, R, TILE):
                         if (left <= inner) & (inner <= right):
-                            total += _product(_load_square(weight, left, inner, R, TILE), _load_square(new_weight, inner, right, R, TILE))
+                            total += _multiply(weight, left, inner, False, new_weight, inner, right, R, TILE)
                     tl.debug_barrier()
                     _store_square(weight, left, right, total, R, TILE)
         for left in tl.static_range(0, R, TILE):
@@ -297,7 +322,7 @@ def factor_kernel(tensors, levels, squares, partials, rs, rank, single_pass: tl.
                     total = zero
                     for inner in tl.static_range(0, R, TILE):
                         if (left <= inner) & (inner <= right):
-                            total += _product(_load_square(new_factor, left, inner, R, TILE), _load_square(factor, inner, right, R, TILE))
+                            total += _multiply(new_factor, left, inner, False, factor, inner, right, R, TILE)
                     tl.debug_barrier()
                     _store_square(factor, left, right, total, R, TILE)
         tl.debug_barrier()
@@ -360,7 +385,7 @@ def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride,
             if TWO_STAGES:
                 # The same product as the second Gram was made of: that is what makes Q orthonormal to the last digit.
                 value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight + 4 * R * R, True, BLOCK_D, TILE, R, VECTOR)
-                value = _product(value, _load_square(weight + 2 * R * R, 0, 0, R, TILE))
+                value = tl.dot(value, _load_square(weight + 2 * R * R, 0, 0, R, TILE), input_precision="ieee", out_dtype=tl.float64)
             else:
                 value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR)
             _store_tile(q, value.to(Q), first + d, rows, k, columns, q_d, q_r)
@@ -545,7 +570,7 @@ class Sizes:
         self.R = padded_rank(rank)
         self.TILE = min(self.R, 64)
         self.CHUNK = max(512, 32 * self.R)
-        self.BLOCK_D = 64 if self.R <= 32 else 32
+        self.BLOCK_D = 64 if self.R <= 32 else 16
         self.GUARDED_BLOCK_D = 4096 // self.R
         self.warps = 4 if self.R <= 32 else 8
 
