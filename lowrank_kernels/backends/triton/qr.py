@@ -146,9 +146,11 @@ def _sum_partials(partials, first_chunk, count, left, right, R: tl.constexpr, TI
 
 
 @triton.jit
-def _diagonal(square, TILE: tl.constexpr):
+def _scaled_gram(partials, scales, first_chunk, count, left, right, good, R: tl.constexpr, TILE: tl.constexpr):
+    """A tile of the Gram matrix with its columns scaled by powers of two; zeros if it is not to be used."""
     i = tl.arange(0, TILE)
-    return tl.sum(tl.where(i[:, None] == i[None, :], square, 0.0), axis=0)
+    total = _sum_partials(partials, first_chunk, count, left, right, R, TILE)
+    return tl.where(good, total * tl.load(scales + left + i)[:, None] * tl.load(scales + right + i)[None, :], 0.0)
 
 
 @triton.jit
@@ -172,8 +174,8 @@ def _column_scales(diagonal, k, rank):
 
 
 @triton.jit
-def _cholesky(a, target, unscale, R: tl.constexpr, TILE: tl.constexpr):
-    """The upper factor U of ``a = UᵀU``, written to ``target`` with its columns times ``unscale``.
+def _cholesky(a, target, R: tl.constexpr, TILE: tl.constexpr):
+    """Writes the upper factor U of ``a = UᵀU`` to ``target``.
 
     Returns U⁻¹, ‖U‖² and the smallest pivot (a pivot ≤ 1e-30 is replaced by 1).
     """
@@ -190,7 +192,7 @@ def _cholesky(a, target, unscale, R: tl.constexpr, TILE: tl.constexpr):
         row = tl.where(i >= j, row * inverse_root, 0.0)
         column = tl.where(i > j, column * inverse_root, 0.0)
         squares += row * row
-        tl.store(target + j * R + i, row * unscale)
+        tl.store(target + j * R + i, row)
         a -= column[:, None] * row[None, :]
         solved = tl.sum(tl.where(i[:, None] == j, lower_inverse, 0.0), axis=0) * inverse_root
         lower_inverse = tl.where(i[:, None] == j, solved[None, :], lower_inverse - column[:, None] * solved[None, :])
@@ -219,7 +221,7 @@ def _squares(x):
 
 
 @triton.jit(do_not_specialize=["rank", "single_pass", "double_pass"])
-def factor_kernel(tensors, levels, squares, partials, rs, rank, single_pass: tl.float64, double_pass: tl.float64,
+def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_pass: tl.float64, double_pass: tl.float64,
                   SECOND: tl.constexpr, TWO_STAGES: tl.constexpr, HAS_PREVIOUS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Per matrix: sum the partial Grams, factorize, set the level, and W, R (with signs, where this pass is the last)."""
     index = tl.program_id(0).to(tl.int64)
@@ -242,53 +244,67 @@ def factor_kernel(tensors, levels, squares, partials, rs, rank, single_pass: tl.
     eye = i[:, None] == i[None, :]
     zero = tl.zeros([TILE, TILE], tl.float64)
 
-    gram = _sum_partials(partials, first_chunk, count, 0, 0, R, TILE)
-    scale, unscale, good = _column_scales(_diagonal(gram, TILE), i, rank)
-    pad = eye & (i[None, :] >= rank)
-    gram = tl.where(pad | ((not good) & eye), 1.0, tl.where(good, gram * scale[:, None] * scale[None, :], 0.0))
-    # In one tile, what is stored is scaled back at once; in blocks, once all of it is there.
-    one = tl.full([TILE], 1.0, tl.float64)
-    inverse, norms, smallest = _cholesky(gram, new_factor, unscale if R == TILE else one, R, TILE)
-    inverse_norms = _squares(inverse)
-    if R == TILE:
-        _store_square(new_weight, 0, 0, inverse * scale[:, None], R, TILE)
-        if TWO_STAGES and not SECOND:
-            _store_square(weight + 4 * R * R, 0, 0, inverse * scale[:, None], R, TILE)
-    else:
-        # Blocked 2 × 2: U12 = U11⁻ᵀ A12, S = A22 - U12ᵀ U12, (U⁻¹)12 = -U11⁻¹ U12 U22⁻¹. What is not needed at the
-        # moment lies in memory, and the unused lower tiles hold what is under way: in registers it would spill.
-        _store_square(new_weight, 0, 0, inverse, R, TILE)
-        diagonal = _diagonal(_sum_partials(partials, first_chunk, count, TILE, TILE, R, TILE), TILE)
-        scale2, unscale2, good2 = _column_scales(diagonal, TILE + i, rank)
-        good = good & good2
-        side = _sum_partials(partials, first_chunk, count, 0, TILE, R, TILE)
-        _store_square(new_factor, TILE, 0, tl.where(good, side * scale[:, None] * scale2[None, :], 0.0), R, TILE)
-        tl.debug_barrier()
-        side = _multiply(new_weight, 0, 0, True, new_factor, TILE, 0, R, TILE)
-        norms += _squares(side)
-        _store_square(new_factor, 0, TILE, side, R, TILE)
-        tl.debug_barrier()
-        pad = eye & (TILE + i[None, :] >= rank)
-        corner = _sum_partials(partials, first_chunk, count, TILE, TILE, R, TILE)
-        corner = tl.where(pad | ((not good) & eye), 1.0, tl.where(good, corner * scale2[:, None] * scale2[None, :], 0.0))
-        corner -= _multiply(new_factor, 0, TILE, True, new_factor, 0, TILE, R, TILE)
-        inverse, norms2, smallest2 = _cholesky(corner, new_factor + TILE * R + TILE, unscale2, R, TILE)
-        smallest = tl.minimum(smallest, smallest2)
-        norms += norms2
+    # The diagonal first: it gives the scaling, which lies in memory until the end.
+    k = tl.arange(0, R)
+    diagonal = tl.zeros([R], tl.float64)
+    for chunk in range(first_chunk, first_chunk + count):
+        diagonal += tl.load(partials + chunk * (2 * R * R) + k * (R + 1))
+    scale, unscale, good = _column_scales(diagonal, k, rank)
+    scales += index * (2 * R)
+    tl.store(scales + k, scale)
+    tl.store(scales + R + k, unscale)
+    tl.debug_barrier()
+
+    # Blocks of the rank, column by column: U_ij = U_ii⁻ᵀ (A_ij - Σ_l<i U_liᵀ U_lj), U_jj from A_jj - Σ_l<j U_ljᵀ U_lj, and
+    # (U⁻¹)_ij = -(Σ_i≤l<j (U⁻¹)_il U_lj) U_jj⁻¹. What is not needed at the moment lies in memory, and the lower tiles hold
+    # what is under way: in registers larger ranks would spill.
+    norms = tl.full((), 0.0, tl.float64)
+    inverse_norms = tl.full((), 0.0, tl.float64)
+    smallest = tl.full((), 1.0, tl.float64)
+    for block in range(0, R, TILE):
+        for above in range(0, block, TILE):
+            side = _scaled_gram(partials, scales, first_chunk, count, above, block, good, R, TILE)
+            for inner in range(0, above, TILE):
+                side -= _multiply(new_factor, inner, above, True, new_factor, inner, block, R, TILE)
+            _store_square(new_factor, block, above, side, R, TILE)
+            tl.debug_barrier()
+            side = _multiply(new_weight, above, above, True, new_factor, block, above, R, TILE)
+            norms += _squares(side)
+            _store_square(new_factor, above, block, side, R, TILE)
+            tl.debug_barrier()
+        corner = _scaled_gram(partials, scales, first_chunk, count, block, block, good, R, TILE)
+        corner = tl.where(eye & ((block + i[None, :] >= rank) | (not good)), 1.0, corner)
+        for inner in range(0, block, TILE):
+            corner -= _multiply(new_factor, inner, block, True, new_factor, inner, block, R, TILE)
+        inverse, squared, pivot = _cholesky(corner, new_factor + block * R + block, R, TILE)
+        smallest = tl.minimum(smallest, pivot)
+        norms += squared
         inverse_norms += _squares(inverse)
-        _store_square(new_weight, TILE, TILE, inverse, R, TILE)
-        _store_square(new_weight, TILE, 0, _multiply(new_weight, 0, 0, False, new_factor, 0, TILE, R, TILE), R, TILE)
+        _store_square(new_weight, block, block, inverse, R, TILE)
         tl.debug_barrier()
-        side = -_multiply(new_weight, TILE, 0, False, new_weight, TILE, TILE, R, TILE)
-        inverse_norms += _squares(side)
-        tl.debug_barrier()
-        _store_square(new_weight, 0, TILE, side * scale[:, None], R, TILE)
-        _store_square(new_weight, 0, 0, _load_square(new_weight, 0, 0, R, TILE) * scale[:, None], R, TILE)
-        _store_square(new_weight, TILE, TILE, _load_square(new_weight, TILE, TILE, R, TILE) * scale2[:, None], R, TILE)
-        _store_square(new_factor, 0, 0, _load_square(new_factor, 0, 0, R, TILE) * unscale[None, :], R, TILE)
-        _store_square(new_factor, 0, TILE, _load_square(new_factor, 0, TILE, R, TILE) * unscale2[None, :], R, TILE)
-        _store_square(new_weight, TILE, 0, zero, R, TILE)
-        _store_square(new_factor, TILE, 0, zero, R, TILE)
+        for above in range(0, block, TILE):
+            side = zero
+            for inner in range(above, block, TILE):
+                side += _multiply(new_weight, above, inner, False, new_factor, inner, block, R, TILE)
+            _store_square(new_weight, block, above, side, R, TILE)
+            tl.debug_barrier()
+            side = -_multiply(new_weight, block, above, False, new_weight, block, block, R, TILE)
+            inverse_norms += _squares(side)
+            _store_square(new_weight, above, block, side, R, TILE)
+            tl.debug_barrier()
+    for left in range(0, R, TILE):
+        for right in range(0, R, TILE):
+            upper = left <= right
+            row_scale = tl.load(scales + left + i)[:, None]
+            column_unscale = tl.load(scales + R + right + i)[None, :]
+            inverse = tl.where(upper, _load_square(new_weight, left, right, R, TILE) * row_scale, 0.0)
+            factored = tl.where(upper, _load_square(new_factor, left, right, R, TILE) * column_unscale, 0.0)
+            # Replicas in other threads must have read before anything is overwritten.
+            tl.debug_barrier()
+            _store_square(new_weight, left, right, inverse, R, TILE)
+            _store_square(new_factor, left, right, factored, R, TILE)
+            if TWO_STAGES and not SECOND:
+                _store_square(weight + 4 * R * R, left, right, inverse, R, TILE)
 
     level = 2
     condition = tl.sqrt(norms) * tl.sqrt(inverse_norms)
@@ -307,20 +323,20 @@ def factor_kernel(tensors, levels, squares, partials, rs, rank, single_pass: tl.
 
     if SECOND:
         # W ← W₁ U⁻¹ and R ← U R₁ in place, tile by tile, in the order in which no tile is needed after it was overwritten.
-        for right in tl.static_range(R - TILE, -1, -TILE):
-            for left in tl.static_range(0, R, TILE):
+        for right in range(R - TILE, -1, -TILE):
+            for left in range(0, R, TILE):
                 if left <= right:
                     total = zero
-                    for inner in tl.static_range(0, R, TILE):
+                    for inner in range(0, R, TILE):
                         if (left <= inner) & (inner <= right):
                             total += _multiply(weight, left, inner, False, new_weight, inner, right, R, TILE)
                     tl.debug_barrier()
                     _store_square(weight, left, right, total, R, TILE)
-        for left in tl.static_range(0, R, TILE):
-            for right in tl.static_range(0, R, TILE):
+        for left in range(0, R, TILE):
+            for right in range(0, R, TILE):
                 if left <= right:
                     total = zero
-                    for inner in tl.static_range(0, R, TILE):
+                    for inner in range(0, R, TILE):
                         if (left <= inner) & (inner <= right):
                             total += _multiply(new_factor, left, inner, False, factor, inner, right, R, TILE)
                     tl.debug_barrier()
@@ -329,28 +345,28 @@ def factor_kernel(tensors, levels, squares, partials, rs, rank, single_pass: tl.
     if level == 1:
         return
 
-    for block in tl.static_range(0, R, TILE):
+    for block in range(0, R, TILE):
         sign = tl.full([TILE], 1.0, tl.float64)
         if HAS_PREVIOUS:
             aligned = tl.zeros([TILE], tl.float64)
-            for inner in tl.static_range(0, R, TILE):
+            for inner in range(0, R, TILE):
                 if inner <= block:
                     cross = _sum_partials(partials + R * R, first_chunk, count, inner, block, R, TILE)
                     aligned += tl.sum(_load_square(weight, inner, block, R, TILE) * cross, axis=0)
             sign = tl.where(aligned < 0, -1.0, 1.0).to(tl.float64)
-            for inner in tl.static_range(0, R, TILE):
+            for inner in range(0, R, TILE):
                 if inner <= block:
                     signed = _load_square(weight, inner, block, R, TILE) * sign[None, :]
                     tl.debug_barrier()
                     _store_square(weight, inner, block, signed, R, TILE)
-            if TWO_STAGES:
-                signed = _load_square(new_weight, 0, 0, R, TILE) * sign[None, :]
-                tl.debug_barrier()
-                _store_square(new_weight, 0, 0, signed, R, TILE)
+                    if TWO_STAGES and SECOND:
+                        signed = _load_square(new_weight, inner, block, R, TILE) * sign[None, :]
+                        tl.debug_barrier()
+                        _store_square(new_weight, inner, block, signed, R, TILE)
         # The rows of R carry the signs of the columns of Q.
         row_sign = tl.sum(tl.where(eye, sign[None, :], 0.0), axis=1)
         a = block + i[:, None]
-        for right in tl.static_range(0, R, TILE):
+        for right in range(0, R, TILE):
             b = right + i[None, :]
             value = tl.where(a <= b, _load_square(factor, block, right, R, TILE) * row_sign[:, None], 0.0)
             tl.store(rs + index * rank * rank + a * rank + b, value.to(rs.dtype.element_ty), mask=(a < rank) & (b < rank))
@@ -569,6 +585,7 @@ class Sizes:
     def __init__(self, rank: int) -> None:
         self.R = padded_rank(rank)
         self.TILE = min(self.R, 64)
+        self.FACTOR_TILE = min(self.R, 32)
         self.CHUNK = max(512, 32 * self.R)
         self.BLOCK_D = 64 if self.R <= 32 else 16
         self.GUARDED_BLOCK_D = 4096 // self.R
@@ -622,6 +639,7 @@ def factorize(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor],
     compute = compute_dtype(first.dtype)
     squares = torch.empty(len(xs), 5, sizes.R, sizes.R, dtype=torch.float64, device=first.device)
     partials = torch.empty(work.programs, 2, sizes.R, sizes.R, dtype=torch.float64, device=first.device)
+    scales = torch.empty(len(xs), 2, sizes.R, dtype=torch.float64, device=first.device)
     levels = torch.empty(len(xs), dtype=torch.int32, device=first.device)
     # The guarded road needs `previous` until the end of each column, and its columns in full precision.
     in_output = previous is None and qs[0].dtype == compute
@@ -637,8 +655,8 @@ def factorize(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor],
             launch(gram_kernel, gram_grid, work.tensors, work.chunks, levels, squares, partials, rank, **shape, **kinds,
                    SECOND=second, HAS_PREVIOUS=has_previous and not second, num_warps=sizes.warps)  # fmt: skip
             # The second Gram is close to I, with a Frobenius condition near r; if not, the first one was misleading.
-            launch(factor_kernel, (len(xs),), work.tensors, levels, squares, partials, rs, rank, 4.0 * sizes.R if second else single,
-                   _DOUBLE_PASS, **shape, SECOND=second, TWO_STAGES=two_stages, HAS_PREVIOUS=has_previous, num_warps=sizes.warps)  # fmt: skip
+            launch(factor_kernel, (len(xs),), work.tensors, levels, squares, scales, partials, rs, rank, 4.0 * sizes.R if second else single,
+                   _DOUBLE_PASS, R=sizes.R, TILE=sizes.FACTOR_TILE, SECOND=second, TWO_STAGES=two_stages, HAS_PREVIOUS=has_previous, num_warps=4)  # fmt: skip
         launch(apply_kernel, (work.programs,), work.tensors, work.chunks, levels, squares, rank, rank, 5 * sizes.R * sizes.R,
                **shape, **kinds, Q=TL_DTYPE[qs[0].dtype], QR=True, TWO_STAGES=two_stages, num_warps=sizes.warps)  # fmt: skip
         launch(guarded_kernel, (len(xs),), work.tensors, levels, scratch, rs, rank, tolerance, X=kinds["X"], Q=TL_DTYPE[qs[0].dtype],
