@@ -1,3 +1,17 @@
-"""placeholder"""
+"""Triton kernels: one launch, or a constant number of them, for a whole ragged list of factors.
 
-raise ImportError("not built")
+Every list operation works from device tables (``_tables.py``): int64 rows of addresses, sizes and strides, and a list
+of chunks that says which piece of which tensor a program works on. Nothing is read back on the host, so the calls can
+be captured in a CUDA graph. Without a GPU the same kernels run in Triton's interpreter (``TRITON_INTERPRET=1``, set
+before the first import of triton).
+"""
+
+try:
+    import triton  # noqa: F401
+    import triton.language  # noqa: F401
+except Exception as error:  # a broken installation raises more than ImportError
+    raise ImportError(f"triton cannot be imported: {type(error).__name__}: {error}") from error
+
+from . import adamw, lora_linear, qr, svd_product
+
+__all__ = ["adamw", "lora_linear", "qr", "svd_product"]

@@ -1,0 +1,314 @@
+"""``lora_linear`` forward and backward: the adapter's thin products in Triton, split at the rank-r activations; W0 by cuBLAS.
+
+Forward: ``H = x̃ [A; Q_Aᵀ]ᵀ`` (one read of x, both factors by pointer), ``y = x W0ᵀ + bias`` (torch), ``y += s H [Q_B B]ᵀ``
+(one read and write of y). Backward: ``P = ∂y [Q_B B]`` (one read of ∂y), ``∂x = ∂y W0`` (torch), ``∂x += s mask∘(P [A; Q_Aᵀ])/keep``,
+``∂A = s P₁ᵀ x̃`` and ``∂B = s ∂yᵀ H₂`` as sums over tokens, split into partial sums that are added in a fixed order.
+
+Floor of the adapter's part, with b bytes an element and t tokens: forward ``b·t·(d_in + 2·d_out)`` (x once, y twice), backward
+``b·t·(d_out + 2·d_in)`` for P and ∂x, ``b·t·d_in`` for ∂A, ``b·t·d_out`` for ∂B; factors and activations of width r are small.
+
+fp32 inputs multiply in fp32 (``input_precision="ieee"``, on CUDA cores), never in tf32; bf16 and fp16 use tensor cores with fp32 sums.
+The interpreter's ``tl.dot`` is wrong for bf16 (Triton 3.9), so there operands are widened first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..registry import Verdict, implements
+from ._device import scalar
+from ._launch import INTERPRET, TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
+
+_LARGEST_RANK = 128
+#: Programs that fill a large GPU; sums over tokens are split until there are about as many.
+_FILL = 512
+
+
+@triton.jit
+def _dot(a, b, total, UPCAST: tl.constexpr):
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def _load_factor(pointer, d, k, length, rank, stride_d, stride_k, BY_RANK: tl.constexpr):
+    """A (d, k) tile of a factor; BY_RANK: it is stored (r, d), so it is read along d and transposed."""
+    if BY_RANK:
+        tile = tl.load(pointer + k[:, None] * stride_k + d[None, :] * stride_d, mask=(k[:, None] < rank) & (d[None, :] < length), other=0.0)
+        return tl.trans(tile)
+    else:
+        return tl.load(pointer + d[:, None] * stride_d + k[None, :] * stride_k, mask=(d[:, None] < length) & (k[None, :] < rank), other=0.0)
+
+
+@triton.jit(do_not_specialize=["tokens", "factor"])
+def project_kernel(x, mask, first, second, out_first, out_second, tokens, length, rank, x_t, x_d, first_d, first_k, second_d, second_k,
+                   factor: tl.float64, MASKED: tl.constexpr, TWO: tl.constexpr, BY_RANK: tl.constexpr, COMPUTE: tl.constexpr,
+                   UPCAST: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """``factor · (mask∘x) F₁`` and, TWO, ``… F₂`` in one read of x (tokens, length); F (length, r) by strides."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, R)
+    rows = t.to(tl.int64)[:, None]
+    total = tl.zeros([BLOCK_T, R], COMPUTE)
+    other = tl.zeros([BLOCK_T, R], COMPUTE)
+    for start in range(0, length, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (t[:, None] < tokens) & (d[None, :] < length)
+        tile = tl.load(x + rows * x_t + d[None, :] * x_d, mask=inside, other=0.0)
+        if MASKED:
+            tile = tl.where(tl.load(mask + rows * length + d[None, :], mask=inside, other=0) != 0, tile, 0.0)
+        total = _dot(tile, _load_factor(first, d, k, length, rank, first_d, first_k, BY_RANK), total, UPCAST)
+        if TWO:
+            other = _dot(tile, _load_factor(second, d, k, length, rank, second_d, second_k, BY_RANK), other, UPCAST)
+    target = rows * rank + k[None, :]
+    inside = (t[:, None] < tokens) & (k[None, :] < rank)
+    tl.store(out_first + target, (total * scalar(factor, COMPUTE)).to(out_first.dtype.element_ty), mask=inside)
+    if TWO:
+        tl.store(out_second + target, (other * scalar(factor, COMPUTE)).to(out_second.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "factor"])
+def expand_kernel(y, mask, first_h, second_h, first, second, tokens, length, rank, first_d, first_k, second_d, second_k,
+                  factor: tl.float64, HAS_BASE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr, BY_RANK: tl.constexpr,
+                  COMPUTE: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """``y (+)= factor · mask∘(H₁ F₁ᵀ + H₂ F₂ᵀ)`` for contiguous y (tokens, length), H (tokens, r), F (length, r) by strides."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, R)
+    rows = t.to(tl.int64)[:, None]
+    inside = (t[:, None] < tokens) & (k[None, :] < rank)
+    hidden = tl.load(first_h + rows * rank + k[None, :], mask=inside, other=0.0)
+    total = tl.zeros([BLOCK_T, BLOCK_D], COMPUTE)
+    total = _dot(hidden, tl.trans(_load_factor(first, d, k, length, rank, first_d, first_k, BY_RANK)), total, UPCAST)
+    if TWO:
+        hidden = tl.load(second_h + rows * rank + k[None, :], mask=inside, other=0.0)
+        total = _dot(hidden, tl.trans(_load_factor(second, d, k, length, rank, second_d, second_k, BY_RANK)), total, UPCAST)
+    total *= scalar(factor, COMPUTE)
+    target = rows * length + d[None, :]
+    inside = (t[:, None] < tokens) & (d[None, :] < length)
+    if MASKED:
+        total = tl.where(tl.load(mask + target, mask=inside, other=0) != 0, total, 0.0)
+    if HAS_BASE:
+        total += tl.load(y + target, mask=inside, other=0.0).to(COMPUTE)
+    tl.store(y + target, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "per_split", "factor"])
+def token_sum_kernel(hidden, x, mask, out, tokens, length, rank, per_split, x_t, x_d, out_d, out_k, factor: tl.float64,
+                     MASKED: tl.constexpr, COMPUTE: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr,
+                     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """``factor · Σ_t H[t, k] (mask∘x)[t, d]`` over one split of the tokens; ``out`` is the result or partial sums (split, …)."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(1)
+    k = tl.arange(0, R)
+    total = tl.zeros([R, BLOCK_D], COMPUTE)
+    begin = split * per_split
+    for start in range(begin, tl.minimum(begin + per_split, tokens), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        rows = t.to(tl.int64)[:, None]
+        inside = (t[:, None] < tokens) & (d[None, :] < length)
+        tile = tl.load(x + rows * x_t + d[None, :] * x_d, mask=inside, other=0.0)
+        if MASKED:
+            tile = tl.where(tl.load(mask + rows * length + d[None, :], mask=inside, other=0) != 0, tile, 0.0)
+        h = tl.load(hidden + rows * rank + k[None, :], mask=(t[:, None] < tokens) & (k[None, :] < rank), other=0.0)
+        total = _dot(tl.trans(h), tile, total, UPCAST)
+    target = out + split.to(tl.int64) * rank * length + k[:, None] * out_k + d[None, :] * out_d
+    total *= scalar(factor, COMPUTE)
+    tl.store(target, total.to(out.dtype.element_ty), mask=(k[:, None] < rank) & (d[None, :] < length))
+
+
+@triton.jit(do_not_specialize=["splits", "factor"])
+def add_splits_kernel(partials, out, splits, size, factor: tl.float64, BLOCK: tl.constexpr):
+    """``out = factor · Σ_split partials[split]``, in order."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], partials.dtype.element_ty)
+    for split in range(splits):
+        total += tl.load(partials + split * size + offset, mask=offset < size, other=0.0)
+    tl.store(out + offset, (total * scalar(factor, partials.dtype.element_ty)).to(out.dtype.element_ty), mask=offset < size)
+
+
+class _Kinds:
+    """Constants of the kernels for one rank and dtype."""
+
+    def __init__(self, rank: int, dtype: torch.dtype) -> None:
+        self.R = padded_rank(rank)
+        wide = dtype in (torch.float32, torch.float64)
+        self.BLOCK_T = 64 if self.R <= 32 and not wide else 32
+        self.BLOCK_D = 64 if self.R <= 64 else 32
+        if wide:
+            self.BLOCK_D = 32 if self.R <= 64 else 16
+        if dtype == torch.float64:
+            self.BLOCK_T = 16 if self.R > 32 else 32
+        self.warps = 8 if self.R > 32 else 4
+        self.options = {
+            "COMPUTE": TL_DTYPE[compute_dtype(dtype)],
+            "UPCAST": INTERPRET and not wide,
+            "R": self.R,
+            "BLOCK_T": self.BLOCK_T,
+            "BLOCK_D": self.BLOCK_D,
+            "num_warps": self.warps,
+        }
+
+
+def _project(x: Tensor, mask: Tensor | None, keep: float, first: Tensor, second: Tensor | None, by_rank: bool) -> tuple[Tensor, Tensor | None]:
+    """``x̃ F₁`` and ``x̃ F₂``, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``)."""
+    tokens, length = x.shape
+    rank = first.shape[1]
+    kinds = _Kinds(rank, x.dtype)
+    out = x.new_empty(tokens, rank)
+    other = None if second is None else x.new_empty(tokens, rank)
+    if tokens:
+        launch(project_kernel, (triton.cdiv(tokens, kinds.BLOCK_T),), x, x if mask is None else mask, first, first if second is None else second,
+               out, out if other is None else other, tokens, length, rank, *x.stride(), *first.stride(),
+               *(first if second is None else second).stride(), 1.0 / keep, MASKED=mask is not None, TWO=second is not None,
+               BY_RANK=by_rank, **kinds.options)  # fmt: skip
+    return out, other
+
+
+def _expand(y: Tensor, has_base: bool, mask: Tensor | None, factor: float, first_h: Tensor, first: Tensor, second_h: Tensor | None,
+            second: Tensor | None, by_rank: bool) -> None:  # fmt: skip
+    """``y (+)= factor · mask∘(H₁F₁ᵀ + H₂F₂ᵀ)`` in place."""
+    tokens, length = y.shape
+    kinds = _Kinds(first.shape[1], first.dtype)
+    if tokens:
+        launch(expand_kernel, (triton.cdiv(tokens, kinds.BLOCK_T), triton.cdiv(length, kinds.BLOCK_D)), y, y if mask is None else mask, first_h,
+               first_h if second_h is None else second_h, first, first if second is None else second, tokens, length, first.shape[1],
+               *first.stride(), *(first if second is None else second).stride(), factor, HAS_BASE=has_base, MASKED=mask is not None,
+               TWO=second is not None, BY_RANK=by_rank, **kinds.options)  # fmt: skip
+
+
+def _token_sum(hidden: Tensor, x: Tensor, mask: Tensor | None, factor: float, out: Tensor, out_d: int, out_k: int) -> Tensor:
+    """``factor · Σ_t H[t, k] x̃[t, d]`` into ``out``, contiguous, whose strides for d and k are given."""
+    tokens, length = x.shape
+    rank = hidden.shape[1]
+    kinds = _Kinds(rank, x.dtype)
+    columns = triton.cdiv(length, kinds.BLOCK_D)
+    splits = max(1, min(triton.cdiv(_FILL, columns), tokens // (8 * kinds.BLOCK_T)))
+    per_split = triton.cdiv(triton.cdiv(tokens, splits), kinds.BLOCK_T) * kinds.BLOCK_T
+    target = out if splits == 1 else out.new_empty(splits, out.numel(), dtype=compute_dtype(out.dtype))
+    launch(token_sum_kernel, (columns, splits), hidden, x, x if mask is None else mask, target, tokens, length, rank, per_split, *x.stride(),
+           out_d, out_k, factor if splits == 1 else 1.0, MASKED=mask is not None, **kinds.options)  # fmt: skip
+    if splits > 1:
+        launch(add_splits_kernel, (triton.cdiv(out.numel(), 1024),), target, out, splits, out.numel(), factor, BLOCK=1024, num_warps=4)
+    return out
+
+
+def _verify(x: Tensor, others: tuple[Tensor | None, ...], rank: int) -> Verdict:
+    if rank > _LARGEST_RANK:
+        return False, f"rank {rank}: the kernels hold at most {_LARGEST_RANK}"
+    for other in others:
+        if other is not None and other.dtype != x.dtype:
+            return False, f"mixed dtypes ({other.dtype} with {x.dtype})"
+    return device_verdict([x])
+
+
+def verify(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+) -> Verdict:
+    """Refuses ranks above 128, mixed dtypes, and other devices than a GPU."""
+    return _verify(x, (weight, bias, a, b, q_a, q_b), a.shape[0])
+
+
+@implements("lora_linear", "triton", verify)
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+) -> tuple[Tensor, Tensor]:
+    """Two launches and one cuBLAS GEMM; see the module's text, and the reference for the formula."""
+    decoupled = q_a is not None and q_b is not None
+    with on_device(x):
+        if decoupled:
+            assert q_a is not None and q_b is not None
+            first, hidden = _project(x, mask, keep, a.mT, q_a.mT, True)
+            assert hidden is not None
+        else:
+            first, _ = _project(x, mask, keep, a.mT, None, True)
+            hidden = first
+        y = x.new_empty(x.shape[0], b.shape[0]) if weight is None else F.linear(x, weight, bias).contiguous()
+        if decoupled:
+            assert q_b is not None
+            _expand(y, weight is not None, None, scale, first, q_b, hidden, b, False)
+        else:
+            _expand(y, weight is not None, None, scale, first, b, None, None, False)
+    return y, hidden
+
+
+def verify_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    hidden: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    needs: list[bool],
+) -> Verdict:
+    """Refuses ranks above 128, mixed dtypes, and other devices than a GPU."""
+    return _verify(grad, (x, weight, a, b, q_a, q_b, hidden), a.shape[0])
+
+
+@implements("lora_linear_backward", "triton", verify_backward)
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    hidden: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, and no product for any other; see the reference for the formulas."""
+    need_x, need_weight, need_bias, need_a, need_b = needs
+    out: list[Tensor] = []
+    with on_device(grad):
+        if need_x and q_a is not None and q_b is not None:
+            through_a, through_b = _project(grad, None, 1.0, q_b, b, False)
+        elif need_x or need_a:
+            through_a, through_b = _project(grad, None, 1.0, b if q_b is None else q_b, None, False)
+        if need_x:
+            grad_x = grad.new_empty(grad.shape[0], a.shape[1]) if weight is None else (grad @ weight).contiguous()
+            _expand(grad_x, weight is not None, mask, scale / keep, through_a, a.mT, through_b, None if through_b is None or q_a is None else q_a.mT,
+                    True)  # fmt: skip
+            out.append(grad_x)
+        if need_weight:
+            out.append(grad.mT @ x)
+        if need_bias:
+            out.append(grad.sum(dim=0))
+        if need_a:
+            rank, d_in = a.shape
+            out.append(_token_sum(through_a, x, mask, scale / keep, grad.new_empty(rank, d_in), 1, d_in))
+        if need_b:
+            d_out, rank = b.shape
+            out.append(_token_sum(hidden, grad, None, scale, grad.new_empty(d_out, rank), rank, 1))
+    return out
