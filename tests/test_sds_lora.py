@@ -9,9 +9,9 @@ import warnings
 import pytest
 import torch
 from _models import batch, loss_of, make_model, pair_delta, trainable
-from benchmarks.naive.sds_lora import SDSLoRALayer
 from torch import nn
 
+from benchmarks.naive.sds_lora import SDSLoRALayer
 from lowrank_kernels import LowRankLinear, SDSLoRA, pairs
 from lowrank_kernels.optim.decoupled import refresh_due
 
@@ -198,7 +198,7 @@ def test_heads_get_adamw_and_their_state_is_not_cleared() -> None:
     reference = copy.deepcopy(head)
     optimizer = SDSLoRA([{"params": trainable(model)}, {"params": head.parameters(), "lr": 5e-3}], lr=1e-2, total_steps=30)
     plain = torch.optim.AdamW(reference.parameters(), lr=5e-3)
-    for step in range(20):
+    for _ in range(20):
         optimizer.zero_grad()
         hidden = model(torch.randn(8, 12, dtype=torch.float64))
         head(hidden).square().mean().backward()

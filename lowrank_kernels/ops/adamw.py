@@ -190,8 +190,9 @@ def _grouped_adamw_(
 define(
     _NAME,
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? grad_maps, "
-    "Tensor? momentum_maps, Tensor? param_maps, Tensor? direction_maps, int[] rank_dims, Tensor(d!)? new_grams, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
-    "float weight_decay, int step, Tensor? step_tensor, int[] missed, bool bias_correction, bool maximize) -> ()",
+    "Tensor? momentum_maps, Tensor? param_maps, Tensor? direction_maps, int[] rank_dims, Tensor(d!)? new_grams, "
+    "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, int step, "
+    "Tensor? step_tensor, int[] missed, bool bias_correction, bool maximize) -> ()",
     _grouped_adamw_,
     lambda *args: None,
 )

@@ -415,6 +415,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for index, p in enumerate(group["params"]):
                 buckets[p.device, p.dtype].append(p.detach()[parts[index]] if index in parts else p.detach())
             for (device, _), tensors in buckets.items():
-                maps = (None, None, None, None, [], None)
+                maps: tuple[Any, ...] = (None, None, None, None, [], None)
                 hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], 1, [], True, group["maximize"])
                 yield "grouped_adamw_", device.type, (tensors, tensors, [], [], *maps, *hyperparameters)

@@ -58,10 +58,10 @@ class LoRAPro(PreconditionedOptimizer):
         sign = -1.0 if group["maximize"] else 1.0
         map_a = s * inverse_b
         # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself.
-        overlap_b = grouped_gram(self._tall(pairs, "B"), [b.grad for b in self._factors_of(pairs, "B")], dtype=torch.float64)
+        overlap_b = grouped_gram(self._tall(pairs, "B"), self._tall_grads(pairs, "B"), dtype=torch.float64)
         x = torch.zeros_like(inverse_a)
         if group["sylvester"]:
-            overlap_a = grouped_gram([a.grad.mT for a in self._factors_of(pairs, "A")], self._tall(pairs, "A"), dtype=torch.float64)
+            overlap_a = grouped_gram(self._tall_grads(pairs, "A"), self._tall(pairs, "A"), dtype=torch.float64)
             x = _solve_sylvester(self._grams(pairs, "B"), self._grams(pairs, "A"), -map_a @ overlap_a)
         # The maps of the factors themselves come from the gradients: they change sign with them.
         self._step_side(pairs, "A", grad_maps=map_a, param_maps=sign * x)

@@ -81,8 +81,7 @@ class LoRARITE(PreconditionedOptimizer):
         qs, rs = grouped_qr(partners)
         inverse_r = _damped_inverse(rs.double(), group["damping"])
         change = grouped_gram(qs, [state["basis"] for state in states], dtype=torch.float64)
-        grads = [factor.grad if side == "B" else factor.grad.mT for factor in self._factors_of(pairs, side)]
-        energy = inverse_r.mT @ grouped_gram(grads, dtype=torch.float64) @ inverse_r
+        energy = inverse_r.mT @ grouped_gram(self._tall_grads(pairs, side), dtype=torch.float64) @ inverse_r
 
         before = torch.stack([state["second"] for state in states]).double()
         moved = change @ before @ change.mT

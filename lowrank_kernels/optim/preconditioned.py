@@ -52,6 +52,11 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _factors_of(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
         return [self._at(self._position(pair, side)) for pair in pairs]
 
+    def _tall_grads(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
+        """The gradients, as :meth:`_tall` has the factors; every factor must have one."""
+        grads = [factor.grad for factor in self._factors_of(pairs, side) if factor.grad is not None]
+        return [grad.mT for grad in grads] if side == "A" else grads
+
     def _tall(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
         """The factors as tall matrices: Aᵀ (d_in, r) without a copy, B (d_out, r)."""
         factors = self._factors_of(pairs, side)

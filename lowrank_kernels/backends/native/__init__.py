@@ -6,7 +6,7 @@ The extension must be loaded after torch, whose copy of the OpenMP runtime it th
 import torch  # noqa: F401
 
 try:
-    from . import _csrc
+    from . import _csrc  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         f"the compiled extension did not load ({error}). Install a C++17 compiler and reinstall the package with "

@@ -33,7 +33,7 @@ _SCALARS = ["lr", "beta1", "beta2", "eps", "weight_decay", "step", "log2_beta1",
 @triton.jit
 def _divide(x, y, COMPUTE: tl.constexpr):
     # `/` is approximate in fp32.
-    if COMPUTE == tl.float32:
+    if tl.float32 == COMPUTE:
         return tl.div_rn(x, y)
     else:
         return x / y
@@ -41,7 +41,7 @@ def _divide(x, y, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _root(x, COMPUTE: tl.constexpr):
-    if COMPUTE == tl.float32:
+    if tl.float32 == COMPUTE:
         return tl.sqrt_rn(x)
     else:
         return tl.sqrt(x)
