@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowrank_kernels.backends.triton import _launch, adamw, qr, svd_product
+from lowrank_kernels.backends.triton import _launch, adamw, lora_linear, qr, svd_product
 
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
          torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8"}  # fmt: skip
@@ -58,6 +58,16 @@ def adamw_case(dtype: torch.dtype, rank: int = 0, on_device: bool = False) -> No
     adamw.grouped_adamw_(params, grads, ms, vs, maps, maps, [1] if rank else [], lr, 0.9, 0.999, 1e-8, 0.0, step, [], True, False)
 
 
+def lora_case(rank: int, dtype: torch.dtype, decoupled: bool = True, dropout: bool = False) -> None:
+    x, weight, grad, mask = (torch.zeros(1024, 64, dtype=dtype), None, torch.zeros(1024, 96, dtype=dtype), None)
+    a, b = torch.zeros(rank, 64, dtype=dtype), torch.zeros(96, rank, dtype=dtype)
+    q_a, q_b = (a, b) if decoupled else (None, None)
+    if dropout:
+        mask = torch.ones(1024, 64, dtype=torch.bool)
+    _, hidden = lora_linear.lora_linear(x, torch.zeros(96, 64, dtype=dtype), None, a, b, q_a, q_b, 1.0, mask, 0.9)
+    lora_linear.lora_linear_backward(grad, x, weight, a, b, q_a, q_b, hidden, 1.0, mask, 0.9, [True, False, False, True, True])
+
+
 #: The cases of each group: a group is one subprocess of the test.
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "qr": {
@@ -69,6 +79,12 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "svd": {
         "r16 fp32": lambda: svd_case(16, torch.float32),
         "r64 fp32": lambda: svd_case(64, torch.float32),
+    },
+    "lora_linear": {
+        "r16 bf16": lambda: lora_case(16, torch.bfloat16, dropout=True),
+        "r128 bf16": lambda: lora_case(128, torch.bfloat16),
+        "r16 fp32": lambda: lora_case(16, torch.float32, decoupled=False),
+        "r128 fp32": lambda: lora_case(128, torch.float32),
     },
     "adamw": {
         "fp32": lambda: adamw_case(torch.float32),
