@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 GROUPS = {
     "adamw": {"adamw_kernel", "mapped_adamw_kernel"},
     "qr": {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel"},
-    "svd": {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel", "jacobi_kernel"},
+    "svd": {"jacobi_kernel"},
     "lora_linear": {"project_kernel", "expand_kernel", "token_sum_kernel", "add_splits_kernel"},
 }
 
