@@ -115,6 +115,11 @@ bool orthogonalize(const Panels<T>& x, const QrWork<T>& work, int threads) {
     double sensitive = std::numeric_limits<double>::infinity();
     if (cholesky_upper(upper, r, 16 * kUnit)) sensitive = sensitivity(upper, diagonal, r, work.inverse);
     if (!(sensitive <= kCorrectable) || round == 3) {
+      if (round == 0 && !scaled) {
+        scaled = true;
+        column_exponents(x, exponents);
+        scale_columns(x, exponents);
+      }
       householder_qr(x, upper);
       if (round > 0) multiply_upper(upper, r, work.r);
       break;
