@@ -8,8 +8,9 @@ namespace lowrank::LOWRANK_ISA {
 
 // One fused pass over n elements. HasM, HasV: whether there are moments. m and v may be null where there are none.
 template <class T, bool HasM, bool HasV>
-LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size_64, double scale_v_64, T* LOWRANK_RESTRICT x,
-                                const T* LOWRANK_RESTRICT g, T* LOWRANK_RESTRICT m, T* LOWRANK_RESTRICT v, int64_t n) {
+LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size_64, double scale_v_64,
+                                T* LOWRANK_RESTRICT x, const T* LOWRANK_RESTRICT g, T* LOWRANK_RESTRICT m,
+                                T* LOWRANK_RESTRICT v, int64_t n) {
   const T sign = scalars.maximize ? T(-1) : T(1);
   const T weight1 = static_cast<T>(1 - scalars.beta1);
   const T beta2 = static_cast<T>(scalars.beta2), weight2 = static_cast<T>(1 - scalars.beta2);
@@ -66,11 +67,13 @@ template <class T>
 void adamw_range(const AdamWScalars& scalars, const AdamWItem& item, int64_t begin, int64_t end) {
   T* m = item.m ? static_cast<T*>(item.m) + begin : nullptr;
   T* v = item.v ? static_cast<T*>(item.v) + begin : nullptr;
-  const bool dense = (item.param.column_stride == 1 && item.grad.column_stride == 1) &&
-                     (item.rows == 1 || (item.param.row_stride == item.columns && item.grad.row_stride == item.columns));
+  const bool dense =
+      (item.param.column_stride == 1 && item.grad.column_stride == 1) &&
+      (item.rows == 1 || (item.param.row_stride == item.columns && item.grad.row_stride == item.columns));
   if (dense && (scalars.dtype == DType::kFloat32 || scalars.dtype == DType::kFloat64)) {
     T* x = static_cast<T*>(item.param.data) + begin;
-    moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(item.grad.data) + begin, m, v, end - begin);
+    moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(item.grad.data) + begin, m, v,
+                end - begin);
     return;
   }
   constexpr int64_t kBlock = 1024;
@@ -109,8 +112,8 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
   load_panel(scalars.dtype, tall_view(item.param), first, rows, r, x, pitch, dense);
   load_panel(scalars.dtype, tall_view(item.grad), first, rows, r, g, pitch, dense);
   if (item.grad_map) {
-    multiply_panel(g, pitch, pitch, r, static_cast<const T*>(item.grad_map), map_row_stride, map_column_stride, r, mapped,
-                   pitch);
+    multiply_panel(g, pitch, pitch, r, static_cast<const T*>(item.grad_map), map_row_stride, map_column_stride, r,
+                   mapped, pitch);
     std::swap(g, mapped);
   }
   if (item.m) {

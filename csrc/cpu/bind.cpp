@@ -25,11 +25,14 @@ class Table {
     }
   }
   int64_t at(int64_t column, int64_t i) const { return static_cast<const int64_t*>(info_.ptr)[column * n_ + i]; }
-  void* address(int64_t column, int64_t i) const { return reinterpret_cast<void*>(static_cast<intptr_t>(at(column, i))); }
+  void* address(int64_t column, int64_t i) const {
+    return reinterpret_cast<void*>(static_cast<intptr_t>(at(column, i)));
+  }
   // The address of something with `elements` elements: fake and distributed tensors answer 0, which must not be read.
   void* data(int64_t column, int64_t i, int64_t elements) const {
     void* p = address(column, i);
-    if (p == nullptr && elements > 0) throw std::invalid_argument("a tensor without memory (fake, meta or distributed)");
+    if (p == nullptr && elements > 0)
+      throw std::invalid_argument("a tensor without memory (fake, meta or distributed)");
     return p;
   }
 
@@ -47,7 +50,8 @@ void check_rank(int64_t r) {
   if (r < 0 || r > kMaxRank) throw std::invalid_argument("the rank must be at most " + std::to_string(kMaxRank));
 }
 
-// Sections: param, grad, m, v (0: none), rows, columns, row and column strides of param, of grad, missed steps, rank_dim.
+// Sections: param, grad, m, v (0: none), rows, columns, row and column strides of param, of grad, missed steps,
+// rank_dim.
 void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, double beta1, double beta2, double eps,
            double weight_decay, double step, bool bias_correction, bool maximize, intptr_t grad_maps,
            intptr_t momentum_maps, int threads) {
@@ -105,8 +109,8 @@ void qr(int64_t n, const py::buffer& table_buffer, int dtype, int64_t r, intptr_
   grouped_qr(type, items.data(), n, r, threads);
 }
 
-// Sections: left, right, u, v, their rows (left, right), and row and column strides of left, right, u, v. S is (n, rank),
-// contiguous.
+// Sections: left, right, u, v, their rows (left, right), and row and column strides of left, right, u, v. S is (n,
+// rank), contiguous.
 void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k, int64_t rank, intptr_t ss,
                  int threads) {
   const Table table("grouped_svd_product", table_buffer, 14, n);
@@ -119,7 +123,8 @@ void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k
     SvdProductItem& item = items[i];
     item.left_rows = table.at(4, i);
     item.right_rows = table.at(5, i);
-    if (item.left_rows < k || item.right_rows < k) throw std::invalid_argument("grouped_svd_product: a factor is not tall");
+    if (item.left_rows < k || item.right_rows < k)
+      throw std::invalid_argument("grouped_svd_product: a factor is not tall");
     item.left = {table.data(0, i, 1), table.at(6, i), table.at(7, i)};
     item.right = {table.data(1, i, 1), table.at(8, i), table.at(9, i)};
     item.u = {table.data(2, i, 1), table.at(10, i), table.at(11, i)};

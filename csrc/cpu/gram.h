@@ -50,7 +50,8 @@ LOWRANK_INLINE void gram_block(const Panels<T>& x, const Panels<T>& y, int64_t i
   for (int s = 0; s < I * J; s += kLanes<T>) store(sums + s, sum_lanes_of_each<T>(sum + s));
 }
 
-// gram (x.r, pitch) = XᵀX of one group of rows, its upper triangle; sums in T, at most kGroupRows / kLanes terms a lane.
+// gram (x.r, pitch) = XᵀX of one group of rows, its upper triangle; sums in T, at most kGroupRows / kLanes terms a
+// lane.
 template <class T>
 void gram_of_group(const Panels<T>& x, double* gram, int64_t pitch) {
   constexpr int I = kManyRegisters ? 4 : 2, J = 4;
@@ -59,7 +60,8 @@ void gram_of_group(const Panels<T>& x, double* gram, int64_t pitch) {
       T sums[I * J];
       gram_block<T, I, J>(x, x, i0, j0, sums);
       for (int i = 0; i < I && i0 + i < x.r; ++i) {
-        for (int j = 0; j < J && j0 + j < x.r; ++j) gram[(i0 + i) * pitch + j0 + j] = static_cast<double>(sums[i * J + j]);
+        for (int j = 0; j < J && j0 + j < x.r; ++j)
+          gram[(i0 + i) * pitch + j0 + j] = static_cast<double>(sums[i * J + j]);
       }
     }
   }

@@ -48,14 +48,20 @@ void reflect_following(const Panels<T>& x, int64_t v, double tau) {
   for (; column < x.r; ++column) reflect_columns<T, 1>(x, v, tau, column, v / x.height());
 }
 
-// X becomes Q; upper = R (diagonal of any sign). Columns must be scaled so that their squares do not overflow.
+// X becomes Q; upper = R (diagonal of any sign). Columns must be scaled to entries of at most about 1, so that their
+// squares neither overflow nor vanish.
 template <class T>
 void householder_qr(const Panels<T>& x, double* upper) {
   const int64_t r = x.r, height = x.height(), pitch = small_pitch(r);
   const auto element = [&](int64_t row, int64_t column) -> T& {
     return x.panel(row / height)[column * height + row % height];
   };
-  double taus[kMaxRank];
+  constexpr double kUnit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
+  double taus[kMaxRank], negligible[kMaxRank];
+  for (int64_t j = 0; j < r; ++j) {
+    dot_columns<T, 1>(x, j, j, 0, &negligible[j]);
+    negligible[j] *= kUnit * kUnit / 16;
+  }
   for (int64_t i = 0; i < r * pitch; ++i) upper[i] = 0;
   for (int64_t j = 0; j < r; ++j) {
     // The finished part of the column goes to R, and zeros take its place: then v has full columns like the others.
@@ -67,9 +73,11 @@ void householder_qr(const Panels<T>& x, double* upper) {
     element(j, j) = 0;
     double tail = 0;  // squares of what is below the diagonal
     dot_columns<T, 1>(x, j, j, j / height, &tail);
-    taus[j] = 0;  // nothing to reflect: H = I
+    // What is left of a dependent column is rounding noise, the noise of noise, and so on into underflow, where tau
+    // would be wrong: below a quarter of the column's own rounding error it is dropped, and H = I.
+    taus[j] = 0;
     upper[j * pitch + j] = head;
-    if (tail > 0) {
+    if (tail > negligible[j]) {
       const double length = std::sqrt(head * head + tail);
       const double beta = head > 0 ? -length : length;
       // v as it is stored decides tau = 2 / vᵀv, so that H is orthogonal to the rounding of tau alone.

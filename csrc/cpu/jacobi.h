@@ -48,8 +48,8 @@ inline void complete_row(double* rows, int64_t j, int64_t n) {
   }
 }
 
-// SVD of the n × n matrix C whose *columns* are the rows of `u` (pitch small_pitch(n), zeros beyond n): C = U diag(s) Vᵀ,
-// s descending; then u's rows are the columns of U, v's rows the columns of V. A rank-deficient C gets a full U.
+// SVD of the n × n matrix C whose *columns* are the rows of `u` (pitch small_pitch(n), zeros beyond n): C = U diag(s)
+// Vᵀ, s descending; then u's rows are the columns of U, v's rows the columns of V. A rank-deficient C gets a full U.
 inline void jacobi_svd(double* u, double* v, double* s, int64_t n) {
   constexpr double kUnit = 0x1p-53;
   constexpr int kSweeps = 40;  // some 6 to 10 are needed; each ends the loop if it rotated nothing

@@ -6,10 +6,10 @@
 
 namespace lowrank {
 
-#define LOWRANK_DECLARE(isa)         \
-  namespace isa {                    \
-  template <class T>                 \
-  const Kernels<T>& table();         \
+#define LOWRANK_DECLARE(isa)                              \
+  namespace isa {                                         \
+  template <class T>                                      \
+  const Kernels<T>& table();                              \
   extern template const Kernels<float>& table<float>();   \
   extern template const Kernels<double>& table<double>(); \
   }

@@ -44,14 +44,14 @@ struct SvdProductItem {
 // Scratch of one QR. The small matrices have r rows of small_pitch(r).
 template <class T>
 struct QrWork {
-  T* panels;           // panel_elements(rows, r)
-  double* partial;     // group_count(rows) small matrices
-  double* gram;        // small matrices: the Gram matrix, the result R, an inverse, U in T
+  T* panels;        // panel_elements(rows, r)
+  double* partial;  // group_count(rows) small matrices
+  double* gram;     // small matrices: the Gram matrix, the result R, an inverse, U in T
   double* r;
   double* inverse;
   T* factor;
-  T* reciprocals;      // r
-  T* tile;             // for each worker: a panel and its staging area, 2 · panel_rows(r) · r
+  T* reciprocals;  // r
+  T* tile;         // for each worker: a panel and its staging area, 2 · panel_rows(r) · r
   int64_t tile_stride;
 };
 

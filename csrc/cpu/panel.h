@@ -146,7 +146,8 @@ LOWRANK_INLINE void multiply_block(const T* in, int64_t pitch, int64_t r, const 
   }
 }
 
-// out = in · M for a panel of `rows` (a multiple of kRowAlignment) × r and M (r, columns) with any strides; not in place.
+// out = in · M for a panel of `rows` (a multiple of kRowAlignment) × r and M (r, columns) with any strides; not in
+// place.
 template <class T>
 inline void multiply_panel(const T* in, int64_t pitch, int64_t rows, int64_t r, const T* matrix, int64_t row_stride,
                            int64_t column_stride, int64_t columns, T* out, int64_t out_pitch) {

@@ -115,6 +115,11 @@ bool orthogonalize(const Panels<T>& x, const QrWork<T>& work, int threads) {
     double sensitive = std::numeric_limits<double>::infinity();
     if (cholesky_upper(upper, r, 16 * kUnit)) sensitive = sensitivity(upper, diagonal, r, work.inverse);
     if (!(sensitive <= kCorrectable) || round == 3) {
+      if (round == 0 && !scaled) {
+        scaled = true;
+        column_exponents(x, exponents);
+        scale_columns(x, exponents);
+      }
       householder_qr(x, upper);
       if (round > 0) multiply_upper(upper, r, work.r);
       break;
@@ -218,7 +223,8 @@ void qr(DType dtype, const QrItem& item, int64_t r, const QrWork<T>& work, int t
     for (int64_t p = 0; p < rows.count(); ++p) {
       T* panel = rows.panel(p);
       for (int64_t j = 0; j < r && any; ++j) {
-        for (int64_t k = 0; k < rows.rows_of(p) && flip[j]; ++k) panel[j * rows.height() + k] = -panel[j * rows.height() + k];
+        for (int64_t k = 0; k < rows.rows_of(p) && flip[j]; ++k)
+          panel[j * rows.height() + k] = -panel[j * rows.height() + k];
       }
       store_panel(dtype, item.q, g * kGroupRows + p * rows.height(), rows.rows_of(p), r, panel, rows.height(),
                   work.tile + worker * work.tile_stride);

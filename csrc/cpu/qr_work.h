@@ -16,7 +16,8 @@ constexpr int64_t kSplitElements = 131072;
 template <class Elements>
 int64_t split_count(int64_t n, int64_t total, int workers, const Elements& elements) {
   int64_t split = 0;
-  while (split < n && workers > 1 && elements(split) >= kSplitElements && 2 * workers * elements(split) > total) ++split;
+  while (split < n && workers > 1 && elements(split) >= kSplitElements && 2 * workers * elements(split) > total)
+    ++split;
   return split;
 }
 

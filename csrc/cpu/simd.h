@@ -41,12 +41,12 @@ struct Vec {
   T lane[LOWRANK_VECTOR_BYTES / sizeof(T)] = {};
   T operator[](int i) const { return lane[i]; }
   T& operator[](int i) { return lane[i]; }
-#define LOWRANK_OPERATOR(op)                                                               \
-  friend Vec operator op(Vec a, const Vec& b) {                                            \
+#define LOWRANK_OPERATOR(op)                                                                  \
+  friend Vec operator op(Vec a, const Vec& b) {                                               \
     for (size_t i = 0; i < LOWRANK_VECTOR_BYTES / sizeof(T); ++i) a.lane[i] op## = b.lane[i]; \
-    return a;                                                                              \
-  }                                                                                        \
-  Vec& operator op##=(const Vec& b) { return *this = *this op b; }
+    return a;                                                                                 \
+  }                                                                                           \
+  Vec& operator op## = (const Vec& b) { return *this = *this op b; }
   LOWRANK_OPERATOR(+)
   LOWRANK_OPERATOR(-)
   LOWRANK_OPERATOR(*)

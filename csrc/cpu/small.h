@@ -21,8 +21,9 @@ LOWRANK_INLINE void scale_row(double* row, double factor, int64_t first, int64_t
   }
 }
 
-// In place: the upper triangle of a Gram matrix becomes U with UᵀU = gram, the lower one zero. False (contents undefined)
-// if a pivot falls below `tolerance` times its diagonal entry: that column is numerically dependent on those before it.
+// In place: the upper triangle of a Gram matrix becomes U with UᵀU = gram, the lower one zero. False (contents
+// undefined) if a pivot falls below `tolerance` times its diagonal entry: that column is numerically dependent on those
+// before it.
 inline bool cholesky_upper(double* gram, int64_t n, double tolerance) {
   const int64_t pitch = small_pitch(n);
   double smallest[kMaxRank];

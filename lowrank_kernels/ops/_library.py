@@ -36,10 +36,27 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _all_alike(tensors: Sequence[Tensor], like: Tensor | None, ndim: int | None) -> bool:
+    """The checks of :func:`check_list` in few Python operations per tensor; what fails here is explained there."""
+    if not tensors:
+        return True
+    like = tensors[0] if like is None else like
+    try:
+        dtype, device = like.dtype, like.device
+        for tensor in tensors:
+            if tensor.dtype is not dtype or tensor.device != device or (ndim is not None and tensor.ndim != ndim):
+                return False
+    except AttributeError:
+        return False
+    return dtype in FLOATING and all(isinstance(tensor, Tensor) for tensor in tensors)
+
+
 def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like: Tensor | None = None, ndim: int | None = 2) -> None:
     """Refuse a list whose tensors are not strided, floating, of one dtype and on one device (those of ``like``, if given)."""
     if isinstance(tensors, Tensor) or not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{operation}: {argument} must be a list of tensors, got {type(tensors).__name__}; wrap it in [ ]")
+    if _all_alike(tensors, like, ndim):
+        return
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operation}: {argument}[{index}] must be a tensor, got {type(tensor).__name__}")

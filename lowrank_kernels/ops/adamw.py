@@ -70,17 +70,18 @@ def grouped_adamw_(
     first = params[0]
     check_list(_NAME, "grads", grads, like=first, ndim=None)
     state_dtype = accumulation_dtype(first.dtype)
-    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad.shape != param.shape:
-            raise ValueError(f"{_NAME}: grads[{index}] has shape {tuple(grad.shape)}, params[{index}] has {tuple(param.shape)}")
+    shapes, device = [param.shape for param in params], first.device
+    for index, (shape, grad) in enumerate(zip(shapes, grads, strict=True)):
+        if grad.shape != shape:
+            raise ValueError(f"{_NAME}: grads[{index}] has shape {tuple(grad.shape)}, params[{index}] has {tuple(shape)}")
     for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         if not states:
             continue
         check_same_length(_NAME, params=params, **{name: states})
-        for index, (param, state) in enumerate(zip(params, states, strict=True)):
-            if state.dtype != state_dtype or state.shape != param.shape or state.device != param.device:
+        for index, (shape, state) in enumerate(zip(shapes, states, strict=True)):
+            if state.dtype is not state_dtype or state.shape != shape or state.device != device:
                 raise ValueError(
-                    f"{_NAME}: {name}[{index}] must be {state_dtype} of shape {tuple(param.shape)} on {param.device}, "
+                    f"{_NAME}: {name}[{index}] must be {state_dtype} of shape {tuple(shape)} on {device}, "
                     f"got {state.dtype} of shape {tuple(state.shape)} on {state.device}"
                 )
             if not state.is_contiguous():

@@ -13,19 +13,22 @@ from ._library import accumulation_dtype, check_list, check_same_length, define,
 
 def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequence[Tensor] | None) -> None:
     check_list("grouped_qr", "xs", xs)
-    for index, x in enumerate(xs):
-        if x.shape[1] != xs[0].shape[1]:
-            raise ValueError(f"grouped_qr: xs[{index}] has rank {x.shape[1]}, xs[0] has {xs[0].shape[1]}; call once per rank")
-        if x.shape[0] < x.shape[1]:
-            raise ValueError(f"grouped_qr: xs[{index}] must be tall, got {tuple(x.shape)}; pass its transpose (`.mT`, no copy)")
+    shapes = [x.shape for x in xs]
+    for index, (rows, rank) in enumerate(shapes):
+        if rank != shapes[0][1]:
+            raise ValueError(f"grouped_qr: xs[{index}] has rank {rank}, xs[0] has {shapes[0][1]}; call once per rank")
+        if rows < rank:
+            raise ValueError(f"grouped_qr: xs[{index}] must be tall, got {(rows, rank)}; pass its transpose (`.mT`, no copy)")
     for name, others in (("previous", previous), ("out", out)):
         if others is None:
             continue
         check_same_length("grouped_qr", xs=xs, **{name: others})
         check_list("grouped_qr", name, others, like=xs[0] if xs else None)
-        for index, (x, other) in enumerate(zip(xs, others, strict=True)):
-            if other.shape != x.shape:
-                raise ValueError(f"grouped_qr: {name}[{index}] has shape {tuple(other.shape)}, xs[{index}] has {tuple(x.shape)}")
+        if others is xs or (name == "out" and others is previous):
+            continue
+        for index, (shape, other) in enumerate(zip(shapes, others, strict=True)):
+            if other.shape != shape:
+                raise ValueError(f"grouped_qr: {name}[{index}] has shape {tuple(other.shape)}, xs[{index}] has {tuple(shape)}")
 
 
 def grouped_qr(

@@ -3,10 +3,13 @@
 The extension must be loaded after torch, whose copy of the OpenMP runtime it then shares; the line below sees to it.
 """
 
+from importlib import import_module
+from typing import Any
+
 import torch  # noqa: F401
 
 try:
-    from . import _csrc  # type: ignore[attr-defined]
+    _csrc: Any = import_module("._csrc", __package__)
 except ImportError as error:
     raise ImportError(
         f"the compiled extension did not load ({error}). Install a C++17 compiler and reinstall the package with "

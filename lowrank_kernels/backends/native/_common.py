@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,12 +16,9 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 MAX_RANK = 128
 
 
-def table(*sections: Iterable[int]) -> array[int]:
+def table(*sections: Sequence[int]) -> array[int]:
     """An int64 table of equally long sections, as ``csrc`` reads them."""
-    values = array("q")
-    for section in sections:
-        values.extend(section)
-    return values
+    return array("q", list(chain.from_iterable(sections)))
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:

@@ -72,8 +72,8 @@ def grouped_adamw_(
     if not mapped and all(p.is_contiguous() and g.is_contiguous() for p, g in zip(params, grads, strict=True)):
         # The usual case, with few Python operations per parameter: each is one row of numel() elements.
         sizes = [p.numel() for p in params]
-        ones = (1,) * n
-        shapes = (ones, sizes, sizes, ones, sizes, ones)
+        ones = [1] * n
+        shapes: tuple[list[int], ...] = (ones, sizes, sizes, ones, sizes, ones)
     else:
         shapes = _matrices(params, grads)
     rows = table(

@@ -10,3 +10,12 @@ import triton.language as tl
 def scalar(value, DTYPE: tl.constexpr):
     """A launch argument as a tensor of DTYPE (the interpreter passes plain numbers)."""
     return (tl.full((), 0.0, tl.float64) + value).to(DTYPE)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """fp64 ``value`` in DTYPE, by way of fp32 for narrower ones (the interpreter converts fp64 to bf16 wrongly)."""
+    if DTYPE == tl.float64:
+        return value
+    else:
+        return value.to(tl.float32).to(DTYPE)

@@ -142,9 +142,9 @@ class _Kinds:
         self.BLOCK_D = 64 if self.R <= 64 else 32
         if wide:
             self.BLOCK_D = 32 if self.R <= 64 else 16
-        if dtype == torch.float64:
-            self.BLOCK_T = 16 if self.R > 32 else 32
-        self.warps = 8 if self.R > 32 else 4
+        if self.R > 64 and wide:
+            self.BLOCK_T = 16
+        self.warps = 8
         self.options = {
             "COMPUTE": TL_DTYPE[compute_dtype(dtype)],
             "UPCAST": INTERPRET and not wide,
@@ -188,7 +188,7 @@ def _token_sum(hidden: Tensor, x: Tensor, mask: Tensor | None, factor: float, ou
     rank = hidden.shape[1]
     kinds = _Kinds(rank, x.dtype)
     columns = triton.cdiv(length, kinds.BLOCK_D)
-    splits = max(1, min(triton.cdiv(_FILL, columns), tokens // (8 * kinds.BLOCK_T)))
+    splits = max(1, min(triton.cdiv(_FILL, columns), tokens // (4 * kinds.BLOCK_T)))
     per_split = triton.cdiv(triton.cdiv(tokens, splits), kinds.BLOCK_T) * kinds.BLOCK_T
     target = out if splits == 1 else out.new_empty(splits, out.numel(), dtype=compute_dtype(out.dtype))
     launch(token_sum_kernel, (columns, splits), hidden, x, x if mask is None else mask, target, tokens, length, rank, per_split, *x.stride(),

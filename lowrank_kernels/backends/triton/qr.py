@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import Verdict, implements
+from ._device import rounded
 from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, Table, first_chunks, signature, table
 
@@ -404,11 +405,11 @@ def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride,
                 value = tl.dot(value, _load_square(weight + 2 * R * R, 0, 0, R, TILE), input_precision="ieee", out_dtype=tl.float64)
             else:
                 value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR)
-            _store_tile(q, value.to(Q), first + d, rows, k, columns, q_d, q_r)
+            _store_tile(q, rounded(value, Q), first + d, rows, k, columns, q_d, q_r)
         else:
             k = tl.arange(0, TILE)
-            value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR).to(Q)
-            other = _wide_tile(x, mode, first, rows, TILE, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR).to(Q)
+            value = rounded(_wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
+            other = rounded(_wide_tile(x, mode, first, rows, TILE, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
             tl.debug_barrier()
             _store_tile(q, value, first + d, rows, k, columns, q_d, q_r)
             _store_tile(q, other, first + d, rows, TILE + k, columns, q_d, q_r)
@@ -573,7 +574,7 @@ def guarded_kernel(tensors, levels, scratch, rs, rank, tolerance: tl.float64, X:
             tl.debug_barrier()
             tl.store(work + d * work_d + j * work_r, v.to(COMPUTE), mask=d < rows)
             if not WORK_IN_OUTPUT:
-                tl.store(q + d * q_d + j * q_r, v.to(Q), mask=d < rows)
+                tl.store(q + d * q_d + j * q_r, rounded(v, Q), mask=d < rows)
         tl.debug_barrier()
         up = tl.where(k <= j, coefficients, 0.0) * power_of_two(half) * power_of_two(exponent - half)
         tl.store(r_base + k * rank + j, up.to(COMPUTE), mask=k < rank)

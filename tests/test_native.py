@@ -1,0 +1,511 @@
+"""The compiled CPU backend against the reference in fp64, over what makes each operation hard."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from array import array
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_kernels import ops
+from lowrank_kernels.backends import registry
+
+native = pytest.importorskip("lowrank_kernels.backends.native", reason="the native extension is not built")
+_csrc = native._csrc
+
+RANKS = (1, 4, 8, 16, 33, 64, 128)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INSTRUCTION_SETS = [name for name in ("avx512", "avx2", "portable") if _csrc.use_instruction_set(name)]
+_csrc.use_instruction_set(INSTRUCTION_SETS[0])
+
+
+@pytest.fixture(autouse=True)
+def forced_native() -> Iterator[None]:
+    with registry.force("native"):
+        yield
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _csrc.instruction_set()
+    assert _csrc.use_instruction_set(request.param)
+    yield request.param
+    assert _csrc.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Two threads, whatever the machine: work must be handed out, and large matrices split."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str = "rows", scale: Tensor | float = 1.0) -> Tensor:
+    """Random, in one of the layouts that factors come in: dense, transposed, a column slice, every second row and column."""
+    values = (torch.randn(rows, columns, dtype=torch.float64) * scale).to(dtype)
+    if layout == "rows":
+        return values
+    if layout == "transposed":
+        return values.mT.contiguous().mT
+    if layout == "columns of a wider one":
+        out = torch.full((rows, 2 * columns), torch.nan, dtype=dtype)[:, columns:]
+    else:
+        out = torch.full((2 * rows, 2 * columns), torch.nan, dtype=dtype)[::2, ::2]
+    return out.copy_(values)
+
+
+LAYOUTS = ("rows", "transposed", "columns of a wider one", "strided")
+
+
+def assert_close_to_fp64(out: Tensor, torch_out: Tensor, exact: Tensor) -> None:
+    """The rule of the house: at most twice the error of torch in the same dtype, plus 8 eps of the largest entry."""
+    assert out.isfinite().all()
+    error, torch_error = ((value.double() - exact).abs().max().item() for value in (out, torch_out))
+    bound = 2 * torch_error + 8 * torch.finfo(out.dtype).eps * exact.abs().max().item()
+    assert error <= bound, f"error {error:.3g}, torch's {torch_error:.3g}, bound {bound:.3g}"
+
+
+# --- grouped_adamw_ ---------------------------------------------------------------------------------------------------
+
+
+def adamw_group(rank: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Parameters and gradients of ragged factors of one rank in all layouts, and which dimension is the rank."""
+    shapes = [(d, rank) for d in (1, 37, 300, 2100)] + [(rank, d) for d in (1, 37, 300, 2100)]
+    params = [matrix(*shape, dtype, LAYOUTS[i % 4]) for i, shape in enumerate(shapes)]
+    grads = [matrix(*shape, dtype, LAYOUTS[(i // 2) % 4]) for i, shape in enumerate(shapes)]
+    return params, grads, [1] * 4 + [0] * 4
+
+
+def run_adamw(
+    backend: str, dtype: torch.dtype, params: list[Tensor], grads: list[Tensor], *states: list[Tensor], **options
+) -> list[Tensor]:
+    """New parameters and states after one step on copies in ``dtype`` (states at least fp32)."""
+
+    def copy(tensors: list[Tensor], to: torch.dtype) -> list[Tensor]:
+        return [torch.empty_strided(t.shape, t.stride(), dtype=to).copy_(t) if t.ndim == 2 else t.to(to, copy=True) for t in tensors]
+
+    options = {name: value.to(wide(dtype)) if name.endswith("maps") and value is not None else value for name, value in options.items()}
+    params, grads = copy(params, dtype), copy(grads, dtype)
+    states = tuple([t.to(wide(dtype), copy=True) for t in state] for state in states)
+    with registry.force(backend):
+        ops.grouped_adamw_(params, grads, *states, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, **options)
+    return [*params, *(tensor for state in states for tensor in state)]
+
+
+def check_adamw(dtype: torch.dtype, params: list[Tensor], grads: list[Tensor], *states: list[Tensor], **options) -> None:
+    exact = run_adamw("reference", torch.float64, params, grads, *states, **options)
+    same_dtype = run_adamw("reference", dtype, params, grads, *states, **options)
+    for ours, theirs, truth in zip(run_adamw("native", dtype, params, grads, *states, **options), same_dtype, exact, strict=True):
+        assert_close_to_fp64(ours, theirs, truth)
+
+
+def moments(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return [torch.randn(p.shape) for p in params], [torch.rand(p.shape) for p in params]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("maps", ["none", "grad", "momentum", "both"])
+@pytest.mark.parametrize("rank", RANKS)
+def test_adamw(rank: int, maps: str, dtype: torch.dtype) -> None:
+    params, grads, rank_dims = adamw_group(rank, dtype)
+    stacked = [torch.randn(len(params), rank, rank, dtype=torch.float32) / rank**0.5 for _ in range(2)]
+    options = {
+        "grad_maps": stacked[0] if maps in ("grad", "both") else None,
+        "momentum_maps": stacked[1] if maps in ("momentum", "both") else None,
+        "rank_dims": rank_dims if maps != "none" else (),
+    }
+    check_adamw(dtype, params, grads, *moments(params), step=3, **options)
+
+
+def test_adamw_instruction_sets(instruction_set: str) -> None:
+    for dtype in DTYPES:
+        params, grads, rank_dims = adamw_group(16, dtype)
+        check_adamw(dtype, params, grads, *moments(params), step=3)
+        maps = torch.randn(len(params), 16, 16)
+        check_adamw(dtype, params, grads, *moments(params), step=3, grad_maps=maps, rank_dims=rank_dims)
+
+
+@pytest.mark.parametrize("present", ["both", "first", "second", "neither"])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_adamw_options(present: str, maximize: bool, bias_correction: bool) -> None:
+    params, grads, _ = adamw_group(8, torch.float32)
+    # Any shapes too: a bias, a convolution, a scalar, nothing at all.
+    params += [torch.randn(shape) for shape in ((50,), (4, 3, 3, 3), (), (0, 8))]
+    grads += [torch.randn(param.shape) for param in params[-4:]]
+    params, grads = params[:-1], grads[:-1]
+    first, second = moments(params)
+    states = (first if present in ("both", "first") else [], second if present in ("both", "second") else [])
+    missed = [i % 3 for i in range(len(params))]
+    check_adamw(torch.float32, params, grads, *states, step=5, missed=missed, maximize=maximize, bias_correction=bias_correction)
+
+
+def test_adamw_without_elements() -> None:
+    empty, full = torch.randn(0, 8), torch.randn(40, 8)
+    before = full.clone()
+    states = [torch.zeros(0, 8), torch.zeros(40, 8)]
+    ops.grouped_adamw_(
+        [empty, full], [empty, torch.randn(40, 8)], states, [s.clone() for s in states],
+        lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, step=1,
+    )  # fmt: skip
+    assert not torch.equal(full, before)
+
+
+def test_adamw_takes_tensors_for_lr_and_step() -> None:
+    params, grads, _ = adamw_group(8, torch.float32)
+    results = []
+    for lr, step in ((1e-2, 4), (torch.tensor(1e-2, dtype=torch.float64), torch.tensor(4))):
+        own = [p.clone() for p in params]
+        zeros = [torch.zeros(p.shape) for p in own]
+        ops.grouped_adamw_(own, grads, zeros, [z.clone() for z in zeros], lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, step=step)
+        results.append(own)
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_adamw_leaves_neighbours_alone() -> None:
+    parent = torch.randn(40, 16)
+    before = parent.clone()
+    first, second = [torch.zeros(40, 8)], [torch.zeros(40, 8)]
+    ops.grouped_adamw_([parent[:, 8:]], [torch.ones(40, 8)], first, second, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
+    assert torch.equal(parent[:, :8], before[:, :8])
+    torch.testing.assert_close(parent[:, 8:], before[:, 8:] - 0.1)
+
+
+def test_narrow_dtypes_round_to_nearest_even() -> None:
+    """Every bf16 and fp16 number survives a step that changes nothing, and sums round as torch rounds."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        values = every.view(dtype)
+        values = values[values.isfinite()].clone()
+        for lr in (0.0, 1.0):
+            params, grads = values.clone(), torch.empty(values.shape).uniform_(-1, 1).to(dtype) * values
+            ops.grouped_adamw_([params], [grads], [], [], lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1, bias_correction=False)
+            expected = (values.float() - lr * grads.float()).to(dtype)
+            assert torch.equal(params.view(torch.int16), expected.view(torch.int16))
+
+
+# --- grouped_qr -------------------------------------------------------------------------------------------------------
+
+
+def check_qr(xs: list[Tensor], qs: list[Tensor], rs: Tensor, previous: list[Tensor] | None = None, residual_slack: float = 0.0) -> None:
+    dtype = xs[0].dtype
+    eps = torch.finfo(dtype).eps
+    orthogonal = {torch.float32: 1e-5, torch.float64: 1e-13}.get(dtype, 4 * eps)
+    residual = {torch.float32: 1e-5, torch.float64: 1e-13}.get(dtype, 4 * eps)
+    for index, (x, q, r) in enumerate(zip(xs, qs, rs, strict=True)):
+        # One power of two out of everything, so that norms of 1e±18 and of denormals are in range.
+        exponent = torch.frexp(x.double().abs().amax()).exponent
+        x, r, q = torch.ldexp(x.double(), -exponent), torch.ldexp(r.double(), -exponent), q.double()
+        assert q.isfinite().all() and r.isfinite().all()
+        assert (q.mT @ q - torch.eye(q.shape[1])).abs().max() <= orthogonal
+        assert torch.linalg.norm(q @ r - x) <= residual * torch.linalg.norm(x) + residual_slack
+        assert torch.equal(r, r.triu())
+        signs = r.diagonal() if previous is None else (q * previous[index].double()).sum(dim=0)
+        assert (signs >= -10 * eps * signs.abs().max()).all()  # Q was rounded to its dtype after the choice
+
+
+def conditioned(rows: int, columns: int, kappa: float, dtype: torch.dtype) -> Tensor:
+    left, right = (torch.linalg.qr(torch.randn(n, columns, dtype=torch.float64))[0] for n in (rows, columns))
+    exponents = torch.linspace(0, -1, columns, dtype=torch.float64)
+    return ((left * kappa**exponents) @ right.mT).to(dtype)
+
+
+def heights(rank: int) -> list[int]:
+    return sorted({rank, rank + 1, max(rank, 64), max(rank, 300), 1500})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_qr_layouts(rank: int, dtype: torch.dtype) -> None:
+    for shift in range(4):
+        xs = [matrix(d, rank, dtype, LAYOUTS[(i + shift) % 4]) for i, d in enumerate(heights(rank))]
+        previous = [matrix(d, rank, dtype, LAYOUTS[(i + 2 * shift) % 4]) for i, d in enumerate(heights(rank))]
+        out = [torch.full_like(matrix(d, rank, dtype, LAYOUTS[(i + 3 * shift) % 4]), torch.nan) for i, d in enumerate(heights(rank))]
+        copies = [x.clone() for x in xs]
+        qs, rs = ops.grouped_qr(xs)
+        check_qr(xs, qs, rs)
+        qs, rs = ops.grouped_qr(xs, previous, out=out)
+        check_qr(xs, qs, rs, previous)
+        assert all(torch.equal(x, copy) for x, copy in zip(xs, copies, strict=True))
+
+
+@pytest.mark.parametrize("kappa", [1.0, 1e1, 1e2, 1e3, 1e4, 1e6, 1e9, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_qr_conditioning(dtype: torch.dtype, kappa: float) -> None:
+    if dtype == torch.float32 and kappa > 1e6:
+        pytest.skip("beyond what fp32 can hold")
+    for rank in (2, 8, 16, 33, 128):
+        xs = [conditioned(d, rank, kappa, dtype) for d in heights(rank)]
+        check_qr(xs, *ops.grouped_qr(xs))
+
+
+def hard_matrices(rank: int, dtype: torch.dtype) -> dict[str, tuple[list[Tensor], float]]:
+    """What breaks a plain CholeskyQR, with the residual that may be added (relative to the scaled matrix)."""
+    tiny = torch.finfo(dtype).smallest_normal
+    huge, denormal = (1e18, 1e-42) if dtype == torch.float32 else (1e150, 1e-318)
+    plain = [matrix(d, rank, dtype) for d in heights(rank)]
+
+    def changed(change) -> list[Tensor]:
+        copies = [x.clone() for x in plain]
+        for x in copies:
+            change(x)
+        return copies
+
+    steps = torch.logspace(-1, 1, rank, dtype=torch.float64)
+    return {
+        "zero column": (changed(lambda x: x[:, rank // 2].zero_()), 0),
+        "zero first column": (changed(lambda x: x[:, 0].zero_()), 0),
+        "duplicate columns": (changed(lambda x: x[:, -1].copy_(x[:, 0])), 0),
+        "rank one": (changed(lambda x: x.copy_(x[:, :1].expand_as(x))), 0),
+        "all zero": (changed(lambda x: x.zero_()), 0),
+        "identity": (changed(lambda x: x.copy_(torch.eye(*x.shape))), 0),
+        "a single entry": (changed(lambda x: x.zero_()[-1, -1].fill_(3)), 0),
+        "huge": ([x * huge for x in plain], 0),
+        "small": ([x / huge for x in plain], 0),
+        "huge and small columns": ([(x.double() * huge ** (steps.log10())).to(dtype) for x in plain], 0),
+        # R itself is denormal there: every entry of it may be off by half of the smallest number.
+        "denormal": ([x * denormal for x in plain], rank**1.5 * tiny * torch.finfo(dtype).eps / denormal * 4),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 8, 16, 33, 128])
+def test_qr_robustness(rank: int, dtype: torch.dtype, instruction_set: str) -> None:
+    for name, (xs, slack) in hard_matrices(rank, dtype).items():
+        qs, rs = ops.grouped_qr(xs)
+        try:
+            check_qr(xs, qs, rs, residual_slack=slack)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+        again, rs_again = ops.grouped_qr(xs)
+        assert torch.equal(rs, rs_again) and all(torch.equal(a, b) for a, b in zip(qs, again, strict=True)), name
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_qr_of_what_is_not_finite(bad: float) -> None:
+    for dtype in DTYPES:
+        xs = [matrix(d, 8, dtype) for d in (8, 100, 1500)]
+        clean, clean_rs = ops.grouped_qr(xs)
+        xs[1][57, 3] = bad
+        qs, rs = ops.grouped_qr(xs)
+        assert qs[1].isnan().all() and rs[1].isnan().all()
+        for i in (0, 2):
+            assert torch.equal(qs[i], clean[i]) and torch.equal(rs[i], clean_rs[i])
+
+
+def test_qr_follows_its_previous_q_in_place() -> None:
+    """A small change of X changes Q little, with ``out`` the previous Q itself, in the columns of a wider matrix."""
+    for dtype in (torch.float32, torch.float64):
+        xs = [matrix(d, 8, dtype) for d in (64, 700, 3000)]
+        parents = [torch.randn(x.shape[0], 16, dtype=dtype) for x in xs]
+        qs = [parent[:, :8] for parent in parents]
+        right_halves = [parent[:, 8:].clone() for parent in parents]
+        bases = [torch.linalg.qr(x)[0] * torch.where(torch.rand(8) < 0.5, -1, 1) for x in xs]
+        for q, basis in zip(qs, bases, strict=True):
+            q.copy_(basis)
+        moved = [x + 1e-3 * torch.randn_like(x) for x in xs]
+        out, rs = ops.grouped_qr(moved, qs, out=qs)
+        check_qr(moved, out, rs, bases)
+        for q, basis, parent, right in zip(qs, bases, parents, right_halves, strict=True):
+            assert (q - basis).abs().max() < 0.05
+            assert torch.equal(parent[:, 8:], right)
+
+
+def test_qr_matches_the_reference() -> None:
+    """Where the QR is unique (full rank, signs fixed), it is the reference's."""
+    xs = [matrix(d, 16, torch.float32) for d in (64, 768, 3000)]
+    previous = [torch.randn_like(x) for x in xs]
+    qs, rs = ops.grouped_qr(xs, previous)
+    with registry.force("reference"):
+        same, same_rs = ops.grouped_qr(xs, previous)
+        exact, exact_rs = ops.grouped_qr([x.double() for x in xs], [p.double() for p in previous])
+    for ours, theirs, truth in zip([*qs, rs], [*same, same_rs], [*exact, exact_rs], strict=True):
+        assert_close_to_fp64(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 128])
+def test_qr_does_not_depend_on_threads(rank: int, threads: None) -> None:
+    """One matrix that is split among threads, beside small ones: the same bits as on one thread."""
+    xs = [matrix(d, rank, torch.float32, layout) for d, layout in ((200000 // rank, "rows"), (150, "rows"), (300, "transposed"))]
+    previous = [torch.randn_like(x) for x in xs]
+    deficient = [x.clone() for x in xs]
+    for x in deficient:
+        x[:, -1] = x[:, 0]
+    for group in (xs, deficient):
+        qs, rs = ops.grouped_qr(group, previous)
+        torch.set_num_threads(1)
+        alone, alone_rs = ops.grouped_qr(group, previous)
+        torch.set_num_threads(2)
+        assert torch.equal(rs, alone_rs) and all(torch.equal(a, b) for a, b in zip(qs, alone, strict=True))
+        check_qr(group, qs, rs, previous)
+
+
+# --- grouped_svd_product ----------------------------------------------------------------------------------------------
+
+
+def check_svd(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tensor, vs: list[Tensor]) -> None:
+    dtype = lefts[0].dtype
+    eps = torch.finfo(dtype).eps
+    orthogonal = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 4 * eps)
+    accurate = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-5)
+    for left, right, u, s, v in zip(lefts, rights, us, ss, vs, strict=True):
+        left, right, u, v, s = (t.double() for t in (left, right, u, v, s))
+        assert u.isfinite().all() and v.isfinite().all() and s.isfinite().all()
+        for basis in (u, v):
+            assert (basis.mT @ basis - torch.eye(len(s))).abs().max() <= orthogonal
+        # The spectrum of the product, from its core in fp64.
+        exact = torch.linalg.svdvals(torch.linalg.qr(left)[1] @ torch.linalg.qr(right)[1].mT)[: len(s)]
+        assert (s - exact).abs().max() <= accurate * exact[0]
+        assert (s.diff() <= 0).all() and (s >= 0).all()
+        # uᵢᵀ M vⱼ is diagonal with the singular values: the triples belong together.
+        core = (u.mT @ left) @ (v.mT @ right).mT
+        assert (core - torch.diag(exact)).abs().max() <= max(10 * accurate, 8 * eps) * exact[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", RANKS)
+def test_svd_product(k: int, dtype: torch.dtype) -> None:
+    shapes = [(k, k + 3), (200, 150), (1500, 300)]
+    for rank in {k, max(1, k // 2)}:
+        lefts = [matrix(max(m, k), k, dtype, LAYOUTS[i]) for i, (m, _) in enumerate(shapes)]
+        rights = [matrix(max(n, k), k, dtype, LAYOUTS[i + 1]) for i, (_, n) in enumerate(shapes)]
+        check_svd(lefts, rights, *ops.grouped_svd_product(lefts, rights, rank))
+
+
+@pytest.mark.parametrize("k", [1, 8, 33, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_svd_product_robustness(dtype: torch.dtype, k: int, instruction_set: str) -> None:
+    plain = [matrix(m, k, dtype) for m in (max(k, 100), 900)]
+    rights = [matrix(n, k, dtype, "transposed") for n in (max(k, 130), 200)]
+    half = max(1, k // 2)
+    cases = {
+        "zero": [torch.zeros_like(x) for x in plain],
+        "deficient": [torch.cat([x[:, :half], x[:, : k - half]], dim=1) for x in plain],
+        "decaying": [(x.double() * torch.logspace(0, -6, k, dtype=torch.float64)).to(dtype) for x in plain],
+        "equal singular values": [torch.linalg.qr(x)[0] for x in plain],
+    }
+    for lefts in cases.values():
+        others = [torch.linalg.qr(r)[0] for r in rights] if lefts is cases["equal singular values"] else rights
+        check_svd(lefts, others, *ops.grouped_svd_product(lefts, others, k))
+    us, ss, vs = ops.grouped_svd_product([x * 1e18 for x in plain], [x * 1e-18 for x in rights], k)
+    check_svd(plain, rights, us, ss, vs)
+
+
+def test_svd_product_of_what_is_not_finite() -> None:
+    lefts, rights = ([matrix(d, 8, torch.float32) for d in (50, 60, 1500)] for _ in range(2))
+    clean = ops.grouped_svd_product(lefts, rights, 4)
+    rights[1][3, 3] = torch.inf
+    us, ss, vs = ops.grouped_svd_product(lefts, rights, 4)
+    assert us[1].isnan().all() and ss[1].isnan().all() and vs[1].isnan().all()
+    for i in (0, 2):
+        assert all(torch.equal(ours[i], before[i]) for ours, before in zip((us, ss, vs), clean, strict=True))
+
+
+def test_svd_product_does_not_depend_on_threads(threads: None) -> None:
+    lefts, rights = [matrix(20000, 16, torch.float32), matrix(64, 16, torch.float32)], [matrix(3000, 16, torch.float32) for _ in range(2)]
+    us, ss, vs = ops.grouped_svd_product(lefts, rights, 8)
+    torch.set_num_threads(1)
+    alone = ops.grouped_svd_product(lefts, rights, 8)
+    assert torch.equal(ss, alone[1])
+    assert all(torch.equal(a, b) for a, b in zip([*us, *vs], [*alone[0], *alone[2]], strict=True))
+
+
+# --- what holds for all of them ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["grouped_adamw_", "grouped_qr", "grouped_svd_product"])
+def test_one_call_whatever_the_number_of_layers(operation: str) -> None:
+    counts = []
+    for layers in (6, 60):
+        xs = [torch.randn(40, 8) for _ in range(layers)]
+        before, calls = registry.launch_count(), registry.call_counts().get((operation, "native"), 0)
+        if operation == "grouped_adamw_":
+            states = [torch.zeros(40, 8) for _ in xs]
+            ops.grouped_adamw_(xs, xs, states, [s.clone() for s in states], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
+        elif operation == "grouped_qr":
+            ops.grouped_qr(xs)
+        else:
+            ops.grouped_svd_product(xs, xs, 4)
+        counts.append(registry.launch_count() - before)
+        assert registry.call_counts()[operation, "native"] == calls + 1
+    assert counts == [1, 1]
+
+
+def test_empty_lists() -> None:
+    ops.grouped_adamw_([], [], [], [], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
+    assert ops.grouped_qr([])[0] == []
+    assert ops.grouped_svd_product([], [], 3)[0] == []
+
+
+def _work_in_child(results: multiprocessing.Queue, x: Tensor) -> None:
+    with registry.force("native"):
+        qs, rs = ops.grouped_qr([x] * 8)
+        p, zero = x.clone(), torch.zeros_like(x)
+        ops.grouped_adamw_([p], [x], [zero], [zero.clone()], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
+    results.put(((qs[0].mT @ qs[0] - torch.eye(8)).abs().max().item(), (qs[0] @ rs[0] - x).abs().max().item()))
+
+
+def test_forked_child(threads: None) -> None:
+    """OpenMP's threads do not survive a fork: the child must work, serially, and not wait for them for ever."""
+    x = torch.randn(3000, 8)
+    ops.grouped_qr([x] * 8)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_work_in_child, args=(results, x))
+    child.start()
+    try:
+        orthogonality, residual = results.get(timeout=60)
+    finally:
+        child.kill()
+        child.join()
+    assert orthogonality < 1e-5 and residual < 1e-4
+
+
+def test_refusals_name_the_reason() -> None:
+    wide_factor = torch.randn(300, 129)
+    with pytest.raises(registry.BackendError, match="rank 129"):
+        ops.grouped_qr([wide_factor])
+    with pytest.raises(registry.BackendError, match="129 columns"):
+        ops.grouped_svd_product([wide_factor], [wide_factor], 4)
+    channels_last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state = torch.zeros(2, 3, 4, 5)
+    with pytest.raises(registry.BackendError, match="strides"):
+        ops.grouped_adamw_([channels_last], [channels_last], [state], [state], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
+    x = torch.randn(4, 8)
+    with pytest.raises(registry.BackendError, match="GEMM"):
+        ops.lora_linear(x, None, None, torch.randn(2, 8), torch.randn(3, 2))
+
+
+def test_tables_are_checked() -> None:
+    with pytest.raises(ValueError, match="sections"):
+        _csrc.qr(2, array("q", [0] * 10), 0, 8, 0, 1)
+    with pytest.raises(ValueError, match="without memory"):
+        _csrc.qr(1, array("q", [0, 0, 0, 8, 8, 1, 8, 1, 8, 1]), 0, 8, 0, 1)
+
+
+def test_a_missing_extension_is_reported_once_with_its_cause() -> None:
+    code = (
+        "import sys, warnings; sys.modules['lowrank_kernels.backends.native._csrc'] = None\n"
+        "import torch; from lowrank_kernels import ops; from lowrank_kernels.backends import registry\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    ops.grouped_qr([torch.randn(9, 3)]); ops.grouped_qr([torch.randn(9, 3)])\n"
+        "found = [str(w.message) for w in caught if 'native' in str(w.message)]\n"
+        "assert len(found) == 1 and 'did not load' in found[0] and 'compiler' in found[0], found\n"
+        "assert 'did not load' in registry.unavailable()['native']\n"
+        "assert registry.call_counts()['grouped_qr', 'reference'] == 2\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "LOWRANK_KERNELS_BACKEND": ""})

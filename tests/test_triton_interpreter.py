@@ -1,0 +1,286 @@
+"""The Triton backend against the reference in fp64: in the interpreter without a GPU, on the GPU with one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from lowrank_kernels.backends import force, launch_count, reference, select
+from lowrank_kernels.backends.triton import _tables, adamw, lora_linear, qr, svd_product
+
+WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+@pytest.fixture(autouse=True)
+def nan_scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN, so that a kernel that reads what it did not write is found out."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def poisoned(tensor: Tensor) -> Tensor:
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor.fill_(-77)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
+    yield
+
+
+def assert_accurate(out: Tensor, torch_out: Tensor, exact: Tensor, name: str) -> None:
+    """``|out − ref64| ≤ 2·|torch in the same dtype − ref64| + 8·eps(dtype)·max|ref64|``."""
+    if not exact.numel():
+        return
+    error, theirs = (out.double() - exact).abs().max(), (torch_out.double() - exact).abs().max()
+    bound = 2 * theirs + 8 * torch.finfo(out.dtype).eps * exact.abs().max()
+    assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"
+
+
+def conditioned(rows: int, rank: int, condition: float) -> Tensor:
+    q = torch.linalg.qr(torch.randn(rows, rank, dtype=torch.float64))[0]
+    turn = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))[0]
+    return q * torch.logspace(0, -math.log10(condition), rank, dtype=torch.float64) @ turn
+
+
+# --- grouped_adamw_ -------------------------------------------------------------------------------------------------------
+
+
+def adamw_inputs(dtype: torch.dtype, rank: int, maps: bool, device: torch.device) -> tuple[list[list[Tensor]], list[int]]:
+    stacked = torch.randn(70, 2 * rank).to(device, dtype)
+    params = [torch.randn(rank, 130).to(device, dtype), stacked[:, rank:], torch.randn(41, rank).to(device, dtype), torch.randn(9, rank).to(device, dtype).mT]
+    if not maps:
+        params += [torch.randn(5).to(device, dtype), torch.randn(2052).to(device, dtype), torch.randn(3, 4, 5).to(device, dtype), torch.empty(0, device=device, dtype=dtype)]
+    grads = [torch.randn(p.shape).to(device, dtype) for p in params]
+    grads[0] = torch.randn(params[0].shape[::-1]).to(device, dtype).mT
+    moments = [[torch.rand(p.shape).to(device, WIDE[dtype]) for p in params] for _ in range(2)]
+    return [params, grads, *moments], [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("rank, maps", [(8, False), (1, True), (8, True), (33, True), (128, True)])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_adamw(device: torch.device, dtype: torch.dtype, rank: int, maps: bool, on_device: bool) -> None:
+    lists, dims = adamw_inputs(dtype, rank, maps, device)
+    count = len(lists[0])
+    p, c = (torch.randn(count, rank, rank).to(device, WIDE[dtype]) / rank if maps else None for _ in range(2))
+    missed = [0, 2, *[0] * (count - 2)]
+
+    def run(function, data, lr, step, double=False):  # noqa: ANN001, ANN202
+        pp, cc = (None if m is None else m.double() if double else m for m in (p, c))
+        function(*data, pp, cc, dims if maps else [], lr, 0.9, 0.999, 1e-8, 0.1, step, missed, True, on_device)
+
+    theirs, exact = ([[t.clone() for t in ts] for ts in lists], [[t.double().clone() for t in ts] for ts in lists])
+    rate, step = (torch.tensor(1e-2, dtype=torch.float64, device=device), torch.tensor(4, device=device)) if on_device else (1e-2, 4)
+    before = launch_count()
+    run(adamw.grouped_adamw_, lists, rate, step)
+    assert launch_count() == before + 1
+    run(reference.adamw.grouped_adamw_, theirs, 1e-2, 4)
+    run(reference.adamw.grouped_adamw_, exact, 1e-2, 4, double=True)
+    for which, name in ((0, "param"), (2, "exp_avg"), (3, "exp_avg_sq")):
+        for out, other, truth in zip(lists[which], theirs[which], exact[which], strict=True):
+            assert_accurate(out, other, truth, name)
+
+
+@pytest.mark.parametrize("moments", [(True, False), (False, True), (False, False)])
+def test_adamw_without_some_moments(device: torch.device, moments: tuple[bool, bool]) -> None:
+    (params, grads, ms, vs), _ = adamw_inputs(torch.float32, 4, False, device)
+    ms, vs = ms if moments[0] else [], vs if moments[1] else []
+    exact = [[t.double().clone() for t in ts] for ts in (params, grads, ms, vs)]
+    tail = (None, None, [], 0.1, 0.0, 0.9, 1e-8, 0.0, 1, [], False, False)
+    adamw.grouped_adamw_(params, grads, ms, vs, *tail)
+    reference.adamw.grouped_adamw_(*exact, *tail)
+    for out, truth in zip([*params, *ms, *vs], [*exact[0], *exact[2], *exact[3]], strict=True):
+        assert_accurate(out, truth, truth, "result") if out.numel() else None
+
+
+def test_tables_follow_new_addresses_and_strides(device: torch.device) -> None:
+    storage = torch.randn(64, device=device)
+    tail = (None, None, [], 0.5, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
+    for view in (storage.view(8, 8), storage.view(8, 8).mT, storage.view(16, 4), storage[1:33].view(8, 4)):
+        before, grad = view.clone(), torch.randn(view.shape, device=device)
+        for _ in range(2):
+            adamw.grouped_adamw_([view], [grad], [], [], *tail)
+        torch.testing.assert_close(view, before - grad)
+    for _ in range(_tables.CAPACITY + 10):
+        adamw.grouped_adamw_([torch.zeros(4, device=device)], [torch.ones(4, device=device)], [], [], *tail)
+    assert len(_tables._cache) <= _tables.CAPACITY
+
+
+# --- grouped_qr -----------------------------------------------------------------------------------------------------------
+
+
+def check_qr(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor) -> None:
+    qr.grouped_qr(xs, previous, qs, rs)
+    for i, (x, q, r) in enumerate(zip(xs, qs, rs, strict=True)):
+        narrow = torch.finfo(x.dtype).eps > 1e-5
+        limit = 1e-13 if x.dtype == torch.float64 else 4 * torch.finfo(x.dtype).eps if narrow else 1e-5
+        q, r, x = q.double(), r.double(), x.double()
+        eye = torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
+        assert (q.mT @ q - eye).abs().max() <= limit, i
+        allowed = (1e-13 if limit == 1e-13 else max(limit, 1e-5)) * x.norm() + x.shape[1] * torch.finfo(rs.dtype).tiny
+        assert (q @ r - x).norm() <= allowed, i
+        assert torch.equal(r, r.triu()), i
+        if previous is None:
+            assert (r.diagonal() >= 0).all(), i
+
+
+@pytest.mark.parametrize("dtype, rank", [(torch.float32, r) for r in (1, 4, 8, 16, 33, 64, 128)]
+                         + [(torch.float64, 4), (torch.float64, 33), (torch.bfloat16, 8), (torch.float16, 16)])  # fmt: skip
+def test_qr_ragged(device: torch.device, dtype: torch.dtype, rank: int) -> None:
+    heights = (rank, rank + 7, 530) if rank <= 16 else (rank, rank + 37)
+    wide = [torch.randn(d, rank, dtype=torch.float64) for d in heights]
+    xs = [x.to(device, dtype) for x in wide]
+    xs[-1] = xs[-1].mT.contiguous().mT
+    storage = torch.full((sum(heights), 2 * rank), math.nan, dtype=dtype, device=device)
+    previous = [torch.randn(d, rank).to(device, dtype) for d in heights]
+    qs = [part[:, rank:] for part in storage.split(heights)]
+    before = launch_count()
+    check_qr(xs, previous, qs, torch.full((len(xs), rank, rank), math.nan, dtype=WIDE[dtype], device=device))
+    assert launch_count() == before + 6
+    assert all(((q.double() * p.double()).sum(0) > 0).all() for q, p in zip(qs, previous, strict=True))
+    assert storage[:, :rank].isnan().all()
+
+
+@pytest.mark.parametrize("dtype, conditions", [(torch.float32, (1e2, 1e5, 1e6, 1e9)), (torch.float64, (1e2, 1e6, 1e9, 1e12))])
+def test_qr_ill_conditioned(device: torch.device, dtype: torch.dtype, conditions: tuple[float, ...]) -> None:
+    xs = [conditioned(90, 8, c).to(device, dtype) for c in conditions]
+    check_qr(xs, None, [torch.empty_like(x) for x in xs], torch.empty(len(xs), 8, 8, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_qr_degenerate(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.randn(40, 6, dtype=dtype)
+    zero_column, duplicate, square = x.clone(), x.clone(), torch.zeros(6, 6, dtype=dtype)
+    zero_column[:, 2] = 0
+    duplicate[:, 4] = duplicate[:, 1]
+    square[0, 0] = 1
+    graded = x * torch.tensor([1e18, 1e-18, 1.0, 1e-9, 1e9, 1.0], dtype=dtype)
+    huge = x * (1e36 if dtype == torch.float32 else 1e300)
+    xs = [zero_column, duplicate, torch.zeros_like(x), square, graded, x * 1e18, x * 1e-18, x * torch.finfo(dtype).tiny * 1e-3, huge]
+    xs = [m.to(device) for m in xs]
+    results = []
+    for _ in range(2):
+        qs = [torch.full_like(m, math.nan) for m in xs]
+        rs = torch.full((len(xs), 6, 6), math.nan, dtype=dtype, device=device)
+        check_qr(xs, None, qs, rs)
+        results.append([*qs, rs])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "not deterministic"
+
+
+def test_qr_reports_non_finite_per_matrix(device: torch.device) -> None:
+    xs = [torch.randn(20, 3, device=device) for _ in range(4)]
+    xs[1][7, 1] = math.nan
+    xs[2][3, 0] = -math.inf
+    previous = [torch.randn_like(x) for x in xs]
+    qs, rs = [torch.empty_like(x) for x in xs], torch.empty(4, 3, 3, device=device)
+    qr.grouped_qr(xs, previous, qs, rs)
+    for i in (1, 2):
+        assert qs[i].isnan().all() and rs[i].isnan().all()
+    check_qr([xs[0], xs[3]], None, [torch.empty_like(xs[0]), torch.empty_like(xs[3])], torch.empty(2, 3, 3, device=device))
+    assert qs[0].isfinite().all() and qs[3].isfinite().all() and rs[0].isfinite().all() and rs[3].isfinite().all()
+
+
+@pytest.mark.parametrize("make", [lambda: torch.randn(50, 5), lambda: torch.zeros(50, 5), lambda: conditioned(50, 5, 1e6).float()])
+def test_qr_may_overwrite_previous(device: torch.device, make) -> None:  # noqa: ANN001
+    x, previous = make().to(device), torch.linalg.qr(torch.randn(50, 5))[0].to(device)
+    apart, alias = [torch.empty_like(x)], [previous.clone()]
+    rs = [torch.empty(1, 5, 5, device=device) for _ in range(2)]
+    qr.grouped_qr([x], [previous], apart, rs[0])
+    qr.grouped_qr([x], alias, alias, rs[1])
+    assert torch.equal(apart[0], alias[0]) and torch.equal(*rs)
+    assert ((apart[0] * previous).sum(0) >= 0).all()
+
+
+# --- grouped_svd_product --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, k, rank", [(torch.float32, 1, 1), (torch.float32, 8, 4), (torch.float32, 16, 16), (torch.float64, 5, 3), (torch.bfloat16, 4, 2)])
+def test_svd_product(device: torch.device, dtype: torch.dtype, k: int, rank: int) -> None:
+    lefts = [torch.randn(70, k), torch.randn(k, k) * 1e-15, torch.zeros(30, k), torch.randn(40, max(1, k // 2)) @ torch.randn(max(1, k // 2), k)]
+    rights = [torch.randn(33, k), torch.randn(520, k) * 1e15, torch.randn(20, k), torch.randn(30, k)]
+    lefts, rights = ([x.to(device, dtype) for x in xs] for xs in (lefts, rights))
+    lefts[3][0, 0] = math.nan if rank == 4 else lefts[3][0, 0]
+    us, vs = ([torch.full((x.shape[0], rank), math.nan, dtype=dtype, device=device) for x in xs] for xs in (lefts, rights))
+    ss = torch.full((4, rank), math.nan, dtype=WIDE[dtype], device=device)
+    before = launch_count()
+    svd_product.grouped_svd_product(lefts, rights, us, ss, vs)
+    assert launch_count() == before + 8
+    limit = {torch.float64: 1e-13, torch.float32: 1e-5}.get(dtype, 4 * torch.finfo(dtype).eps)
+    for i, (left, right, u, s, v) in enumerate(zip(lefts, rights, us, ss, vs, strict=True)):
+        if rank == 4 and i == 3:
+            assert u.isnan().all() and s.isnan().all() and v.isnan().all()
+            continue
+        product, u, s, v = left.double() @ right.double().mT, u.double(), s.double(), v.double()
+        exact = torch.linalg.svdvals(product)[:rank]
+        eye = torch.eye(rank, dtype=torch.float64, device=device)
+        assert (s - exact).abs().max() <= min(limit, 1e-5) * exact[0]
+        assert (u.mT @ u - eye).abs().max() <= limit and (v.mT @ v - eye).abs().max() <= limit
+        assert (product @ v - u * s).abs().max() <= 4 * limit * exact[0]
+
+
+def test_svd_product_refuses_what_it_cannot_hold(device: torch.device) -> None:
+    x = torch.randn(80, 65, device=device)
+    ok, reason = svd_product.verify([x], [x], [x], torch.empty(1, 65), [x])
+    assert not ok and "65" in reason
+
+
+# --- lora_linear ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("rank, tokens", [(1, 70), (8, 530), (33, 40), (128, 40), (4, 0)])
+@pytest.mark.parametrize("decoupled, dropout", [(False, False), (True, True)])
+def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens: int, decoupled: bool, dropout: bool) -> None:
+    def make(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
+
+    d_in, d_out = 70, 50
+    for base in (True, False):
+        x, grad, a, b = make(d_in, tokens).mT, make(tokens, d_out), make(rank, d_in), make(d_out, rank)
+        weight, bias = (make(d_out, d_in), make(d_out)) if base else (None, None)
+        q_a, q_b = (make(rank, d_in), make(d_out, rank)) if decoupled else (None, None)
+        mask, keep = (torch.rand(tokens, d_in, device=device) > 0.3, 0.7) if dropout else (None, 1.0)
+        narrow = (x, weight, bias, a, b, q_a, q_b)
+        exact = tuple(None if t is None else t.double() for t in narrow)
+        tail = (0.7, mask, keep)
+        outs = [f(*data, *tail) for f, data in ((lora_linear.lora_linear, narrow), (reference.lora_linear.lora_linear, narrow),
+                                                (reference.lora_linear.lora_linear, exact))]  # fmt: skip
+        for out, theirs, truth in zip(*outs, strict=True):
+            assert_accurate(out, theirs, truth, "forward")
+        for needs in ([True, base, base, True, True], [False, False, False, True, False], [True, False, False, False, False], [False] * 5):
+            grads = []
+            for f, (xx, w, _, aa, bb, qa, qb), g, hidden in (
+                (lora_linear.lora_linear_backward, narrow, grad, outs[1][1]),
+                (reference.lora_linear.lora_linear_backward, narrow, grad, outs[1][1]),
+                (reference.lora_linear.lora_linear_backward, exact, grad.double(), outs[2][1]),
+            ):
+                grads.append(f(g, xx, w, aa, bb, qa, qb, hidden, *tail, needs))
+            assert len(grads[0]) == sum(needs)
+            for out, theirs, truth in zip(*grads, strict=True):
+                assert out.shape == truth.shape
+                assert_accurate(out, theirs, truth, "backward")
+
+
+# --- the registry ---------------------------------------------------------------------------------------------------------
+
+
+def test_launches_do_not_grow_with_the_number_of_layers(device: torch.device) -> None:
+    counts = []
+    for layers in (6, 60):
+        xs = [torch.randn(6 + i % 5, 2, device=device) for i in range(layers)]
+        before = launch_count()
+        with force("triton"):
+            args = (xs, None, [torch.empty_like(x) for x in xs], torch.empty(layers, 2, 2, device=device))
+            select("grouped_qr", device.type, args).implementation.function(*args)
+            args = (xs, xs, [], [], None, None, [], 0.1, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
+            select("grouped_adamw_", device.type, args).implementation.function(*args)
+        counts.append(launch_count() - before)
+    assert counts[0] == counts[1] == 7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is the default")
+def test_never_chosen_by_default_on_the_cpu() -> None:
+    x = torch.randn(8, 2)
+    assert select("grouped_qr", "cpu", ([x], None, [x], torch.empty(1, 2, 2))).implementation.backend != "triton"
