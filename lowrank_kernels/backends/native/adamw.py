@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -65,7 +63,6 @@ def grouped_adamw_(
     """See the reference. ``lr`` and ``step`` may be tensors; on the CPU reading them costs nothing."""
     n = len(params)
     zeros = (0,) * n
-    shapes: tuple[Sequence[int], ...]
     mapped = grad_maps is not None or momentum_maps is not None
     grad_maps = None if grad_maps is None else grad_maps.contiguous()
     momentum_maps = None if momentum_maps is None else momentum_maps.contiguous()

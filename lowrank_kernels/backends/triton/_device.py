@@ -15,7 +15,7 @@ def scalar(value, DTYPE: tl.constexpr):
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """fp64 ``value`` in DTYPE, by way of fp32 for narrower ones (the interpreter converts fp64 to bf16 wrongly)."""
-    if DTYPE == tl.float64:
+    if tl.float64 == DTYPE:
         return value
     else:
         return value.to(tl.float32).to(DTYPE)

@@ -155,7 +155,9 @@ class _Kinds:
         }
 
 
-def _project(x: Tensor, mask: Tensor | None, keep: float, first: Tensor, second: Tensor | None, by_rank: bool) -> tuple[Tensor, Tensor | None]:
+def _project(
+    x: Tensor, mask: Tensor | None, keep: float, first: Tensor, second: Tensor | None, by_rank: bool
+) -> tuple[Tensor, Tensor | None]:
     """``x̃ F₁`` and ``x̃ F₂``, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``)."""
     tokens, length = x.shape
     rank = first.shape[1]

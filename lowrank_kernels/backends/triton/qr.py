@@ -44,7 +44,9 @@ COLUMNS = tl.constexpr(15)
 
 
 @triton.jit
-def load_tile(pointer, mode, row, rows, first, rank, stride_d, stride_r, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, VECTOR: tl.constexpr):
+def load_tile(
+    pointer, mode, row, rows, first, rank, stride_d, stride_r, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, VECTOR: tl.constexpr
+):
     """Rows ``row…`` and columns ``first…`` of a thin matrix as a (BLOCK_D, BLOCK_R) tile, zeros outside.
 
     ``mode`` (from the table): 1, aligned rows; 2, aligned columns (a transposed factor); 0, anything.
