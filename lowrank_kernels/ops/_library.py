@@ -31,6 +31,24 @@ def no_backward(name: str, why: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
 
 
+#: Types whose memory is what it seems: no tensor subclass.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing needs an operation as a node: no compiler, no dispatch mode, no functorch transform, no tensor subclass.
+
+    Then the same implementations are called without the dispatcher, whose Python road costs more than a small operation.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+        and tensors[0].device.type != "meta"  # type: ignore[union-attr]
+    )
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of r×r results: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import accumulation_dtype, check_list, check_same_length, define
+from ._library import accumulation_dtype, check_list, check_same_length, define, is_plain_eager
 
 _NAME = "grouped_adamw_"
 
@@ -33,6 +33,7 @@ def grouped_adamw_(
     direction_maps: Tensor | None = None,
     rank_dims: Sequence[int] = (),
     new_grams: Tensor | None = None,
+    check: bool = True,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, decoupled decay) of a whole list of parameters, in place::
 
@@ -59,39 +60,18 @@ def grouped_adamw_(
             B (d, r), mapped as ``g P``.
         new_grams: (N, 2, r, r), fp32 or fp64, written: the Gram matrix of the new factor and its cross-Gram with the old one,
             ``XᵀX`` and ``XᵀX_old`` for B, ``XXᵀ`` and ``XX_oldᵀ`` for A, formed in the same pass while the old factor is known.
+        check: False is for callers that made the state and the maps themselves, as our optimizers did: only what a gradient can
+            get wrong (dtype and size) is looked at then.
 
     Raises:
         TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
     """
-    check_list(_NAME, "params", params, ndim=None)
-    check_same_length(_NAME, params=params, grads=grads)
     if not params:
         return
-    first = params[0]
-    check_list(_NAME, "grads", grads, like=first, ndim=None)
-    state_dtype = accumulation_dtype(first.dtype)
-    shapes, device = [param.shape for param in params], first.device
-    for index, (shape, grad) in enumerate(zip(shapes, grads, strict=True)):
-        if grad.shape != shape:
-            raise ValueError(f"{_NAME}: grads[{index}] has shape {tuple(grad.shape)}, params[{index}] has {tuple(shape)}")
-    for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        if not states:
-            continue
-        check_same_length(_NAME, params=params, **{name: states})
-        for index, (shape, state) in enumerate(zip(shapes, states, strict=True)):
-            if state.dtype is not state_dtype or state.shape != shape or state.device != device:
-                raise ValueError(
-                    f"{_NAME}: {name}[{index}] must be {state_dtype} of shape {tuple(shape)} on {device}, "
-                    f"got {state.dtype} of shape {tuple(state.shape)} on {state.device}"
-                )
-            if not state.is_contiguous():
-                raise ValueError(f"{_NAME}: {name}[{index}] must be contiguous, got strides {state.stride()}")
-    if missed:
-        check_same_length(_NAME, params=params, missed=missed)
     maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
-    if new_grams is not None or any(value is not None for value in maps.values()):
-        _check_maps(params, maps, new_grams, rank_dims, state_dtype)
-    torch.ops.lowrank_kernels.grouped_adamw_(
+    if check or not _same_sizes(params, grads):
+        _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, new_grams, rank_dims)
+    arguments = (
         list(params),
         list(grads),
         list(exp_avgs),
@@ -113,6 +93,53 @@ def grouped_adamw_(
         bias_correction,
         maximize,
     )
+    if is_plain_eager(*params, *grads):
+        _grouped_adamw_(*arguments)
+    else:
+        torch.ops.lowrank_kernels.grouped_adamw_(*arguments)
+
+
+def _same_sizes(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """What must hold for every gradient, whoever calls: the dtype and the size of its parameter."""
+    dtype = params[0].dtype
+    return all(g.dtype is dtype and g.numel() == p.numel() for p, g in zip(params, grads, strict=True))
+
+
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    missed: Sequence[int],
+    maps: dict[str, Tensor | None],
+    new_grams: Tensor | None,
+    rank_dims: Sequence[int],
+) -> None:
+    check_list(_NAME, "params", params, ndim=None)
+    check_same_length(_NAME, params=params, grads=grads)
+    first = params[0]
+    check_list(_NAME, "grads", grads, like=first, ndim=None)
+    state_dtype = accumulation_dtype(first.dtype)
+    shapes, device = [param.shape for param in params], first.device
+    for index, (shape, grad) in enumerate(zip(shapes, grads, strict=True)):
+        if grad.shape != shape:
+            raise ValueError(f"{_NAME}: grads[{index}] has shape {tuple(grad.shape)}, params[{index}] has {tuple(shape)}")
+    for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        if not states:
+            continue
+        check_same_length(_NAME, params=params, **{name: states})
+        for index, (shape, state) in enumerate(zip(shapes, states, strict=True)):
+            if state.dtype is not state_dtype or state.shape != shape or state.device != device:
+                raise ValueError(
+                    f"{_NAME}: {name}[{index}] must be {state_dtype} of shape {tuple(shape)} on {device}, "
+                    f"got {state.dtype} of shape {tuple(state.shape)} on {state.device}"
+                )
+            if not state.is_contiguous():
+                raise ValueError(f"{_NAME}: {name}[{index}] must be contiguous, got strides {state.stride()}")
+    if missed:
+        check_same_length(_NAME, params=params, missed=missed)
+    if new_grams is not None or any(value is not None for value in maps.values()):
+        _check_maps(params, maps, new_grams, rank_dims, state_dtype)
 
 
 def _check_maps(

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import FLOATING, LIBRARY, NAMESPACE, define, no_backward
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from ._library import FLOATING, LIBRARY, NAMESPACE, define, is_plain_eager, no_backward
 
 
 def lora_linear(
@@ -65,23 +63,9 @@ def lora_linear(
     if training and dropout > 0.0:
         mask = torch.empty(tokens.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout)
     keep = 1.0 - dropout if mask is not None else 1.0
-    call = _eager if _is_plain_eager(tokens, weight, bias, a, b, q_a, q_b) else torch.ops.lowrank_kernels.lora_linear
+    call = _eager if is_plain_eager(tokens, weight, bias, a, b, q_a, q_b) else torch.ops.lowrank_kernels.lora_linear
     y, _ = call(tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _is_plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing needs the operation as a node: no compiler, no dispatch mode, no functorch transform, no tensor subclass.
-
-    Then the same implementations are called without the dispatcher, whose Python road costs more than a small layer.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
-        and tensors[0].device.type != "meta"  # type: ignore[union-attr]
-    )
 
 
 def _eager(*args: Any) -> tuple[Tensor, Tensor]:
@@ -216,7 +200,7 @@ def _autograd_backward(ctx: Any, grad: Tensor, grad_hidden: Tensor | None) -> tu
     x = grad.new_empty(ctx.x_shape[0], 0) if x is None else x
     hidden = grad.new_empty(0) if hidden is None else hidden
     # With a graph of the backward pass, or traced, the operation stands in it as a node (one that refuses a second derivative).
-    as_node = torch.is_grad_enabled() or not _is_plain_eager(grad, *saved)
+    as_node = torch.is_grad_enabled() or not is_plain_eager(grad, *saved)
     backward = torch.ops.lowrank_kernels.lora_linear_backward if as_node else _backward
     grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs)
     found = iter(grads)

@@ -290,6 +290,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _create_state(self) -> None:
         """Every key of every parameter's state, at once, in its final shape."""
+        if len(self.state) == sum(len(group["params"]) for group in self.param_groups):
+            return
         for group_index, group in enumerate(self.param_groups):
             if group["capturable"] and not isinstance(group["step"], Tensor):
                 group["step"] = torch.tensor(float(group["step"]), device=group["params"][0].device)
@@ -307,15 +309,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _moment_step(self, group_index: int, indices: Iterable[int] | None = None) -> None:
         """AdamW on those parameters of the group (all, if not told) that have a gradient: one call per device, dtype and kind."""
         group, factors = self.param_groups[group_index], self._factors[group_index]
-        indices = range(len(group["params"])) if indices is None else indices
-        buckets: defaultdict[tuple[bool, bool, torch.device, torch.dtype], list[int]] = defaultdict(list)
         second = self._second_factors[group_index] if group["lr_ratio"] != 1.0 else ()
-        for index in indices:
-            p = group["params"][index]
+        params = group["params"]
+        buckets: defaultdict[tuple[bool, bool, int, torch.dtype], list[int]] = defaultdict(list)
+        for index in range(len(params)) if indices is None else indices:
+            p = params[index]
             if p.grad is None:
                 self._miss(group, index)
             else:
-                buckets[index in factors, index in second, p.device, p.dtype].append(index)
+                buckets[index in factors, index in second, p.get_device(), p.dtype].append(index)
         for (is_factor, is_second, _, _), members in buckets.items():
             self._adamw(group_index, members, is_factor=is_factor, is_second=is_second)
 
@@ -327,15 +329,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _adamw(self, group_index: int, members: list[int], *, is_factor: bool, is_second: bool, **options: Any) -> None:
         """One call of ``grouped_adamw_`` on parameters that all have a gradient; ``options`` replace what AdamW would pass."""
         group, parts = self.param_groups[group_index], self._trained_parts(group_index)
-        params, grads = [], []
-        for index in members:
-            p = group["params"][index]
-            if p.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            part = parts.get(index)
-            params.append(p if part is None else p[part])
-            grads.append(p.grad if part is None else p.grad[part])
-        states = [self.state[group["params"][index]] for index in members]
+        params = [group["params"][index] for index in members]
+        grads = [p.grad for p in params]
+        states = [self.state[p] for p in params]
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        if parts:
+            slices = [parts.get(index) for index in members]
+            params = [p if part is None else p[part] for p, part in zip(params, slices, strict=True)]
+            grads = [grad if part is None else grad[part] for grad, part in zip(grads, slices, strict=True)]
         missed = [group["missed"].get(index, 0) for index in members] if group["missed"] else []
         arguments: dict[str, Any] = {
             "lr": group["lr"] * group["lr_ratio"] if is_second else group["lr"],
@@ -345,6 +347,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "step": group["step"] - group["cleared_at"] if is_factor else group["step"],
             "missed": missed if any(missed) else (),
             "maximize": group["maximize"],
+            "check": False,
         }
         exp_avgs, exp_avg_sqs = ([s[key] for s in states if key in s] for key in ("exp_avg", "exp_avg_sq"))
         grouped_adamw_(params, grads, exp_avgs, exp_avg_sqs, **{**arguments, **options})
