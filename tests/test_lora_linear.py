@@ -76,7 +76,8 @@ def test_forward_and_gradients(device: str, backend: str, dtype: torch.dtype, de
     for tokens, d_in, d_out, rank, whole, dropped in [
         (37, 40, 24, 5, True, False),
         (64, 64, 96, 16, True, True),
-        (1, 33, 17, 1, True, False),
+        (1, 96, 80, 8, True, False),
+        (20, 33, 17, 1, True, False),
         (50, 48, 31, 8, False, True),
         (130, 160, 144, 64, True, True),
     ]:
