@@ -14,7 +14,7 @@ from .adapters import (
     unmerge,
 )
 from .explain import explain
-from .optim import AdamW, AltLoRA, AltLoRAPlus, LoRAPro, LoRARITE, ScaledAdamW, ScaledGD, SDSLoRA
+from .optim import AdamW, AltLoRA, AltLoRAPlus, LoRAPro, LoRARITE, ODLoRA, ScaledAdamW, ScaledGD, SDSLoRA
 from .pairs import Pair, pairs
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "LoRAPro",
     "LoRARITE",
     "LowRankLinear",
+    "ODLoRA",
     "Pair",
     "SDSLoRA",
     "ScaledAdamW",

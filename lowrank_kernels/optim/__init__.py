@@ -4,7 +4,8 @@ from .adamw import AdamW
 from .altlora import AltLoRA, AltLoRAPlus
 from .lora_pro import LoRAPro
 from .lora_rite import LoRARITE
+from .od_lora import ODLoRA
 from .scaled import ScaledAdamW, ScaledGD
 from .sds_lora import SDSLoRA
 
-__all__ = ["AdamW", "AltLoRA", "AltLoRAPlus", "LoRAPro", "LoRARITE", "SDSLoRA", "ScaledAdamW", "ScaledGD"]
+__all__ = ["AdamW", "AltLoRA", "AltLoRAPlus", "LoRAPro", "LoRARITE", "ODLoRA", "SDSLoRA", "ScaledAdamW", "ScaledGD"]

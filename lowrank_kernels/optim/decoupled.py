@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..ops import grouped_qr, grouped_svd_product
+from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners
 from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, state_dtype
 
@@ -63,6 +63,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         total_steps: number of ``step()`` calls of the whole run; the phased schedule is a function of it.
         phases: k of the phased schedule (:func:`refresh_due`).
         refresh_every: n; a uniform schedule (after main steps n, 2n, …) in place of the phased one.
+        basis: "qr" or "polar", how a refresh makes the bases.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class DecoupledOptimizer(LowRankOptimizer):
         total_steps: int | None,
         phases: int,
         refresh_every: int | None,
-        method_defaults: dict[str, Any],
+        basis: str,
+        method_defaults: dict[str, Any] | None = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
         name = type(self).__name__
@@ -92,6 +94,8 @@ class DecoupledOptimizer(LowRankOptimizer):
             )
         if total_steps is not None and total_steps <= start_steps:
             raise ValueError(f"{name}: total_steps must be larger than the {start_steps} steps of the start phase, got {total_steps}")
+        if basis not in ("qr", "polar"):
+            raise ValueError(f"{name}: basis must be 'qr' or 'polar', got {basis!r}")
         if options.get("capturable"):
             raise ValueError(
                 f"{name}: capturable=True is not supported: the schedule decides on the host when the bases are refreshed, which a "
@@ -99,7 +103,8 @@ class DecoupledOptimizer(LowRankOptimizer):
             )
         self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
         schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={**schedule, **method_defaults}, **options)
+        method = {**schedule, "basis": basis, **(method_defaults or {})}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
     # ---------------------------------------------------------------- what a subclass says
 
@@ -111,11 +116,20 @@ class DecoupledOptimizer(LowRankOptimizer):
         """What follows the update of step ``step ≤ start_steps``."""
         raise NotImplementedError
 
+    def _main_action(self, group: dict[str, Any], t: int) -> Action | None:
+        """What follows the update of main step t = 1, 2, …"""
+        if group["refresh_every"] is not None:
+            return self._refresh if t % group["refresh_every"] == 0 else None
+        return self._refresh if refresh_due(t, group["total_steps"] - group["start_steps"], group["phases"]) else None
+
     # ---------------------------------------------------------------- the step
 
     def _update(self) -> None:
         super()._update()
-        actions = [self._action(group) for group in self.param_groups]
+        actions = []
+        for group in self.param_groups:
+            t = group["step"] - group["start_steps"]
+            actions.append(self._start_action(group, group["step"]) if t <= 0 else self._main_action(group, t))
         due: defaultdict[Action, list[FactorPair]] = defaultdict(list)
         if any(actions):
             for pair in self._pairs:
@@ -125,40 +139,56 @@ class DecoupledOptimizer(LowRankOptimizer):
         for action, affected in due.items():
             action(affected)
 
-    def _action(self, group: dict[str, Any]) -> Action | None:
-        step, t = group["step"], group["step"] - group["start_steps"]
-        if t <= 0:
-            return self._start_action(group, step)
-        if group["refresh_every"] is not None:
-            return self._refresh if t % group["refresh_every"] == 0 else None
-        return self._refresh if refresh_due(t, group["total_steps"] - group["start_steps"], group["phases"]) else None
-
     def _refresh(self, due: list[FactorPair]) -> None:
-        """``Aᵀ = Q_A R_A``, ``B = Q_B R_B``: bases of the factors' ranges anew, with the signs of the old ones (SDS Eq. 5)."""
+        """Bases of the factors' ranges anew: ``Aᵀ = Q_A R_A``, ``B = Q_B R_B`` with the signs of the old bases, or polar factors."""
         layers = owners()
         for pairs in self._alike(due):
             views = [self._views(pair, layers, decoupled=True) for pair in pairs]
             bases = [v.q_a.mT for v in views] + [v.q_b for v in views]
-            grouped_qr([v.a.mT for v in views] + [v.b for v in views], previous=bases, out=bases)
+            factors = [v.a.mT for v in views] + [v.b for v in views]
+            if self.param_groups[pairs[0].a[0]]["basis"] == "polar":
+                grouped_polar(factors, out=bases)
+            else:
+                grouped_qr(factors, previous=bases, out=bases)
 
     def _reparametrize(self, due: list[FactorPair]) -> None:
-        """From plain to decoupled, ΔW unchanged: ``BA = UΣVᵀ``; ``A = ΣVᵀ/2``, ``B = UΣ/2``, ``Q_A = V``, ``Q_B = U`` (SDS Eq. 8).
+        """``ΔW ≈ sUΣVᵀ`` of rank r; ``A = ΣVᵀ/2``, ``B = UΣ/2``, ``Q_A = V``, ``Q_B = U``: Eq. 8 of SDS-LoRA, Eq. 5 of OD-LoRA.
 
-        (The paper writes the SVD of ``sBA`` and divides by 2s: s cancels.) The factors' optimizer state is cleared.
+        (The papers take the SVD of ΔW itself and divide by 2s: s cancels.) Exact where ΔW has rank r, as after plain LoRA.
         """
+        for new, u, sigma, v in self._truncated_svds(due):
+            new.a.copy_(sigma[:, None] / 2 * v.mT)
+            new.b.copy_(u * (sigma / 2))
+        self._clear_factor_state(due)
+
+    def _restart(self, due: list[FactorPair]) -> None:
+        """Back at W0 with the bases that ΔW has found: ``Q_A = V_r``, ``Q_B = U_r``, ``A = B = 0`` (Algorithm 1 of OD-LoRA)."""
+        for new, *_ in self._truncated_svds(due):
+            new.a.zero_()
+            new.b.zero_()
+        self._clear_factor_state(due)
+
+    def _truncated_svds(self, due: list[FactorPair]) -> Iterator[tuple[DecoupledFactors, Tensor, Tensor, Tensor]]:
+        """Makes the pairs decoupled with ``Q_A = V_r``, ``Q_B = U_r`` of their ΔW = sUΣVᵀ (from thin factors, d_out × d_in is
+        never formed), and hands back their views and ``U_r, Σ_r, V_r``; A and B are the caller's to write."""
         layers = owners()
         for pairs in self._alike(due):
-            plain = [self._views(pair, layers, decoupled=False) for pair in pairs]
-            us, ss, vs = grouped_svd_product([v.b for v in plain], [v.a.mT for v in plain], plain[0].a.shape[0])
-            for index, pair in enumerate(pairs):
-                new, half = self._views(pair, layers, decoupled=True), ss[index] / 2
-                new.a.copy_(half[:, None] * vs[index].mT)
-                new.b.copy_(us[index] * half)
-                new.q_a.copy_(vs[index].mT)
-                new.q_b.copy_(us[index])
+            group = self.param_groups[pairs[0].a[0]]
+            decoupled = self._is_decoupled(group, group["step"] - 1)
+            old = [self._views(pair, layers, decoupled) for pair in pairs]
+            if decoupled:
+                lefts = [torch.cat([v.q_b, v.b], dim=1) for v in old]
+                rights = [torch.cat([v.a, v.q_a]).mT for v in old]
+            else:
+                lefts, rights = [v.b for v in old], [v.a.mT for v in old]
+            us, ss, vs = grouped_svd_product(lefts, rights, self._rank(pairs[0]))
+            for pair, u, sigma, v in zip(pairs, us, ss, vs, strict=True):
+                new = self._views(pair, layers, decoupled=True)
+                new.q_a.copy_(v.mT)
+                new.q_b.copy_(u)
                 if pair.holds_bases:
                     layers[id(self._at(pair.a))].decoupled = True  # type: ignore[assignment]
-        self._clear_factor_state(due)
+                yield new, u, sigma.to(u.dtype), v
 
     def _before_update(self) -> None:
         name = type(self).__name__

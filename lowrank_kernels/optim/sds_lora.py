@@ -29,6 +29,7 @@ class SDSLoRA(DecoupledOptimizer):
         warmup_steps: T. 0 continues with layers that are decoupled already.
         phases: k, the number of refresh phases (intervals 1 … k).
         refresh_every: n; refresh after main steps n, 2n, … instead.
+        basis: "qr", or "polar": ``Q = X(XᵀX)^{-1/2}`` in place of QR's.
 
     The paper's setting: ``alpha=4, rank_scaling="rslora"`` (s = α/√r), cosine schedule, all linear layers.
     """
@@ -46,6 +47,7 @@ class SDSLoRA(DecoupledOptimizer):
         warmup_steps: int = 10,
         phases: int = 5,
         refresh_every: int | None = None,
+        basis: str = "qr",
         **options: Unpack[AdamWOptions],
     ) -> None:
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
@@ -61,7 +63,7 @@ class SDSLoRA(DecoupledOptimizer):
             total_steps=total_steps,
             phases=phases,
             refresh_every=refresh_every,
-            method_defaults={},
+            basis=basis,
             **options,
         )
 

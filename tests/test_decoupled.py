@@ -1,4 +1,4 @@
-"""SDSLoRA against its algorithm box, on both roads: trajectory, continuity, resume, phases, bad input."""
+"""SDSLoRA and ODLoRA against their algorithm boxes, on both roads: trajectory, continuity, resume, phases, bad input."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from _models import batch, loss_of, make_model, pair_delta, trainable
 from torch import nn
 
+from benchmarks.naive.od_lora import ODLoRALayer
 from benchmarks.naive.sds_lora import SDSLoRALayer
-from lowrank_kernels import LowRankLinear, SDSLoRA, pairs
+from lowrank_kernels import LowRankLinear, ODLoRA, SDSLoRA, pairs
 from lowrank_kernels.optim.decoupled import refresh_due
 
 ROADS = ["ours", "peft"]
@@ -33,15 +34,18 @@ def factor_gradients(layer: SDSLoRALayer, full: torch.Tensor) -> tuple[torch.Ten
     return layer.scale * left.T @ full, layer.scale * full @ right
 
 
+METHODS = {"SDSLoRA": (SDSLoRA, SDSLoRALayer, 310), "ODLoRA": (ODLoRA, ODLoRALayer, 250)}
+
+
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("road", ROADS)
-def test_trajectory_is_algorithm_1(road: str, clip: float | None) -> None:
-    total, rank, lr = 310, 3, 1e-2
+@pytest.mark.parametrize("method", METHODS)
+def test_trajectory_is_algorithm_1(method: str, road: str, clip: float | None) -> None:
+    ours, plain, total = METHODS[method]
+    rank, lr = 3, 1e-2
     model = make_model(road, rank=rank)
-    optimizer = SDSLoRA(model, lr=lr, total_steps=total)
-    naive = [
-        SDSLoRALayer(p.A[:rank].detach().clone(), p.B[:, :rank].detach().clone(), p.scale, total_steps=total, lr=lr) for p in pairs(model)
-    ]
+    optimizer = ours(model, lr=lr, total_steps=total)
+    naive = [plain(p.A[:rank].detach().clone(), p.B[:, :rank].detach().clone(), p.scale, total_steps=total, lr=lr) for p in pairs(model)]
     clipped = 0
     for step in range(total):
         optimizer.zero_grad()
@@ -105,15 +109,20 @@ def train(model: nn.Module, optimizer: SDSLoRA, first: int, last: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("stop", [4, 10, 23, 24, 41])
+SHORT = {"SDSLoRA": {"total_steps": 60}, "ODLoRA": {"total_steps": 60, "rounds": 3, "round_steps": 7}}
+
+
+@pytest.mark.parametrize("stop", [4, 7, 10, 18, 21, 24, 28, 41])
 @pytest.mark.parametrize("road", ROADS)
-def test_resume_is_bit_for_bit(road: str, stop: int) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_bit_for_bit(method: str, road: str, stop: int) -> None:
+    build, options = METHODS[method][0], SHORT[method]
     whole = make_model(road)
-    optimizer = SDSLoRA(whole, lr=1e-2, total_steps=60)
+    optimizer = build(whole, lr=1e-2, **options)
     train(whole, optimizer, 0, 60)
 
     first = make_model(road)
-    optimizer = SDSLoRA(first, lr=1e-2, total_steps=60)
+    optimizer = build(first, lr=1e-2, **options)
     train(first, optimizer, 0, stop)
     file = io.BytesIO()
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -122,11 +131,51 @@ def test_resume_is_bit_for_bit(road: str, stop: int) -> None:
 
     second = make_model(road, seed=99)
     second.load_state_dict(saved["model"])
-    resumed = SDSLoRA(second, lr=5e-2, total_steps=60)
+    resumed = build(second, lr=5e-2, **options)
     resumed.load_state_dict(saved["optimizer"])
     train(second, resumed, stop, 60)
     for p, q in zip(whole.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_od_lora_is_back_at_the_pretrained_model_after_every_round(road: str) -> None:
+    model = make_model(road)
+    x = batch(0)[0]
+    with torch.no_grad():
+        pretrained = forward_with(model, [torch.zeros_like(pair_delta(p)) for p in pairs(model)], x)
+    optimizer = ODLoRA(model, lr=1e-2, total_steps=60, rounds=3, round_steps=7)
+    for end in (7, 14, 21):
+        train(model, optimizer, end - 7, end)
+        with torch.no_grad():
+            assert torch.equal(model(x), pretrained)
+        for pair in pairs(model):
+            q = pair_q(pair)
+            torch.testing.assert_close(q.mT @ q, torch.eye(3, dtype=q.dtype), rtol=0, atol=1e-13)
+    bases = [pair_q(p).clone() for p in pairs(model)]
+    train(model, optimizer, 21, 27)
+    assert all(torch.equal(q, pair_q(p)) for q, p in zip(bases, pairs(model), strict=True)), "fixed for the first steps of the main run"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_polar_bases_span_the_same_ranges_and_change_nothing_at_first(method: str) -> None:
+    models = [make_model("ours"), make_model("ours")]
+    optimizers = [METHODS[method][0](m, lr=1e-2, basis=basis, **SHORT[method]) for m, basis in zip(models, ("qr", "polar"), strict=True)]
+    start = 28 if method == "ODLoRA" else 10
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 0, start)
+        before = [pair_delta(p) for p in pairs(model)]
+        optimizer._refresh(optimizer._pairs)
+        for delta, pair in zip(before, pairs(model), strict=True):
+            assert (pair_delta(pair) - delta).norm() <= 1e-12 * delta.norm()
+        train(model, optimizer, start, 45)
+    optimizers[1]._refresh(optimizers[1]._pairs)
+    for pair in pairs(models[1]):
+        q, b = pair_q(pair).detach(), pair_b(pair).detach()
+        torch.testing.assert_close(q.mT @ q, torch.eye(3, dtype=q.dtype), rtol=0, atol=1e-13)
+        # The polar factor's own mark: Qᵀ X is symmetric positive definite.
+        torch.testing.assert_close(q.mT @ b, (q.mT @ b).mT, rtol=0, atol=1e-13)
+        assert torch.linalg.eigvalsh(q.mT @ b).min() > 0
 
 
 def test_both_roads_agree_in_float32() -> None:
@@ -256,6 +305,16 @@ class TestBadInput:
             SDSLoRA(make_model("peft").named_parameters(), lr=1e-2, total_steps=100, scale=0.7)
             ours = make_model("ours")
             SDSLoRA(ours.parameters(), lr=1e-2, total_steps=100)
+
+    def test_od_lora(self) -> None:
+        with pytest.raises(ValueError, match="rank 3 is too large"):
+            ODLoRA(make_model("ours", shapes=[(20, 12), (5, 20)]), total_steps=100)
+        with pytest.raises(ValueError, match="larger than the 50 steps"):
+            ODLoRA(make_model("ours"), total_steps=50)
+        with pytest.raises(ValueError, match="rounds must be a positive integer"):
+            ODLoRA(make_model("ours"), total_steps=50, rounds=0)
+        with pytest.raises(ValueError, match="basis must be"):
+            ODLoRA(make_model("ours"), total_steps=100, basis="svd")
 
     def test_capturable(self) -> None:
         with pytest.raises(ValueError, match="capturable"):

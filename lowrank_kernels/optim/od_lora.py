@@ -1,0 +1,89 @@
+"""OD-LoRA: overcoming the dilemma between a good gradient and a free spectrum."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from .base import AdamWOptions, ParamsT
+from .decoupled import Action, DecoupledOptimizer
+
+
+class ODLoRA(DecoupledOptimizer):
+    """OD-LoRA (Algorithm 1): AdamW on A and B of ``ΔW = s(Q_B A + B Q_Aᵀ)`` (Eq. 4), from bases that short rounds have found.
+
+    1. ``rounds`` rounds of ``round_steps`` steps, the first as plain LoRA, the others decoupled. After each: ``ΔW ≈ U_rΣ_rV_rᵀ``,
+       ``Q_A = V_r``, ``Q_B = U_r``, ``A = B = 0``, the factors' optimizer state cleared: the model is back at W0.
+    2. Main run, t = 1, 2, …: up to t = ``round_steps`` on fixed bases; then once ``A = Σ_rV_rᵀ/2s``, ``B = U_rΣ_r/2s``, ``Q_A = V_r``,
+       ``Q_B = U_r`` (Eq. 5), state cleared; from there on, after the update of step t, if
+       ``t mod ⌈phases·t/(total_steps - rounds·round_steps)⌉ = 0``, the bases are refreshed by QR of Aᵀ and B.
+
+    It differs from :class:`SDSLoRA` in its start only, and takes the same models.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
+        total_steps: the number of ``step()`` calls of the whole run, rounds included. Needed unless ``refresh_every`` is given.
+        rounds: N.
+        round_steps: T.
+        phases, refresh_every, basis: see :class:`SDSLoRA`.
+
+    The layers must be at least 2r wide both ways: ΔW has rank up to 2r before it is truncated.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        *,
+        total_steps: int | None = None,
+        rounds: int = 5,
+        round_steps: int = 10,
+        phases: int = 5,
+        refresh_every: int | None = None,
+        basis: str = "qr",
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        for key, value in (("rounds", rounds), ("round_steps", round_steps)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"ODLoRA: {key} must be a positive integer, got {value!r}")
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            start_steps=rounds * round_steps,
+            total_steps=total_steps,
+            phases=phases,
+            refresh_every=refresh_every,
+            basis=basis,
+            method_defaults={"round_steps": round_steps},
+            **options,
+        )
+
+    def _accept_pairs(self) -> None:
+        super()._accept_pairs()
+        for pair in self._pairs:
+            d_out, d_in = self._at(pair.b).shape[0], self._at(pair.a).shape[1]
+            if 2 * self._rank(pair) > min(d_out, d_in):
+                raise ValueError(
+                    f"ODLoRA: {pair.name} is {d_out} × {d_in}: rank {self._rank(pair)} is too large, ΔW may have twice that rank "
+                    f"before it is truncated; use at most {min(d_out, d_in) // 2}"
+                )
+
+    def _is_decoupled(self, group: dict[str, Any], step: int) -> bool:
+        return step >= group["round_steps"]
+
+    def _start_action(self, group: dict[str, Any], step: int) -> Action | None:
+        return self._restart if step % group["round_steps"] == 0 else None
+
+    def _main_action(self, group: dict[str, Any], t: int) -> Action | None:
+        if t < group["round_steps"]:
+            return None
+        return self._reparametrize if t == group["round_steps"] else super()._main_action(group, t)
