@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import accumulation_dtype, check_list, check_same_length, define, no_backward
+from ._library import accumulation_dtype, check_list, check_same_length, define, is_plain_eager, no_backward
 
 
 def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequence[Tensor] | None) -> None:
@@ -25,6 +25,8 @@ def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequenc
         check_same_length("grouped_qr", xs=xs, **{name: others})
         check_list("grouped_qr", name, others, like=xs[0] if xs else None)
         if others is xs or (name == "out" and others is previous):
+            continue
+        if [other.shape for other in others] == shapes:
             continue
         for index, (shape, other) in enumerate(zip(shapes, others, strict=True)):
             if other.shape != shape:
@@ -58,13 +60,14 @@ def grouped_qr(
     The result is a constant for autograd (Q is one in every method); its backward says so.
     """
     _check(xs, previous, out)
-    previous = None if previous is None else list(previous)
+    xs, previous = list(xs), None if previous is None else list(previous)
+    eager = bool(xs) and is_plain_eager(*xs, *(previous or ()), *(out or ())) and not torch.is_grad_enabled()
     if out is None:
-        return torch.ops.lowrank_kernels.grouped_qr(list(xs), previous)
+        return _grouped_qr(xs, previous) if eager else torch.ops.lowrank_kernels.grouped_qr(xs, previous)
     rank = xs[0].shape[1] if xs else 0
     rs = torch.empty(len(xs), rank, rank, dtype=accumulation_dtype(xs[0].dtype), device=xs[0].device) if xs else torch.empty(0, 0, 0)
     if xs:
-        torch.ops.lowrank_kernels.grouped_qr_out(list(xs), previous, list(out), rs)
+        (_grouped_qr_out if eager else torch.ops.lowrank_kernels.grouped_qr_out)(xs, previous, list(out), rs)
         torch.autograd.graph.increment_version(list(out))
     return list(out), rs
 
