@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,44 +15,57 @@ from ._common import always, compute_dtype
 START_SEED = 0x5EED
 #: Without a given number of iterations: at least this many, at most that many.
 FEWEST, MOST = 2, 16
+#: Entries up to 2^±SAFE_EXPONENT have Gram matrices in fp32 that neither over- nor underflow.
+SAFE_EXPONENT = 30
 
 
-def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
+ThinQR: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def householder(block: Tensor) -> Tensor:
+    """Orthonormal bases of a stack of tall blocks (b, m, p), complete for deficient ones too."""
+    return torch.linalg.qr(block)[0]
+
+
+def _orthonormalize(block: Tensor, against: Tensor, thin_qr: ThinQR) -> Tensor:
     """An orthonormal basis of ``block`` (b, m, p), orthogonal to ``against`` (b, m, k).
 
     Projected twice, normalized in between: once a spectrum is exhausted, what is left of a block is rounding, which the first
     normalization blows up to unit vectors that need not be orthogonal to anything.
     """
-    if against is None:
-        return torch.linalg.qr(block)[0]
     for _ in range(2):
-        block = torch.linalg.qr(block - against @ (against.mT @ block))[0]
+        block = thin_qr(torch.baddbmm(block, against, against.mT @ block, alpha=-1))
     return block
 
 
-def _block_krylov(x: Tensor, rank: int, width: int, iterations: int | None, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triples of a stack x (b, m, n)."""
+def block_krylov(
+    x: Tensor, rank: int, width: int, iterations: int | None, tolerance: float, thin_qr: ThinQR
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triples of a stack x (b, m, n), finite and of moderate size."""
     generator = torch.Generator(device="cpu").manual_seed(START_SEED)
     start = torch.randn(x.shape[2], width, generator=generator, dtype=torch.float64).to(x)
-    basis = _orthonormalize(x @ start, None)
+    basis = thin_qr(x @ start)
     images = x.mT @ basis
+    gram = images.mT @ images
     captured: list[Tensor] = []
-    most = MOST if iterations is None else iterations
-    for step in range(1, most + 1):
+    for step in range(1, (MOST if iterations is None else iterations) + 1):
         remaining = min(x.shape[1], x.shape[2]) - basis.shape[2]
         if remaining <= 0:
             break
-        block = (x @ images[:, :, -width:])[:, :, :remaining]
-        new = _orthonormalize(block, basis)
-        basis = torch.cat([basis, new], dim=2)
-        images = torch.cat([images, x.mT @ new], dim=2)
+        block = _orthonormalize((x @ images[:, :, -width:])[:, :, :remaining], basis, thin_qr)
+        image = x.mT @ block
+        cross = images.mT @ image
+        gram = torch.cat([torch.cat([gram, cross], dim=2), torch.cat([cross.mT, image.mT @ image], dim=2)], dim=1)
+        basis, images = torch.cat([basis, block], dim=2), torch.cat([images, image], dim=2)
         if iterations is None:
-            captured.append(torch.linalg.eigvalsh(images.mT @ images)[:, -rank:].sum(dim=1))
+            captured.append(torch.linalg.eigvalsh(gram)[:, -rank:].sum(dim=1))
             if step >= FEWEST and _converged(captured, tolerance):
                 break
-    # X ≈ basis · imagesᵀ: the SVD of its small side gives all.
-    q, r = torch.linalg.qr(images)
-    u, s, vh = torch.linalg.svd(r.mT)
+    # X ≈ basis · imagesᵀ. The Gram matrix picks the leading subspace; within it a QR, which does not square, gives the triples.
+    leading = torch.linalg.eigh(gram)[1][:, :, -width:]
+    basis, images = basis @ leading, images @ leading
+    q = thin_qr(images)
+    u, s, vh = torch.linalg.svd(images.mT @ q)
     return basis @ u[:, :, :rank], s[:, :rank], q @ vh[:, :rank].mT
 
 
@@ -72,23 +87,33 @@ def grouped_svd(
     us: list[Tensor],
     ss: Tensor,
     vs: list[Tensor],
+    thin_qr: ThinQR = householder,
 ) -> None:
     """Write the leading ``ss.shape[1]`` singular triples of each X_i; same-shaped matrices go in one batch.
 
-    Each matrix is scaled by a power of two first; one with a non-finite entry gives NaN in its own results.
+    A matrix out of the range where squares are safe is scaled by a power of two; one with a non-finite entry gives NaN in its
+    own results. ``thin_qr`` is for backends that have a faster one.
     """
     rank = ss.shape[1]
     by_shape: defaultdict[torch.Size, list[int]] = defaultdict(list)
     for index, x in enumerate(xs):
         by_shape[x.shape].append(index)
     for shape, members in by_shape.items():
-        stack = torch.stack([xs[i].to(compute_dtype(xs[i].dtype)) for i in members])
-        finite = stack.isfinite().flatten(1).all(dim=1)
-        stack = torch.where(finite[:, None, None], stack, 0)
-        exponents = torch.frexp(stack.abs().flatten(1).amax(dim=1)).exponent
-        stack = torch.ldexp(stack, -exponents[:, None, None])
-        u, s, v = _block_krylov(stack, rank, min(rank + oversample, *shape), iterations, tolerance)
-        s = torch.ldexp(s, exponents[:, None])
+        wide = [xs[i].to(compute_dtype(xs[i].dtype)) for i in members]
+        stack = wide[0][None] if len(wide) == 1 else torch.stack(wide)
+        low, high = stack.flatten(1).aminmax(dim=1)  # NaN if there is one
+        largest = torch.maximum(-low, high)
+        finite = largest.isfinite()
+        exponents = torch.frexp(torch.where(finite, largest, 0)).exponent
+        if not finite.all():
+            stack = torch.where(finite[:, None, None], stack, 0)
+        scaled = bool((exponents.abs() > SAFE_EXPONENT).any())
+        if scaled:
+            half = -exponents // 2
+            stack = torch.ldexp(torch.ldexp(stack, half[:, None, None]), (-exponents - half)[:, None, None])
+        u, s, v = block_krylov(stack, rank, min(rank + oversample, *shape), iterations, tolerance, thin_qr)
+        if scaled:
+            s = torch.ldexp(s, exponents[:, None])
         for position, index in enumerate(members):
             for target, value in ((us[index], u), (ss[index], s), (vs[index], v)):
                 target.copy_(torch.where(finite[position], value[position], torch.nan))
