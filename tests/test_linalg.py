@@ -197,7 +197,7 @@ def test_gram(backend: str, dtype: torch.dtype, double: bool, rank: int) -> None
             scale = float(exact.abs().max()) if exact.numel() else 0.0
             bound = 2 * float((simple.double() - exact).abs().max()) + 8 * torch.finfo(result).eps * scale
             # Sums of another order than torch's: sqrt(n) roundings.
-            bound += torch.finfo(result).eps * float((left.double().norm(dim=0).max() * right.double().norm(dim=0).max()))
+            bound += torch.finfo(result).eps * float(left.double().norm(dim=0).max() * right.double().norm(dim=0).max())
             assert float((got.double() - exact).abs().max()) <= bound
 
 
