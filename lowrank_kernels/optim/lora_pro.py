@@ -23,7 +23,8 @@ class LoRAPro(PreconditionedOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
-        sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB)⁻¹ ∂A Aᵀ`` (through the eigenvectors of the two Grams); False: X = 0.
+        sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB)⁻¹ ∂A Aᵀ`` (through the eigenvectors of the two Grams); False: X = 0,
+            which ``capturable`` needs.
         damping: δ, absolute.
     """
 
@@ -40,6 +41,10 @@ class LoRAPro(PreconditionedOptimizer):
         damping: float = DEFAULT_DAMPING,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        if sylvester and options.get("capturable"):
+            raise ValueError(
+                "LoRAPro: sylvester=True cannot be captured (its eigenvectors synchronize); use sylvester=False, or leave out capturable"
+            )
         method = {"sylvester": bool(sylvester), "damping": damping}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
@@ -54,7 +59,7 @@ class LoRAPro(PreconditionedOptimizer):
         if not pairs:
             return
         inverse_b, inverse_a = self._inverse_grams(pairs, "B"), self._inverse_grams(pairs, "A")
-        s = torch.tensor([pair.scale**-2 for pair in pairs], dtype=torch.float64).to(inverse_a.device)[:, None, None]
+        s = pairs[0].scale ** -2
         sign = -1.0 if group["maximize"] else 1.0
         map_a = s * inverse_b
         # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself.

@@ -27,6 +27,7 @@ class LoRARITE(PreconditionedOptimizer):
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
         damping: δ, absolute: R is the triangular factor of ``[B; √δ I]``, so that a rank-deficient B (zero, at the start) does not
             divide by zero.
+        capturable: not supported; True is an error.
 
     State of a factor: ``exp_avg``, ``basis`` (the partner's Q, of the partner's shape), ``second`` (r, r), ``escaped`` ().
     """
@@ -43,6 +44,8 @@ class LoRARITE(PreconditionedOptimizer):
         damping: float = DEFAULT_DAMPING,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        if options.get("capturable"):
+            raise ValueError("LoRARITE: the step cannot be captured (its eigenvectors synchronize); leave out capturable")
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={"damping": damping}, **options)
 
     def _create_state(self) -> None:

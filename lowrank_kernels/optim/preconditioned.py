@@ -6,13 +6,15 @@ The Gram matrices are accumulated and solved in fp64: they square the condition 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import grouped_gram, grouped_solve
+from ..pairs import owners
 from .base import FactorPair, LowRankOptimizer, Position, state_dtype
 
 #: Absolute damping δ of every Gram matrix. `benchmarks/results/damping.csv` has the experiment behind the number.
@@ -31,6 +33,23 @@ class PreconditionedOptimizer(LowRankOptimizer):
         if not group["damping"] >= 0:
             raise ValueError(f"{type(self).__name__}: damping must be ≥ 0, got {group['damping']}")
 
+    def _accept_pairs(self) -> None:
+        layers = owners()
+        for pair in self._pairs:
+            if pair.holds_bases and getattr(layers.get(id(self._at(pair.a))), "decoupled", False):
+                raise ValueError(
+                    f"{type(self).__name__}: {pair.name} is decoupled, ΔW = s(Q_B A + B Q_Aᵀ); this method trains plain LoRA, "
+                    "ΔW = sBA. Train it with SDSLoRA, or adapt the model with method='lora'"
+                )
+
+    def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[list[FactorPair]]:
+        """As the base class has it, and of one scale, which then is a number and not a tensor to be sent to the device."""
+        for alike in super()._alike(pairs):
+            by_scale: defaultdict[float, list[FactorPair]] = defaultdict(list)
+            for pair in alike:
+                by_scale[pair.scale].append(pair)
+            yield from by_scale.values()
+
     def _update(self) -> None:
         for group_index, group in enumerate(self.param_groups):
             rest = [i for i in range(len(group["params"])) if i not in self._factors[group_index]]
@@ -39,7 +58,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
             self._step_pairs(pairs)
 
     def _step_pairs(self, pairs: list[FactorPair]) -> None:
-        """One step of pairs that agree in everything but their widths."""
+        """One step of pairs that agree in everything but their widths: rank, scale, dtype, device, groups."""
         raise NotImplementedError
 
     @staticmethod
