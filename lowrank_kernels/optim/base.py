@@ -349,6 +349,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if group["params"][index] in self.state:
             group["missed"][index] = group["missed"].get(index, 0) + 1
 
+    @staticmethod
+    def _lr(group: dict[str, Any], is_second: bool) -> float | Tensor:
+        """The learning rate of a group, or of the Bs in it."""
+        return group["lr"] * group["lr_ratio"] if is_second and group["lr_ratio"] != 1.0 else group["lr"]
+
     def _adamw(self, group_index: int, members: list[int], *, is_factor: bool, is_second: bool, **options: Any) -> None:
         """One call of ``grouped_adamw_`` on parameters that all have a gradient; ``options`` replace what AdamW would pass."""
         group, parts = self.param_groups[group_index], self._trained_parts(group_index)
@@ -363,7 +368,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         states = [self.state[group["params"][index]] for index in members]
         missed = [group["missed"].get(index, 0) for index in members] if group["missed"] else []
         arguments: dict[str, Any] = {
-            "lr": group["lr"] * group["lr_ratio"] if is_second else group["lr"],
+            "lr": self._lr(group, is_second),
             "betas": group["betas"],
             "eps": group["eps"],
             "weight_decay": group["factor_weight_decay" if is_factor else "weight_decay"],
