@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import grouped_gram
 from .base import AdamWOptions, FactorPair, ParamsT
-from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer, symmetric_eigen
 
 
 class LoRAPro(PreconditionedOptimizer):
@@ -78,8 +78,8 @@ class LoRAPro(PreconditionedOptimizer):
 
 def _solve_sylvester(left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
     """X of ``left X + X right = rhs`` for symmetric positive semidefinite (N, r, r) stacks; directions that neither has stay zero."""
-    values_l, vectors_l = torch.linalg.eigh(left)
-    values_r, vectors_r = torch.linalg.eigh(right)
+    values_l, vectors_l = symmetric_eigen(left)
+    values_r, vectors_r = symmetric_eigen(right)
     sums = values_l[:, :, None] + values_r[:, None, :]
     rotated = vectors_l.mT @ rhs @ vectors_r
     floor = sums.amax(dim=(1, 2), keepdim=True) * torch.finfo(sums.dtype).eps
