@@ -183,20 +183,19 @@ def test_low_precision_factors_are_rounded_once(method: type[LowRankOptimizer]) 
 
 def reparametrized(problem: Targets, condition: float) -> Targets:
     """The same ΔW from ``(BT, T⁻¹A)`` with ``cond(T)`` as told."""
-    other = copy.deepcopy(problem)
+    other, generator = copy.deepcopy(problem), torch.Generator().manual_seed(1)
     for layer in other.model:
         rank = layer.rank
-        u, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))
-        v, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))
+        u, v = (torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))[0] for _ in range(2))
         T = u * torch.logspace(0.5, 0.5 - math.log10(condition), rank, dtype=torch.float64) @ v
         layer.lora_A.data, layer.lora_B.data = torch.linalg.solve(T, layer.lora_A.data), layer.lora_B.data @ T
     return other
 
 
-def largest_difference(build: Callable[[nn.Module], torch.optim.Optimizer], steps: int = 60) -> float:
+def largest_difference(build: Callable[[nn.Module], torch.optim.Optimizer], steps: int = 60, condition: float = 1e3) -> float:
     """Between the trajectories of ΔW from (B, A) and from (BT, T⁻¹A), relative to ΔW."""
     problem = Targets()
-    other = reparametrized(problem, 1e3)
+    other = reparametrized(problem, condition)
     optimizers = build(problem.model), build(other.model)
     start, worst = problem.deltas(), 0.0
     for _ in range(steps):
@@ -227,10 +226,14 @@ def test_scaled_gd_does_not_depend_on_the_split(momentum: float) -> None:
     assert largest_difference(lambda m: ScaledGD(m, lr=0.01, momentum=momentum, damping=0.0)) < 1e-8
 
 
-def test_lora_pro_under_sgd_does_not_depend_on_the_split() -> None:
-    """X = 0. AdamW with a huge eps is SGD: the direction is m / eps."""
+@pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-8), (1e3, 2e-6)])
+def test_lora_pro_under_sgd_does_not_depend_on_the_split(condition: float, tolerance: float) -> None:
+    """X = 0. AdamW with a huge eps is SGD: the direction is m / eps.
+
+    Its projection I - B(BᵀB)⁻¹Bᵀ cancels what (AAᵀ)⁻¹ has magnified: rounding counts with the fourth power of cond(T), not the second.
+    """
     sgd = {"betas": (0.0, 0.999), "eps": 1e14, "lr": 0.05 * 1e14}
-    assert largest_difference(lambda m: LoRAPro(m, damping=0.0, sylvester=False, **sgd)) < 1e-8
+    assert largest_difference(lambda m: LoRAPro(m, damping=0.0, sylvester=False, **sgd), condition=condition) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -295,12 +298,12 @@ def _spread(factor: Tensor, rank_dim: int) -> None:
 @every_method
 @pytest.mark.parametrize("start", STARTS)
 def test_no_start_blows_up_in_fp32(method: type[LowRankOptimizer], start: str) -> None:
-    """Default damping and betas; a hundred steps, some of them without any gradient but zeros."""
+    """Every argument at its default; a hundred steps, some of them without any gradient but zeros."""
     torch.manual_seed(3)
     problem = Targets([(60, 40, 4, 0.7), (40, 60, 4, 0.7), (40, 40, 4, 2.0)], torch.float32)
     for layer in problem.model:
         STARTS[start](layer)
-    optimizer = method(problem.model, lr=1e-3 if method is not ScaledGD else 1e-2)
+    optimizer = method(problem.model)
     first = problem.loss()
     for step in range(100):
         problem.set_gradients()
@@ -310,6 +313,22 @@ def test_no_start_blows_up_in_fp32(method: type[LowRankOptimizer], start: str) -
         optimizer.step()
         assert all(v.isfinite().all() for p in trainable(problem.model) for v in (p, *optimizer.state[p].values())), step
         assert problem.loss() <= 1.1 * first, step
+
+
+@every_method
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_spoils_its_own_pair_only(method: type[LowRankOptimizer], bad: float) -> None:
+    clean, spoilt = Targets(), Targets()
+    optimizers = [method(p.model, lr=0.02, damping=1e-3) for p in (clean, spoilt)]
+    for step in range(4):
+        for problem, optimizer in zip((clean, spoilt), optimizers, strict=True):
+            problem.set_gradients()
+            if problem is spoilt and step == 1:
+                problem.model[1].lora_A.grad[0, 3] = problem.model[1].lora_B.grad[2, 1] = bad
+            optimizer.step()
+    assert not spoilt.model[1].delta_weight().isfinite().all()
+    for index in (0, 2, 3):
+        assert_follows(spoilt.model[index].delta_weight(), clean.model[index].delta_weight(), 1e-13, f"layer {index}")
 
 
 def state_elements(optimizer: torch.optim.Optimizer) -> int:

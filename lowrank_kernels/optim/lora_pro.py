@@ -51,10 +51,11 @@ class LoRAPro(PreconditionedOptimizer):
     def _step_pairs(self, pairs: list[FactorPair]) -> None:
         group = self._group(pairs, "A")
         with_a, with_b = self._with_gradient(pairs, "A"), self._with_gradient(pairs, "B")
-        pairs = [pair for pair in with_a if pair in with_b]
-        for side, extra in (("A", with_a), ("B", with_b)):
-            for pair in extra:
-                if pair not in pairs:  # the adjusted gradients need both
+        both = set(with_a) & set(with_b)  # the adjusted gradients need both
+        pairs = [pair for pair in with_a if pair in both]
+        for side, present in (("A", with_a), ("B", with_b)):
+            for pair in present:
+                if pair not in both:
                     self._miss(self._group([pair], side), self._position(pair, side)[1])
         if not pairs:
             return
