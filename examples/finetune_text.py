@@ -1,8 +1,9 @@
-"""Fine-tune a real sentence encoder with plain LoRA and with SDS-LoRA, and compare: same data, same batches, same steps.
+"""Fine-tune a real sentence encoder with plain LoRA and with the methods of this package: same data, same batches, same steps.
 
     python examples/finetune_text.py                          # 200 steps of each method, about a minute each on two cores
     python examples/finetune_text.py --sweep --seeds 0 1 2    # the best of three learning rates each, three seeds
     python examples/finetune_text.py --road peft              # unmodified PEFT layers: only the optimizer is ours
+    python examples/finetune_text.py --methods lora altlora+ lora-rite    # side by side; --methods all for every one
 
 The model is MiniLM-L6, the task to tell positive from negative Rotten Tomatoes sentences. A table is printed at the
 end; figures (JSON, CSV) and the loss curves (PNG) go to ``examples/output/``.
@@ -58,9 +59,18 @@ class Method:
     peft_rank: int = 1
 
 
+#: The methods that are compared when none is named.
+DEFAULT_METHODS = ("lora", "sds")
+
 METHODS = {
     "lora": Method("LoRA, torch AdamW (fused)", "lora", lambda groups, run: torch.optim.AdamW(groups, fused=True)),
     "sds": Method("SDS-LoRA", "sds", lambda groups, run: lrk.SDSLoRA(groups, total_steps=run.steps, scale=run.named_scale), peft_rank=2),
+    "lora+": Method("LoRA+ (B's lr × 4)", "lora", lambda groups, run: lrk.AdamW(groups, lr_ratio=4.0)),
+    "altlora+": Method("AltLoRA+", "lora", lambda groups, run: lrk.AltLoRAPlus(groups, scale=run.named_scale)),
+    "altlora": Method("AltLoRA", "lora", lambda groups, run: lrk.AltLoRA(groups, scale=run.named_scale)),
+    "scaled-adamw": Method("ScaledAdamW", "lora", lambda groups, run: lrk.ScaledAdamW(groups, scale=run.named_scale)),
+    "lora-pro": Method("LoRA-Pro", "lora", lambda groups, run: lrk.LoRAPro(groups, scale=run.named_scale)),
+    "lora-rite": Method("LoRA-RITE", "lora", lambda groups, run: lrk.LoRARITE(groups, scale=run.named_scale)),
 }
 
 
@@ -353,7 +363,7 @@ def save(results: list[Result], costs: dict[str, dict[str, Any]], args: argparse
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=list(DEFAULT_METHODS))
     parser.add_argument("--road", choices=("ours", "peft"), default="ours", help="whose adapter layers: this package's or PEFT's")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -372,6 +382,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     args = parser.parse_args(argv)
+    if "all" in args.methods:
+        args.methods = list(METHODS)
     if args.sweep:
         args.lrs = [1.5e-3, 3e-3, 6e-3]
     if args.steps < 1:

@@ -64,6 +64,11 @@ def _split_name(name: str) -> tuple[tuple[str, str], str] | None:
     return (stem, (match["adapter"] or "").removeprefix(".")), match["factor"][-1].upper()
 
 
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter of the LoRA family: a factor of any kind, DoRA's magnitudes; no bias."""
+    return re.search(r"(^|\.)lora_", name) is not None and not name.endswith(".bias")
+
+
 def pairs_by_name(named: Iterable[tuple[str, Tensor]]) -> list[Pair]:
     """Pair named parameters: ``….lora_A[.adapter].weight`` with ``….lora_B[.adapter].weight`` (PEFT), ``lora_a`` /
     ``lora_b`` (torchtune), ``….lora_A`` / ``….lora_B`` (ours). Only matrices that fit together make a pair."""

@@ -1,7 +1,8 @@
 """AltLoRA, AltLoRA+, ScaledGD, ScaledAdamW, LoRA-Pro and LoRA-RITE, one layer at a time.
 
 Shapes: A (r, d_in), B (d_out, r), ``ΔW = sBA``; gradients are those of A and B (``∂A = sBᵀG``, ``∂B = sGAᵀ``); δ is the
-damping. A gradient that is None leaves its factor, and all that belongs to it, as it is.
+damping; ``lr_ratio`` is LoRA+'s, the learning rate of B over that of A. A gradient that is None leaves its factor, and all
+that belongs to it, as it is.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ class _Layer:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         damping: float = 0.0,
+        lr_ratio: float = 1.0,
     ) -> None:
         self.A, self.B, self.s = A, B, scale
-        self.lr, self.betas, self.eps, self.weight_decay, self.damping = lr, betas, eps, weight_decay, damping
+        self.lr = {"A": lr, "B": lr * lr_ratio}
+        self.betas, self.eps, self.weight_decay, self.damping = betas, eps, weight_decay, damping
         self.M = {"A": torch.zeros_like(A), "B": torch.zeros_like(B)}
         self.V = {"A": torch.zeros_like(A), "B": torch.zeros_like(B)}
         self.updates = {"A": 0, "B": 0}
@@ -45,10 +48,10 @@ class _Layer:
         factor, (beta1, beta2) = getattr(self, name), self.betas
         self.updates[name] += 1
         t, M, V = self.updates[name], self.M[name], self.V[name]
-        factor.mul_(1 - self.lr * self.weight_decay)
+        factor.mul_(1 - self.lr[name] * self.weight_decay)
         M.mul_(beta1).add_(gradient, alpha=1 - beta1)
         V.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        factor.sub_(self.lr * (M / (1 - beta1**t)) / ((V / (1 - beta2**t)).sqrt() + self.eps))
+        factor.sub_(self.lr[name] * (M / (1 - beta1**t)) / ((V / (1 - beta2**t)).sqrt() + self.eps))
 
 
 class AltLoRALayer(_Layer):
@@ -92,7 +95,7 @@ class AltLoRALayer(_Layer):
         if self.plus:
             V = self.V[name] = beta2 * self.V[name] + (1 - beta2) * gradient**2
             direction = (M / (1 - beta1**t)) / ((V / (1 - beta2**t)).sqrt() + self.eps)
-        factor.sub_(self.lr * (direction + self.weight_decay * factor))
+        factor.sub_(self.lr[name] * (direction + self.weight_decay * factor))
 
 
 class ScaledLayer(_Layer):
@@ -115,9 +118,9 @@ class ScaledLayer(_Layer):
                 self.adamw(name, gradient)
             else:
                 factor = getattr(self, name)
-                factor.mul_(1 - self.lr * self.weight_decay)
+                factor.mul_(1 - self.lr[name] * self.weight_decay)
                 self.M[name] = self.momentum * self.M[name] + gradient
-                factor.sub_(self.lr * self.M[name])
+                factor.sub_(self.lr[name] * self.M[name])
 
 
 class LoRAProLayer(_Layer):
@@ -127,8 +130,10 @@ class LoRAProLayer(_Layer):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.sylvester = sylvester
 
-    def step(self, grad_A: Tensor, grad_B: Tensor) -> None:
-        """``g_A = s⁻²(BᵀB)⁻¹∂A + XA``, ``g_B = s⁻²[I - B(BᵀB)⁻¹Bᵀ]∂B(AAᵀ)⁻¹ - BX``."""
+    def step(self, grad_A: Tensor | None, grad_B: Tensor | None) -> None:
+        """``g_A = s⁻²(BᵀB)⁻¹∂A + XA``, ``g_B = s⁻²[I - B(BᵀB)⁻¹Bᵀ]∂B(AAᵀ)⁻¹ - BX``; without both gradients there is no step."""
+        if grad_A is None or grad_B is None:
+            return
         A, B = self.A, self.B
         inverse_B, inverse_A = self.inverse(B.T @ B), self.inverse(A @ A.T)
         g_A = inverse_B @ grad_A / self.s**2
@@ -142,8 +147,15 @@ class LoRAProLayer(_Layer):
         self.adamw("B", g_B)
 
 
+def positive_qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Thin QR with a nonnegative diagonal of R: V and M live in the basis Q, whose signs must be those of R."""
+    Q, R = torch.linalg.qr(x)
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return Q * signs, signs[:, None] * R
+
+
 class LoRARITELayer(_Layer):
-    """LoRA-RITE (arXiv 2410.20625), Jacobi, as METHODS §3 writes it."""
+    """LoRA-RITE (arXiv 2410.20625), Jacobi, as METHODS §3 writes it; with damping, R is that of ``[other; √δ I]``."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -157,14 +169,16 @@ class LoRARITELayer(_Layer):
         """A by the QR of B, B by the QR of Aᵀ, both from the factors as they were."""
         old_A, old_B = self.A.clone(), self.B.clone()
         if grad_A is not None:
-            self.A -= self.lr * (self.direction("A", old_B, grad_A) + self.weight_decay * old_A)
+            self.A -= self.lr["A"] * (self.direction("A", old_B, grad_A) + self.weight_decay * old_A)
         if grad_B is not None:
-            self.B -= self.lr * (self.direction("B", old_A.T, grad_B.T).T + self.weight_decay * old_B)
+            self.B -= self.lr["B"] * (self.direction("B", old_A.T, grad_B.T).T + self.weight_decay * old_B)
 
     def direction(self, name: str, other: Tensor, gradient: Tensor) -> Tensor:
         """The step of a factor (r, d) whose partner is ``other`` (d', r) = QR, for its gradient (r, d)."""
         beta1, beta2 = self.betas
-        Q, R = torch.linalg.qr(other)
+        Q, R = positive_qr(other)
+        if self.damping:
+            _, R = positive_qr(torch.cat([R, self.damping**0.5 * torch.eye(len(R), dtype=R.dtype)]))
         X = torch.linalg.solve(R.T, gradient)
         previous = self.basis[name]
         change = torch.eye(len(R), dtype=R.dtype) if previous is None else Q.T @ previous

@@ -1,4 +1,5 @@
-"""The moment step of all factors of a model: ``grouped_adamw_`` and the optimizer around it against torch's AdamW."""
+"""Steps of all factors of a model: ``grouped_adamw_`` and the optimizer around it, AltLoRA+ and SDS-LoRA's refresh step, each
+against its naive loop and against torch's AdamW on the same parameters: the yardstick of what a step may cost."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lowrank_kernels as lrk
 from lowrank_kernels.ops import grouped_adamw_
+from lowrank_kernels.optim.preconditioned import DEFAULT_DAMPING
 
 from ..harness import Case, Trial, worst
-from ..naive import adamw_
+from ..naive import SDSLoRALayer, adamw_
+from ..naive.preconditioned import AltLoRALayer
 from . import Setting, on, suite
 
 #: A learning rate at which a step that was not taken is seen in bf16 too.
@@ -32,6 +35,10 @@ class Factors:
         """Zero moments, fp32 at least."""
         return [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.params]
 
+    def layers(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(A, B, ∂A, ∂B) of every layer."""
+        return [(*self.params[i : i + 2], *self.grads[i : i + 2]) for i in range(0, len(self.params), 2)]  # type: ignore[misc]
+
     def copy(self, dtype: torch.dtype | None = None) -> Factors:
         """The same factors and gradients elsewhere in memory."""
         return Factors(*([t.to(dtype or t.dtype, copy=True) for t in tensors] for tensors in (self.params, self.grads)))
@@ -48,6 +55,11 @@ def make_factors(setting: Setting) -> Factors:
     return Factors(draw(), draw())
 
 
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """What naive code computes in, which knows no factorization of bf16 matrices."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def after_one_step(factors: Factors) -> list[Tensor]:
     """The parameters after one naive step, which is taken in place."""
     adamw_(factors.params, factors.grads, factors.moments(), factors.moments(), step=1, **HYPERPARAMETERS)
@@ -55,11 +67,16 @@ def after_one_step(factors: Factors) -> list[Tensor]:
 
 
 class Judge:
-    """DESIGN's tolerance for kernels: ``|out − ref64| ≤ 2·|torch in the same dtype − ref64| + 8·eps·max|ref64|``."""
+    """DESIGN's tolerance for kernels: ``|out − ref64| ≤ 2·|torch in the same dtype − ref64| + 8·eps·max|ref64|``.
 
-    def __init__(self, factors: Factors) -> None:
-        self.exact = after_one_step(factors.copy(torch.float64))
-        own = after_one_step(factors.copy())
+    ``step`` answers what is judged, after one naive step on the factors it is given.
+    """
+
+    def __init__(
+        self, factors: Factors, step: Callable[[Factors], list[Tensor]] = after_one_step, own_dtype: torch.dtype | None = None
+    ) -> None:
+        self.exact = step(factors.copy(torch.float64))
+        own = [tensor.to(factors.params[0].dtype) for tensor in step(factors.copy(own_dtype))]
         eps = torch.finfo(own[0].dtype).eps
         self.tolerances = [
             2 * (mine.double() - exact).abs().max().item() + 8 * eps * exact.abs().max().item()
@@ -101,9 +118,121 @@ def optimizer(make: Callable[..., Any], ours: bool, factors: Factors, judge: Jud
     return Trial(make(params, **HYPERPARAMETERS).step, lambda: judge([p.detach() for p in params]), ours=ours)
 
 
+# ---------------------------------------------------------------------------------------------------------------- AltLoRA+
+
+#: eps as large as a small gradient: with Adam's 1e-8 the rounding of an entry near zero would decide the sign of its first step.
+ALTLORA = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.01, "damping": DEFAULT_DAMPING}
+
+
+def naive_altlora(factors: Factors) -> Callable[[], None]:
+    """AltLoRA+ of all layers, one layer after the other."""
+    layers = [(AltLoRALayer(A, B, 1.0, plus=True, **ALTLORA), grad_A, grad_B) for A, B, grad_A, grad_B in factors.layers()]
+
+    def run() -> None:
+        for layer, grad_A, grad_B in layers:
+            layer.step(grad_A, grad_B)
+
+    return run
+
+
+def after_one_altlora_step(factors: Factors) -> list[Tensor]:
+    naive_altlora(factors)()
+    return factors.params
+
+
+def altlora(backend: str, factors: Factors, judge: Judge) -> Trial:
+    """``AltLoRAPlus.step()`` on one backend, gradients in place; A and B take turns."""
+    params = [nn.Parameter(p) for p in factors.params]
+    for param, grad in zip(params, factors.grads, strict=True):
+        param.grad = grad
+    named = [(f"{index // 2}.lora_{'AB'[index % 2]}", param) for index, param in enumerate(params)]
+    step = lrk.AltLoRAPlus(named, scale=1.0, **ALTLORA).step
+    return Trial(step, lambda: judge([p.detach() for p in params]), on(backend), ours=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- SDS-LoRA
+
+
+def bases(factors: Factors) -> list[tuple[Tensor, Tensor]]:
+    """(Q_A, Q_B) of the factors of every layer, in their dtype; found in fp64, so that all providers start from the same ones."""
+    return [tuple(torch.linalg.qr(x.double())[0].to(x.dtype) for x in (A.mT, B)) for A, B, _, _ in factors.layers()]  # type: ignore[misc]
+
+
+def naive_sds(factors: Factors) -> tuple[Callable[[], None], list[SDSLoRALayer]]:
+    """SDS-LoRA's main run with a refresh in every step, one layer after the other."""
+    layers = []
+    for (A, B, _, _), (q_a, q_b) in zip(factors.layers(), bases(factors), strict=True):
+        layer = SDSLoRALayer(A, B, 1.0, total_steps=2, warmup_steps=1, refresh_every=1, **HYPERPARAMETERS)
+        layer.Q_A, layer.Q_B, layer.steps = q_a, q_b, 1
+        layers.append(layer)
+
+    def run() -> None:
+        for layer, (_, _, grad_A, grad_B) in zip(layers, factors.layers(), strict=True):
+            layer.step(grad_A, grad_B)
+
+    return run, layers
+
+
+def factors_and_bases(layers: list[SDSLoRALayer]) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in (layer.A, layer.B, layer.Q_A, layer.Q_B) if tensor is not None]
+
+
+def after_one_sds_step(factors: Factors) -> list[Tensor]:
+    run, layers = naive_sds(factors)
+    run()
+    return factors_and_bases(layers)
+
+
+def sds(backend: str, factors: Factors, judge: Judge) -> Trial:
+    """``SDSLoRA.step()`` on one backend, with a refresh in every step."""
+    layers = nn.ModuleList()
+    for (A, B, grad_A, grad_B), (q_a, q_b) in zip(factors.layers(), bases(factors), strict=True):
+        base = nn.Linear(1, 1, bias=False)
+        base.in_features, base.out_features = A.shape[1], B.shape[0]
+        base.weight = nn.Parameter(A.new_zeros(1).expand(B.shape[0], A.shape[1]), requires_grad=False)  # a step does not read it
+        layer = lrk.LowRankLinear(base, A.shape[0], 1.0, method="sds", dtype=A.dtype)
+        layer.lora_A.data, layer.lora_B.data, layer.decoupled = A, B, True
+        layer.q_a.copy_(q_a.mT)
+        layer.q_b.copy_(q_b)
+        layer.lora_A.grad, layer.lora_B.grad = grad_A, grad_B
+        layers.append(layer)
+    step = lrk.SDSLoRA(layers, warmup_steps=0, refresh_every=1, **HYPERPARAMETERS).step
+
+    def judged() -> tuple[float, float]:
+        return judge([t.detach() for layer in layers for t in (layer.lora_A, layer.lora_B, layer.q_a.mT, layer.q_b)])
+
+    return Trial(step, judged, on(backend), ours=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the cases
+
+
+def method_case(
+    setting: Setting, op: str, factors: Factors, bytes_moved: int, naive_run: Callable[[], Trial], ours: Callable[[str], Trial]
+) -> Case:
+    """A method's whole step: naive, torch's fused AdamW on the same parameters, ours on each backend and as the registry chooses."""
+    adamw = Judge(factors)
+    return Case(
+        op=op,
+        shapes=setting.shapes,
+        rank=setting.rank,
+        dtype=setting.dtype,
+        device=setting.device,
+        bytes=bytes_moved,
+        tensors=len(factors.params),
+        providers={
+            "naive": naive_run,
+            "torch-fused-adamw": lambda: optimizer(partial(torch.optim.AdamW, fused=True), False, factors.copy(), adamw),
+            **{f"ours-{backend}": partial(ours, backend) for backend in setting.backends},
+            "ours-optimizer": partial(ours, "auto"),
+        },
+        rival="torch-fused-adamw",
+    )
+
+
 @suite("optimizer")
 def cases(setting: Setting) -> Iterator[Case]:
-    """``grouped_adamw_`` over all factors of the adapted layers."""
+    """``grouped_adamw_`` over all factors of the adapted layers; the steps of AltLoRA+ and of SDS-LoRA with a refresh."""
     factors = make_factors(setting)
     judge = Judge(factors)
     providers: dict[str, Callable[[Factors, Judge], Trial]] = {
@@ -126,4 +255,37 @@ def cases(setting: Setting) -> Iterator[Case]:
         tensors=len(factors.params),
         providers={name: lambda build=build: build(factors.copy(), judge) for name, build in providers.items()},
         rival="torch-fused",
+    )
+
+    wide = at_least_single(setting.dtype)
+    altlora_judge = Judge(factors, after_one_altlora_step, wide)
+
+    def naive_altlora_trial() -> Trial:
+        mine = factors.copy(wide)
+        return Trial(naive_altlora(mine), lambda: altlora_judge([p.to(setting.dtype) for p in mine.params]))
+
+    yield method_case(
+        setting,
+        "altlora_plus_step",
+        factors,
+        # On average over the two turns: AdamW's traffic for half of the factors, one read of the other half for its Grams.
+        elements * (3 * item + 4 * state + item) // 2,
+        naive_altlora_trial,
+        lambda backend: altlora(backend, factors.copy(), altlora_judge),
+    )
+
+    sds_judge = Judge(factors, after_one_sds_step, wide)
+
+    def naive_sds_trial() -> Trial:
+        run, layers = naive_sds(factors.copy(wide))
+        return Trial(run, lambda: sds_judge([t.to(setting.dtype) for t in factors_and_bases(layers)]))
+
+    yield method_case(
+        setting,
+        "sds_lora_refresh_step",
+        factors,
+        # AdamW; then read the factors and the old bases, write the new bases.
+        elements * (6 * item + 4 * state),
+        naive_sds_trial,
+        lambda backend: sds(backend, factors.copy(), sds_judge),
     )

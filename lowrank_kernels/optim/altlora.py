@@ -64,35 +64,53 @@ class AltLoRA(PreconditionedOptimizer):
         """How the moment step differs from AdamW's."""
         return {"betas": (group["momentum"], 0.0), "bias_correction": False}
 
+    def _accept_pairs(self) -> None:
+        super()._accept_pairs()
+        for pair in self._pairs:
+            if self.param_groups[pair.a[0]]["turn"] != self.param_groups[pair.b[0]]["turn"]:
+                raise ValueError(
+                    f"{type(self).__name__}: A and B of {pair.name} were added at different steps; add both in one add_param_group"
+                )
+
+    def _updates_due(self, group_index: int, index: int) -> int | Tensor:
+        group = self.param_groups[group_index]
+        if index not in self._factors[group_index] or group["order"] == "joint":
+            return group["step"]
+        side = "B" if index in self._second_factors[group_index] else "A"
+        return (group["step"] + (1 if group["order"] == side else 0)) // 2
+
+    def _update(self) -> None:
+        super()._update()
+        for group in self.param_groups:
+            group["turn"] = 1 - group["turn"]
+
     def _step_pairs(self, pairs: list[FactorPair]) -> None:
         group = self._group(pairs, "A")
-        turn = ORDERS[group["order"]][(int(group["step"]) - 1) % 2]
-        for idle in set("AB") - set(turn):
-            for pair in pairs:
-                self._miss(self._group([pair], idle), self._position(pair, idle)[1])
+        turns = ORDERS[group["order"]]
+        turn, next_turn = turns[group["turn"]], turns[1 - group["turn"]]
         active = {side: self._with_gradient(pairs, side) for side in turn}
         # Jacobi: every preconditioner from the factors as they were.
         inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in turn if active[side]}
         new_grams: dict[str, Tensor] = {}
         for side, inverse in inverses.items():
-            scales = torch.tensor([pair.scale**-2 for pair in active[side]], dtype=inverse.dtype).to(inverse.device)
             transport = torch.stack(self._small_state(active[side], side, "transport"))
             new_grams[side] = inverse.new_empty(len(inverse), 2, *inverse.shape[1:])
             self._step_side(
                 active[side],
                 side,
-                grad_maps=inverse * scales[:, None, None],
+                grad_maps=inverse / pairs[0].scale ** 2,
                 momentum_maps=transport if side == "A" else transport.mT,
                 new_grams=new_grams[side],
                 **self._moments(self._group(pairs, side)),
             )
         for side in inverses:
-            for transport in self._small_state(active[side], side, "transport"):
-                transport.copy_(torch.eye(len(transport)))
+            transports = self._small_state(active[side], side, "transport")
+            identity = torch.eye(len(transports[0]), device=transports[0].device)
+            torch._foreach_copy_(transports, [identity] * len(transports))
         for side, grams in new_grams.items():
             self._carry_momentum(active[side], OTHER[side], grams)
         if group["freeze_idle"]:
-            self._freeze_idle(pairs, ORDERS[group["order"]][int(group["step"]) % 2])
+            self._freeze_idle(pairs, next_turn)
 
     def _carry_momentum(self, pairs: list[FactorPair], side: str, grams: Tensor) -> None:
         """After the other side's update: ``C ← (XᵀX + δI)⁻¹ (XᵀX_old) C`` (of B's momentum the transpose is kept)."""
@@ -145,4 +163,5 @@ class AltLoRAPlus(AltLoRA):
 def _alternation(name: str, order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:
     if order not in ORDERS:
         raise ValueError(f"{name}: order must be 'B' (first), 'A' (first) or 'joint', got {order!r}")
-    return {"order": order, "damping": damping, "freeze_idle": bool(freeze_idle)}
+    # The turn is the host's, apart from the step counter, which is the device's when capturable: one CUDA graph for each turn.
+    return {"order": order, "damping": damping, "freeze_idle": bool(freeze_idle), "turn": 0}

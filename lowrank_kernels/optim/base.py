@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import grouped_adamw_
-from ..pairs import Pair, owners, pairs, pairs_by_name
+from ..pairs import Pair, is_adapter_parameter, owners, pairs, pairs_by_name
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module
 
@@ -72,7 +72,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     Args:
         params: what ``torch.optim.AdamW`` takes (tensors, dicts of groups, named parameters), or the model itself
             (then its trainable parameters). Factors are paired by our adapters or by name; s is read from the module
-            when the model is given.
+            when the model is given. Adapter parameters that are no pair of matrices (LoRA on embeddings and convolutions,
+            DoRA's magnitudes) get AdamW; one warning names them.
         lr, betas, eps, maximize, capturable: as ``torch.optim.AdamW``.
         weight_decay: decoupled, multiplied by lr. None means 0 for factors and AdamW's 0.01 for everything else; a
             number holds for both. In a group they stand as ``factor_weight_decay`` and ``weight_decay``.
@@ -138,7 +139,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
         super().__init__(self._groups_of(params), defaults)
         self._constructed = True
-        self._find_pairs(known)
+        self._find_pairs(known, since_group=0)
 
     # ---------------------------------------------------------------- arguments
 
@@ -163,7 +164,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         group["weight_decay"] = REST_WEIGHT_DECAY if decay is None else decay
         group["step"], group["cleared_at"], group["missed"] = 0, 0, {}
         if self._constructed:
-            self._find_pairs([])
+            self._find_pairs([], since_group=len(self.param_groups) - 1)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         """``torch.optim.AdamW``'s checks, in its words."""
@@ -181,8 +182,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if decay is not None and not decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {decay}")
 
-    def _find_pairs(self, known: list[Pair]) -> None:
-        """Pair what is not paired yet: by ``known`` (the model's pairs), by our live layers, then by name."""
+    def _find_pairs(self, known: list[Pair], since_group: int) -> None:
+        """Pair what is not paired yet: by ``known`` (the model's pairs), by our live layers, then by name.
+
+        What is new, and may be worth a notice, are the groups from ``since_group`` on.
+        """
         taken = {position for pair in self._pairs for position in (pair.a, pair.b)}
         positions = {
             id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"]) if (g, i) not in taken
@@ -217,6 +221,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…",
                 stacklevel=4,
+            )
+        if self.requires_pairs:
+            self._notice_unpaired(range(since_group, len(self.param_groups)))
+
+    def _notice_unpaired(self, groups: Iterable[int]) -> None:
+        """Say once, by name, which adapter parameters the method does not reach."""
+        left = [
+            parameter_name
+            for g in groups
+            for i, parameter_name in enumerate(self.param_groups[g].get("param_names", ()))
+            if i not in self._factors[g] and is_adapter_parameter(parameter_name)
+        ]
+        if left:
+            warnings.warn(
+                f"{type(self).__name__}: {len(left)} adapter parameter(s) are no pair of matrices (embeddings, convolutions, DoRA's "
+                f"magnitudes, lone factors) and get AdamW: {', '.join(left[:4])}{', …' if len(left) > 4 else ''}",
+                stacklevel=5,
             )
 
     def _name_at(self, position: Position) -> str:
@@ -298,13 +319,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             parts = None
             for index, p in enumerate(group["params"]):
                 if p.requires_grad and p not in self.state:
-                    since = group["cleared_at"] if index in self._factors[group_index] else 0
-                    if group["step"] > since:
-                        group["missed"][index] = int(group["step"] - since)
+                    if due := int(self._updates_due(group_index, index)):
+                        group["missed"][index] = due
                     parts = self._trained_parts(group_index) if parts is None else parts
                     part = p[parts[index]] if index in parts else p
                     is_factor = index in self._factors[group_index]
                     self.state[p] = self._factor_state(group, part) if is_factor else moments(part, "exp_avg", "exp_avg_sq")
+
+    def _updates_due(self, group_index: int, index: int) -> int | Tensor:
+        """How many updates, counted since its moments were zero, the parameter has had if it always had a gradient."""
+        group = self.param_groups[group_index]
+        return group["step"] - group["cleared_at"] if index in self._factors[group_index] else group["step"]
 
     def _moment_step(self, group_index: int, indices: Iterable[int] | None = None) -> None:
         """AdamW on those parameters of the group (all, if not told) that have a gradient: one call per device, dtype and kind."""
@@ -326,6 +351,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if group["params"][index] in self.state:
             group["missed"][index] = group["missed"].get(index, 0) + 1
 
+    @staticmethod
+    def _lr(group: dict[str, Any], is_second: bool) -> float | Tensor:
+        """The learning rate of a group, or of the Bs in it."""
+        return group["lr"] * group["lr_ratio"] if is_second and group["lr_ratio"] != 1.0 else group["lr"]
+
     def _adamw(self, group_index: int, members: list[int], *, is_factor: bool, is_second: bool, **options: Any) -> None:
         """One call of ``grouped_adamw_`` on parameters that all have a gradient; ``options`` replace what AdamW would pass."""
         group, parts = self.param_groups[group_index], self._trained_parts(group_index)
@@ -340,11 +370,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             grads = [grad if part is None else grad[part] for grad, part in zip(grads, slices, strict=True)]
         missed = [group["missed"].get(index, 0) for index in members] if group["missed"] else []
         arguments: dict[str, Any] = {
-            "lr": group["lr"] * group["lr_ratio"] if is_second else group["lr"],
+            "lr": self._lr(group, is_second),
             "betas": group["betas"],
             "eps": group["eps"],
             "weight_decay": group["factor_weight_decay" if is_factor else "weight_decay"],
-            "step": group["step"] - group["cleared_at"] if is_factor else group["step"],
+            "step": self._updates_due(group_index, members[0]),
             "missed": missed if any(missed) else (),
             "maximize": group["maximize"],
             "check": False,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import grouped_gram
 from .base import AdamWOptions, FactorPair, ParamsT
-from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer, symmetric_eigen
 
 
 class LoRAPro(PreconditionedOptimizer):
@@ -23,7 +23,8 @@ class LoRAPro(PreconditionedOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
-        sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB)⁻¹ ∂A Aᵀ`` (through the eigenvectors of the two Grams); False: X = 0.
+        sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB)⁻¹ ∂A Aᵀ`` (through the eigenvectors of the two Grams); False: X = 0,
+            which ``capturable`` needs.
         damping: δ, absolute.
     """
 
@@ -40,21 +41,26 @@ class LoRAPro(PreconditionedOptimizer):
         damping: float = DEFAULT_DAMPING,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        if sylvester and options.get("capturable"):
+            raise ValueError(
+                "LoRAPro: sylvester=True cannot be captured (its eigenvectors synchronize); use sylvester=False, or leave out capturable"
+            )
         method = {"sylvester": bool(sylvester), "damping": damping}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
     def _step_pairs(self, pairs: list[FactorPair]) -> None:
         group = self._group(pairs, "A")
         with_a, with_b = self._with_gradient(pairs, "A"), self._with_gradient(pairs, "B")
-        pairs = [pair for pair in with_a if pair in with_b]
-        for side, extra in (("A", with_a), ("B", with_b)):
-            for pair in extra:
-                if pair not in pairs:  # the adjusted gradients need both
+        both = set(with_a) & set(with_b)  # the adjusted gradients need both
+        pairs = [pair for pair in with_a if pair in both]
+        for side, present in (("A", with_a), ("B", with_b)):
+            for pair in present:
+                if pair not in both:
                     self._miss(self._group([pair], side), self._position(pair, side)[1])
         if not pairs:
             return
         inverse_b, inverse_a = self._inverse_grams(pairs, "B"), self._inverse_grams(pairs, "A")
-        s = torch.tensor([pair.scale**-2 for pair in pairs], dtype=torch.float64).to(inverse_a.device)[:, None, None]
+        s = pairs[0].scale ** -2
         sign = -1.0 if group["maximize"] else 1.0
         map_a = s * inverse_b
         # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself.
@@ -73,8 +79,8 @@ class LoRAPro(PreconditionedOptimizer):
 
 def _solve_sylvester(left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
     """X of ``left X + X right = rhs`` for symmetric positive semidefinite (N, r, r) stacks; directions that neither has stay zero."""
-    values_l, vectors_l = torch.linalg.eigh(left)
-    values_r, vectors_r = torch.linalg.eigh(right)
+    values_l, vectors_l = symmetric_eigen(left)
+    values_r, vectors_r = symmetric_eigen(right)
     sums = values_l[:, :, None] + values_r[:, None, :]
     rotated = vectors_l.mT @ rhs @ vectors_r
     floor = sums.amax(dim=(1, 2), keepdim=True) * torch.finfo(sums.dtype).eps

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import grouped_gram, grouped_qr
 from .base import AdamWOptions, FactorPair, ParamsT, moments, state_dtype
-from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer, symmetric_eigen
 
 
 class LoRARITE(PreconditionedOptimizer):
@@ -27,6 +27,7 @@ class LoRARITE(PreconditionedOptimizer):
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
         damping: δ, absolute: R is the triangular factor of ``[B; √δ I]``, so that a rank-deficient B (zero, at the start) does not
             divide by zero.
+        capturable: not supported; True is an error.
 
     State of a factor: ``exp_avg``, ``basis`` (the partner's Q, of the partner's shape), ``second`` (r, r), ``escaped`` ().
     """
@@ -43,6 +44,8 @@ class LoRARITE(PreconditionedOptimizer):
         damping: float = DEFAULT_DAMPING,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        if options.get("capturable"):
+            raise ValueError("LoRARITE: the step cannot be captured (its eigenvectors synchronize); leave out capturable")
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={"damping": damping}, **options)
 
     def _create_state(self) -> None:
@@ -85,7 +88,7 @@ class LoRARITE(PreconditionedOptimizer):
 
         before = torch.stack([state["second"] for state in states]).double()
         moved = change @ before @ change.mT
-        lost = (torch.linalg.eigvalsh(before) - torch.linalg.eigvalsh(moved)).abs().amax(dim=1)
+        lost = (symmetric_eigen(before)[0] - symmetric_eigen(moved)[0]).abs().amax(dim=1)
         escaped = beta2 * (torch.stack([state["escaped"] for state in states]).double() + lost)
         second = beta2 * moved + (1 - beta2) * energy
         for state, q, v, rho in zip(states, qs, second, escaped, strict=True):
@@ -95,7 +98,7 @@ class LoRARITE(PreconditionedOptimizer):
 
         missed = [group["missed"].get(self._position(pair, side)[1], 0) for pair in pairs]
         steps = group["step"] - torch.tensor(missed, dtype=torch.float64, device=device)
-        eigenvalues, vectors = torch.linalg.eigh(second)
+        eigenvalues, vectors = symmetric_eigen(second)
         hat = (eigenvalues.clamp_min(0) + escaped[:, None]) / (1 - beta2**steps)[:, None] + group["eps"]
         return vectors @ (hat.rsqrt()[:, :, None] * vectors.mT) @ inverse_r.mT, change, inverse_r
 

@@ -33,15 +33,15 @@ class ScaledAdamW(PreconditionedOptimizer):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={"damping": damping}, **options)
 
-    def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
-        """How the moment step differs from AdamW's."""
+    def _moments(self, group: dict[str, Any], side: str) -> dict[str, Any]:
+        """How the moment step of a side differs from AdamW's."""
         return {}
 
     def _step_pairs(self, pairs: list[FactorPair]) -> None:
         active = {side: self._with_gradient(pairs, side) for side in "AB"}
         inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in "AB" if active[side]}
         for side, inverse in inverses.items():
-            self._step_side(active[side], side, grad_maps=inverse, **self._moments(self._group(pairs, side)))
+            self._step_side(active[side], side, grad_maps=inverse, **self._moments(self._group(pairs, side), side))
 
 
 class ScaledGD(ScaledAdamW):
@@ -74,12 +74,12 @@ class ScaledGD(ScaledAdamW):
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
         return moments(part, "exp_avg") if group["momentum"] else {}
 
-    def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _moments(self, group: dict[str, Any], side: str) -> dict[str, Any]:
         # The moment step averages, m = μ m + (1-μ) ĝ; SGD adds up. Dividing the step by 1-μ makes them equal.
         keep = 1.0 - group["momentum"]
         return {
             "betas": (group["momentum"], 0.0),
             "bias_correction": False,
-            "lr": group["lr"] / keep,
+            "lr": self._lr(group, is_second=side == "B") / keep,
             "weight_decay": group["factor_weight_decay"] * keep,
         }

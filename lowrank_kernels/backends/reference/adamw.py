@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ..registry import implements
@@ -11,6 +13,13 @@ from ._common import always, compute_dtype
 def apply_map(matrix: Tensor, x: Tensor, rank_dim: int) -> Tensor:
     """An r×r map on the thin side of a factor: ``M x`` for (r, d) (``rank_dim`` 0), ``x M`` for (d, r) (``rank_dim`` 1)."""
     return matrix.to(x.dtype) @ x if rank_dim == 0 else x @ matrix.to(x.dtype)
+
+
+def _correction(beta: float, t: int | Tensor, like: Tensor) -> float | Tensor:
+    """``1 - βᵗ``. A counter on the device is fp32, in which ``1 - 0.999`` has four digits left; expm1 keeps them all."""
+    if not isinstance(t, Tensor) or beta == 0:
+        return 1 - beta**t if beta else 1.0
+    return -(t.to(like.dtype) * math.log(beta)).expm1()
 
 
 @implements("grouped_adamw_", "reference", always)
@@ -55,8 +64,7 @@ def grouped_adamw_(
         if param_maps is not None:
             g = g + apply_map(param_maps[i], old, rank_dims[i])
         t = step - missed[i] if missed else step
-        correction1 = 1 - beta1**t if bias_correction else 1.0
-        correction2 = 1 - beta2**t if bias_correction else 1.0
+        correction1, correction2 = (_correction(beta, t, g) if bias_correction else 1.0 for beta in (beta1, beta2))
         m = g
         if exp_avgs:
             m = exp_avgs[i]

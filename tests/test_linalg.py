@@ -1,0 +1,575 @@
+"""What the factorizations, Grams and solves promise, on every backend that takes CPU calls: accuracy, robustness, isolation, errors.
+
+Factorizations are judged by orthogonality, residual and projectors, never against another library's signs or bases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import resource
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.harness import peak_temporary_bytes
+from lowrank_kernels import ops
+from lowrank_kernels.backends import BackendError, force, implementations
+
+SINGLE, DOUBLE = torch.float32, torch.float64
+DTYPES = [SINGLE, DOUBLE]
+#: ‖QᵀQ − I‖_max, and residuals relative to ‖X‖.
+BOUND = {SINGLE: 1e-5, DOUBLE: 1e-13}
+#: The worst condition number that QR must take.
+WORST_KAPPA = {SINGLE: 1e6, DOUBLE: 1e12}
+HEIGHTS = (57, 400, 129)
+
+
+@contextlib.contextmanager
+def running(operation: str, backend: str) -> Iterator[None]:
+    """Force a backend for one operation; skip where it does not have it, or says that it cannot take the call."""
+    if backend not in implementations(operation):
+        pytest.skip(f"{backend} does not implement {operation}")
+    with force(f"{operation}={backend}"):
+        try:
+            yield
+        except BackendError as error:
+            pytest.skip(str(error))
+
+
+on_every_backend = pytest.mark.parametrize("backend", ["reference", "native"])
+in_both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp64"])
+
+
+def conditioned(rows: int, columns: int, kappa: float) -> Tensor:
+    """A random fp64 matrix with singular values spread evenly, on a logarithmic scale, from 1 down to 1/kappa."""
+    u, _ = torch.linalg.qr(torch.randn(rows, columns, dtype=DOUBLE))
+    v, _ = torch.linalg.qr(torch.randn(columns, columns, dtype=DOUBLE))
+    return u * torch.logspace(0, -math.log10(kappa), columns, dtype=DOUBLE) @ v.mT
+
+
+def relative(error: Tensor, of: Tensor) -> float:
+    """``‖error‖_F / ‖of‖_F`` in fp64, scaled first so that no square under- or overflows."""
+    peak = of.double().abs().max().clamp_min(torch.finfo(DOUBLE).tiny)
+    return float((error.double() / peak).norm() / (of.double() / peak).norm())
+
+
+def orthogonality(q: Tensor) -> float:
+    """``‖QᵀQ − I‖_max`` in fp64."""
+    return float((q.double().mT @ q.double() - torch.eye(q.shape[1], dtype=DOUBLE)).abs().max())
+
+
+# ------------------------------------------------------------------------------------------------------------------ QR and polar
+
+
+def awkward(kind: str, rows: int, rank: int, dtype: torch.dtype) -> Tensor:
+    """The matrices on which QR by Cholesky alone breaks down."""
+    x = torch.randn(rows, rank, dtype=DOUBLE)
+    if kind == "zero columns":
+        x[:, ::2] = 0
+    elif kind == "duplicate columns":
+        x[:, rank // 2 :] = x[:, : rank - rank // 2]
+    elif kind == "all zero":
+        x.zero_()
+    elif kind == "huge":
+        x *= 1e18 if dtype == SINGLE else 1e180
+    elif kind == "tiny":
+        x *= 1e-18 if dtype == SINGLE else 1e-180
+    elif kind == "both":  # columns of 1e18 beside columns of 1e-18
+        x *= torch.tensor([1e18, 1e-18] * rank, dtype=DOUBLE)[:rank]
+    elif kind == "denormal":
+        x *= torch.finfo(dtype).tiny / 64
+    elif kind == "one row twice":  # rank one
+        x = x[:1].expand(rows, -1).clone()
+    return x.to(dtype)
+
+
+AWKWARD = ("zero columns", "duplicate columns", "all zero", "huge", "tiny", "both", "denormal", "one row twice")
+
+
+def check_qr(x: Tensor, q: Tensor, r: Tensor, bound: float) -> None:
+    assert q.isfinite().all() and r.isfinite().all()
+    assert orthogonality(q) <= bound
+    residual = (q.double() @ r.double() - x.double()).abs()
+    denormal = x.shape[1] * torch.finfo(x.dtype).tiny
+    assert residual.max() <= denormal or relative(residual, x) <= bound
+    assert not r.tril(-1).any(), "R must be upper triangular"
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("rank", [1, 4, 16, 33])
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_qr_of_ill_conditioned_factors(backend: str, dtype: torch.dtype, rank: int, share: float) -> None:
+    kappa = WORST_KAPPA[dtype] ** share
+    xs = [conditioned(rows, rank, kappa).to(dtype) for rows in HEIGHTS]
+    xs.append(conditioned(64, rank, kappa).to(dtype).mT.contiguous().mT)  # as A.mT has it
+    with running("grouped_qr", backend):
+        qs, rs = ops.grouped_qr(xs)
+    for x, q, r in zip(xs, qs, rs, strict=True):
+        check_qr(x, q, r, BOUND[dtype])
+        assert (r.diagonal() >= 0).all()
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("rank", [5, 16])
+def test_qr_and_polar_of_awkward_factors(backend: str, dtype: torch.dtype, rank: int) -> None:
+    xs = [awkward(kind, rows, rank, dtype) for kind in AWKWARD for rows in (rank, 130)]
+    with running("grouped_qr", backend):
+        (qs, rs), (again, again_rs) = ops.grouped_qr(xs), ops.grouped_qr(xs)
+    for x, q, r in zip(xs, qs, rs, strict=True):
+        check_qr(x, q, r, BOUND[dtype])
+    assert torch.equal(rs, again_rs) and all(map(torch.equal, qs, again)), "not deterministic"
+
+
+@on_every_backend
+@in_both_dtypes
+def test_qr_signs_follow_the_previous_q(backend: str, dtype: torch.dtype) -> None:
+    xs = [torch.randn(rows, 6, dtype=DOUBLE).to(dtype) for rows in HEIGHTS]
+    with running("grouped_qr", backend):
+        start, _ = ops.grouped_qr(xs)
+        flipped = [q * torch.tensor([1, -1, -1, 1, -1, 1]) for q in start]
+        qs, rs = ops.grouped_qr(xs, flipped)
+        in_place = [q.clone() for q in flipped]
+        ops.grouped_qr(xs, in_place, out=in_place)
+    for x, q, r, before, written in zip(xs, qs, rs, flipped, in_place, strict=True):
+        torch.testing.assert_close(q, before, rtol=0, atol=4 * BOUND[dtype])
+        check_qr(x, q, r, BOUND[dtype])
+        assert torch.equal(q, written)
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("kappa_share", [0, 1])
+def test_polar_is_the_nearest_orthonormal_matrix(backend: str, dtype: torch.dtype, kappa_share: int) -> None:
+    # Polar factors are as sensitive as the smallest singular value is small: forward error eps·κ, orthogonality none of it.
+    kappa = 1e4**kappa_share
+    xs = [3 * conditioned(rows, 8, kappa).to(dtype) for rows in HEIGHTS]
+    with running("grouped_polar", backend):
+        qs = ops.grouped_polar(xs)
+        out = [torch.full_like(x, math.nan) for x in xs]
+        ops.grouped_polar(xs, out=out)
+    for x, q, written in zip(xs, qs, out, strict=True):
+        assert orthogonality(q) <= BOUND[dtype] and torch.equal(q, written)
+        symmetric = q.double().mT @ x.double()
+        assert relative(symmetric - symmetric.mT, symmetric) <= BOUND[dtype]
+        assert torch.linalg.eigvalsh(symmetric).min() > 0
+        u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        torch.testing.assert_close(q.double(), u @ vh, rtol=0, atol=8 * torch.finfo(dtype).eps * kappa + BOUND[dtype])
+
+
+@on_every_backend
+@in_both_dtypes
+def test_polar_completes_what_is_rank_deficient(backend: str, dtype: torch.dtype) -> None:
+    xs = [awkward(kind, rows, 5, dtype) for kind in AWKWARD for rows in (5, 130)]
+    with running("grouped_polar", backend):
+        qs, again = ops.grouped_polar(xs), ops.grouped_polar(xs)
+    for q, repeated in zip(qs, again, strict=True):
+        assert orthogonality(q) <= BOUND[dtype]
+        assert torch.equal(q, repeated), "not deterministic"
+
+
+# ------------------------------------------------------------------------------------------------------------------ Gram and solve
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE, torch.bfloat16])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("rank", [1, 8, 33])
+def test_gram(backend: str, dtype: torch.dtype, double: bool, rank: int) -> None:
+    xs = [torch.randn(rows, rank).to(dtype) for rows in (*HEIGHTS, 3, 0)] + [torch.randn(rank, 90).to(dtype).mT]
+    ys = [torch.randn(x.shape[0], 5).to(dtype) for x in xs]
+    result = DOUBLE if double or dtype == DOUBLE else SINGLE
+    with running("grouped_gram", backend):
+        own = ops.grouped_gram(xs, dtype=DOUBLE if double else None)
+        cross = ops.grouped_gram(xs, ys, dtype=DOUBLE if double else None)
+    assert own.dtype == cross.dtype == result
+    assert torch.equal(own, own.mT), "exactly symmetric"
+    for x, y, gram, product in zip(xs, ys, own, cross, strict=True):
+        for left, right, got in ((x, x, gram), (x, y, product)):
+            exact = left.double().mT @ right.double()
+            simple = left.to(result).mT @ right.to(result)
+            scale = float(exact.abs().max()) if exact.numel() else 0.0
+            bound = 2 * float((simple.double() - exact).abs().max()) + 8 * torch.finfo(result).eps * scale
+            # Sums of another order than torch's: sqrt(n) roundings.
+            bound += torch.finfo(result).eps * float(left.double().norm(dim=0).max() * right.double().norm(dim=0).max())
+            assert float((got.double() - exact).abs().max()) <= bound
+
+
+@on_every_backend
+def test_gram_in_fp64_holds_what_overflows_fp32(backend: str) -> None:
+    xs = [1e30 * torch.randn(200, 4), 1e-30 * torch.randn(200, 4), 1e-40 * torch.randn(200, 4)]
+    with running("grouped_gram", backend):
+        grams = ops.grouped_gram(xs, dtype=DOUBLE)
+    for x, gram in zip(xs, grams, strict=True):
+        torch.testing.assert_close(gram, x.double().mT @ x.double(), rtol=1e-10, atol=0)
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("rank", [1, 8, 33])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("damping", [0.0, 1e-6, 0.3])
+def test_solve(backend: str, dtype: torch.dtype, rank: int, side: str, damping: float) -> None:
+    kappas = [1.0, 1e3, 1e5 if dtype == SINGLE else 1e12, 30.0]
+    grams = torch.stack([(q := conditioned(rank, rank, 1.0)) * torch.logspace(0, -math.log10(k), rank) @ q.mT for k in kappas]).to(dtype)
+    grams += torch.full_like(grams, math.nan).triu(1)  # only the lower triangles are read
+    shapes = [(rank, width) if side == "left" else (width, rank) for width in (70, 1, 7, 300)]
+    rhs = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    rhs[3] = rhs[3].mT.contiguous().mT
+    with running("grouped_solve", backend):
+        solutions = ops.grouped_solve(grams, rhs, damping, side=side)
+    eps = torch.finfo(dtype).eps
+    for gram, b, solution, kappa in zip(grams, rhs, solutions, kappas, strict=True):
+        lower = gram.double().tril()
+        matrix = lower + lower.tril(-1).mT + damping * torch.eye(rank, dtype=DOUBLE)
+        wide, right = (x.double() if side == "left" else x.double().mT for x in (solution, b))
+        # A backward stable solution, whatever the condition number; and the forward error that goes with it.
+        assert (matrix @ wide - right).norm() <= 8 * rank * eps * (matrix.norm() * wide.norm() + right.norm())
+        exact = torch.linalg.solve(matrix, right)
+        assert (wide - exact).norm() <= 8 * rank * eps * min(kappa, 1 / max(damping, 1e-300)) * exact.norm() * 2
+
+
+@on_every_backend
+def test_solve_in_fp64_with_the_smallest_damping_survives_kappa_1e6(backend: str) -> None:
+    """METHODS §6: σ₁ = 10, κ = 1e6, δ = 1e-6: an fp32 Cholesky of the damped Gram fails every time, an fp64 one never."""
+    xs = [10 * conditioned(300, 8, 1e6).float() for _ in range(20)]
+    rhs = [torch.randn(8, 50) for _ in xs]
+    with running("grouped_solve", backend):
+        grams = ops.grouped_gram(xs, dtype=DOUBLE)
+        solutions = ops.grouped_solve(grams, rhs, 1e-6)
+    for x, b, solution in zip(xs, rhs, solutions, strict=True):
+        exact = torch.linalg.solve(x.double().mT @ x.double() + 1e-6 * torch.eye(8, dtype=DOUBLE), b.double())
+        torch.testing.assert_close(solution, exact.float(), rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+@on_every_backend
+@in_both_dtypes
+def test_solve_takes_a_stack_and_reports_what_is_not_definite(backend: str, dtype: torch.dtype) -> None:
+    x = torch.randn(5, 20, 4, dtype=dtype)
+    grams, rhs = x.mT @ x, torch.randn(5, 4, 4, dtype=dtype)
+    spoilt = grams.clone()
+    spoilt[1] = -torch.eye(4, dtype=dtype)
+    spoilt[2, 3, 0] = math.nan
+    spoilt[4] = 0
+    with running("grouped_solve", backend):
+        good, damped, bad = ops.grouped_solve(grams, rhs), ops.grouped_solve(spoilt, rhs, 0.5), ops.grouped_solve(spoilt, rhs)
+    torch.testing.assert_close(good, torch.linalg.solve(grams.double(), rhs.double()).to(dtype), rtol=0, atol=1e4 * torch.finfo(dtype).eps)
+    for index, (ok, ok_damped) in enumerate([(True, True), (False, False), (False, False), (True, True), (False, True)]):
+        assert bad[index].isfinite().all() if ok else bad[index].isnan().all(), index
+        assert damped[index].isfinite().all() if ok_damped else damped[index].isnan().all(), index
+        assert not ok or torch.equal(bad[index], good[index])
+    torch.testing.assert_close(damped[4], 2 * rhs[4])
+
+
+# ------------------------------------------------------------------------------------------------------------------ SVD
+
+
+def projector_distance(a: Tensor, b: Tensor) -> float:
+    """``‖AAᵀ − BBᵀ‖₂`` of orthonormal bases of one rank, without forming a projector: the sine of the largest angle."""
+    rest = b.double() - a.double() @ (a.double().mT @ b.double())
+    return float(torch.linalg.matrix_norm(rest, 2))
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("k", [1, 4, 16])
+@pytest.mark.parametrize("kappa", [1.0, 30.0, 1e3])
+def test_svd_product(backend: str, dtype: torch.dtype, k: int, kappa: float) -> None:
+    lefts = [conditioned(rows, k, kappa).to(dtype) for rows in HEIGHTS]
+    rights = [conditioned(rows, k, kappa).to(dtype).mT.contiguous().mT for rows in reversed(HEIGHTS)]
+    rank = max(1, k // 2)
+    bound = BOUND[dtype]
+    with running("grouped_svd_product", backend):
+        us, ss, vs = ops.grouped_svd_product(lefts, rights, rank)
+    for left, right, u, s, v in zip(lefts, rights, us, ss, vs, strict=True):
+        exact_u, exact, exact_vh = torch.linalg.svd(left.double() @ right.double().mT, full_matrices=False)
+        assert orthogonality(u) <= bound and orthogonality(v) <= bound
+        assert (s.diff() <= 0).all()
+        assert (s.double() - exact[:rank]).abs().max() <= bound * exact[0]
+        gap = exact[rank - 1] - exact[rank]
+        for got, basis in ((u, exact_u[:, :rank]), (v, exact_vh[:rank].mT)):
+            assert projector_distance(got, basis) <= bound * float(exact[0] / gap)
+        image = left.double() @ (right.double().mT @ v.double())
+        assert (image - u.double() * s.double()).abs().max() <= bound * exact[0], "the triples belong together"
+
+
+@on_every_backend
+@in_both_dtypes
+def test_svd_product_of_awkward_factors(backend: str, dtype: torch.dtype) -> None:
+    kinds = [kind for kind in AWKWARD if kind not in ("huge", "tiny", "both")]
+    lefts, rights = ([awkward(kind, rows, 5, dtype) for kind in kinds] for rows in (70, 130))
+    big, small = (1e18, 1e-18) if dtype == SINGLE else (1e150, 1e-150)
+    for scale_left, scale_right in ((big, big), (small, small), (big, small)):
+        # The product itself is to be in range: singular values that overflow are rightly Inf.
+        lefts.append((torch.randn(70, 5, dtype=DOUBLE) * scale_left).to(dtype))
+        rights.append((torch.randn(130, 5, dtype=DOUBLE) * scale_right).to(dtype))
+    with running("grouped_svd_product", backend):
+        us, ss, vs = ops.grouped_svd_product(lefts, rights, 5)
+        again = ops.grouped_svd_product(lefts, rights, 5)
+    for index, (left, right, u, s, v) in enumerate(zip(lefts, rights, us, ss, vs, strict=True)):
+        assert orthogonality(u) <= BOUND[dtype] and orthogonality(v) <= BOUND[dtype], index
+        exact = torch.linalg.svdvals(torch.linalg.qr(left.double())[1] @ torch.linalg.qr(right.double())[1].mT)
+        if exact[0] < torch.finfo(dtype).max and exact.isfinite().all():
+            assert (s.double() - exact).abs().max() <= BOUND[dtype] * exact[0] + 8 * torch.finfo(dtype).tiny, index
+    assert torch.equal(ss, again[1]) and all(map(torch.equal, us + vs, again[0] + again[2])), "not deterministic"
+
+
+def peak_rss() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@on_every_backend
+def test_svd_product_never_forms_the_product(backend: str) -> None:
+    rows = 40_000
+    left, right = torch.randn(rows, 4), torch.randn(rows, 4)
+    product_bytes = 4 * rows**2  # 6.4 GB
+    with running("grouped_svd_product", backend):
+        before = peak_rss()
+        ops.grouped_svd_product([left], [right], 4)
+        assert peak_rss() - before < 0.02 * product_bytes
+        allocated = peak_temporary_bytes(lambda: ops.grouped_svd_product([left], [right], 4), torch.device("cpu"))
+    assert allocated <= 16 * left.nbytes
+
+
+def gaussian(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns)
+
+
+def signs(rows: int, columns: int) -> Tensor:
+    """What LoRA-SB decomposes: a flat spectrum."""
+    return torch.randn(rows, columns).sign()
+
+
+def decaying(rows: int, columns: int) -> Tensor:
+    """A random matrix with columns shrunk like 1/(1 + j/20), mixed."""
+    x = torch.randn(rows, columns) / (1 + torch.arange(columns) / 20)
+    mix, _ = torch.linalg.qr(torch.randn(columns, columns))
+    return x @ mix
+
+
+def low_rank_plus_noise(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, 12) @ torch.randn(12, columns) + torch.randn(rows, columns)
+
+
+KINDS: dict[str, Callable[[int, int], Tensor]] = {f.__name__: f for f in (gaussian, signs, decaying, low_rank_plus_noise)}
+
+
+@functools.cache
+def dense(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A matrix and its exact squared singular values, one of each kind for all tests of this file."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(len(kind))
+        x = KINDS[kind](rows, columns)
+    wide = x if rows >= columns else x.mT
+    return x, torch.linalg.eigvalsh(wide.double().mT @ wide.double()).flip(0)
+
+
+def check_energy(backend: str, x: Tensor, squares: Tensor, rank: int) -> None:
+    with running("grouped_svd", backend):
+        (u,), ss, (v,) = ops.grouped_svd([x], rank)
+    assert orthogonality(u) <= 1e-5 and orthogonality(v) <= 1e-5
+    exact = squares[:rank].sum()
+    # By what the bases capture, not by the singular values that the operation claims.
+    image = u.double().mT @ x.double()
+    assert image.square().sum() >= 0.995 * exact
+    assert (x.double() @ v.double()).square().sum() >= 0.995 * exact
+    assert ss[0].double().square().sum() <= (1 + 1e-5) * exact
+    # Rayleigh-Ritz: UᵀXV is the diagonal of the singular values.
+    core = image @ v.double()
+    assert (core - torch.diag(ss[0].double())).abs().max() <= 1e-4 * ss[0, 0]
+
+
+@on_every_backend
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [8, 16, 64])
+def test_svd_captures_the_energy(backend: str, kind: str, rank: int) -> None:
+    check_energy(backend, *dense(kind, 1024, 1024), rank)
+
+
+@on_every_backend
+@pytest.mark.parametrize("shape", [(1536, 384), (300, 1100)])
+def test_svd_captures_the_energy_of_rectangles(backend: str, shape: tuple[int, int]) -> None:
+    check_energy(backend, *dense("signs", *shape), 8)
+
+
+@pytest.mark.large
+@on_every_backend
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [2048, 4096])
+def test_svd_captures_the_energy_of_large_matrices(backend: str, kind: str, size: int) -> None:
+    x, squares = dense(kind, size, size)
+    for rank in (8, 16, 64):
+        check_energy(backend, x, squares, rank)
+
+
+@on_every_backend
+@in_both_dtypes
+def test_svd_of_small_matrices_is_exact(backend: str, dtype: torch.dtype) -> None:
+    """Where the Krylov space is the whole space; ragged shapes, zero, rank one, huge and tiny ones."""
+    shapes = [(9, 14), (14, 9), (9, 14), (8, 8), (9, 14), (9, 14), (9, 14)]
+    xs = [torch.randn(shape, dtype=DOUBLE) for shape in shapes]
+    xs[3][:, 1:] = xs[3][:, :1]
+    xs[4].zero_()
+    xs[5] *= 1e18 if dtype == SINGLE else 1e180
+    xs[6] *= 1e-18 if dtype == SINGLE else 1e-180
+    xs = [x.to(dtype) for x in xs]
+    with running("grouped_svd", backend):
+        us, ss, vs = ops.grouped_svd(xs, 8)
+        again = ops.grouped_svd(xs, 8)
+    for index, (x, u, s, v) in enumerate(zip(xs, us, ss, vs, strict=True)):
+        assert orthogonality(u) <= BOUND[dtype] and orthogonality(v) <= BOUND[dtype], index
+        exact = torch.linalg.svdvals(x.double())[:8]
+        assert (s.double() - exact).abs().max() <= 10 * BOUND[dtype] * exact[0], index
+    assert torch.equal(ss, again[1]) and all(map(torch.equal, us + vs, again[0] + again[2])), "not deterministic"
+
+
+@on_every_backend
+def test_svd_iterations_and_oversampling_help(backend: str) -> None:
+    x, squares = dense("signs", 1024, 1024)
+    energies = {}
+    with running("grouped_svd", backend):
+        for iterations, oversample in ((0, 0), (1, 0), (4, 0), (4, 8)):
+            _, ss, _ = ops.grouped_svd([x], 8, iterations=iterations, oversample=oversample)
+            energies[iterations, oversample] = float(ss.square().sum() / squares[:8].sum())
+    assert energies[0, 0] < 0.6 < energies[1, 0] < energies[4, 0] < energies[4, 8] <= 1 + 1e-5
+    assert energies[4, 8] > 0.97
+
+
+# ------------------------------------------------------------------------------------------------------------------ all of them
+
+CALLS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "grouped_gram": lambda xs: list(ops.grouped_gram(xs)),
+    "grouped_qr": lambda xs: ops.grouped_qr(xs)[0],
+    "grouped_solve": lambda xs: ops.grouped_solve(torch.eye(4).expand(len(xs), 4, 4).to(xs[0].dtype).contiguous(), xs, 0.5, side="right"),
+    "grouped_svd_product": lambda xs: ops.grouped_svd_product(xs, [x.flip(0) for x in xs], 3)[0],
+    "grouped_svd": lambda xs: ops.grouped_svd(xs, 3)[0],
+    "grouped_polar": lambda xs: ops.grouped_polar(xs),
+}
+for_every_operation = pytest.mark.parametrize("operation", CALLS)
+
+
+@on_every_backend
+@in_both_dtypes
+@for_every_operation
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_own_matrix(backend: str, dtype: torch.dtype, operation: str, bad: float) -> None:
+    xs = [torch.randn(rows, 4, dtype=dtype) for rows in (30, 50, 30, 30, 50)]
+    spoilt = [x.clone() for x in xs]
+    spoilt[1][7, 2] = bad
+    spoilt[3][0, 0] = bad
+    with running(operation, backend):
+        clean, results = CALLS[operation](xs), CALLS[operation](spoilt)
+    for index, (expected, result) in enumerate(zip(clean, results, strict=True)):
+        if index in (1, 3):
+            assert not result.isfinite().all(), f"{operation} hides what is not finite"
+        else:
+            # A batch of same-shaped matrices may be computed together, to rounding.
+            torch.testing.assert_close(result, expected, rtol=0, atol=0 if operation != "grouped_svd" else 100 * torch.finfo(dtype).eps)
+
+
+@on_every_backend
+@for_every_operation
+def test_inputs_are_not_written(backend: str, operation: str) -> None:
+    xs = [torch.randn(rows, 4) for rows in (30, 50)]
+    before = [x.clone() for x in xs]
+    with running(operation, backend):
+        CALLS[operation](xs)
+    assert all(map(torch.equal, xs, before))
+
+
+@for_every_operation
+def test_no_backward(operation: str) -> None:
+    xs = [torch.randn(rows, 4, requires_grad=True) for rows in (30, 50)]
+    with pytest.raises(RuntimeError, match=f"{operation} has no backward.*no_grad"):
+        sum(result.sum() for result in CALLS[operation](xs)).backward()
+
+
+def test_empty_lists() -> None:
+    assert ops.grouped_gram([]).shape[0] == 0
+    assert ops.grouped_qr([])[0] == []
+    assert ops.grouped_solve(torch.empty(0, 3, 3), []) == []
+    assert ops.grouped_svd_product([], [], 2)[0] == []
+    assert ops.grouped_svd([], 2)[0] == []
+    assert ops.grouped_polar([]) == []
+
+
+@on_every_backend
+def test_opcheck(backend: str) -> None:
+    namespace = torch.ops.lowrank_kernels
+    xs = [torch.randn(rows, 4, dtype=DOUBLE) for rows in (9, 6)]
+    strided = [x.mT.contiguous().mT for x in xs]
+    spd = torch.stack([x.mT @ x for x in xs])
+    previous, out, rs = [torch.linalg.qr(x)[0] for x in xs], [torch.empty_like(x) for x in xs], torch.empty(2, 4, 4, dtype=DOUBLE)
+    for operation, overload, arguments in (
+        ("grouped_gram", namespace.grouped_gram, (strided, None, False)),
+        ("grouped_gram", namespace.grouped_gram, (strided, xs, True)),
+        ("grouped_qr", namespace.grouped_qr, (strided, None)),
+        ("grouped_qr", namespace.grouped_qr, (xs, previous)),
+        ("grouped_qr", namespace.grouped_qr_out, (xs, previous, out, rs)),
+        ("grouped_solve", namespace.grouped_solve, (spd, xs, 0.1, False)),
+        ("grouped_solve", namespace.grouped_solve, (spd, [x.mT for x in xs], 0.0, True)),
+        ("grouped_svd_product", namespace.grouped_svd_product, (xs, strided, 2)),
+        ("grouped_svd", namespace.grouped_svd, (xs, 2, 1, None)),
+        ("grouped_polar", namespace.grouped_polar, (strided,)),
+        ("grouped_polar", namespace.grouped_polar_out, (xs, out)),
+    ):
+        if backend in implementations(operation):
+            with force(f"{operation}={backend}"):
+                torch.library.opcheck(overload, arguments)
+
+
+X, TALLER, WIDE, THREE = torch.randn(9, 4), torch.randn(11, 4), torch.randn(3, 4), torch.randn(9, 3)
+EYE = torch.eye(4)[None]
+MISUSES: list[tuple[Callable[[], object], str]] = [
+    (lambda: ops.grouped_gram(X), r"grouped_gram: xs must be a list"),
+    (lambda: ops.grouped_gram([X, THREE]), r"xs\[1\] has 3 columns"),
+    (lambda: ops.grouped_gram([X, X.double()]), r"xs\[1\] has dtype torch.float64, expected torch.float32"),
+    (lambda: ops.grouped_gram([X.long()]), r"xs\[0\] has dtype torch.int64"),
+    (lambda: ops.grouped_gram([X[0]]), r"xs\[0\] must have 2 dimensions"),
+    (lambda: ops.grouped_gram([X, "X"]), r"xs\[1\] must be a tensor"),
+    (lambda: ops.grouped_gram([X, X.to("meta")]), r"xs\[1\] is on meta"),
+    (lambda: ops.grouped_gram([X], [TALLER]), r"xs\[0\] has 9 rows, ys\[0\] has 11"),
+    (lambda: ops.grouped_gram([X, X], [X]), r"lists must have equal lengths, got xs: 2, ys: 1"),
+    (lambda: ops.grouped_gram([X], [X.double()]), r"ys\[0\] has dtype"),
+    (lambda: ops.grouped_gram([X], dtype=torch.bfloat16), r"grouped_gram: dtype must be"),
+    (lambda: ops.grouped_gram([X.double()], dtype=SINGLE), r"grouped_gram: dtype must be torch.float64, got"),
+    (lambda: ops.grouped_solve(EYE[0], [X.mT]), r"grams must be \(N, r, r\)"),
+    (lambda: ops.grouped_solve(EYE.bfloat16(), [X.mT]), r"grams must be .* fp32 or fp64"),
+    (lambda: ops.grouped_solve(EYE, [X.mT], side="both"), r"side must be 'left' or 'right'"),
+    (lambda: ops.grouped_solve(EYE, [X.mT], -1.0), r"damping must be ≥ 0, got -1"),
+    (lambda: ops.grouped_solve(EYE, [X.mT], math.nan), r"damping must be ≥ 0, got nan"),
+    (lambda: ops.grouped_solve(EYE, [X.mT, X.mT]), r"got 1 Grams and 2 right-hand sides"),
+    (lambda: ops.grouped_solve(EYE, [X]), r"rhs\[0\] of shape \(9, 4\) does not fit 4 × 4 Grams from the left"),
+    (lambda: ops.grouped_solve(EYE, [X.mT], side="right"), r"rhs\[0\] of shape \(4, 9\) does not fit"),
+    (lambda: ops.grouped_solve(EYE, X.mT), r"stacked rhs must have 3 dimensions"),
+    (lambda: ops.grouped_qr([WIDE]), r"xs\[0\] must be tall"),
+    (lambda: ops.grouped_qr([X, THREE]), r"xs\[1\] has rank 3"),
+    (lambda: ops.grouped_qr([X], [TALLER]), r"previous\[0\] has shape \(11, 4\)"),
+    (lambda: ops.grouped_qr([X], out=[TALLER]), r"out\[0\] has shape \(11, 4\)"),
+    (lambda: ops.grouped_qr([X], [X, X]), r"previous: 2"),
+    (lambda: ops.grouped_svd_product([X], [THREE], 2), r"rights\[0\] has 3 columns"),
+    (lambda: ops.grouped_svd_product([X, X], [X], 2), r"lefts: 2, rights: 1"),
+    (lambda: ops.grouped_svd_product([WIDE], [X], 2), r"lefts\[0\] must be tall"),
+    (lambda: ops.grouped_svd_product([X], [X], 5), r"rank must be between 1 and 4"),
+    (lambda: ops.grouped_svd_product([X], [X], 0), r"rank must be between 1 and 4"),
+    (lambda: ops.grouped_svd([X, WIDE], 4), r"rank must be between 1 and min\(3, 4\) of xs\[1\]"),
+    (lambda: ops.grouped_svd([X], 2, oversample=-1), r"oversample must be ≥ 0"),
+    (lambda: ops.grouped_svd([X], 2, iterations=-1), r"iterations must be ≥ 0"),
+    (lambda: ops.grouped_polar([X, THREE]), r"xs\[1\] must be tall with 4 columns"),
+    (lambda: ops.grouped_polar([WIDE]), r"xs\[0\] must be tall"),
+    (lambda: ops.grouped_polar([X], out=[TALLER]), r"out\[0\] has shape \(11, 4\)"),
+    (lambda: ops.grouped_polar([X], out=[X, X]), r"out: 2"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), MISUSES, ids=[message for _, message in MISUSES])
+def test_misuse_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

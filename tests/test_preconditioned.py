@@ -1,0 +1,536 @@
+"""AltLoRA, AltLoRA+, ScaledGD, ScaledAdamW, LoRA-Pro and LoRA-RITE against their algorithm boxes, and their invariances.
+
+Most tests train towards a target per layer, ``L = Σ ½‖ΔW − T‖²``, whose full gradient is ``G = ΔW − T``: no network between.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from _models import loss_of, make_model, trainable
+from torch import Tensor, nn
+
+from benchmarks.naive.preconditioned import AltLoRALayer, LoRAProLayer, LoRARITELayer, ScaledLayer
+from lowrank_kernels import (
+    AdamW,
+    AltLoRA,
+    AltLoRAPlus,
+    LoRAPro,
+    LoRARITE,
+    LowRankLinear,
+    Pair,
+    ScaledAdamW,
+    ScaledGD,
+    SDSLoRA,
+    adapt,
+    pairs,
+)
+from lowrank_kernels.optim.base import LowRankOptimizer
+
+#: (d_out, d_in, r, s): ragged heights, two ranks, three scales.
+LAYERS = [(20, 12, 3, 0.7), (15, 20, 3, 0.7), (9, 15, 3, 1.9), (11, 8, 2, 0.5)]
+METHODS = [AltLoRA, AltLoRAPlus, ScaledGD, ScaledAdamW, LoRAPro, LoRARITE]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+
+NAIVE: dict[type, Callable] = {
+    AltLoRA: lambda *factors, momentum=0.9, **k: AltLoRALayer(*factors, betas=(momentum, 0.0), **k),
+    AltLoRAPlus: lambda *factors, **k: AltLoRALayer(*factors, plus=True, **k),
+    ScaledGD: lambda *factors, **k: ScaledLayer(*factors, adam=False, **k),
+    ScaledAdamW: lambda *factors, **k: ScaledLayer(*factors, adam=True, **k),
+    LoRAPro: lambda *factors, sylvester=True, **k: LoRAProLayer(*factors, sylvester=sylvester, **k),
+    LoRARITE: LoRARITELayer,
+}
+
+
+class Targets:
+    """Layers of ours with random factors, and a target for each."""
+
+    def __init__(self, layers=LAYERS, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(rows: int, columns: int, norm: float) -> Tensor:
+            return (norm * torch.randn(rows, columns, generator=generator, dtype=torch.float64)).to(dtype)
+
+        self.model, self.targets = nn.ModuleList(), []
+        for d_out, d_in, rank, scale in layers:
+            layer = LowRankLinear(nn.Linear(d_in, d_out, dtype=dtype).requires_grad_(False), rank, scale, dtype=dtype)
+            layer.lora_A.data, layer.lora_B.data = random(rank, d_in, d_in**-0.5), random(d_out, rank, 0.3)
+            self.model.append(layer)
+            self.targets.append(random(d_out, rank + 1, rank**-0.5) @ random(rank + 1, d_in, 1))
+
+    def gradients(self, index: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """∂A and ∂B of one layer, at any factors."""
+        s = self.model[index].scale
+        G = s * B @ A - self.targets[index]
+        return s * B.mT @ G, s * G @ A.mT
+
+    def set_gradients(self) -> None:
+        for index, layer in enumerate(self.model):
+            A, B = layer.lora_A.detach(), layer.lora_B.detach()
+            layer.lora_A.grad, layer.lora_B.grad = self.gradients(index, A, B)
+
+    def loss(self) -> float:
+        return sum(float((layer.delta_weight() - t).double().square().sum()) for layer, t in zip(self.model, self.targets, strict=True)) / 2
+
+    def deltas(self) -> list[Tensor]:
+        return [layer.delta_weight() for layer in self.model]
+
+    def run(self, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+        losses = [self.loss()]
+        for _ in range(steps):
+            self.set_gradients()
+            optimizer.step()
+            losses.append(self.loss())
+        return losses
+
+
+def assert_follows(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    difference = float((actual - expected).norm() / expected.norm())
+    assert difference <= tolerance, f"{what}: {difference:.2g}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ algorithm boxes
+
+COMMON = {"lr": 0.02, "damping": 1e-3}
+CASES: list[tuple[type, dict]] = [
+    *((AltLoRA, {"order": order}) for order in ("B", "A", "joint")),
+    (AltLoRA, {"momentum": 0.0, "damping": 0.3}),
+    (AltLoRA, {"weight_decay": 0.3, "lr_ratio": 4.0}),
+    (AltLoRA, {"maximize": True, "lr": 1e-3}),
+    *((AltLoRAPlus, {"order": order, "weight_decay": 0.3}) for order in ("B", "A", "joint")),
+    (AltLoRAPlus, {"betas": (0.5, 0.9), "eps": 1e-3, "damping": 0.3}),
+    (AltLoRAPlus, {"lr_ratio": 4.0, "maximize": True}),
+    (ScaledGD, {}),
+    (ScaledGD, {"momentum": 0.8, "weight_decay": 0.3, "lr": 0.005}),
+    (ScaledGD, {"lr_ratio": 4.0, "lr": 0.005, "damping": 0.3}),
+    (ScaledGD, {"maximize": True, "lr": 1e-3, "momentum": 0.5}),
+    (ScaledAdamW, {"weight_decay": 0.3}),
+    (ScaledAdamW, {"betas": (0.5, 0.9), "eps": 1e-3, "damping": 0.3, "lr": 0.005}),
+    (ScaledAdamW, {"lr_ratio": 4.0, "maximize": True}),
+    (LoRAPro, {"sylvester": True}),
+    (LoRAPro, {"sylvester": False, "weight_decay": 0.3}),
+    (LoRAPro, {"betas": (0.5, 0.9), "eps": 0.1, "damping": 0.3}),
+    (LoRAPro, {"lr_ratio": 4.0, "maximize": True}),
+    (LoRARITE, {"damping": 1e-9}),
+    (LoRARITE, {"weight_decay": 0.3}),
+    (LoRARITE, {"betas": (0.5, 0.9), "eps": 1e-3, "damping": 0.3}),
+    (LoRARITE, {"lr_ratio": 4.0, "maximize": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=[f"{m.__name__}-{'-'.join(f'{k}={v}' for k, v in o.items())}" for m, o in CASES])
+def test_trajectory_is_the_algorithm_box(method: type[LowRankOptimizer], options: dict) -> None:
+    """200 steps; each side computes its gradients at its own factors. Of every factor some gradients are None."""
+    options = {**COMMON, **options}
+    problem = Targets()
+    optimizer = method(problem.model, **options)
+    sign = -1.0 if options.pop("maximize", False) else 1.0  # ascending on L is descending on -L
+    naive = [NAIVE[method](x.lora_A.detach().clone(), x.lora_B.detach().clone(), x.scale, **options) for x in problem.model]
+    for step in range(200):
+        problem.set_gradients()
+        for index, (layer, twin) in enumerate(zip(problem.model, naive, strict=True)):
+            grad_A, grad_B = (sign * grad for grad in problem.gradients(index, twin.A, twin.B))
+            if (step + index) % 7 == 3:
+                layer.lora_A.grad = grad_A = None
+            if (step + 2 * index) % 5 == 1:
+                layer.lora_B.grad = grad_B = None
+            twin.step(grad_A, grad_B)
+        optimizer.step()
+        for layer, twin in zip(problem.model, naive, strict=True):
+            assert_follows(layer.delta_weight(), twin.delta_weight(), 1e-9, f"step {step + 1}")
+            if not math.isfinite(float(twin.delta_weight().norm())) or float(twin.delta_weight().norm()) > 1e6:
+                pytest.fail("the case diverges: it proves nothing")
+
+
+@every_method
+def test_low_precision_factors_are_rounded_once(method: type[LowRankOptimizer]) -> None:
+    """bf16 factors, fp32 state: after a step from the same bf16 factors and gradients, the fp64 result to one rounding."""
+    problem = Targets(dtype=torch.bfloat16)
+    optimizer = method(problem.model, lr=0.05, damping=1e-2)
+    for _ in range(3):
+        problem.set_gradients()
+        exact = []
+        for layer in problem.model:
+            twin = LowRankLinear(nn.Linear(layer.in_features, layer.out_features).double().requires_grad_(False), layer.rank, layer.scale)
+            for name in ("lora_A", "lora_B"):
+                getattr(twin, name).data = getattr(layer, name).detach().double()
+                getattr(twin, name).grad = getattr(layer, name).grad.double()
+            exact.append(twin)
+        reference = method(nn.ModuleList(exact), lr=0.05, damping=1e-2)
+        for twin, layer in zip(exact, problem.model, strict=True):
+            for name in ("lora_A", "lora_B"):
+                if state := optimizer.state.get(getattr(layer, name)):
+                    reference.state[getattr(twin, name)] = {key: value.double() for key, value in state.items()}
+        for theirs, mine in zip(reference.param_groups, optimizer.param_groups, strict=True):
+            theirs.update({key: mine[key] for key in ("step", "turn") if key in mine})
+        reference.step()
+        optimizer.step()
+        for twin, layer in zip(exact, problem.model, strict=True):
+            for name in ("lora_A", "lora_B"):
+                new, wanted = getattr(layer, name).detach().double(), getattr(twin, name).detach()
+                assert ((new - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4 * wanted.abs().max()).all()
+                assert all(value.dtype == torch.float32 for value in optimizer.state[getattr(layer, name)].values())
+
+
+# ------------------------------------------------------------------------------------------------------------------ invariance
+
+
+def reparametrized(problem: Targets, condition: float) -> Targets:
+    """The same ΔW from ``(BT, T⁻¹A)`` with ``cond(T)`` as told."""
+    other, generator = copy.deepcopy(problem), torch.Generator().manual_seed(1)
+    for layer in other.model:
+        rank = layer.rank
+        u, v = (torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))[0] for _ in range(2))
+        T = u * torch.logspace(0.5, 0.5 - math.log10(condition), rank, dtype=torch.float64) @ v
+        layer.lora_A.data, layer.lora_B.data = torch.linalg.solve(T, layer.lora_A.data), layer.lora_B.data @ T
+    return other
+
+
+def largest_difference(build: Callable[[nn.Module], torch.optim.Optimizer], steps: int = 60, condition: float = 1e3) -> float:
+    """Between the trajectories of ΔW from (B, A) and from (BT, T⁻¹A), relative to ΔW."""
+    problem = Targets()
+    other = reparametrized(problem, condition)
+    optimizers = build(problem.model), build(other.model)
+    start, worst = problem.deltas(), 0.0
+    for _ in range(steps):
+        for p, optimizer in zip((problem, other), optimizers, strict=True):
+            p.set_gradients()
+            optimizer.step()
+        for mine, theirs in zip(problem.deltas(), other.deltas(), strict=True):
+            worst = max(worst, float((mine - theirs).norm() / mine.norm()))
+    assert problem.loss() < 0.9 * sum(float((d - t).square().sum()) / 2 for d, t in zip(start, problem.targets, strict=True))
+    return worst
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+@pytest.mark.parametrize("order", ["B", "A", "joint"])
+def test_altlora_does_not_depend_on_the_split(order: str, weight_decay: float) -> None:
+    """Theorem 4, with momentum."""
+    assert largest_difference(lambda m: AltLoRA(m, lr=0.05, damping=0.0, order=order, weight_decay=weight_decay)) < 1e-8
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_lora_rite_does_not_depend_on_the_split(weight_decay: float) -> None:
+    """With its second moment."""
+    assert largest_difference(lambda m: LoRARITE(m, lr=0.02, damping=0.0, weight_decay=weight_decay)) < 1e-8
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_scaled_gd_does_not_depend_on_the_split(momentum: float) -> None:
+    assert largest_difference(lambda m: ScaledGD(m, lr=0.01, momentum=momentum, damping=0.0)) < 1e-8
+
+
+@pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-8), (1e3, 2e-6)])
+def test_lora_pro_under_sgd_does_not_depend_on_the_split(condition: float, tolerance: float) -> None:
+    """X = 0. AdamW with a huge eps is SGD: the direction is m / eps.
+
+    Its projection I - B(BᵀB)⁻¹Bᵀ cancels what (AAᵀ)⁻¹ has magnified: rounding counts with the fourth power of cond(T), not the second.
+    """
+    sgd = {"betas": (0.0, 0.999), "eps": 1e14, "lr": 0.05 * 1e14}
+    assert largest_difference(lambda m: LoRAPro(m, damping=0.0, sylvester=False, **sgd), condition=condition) < tolerance
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda m: AdamW(m, lr=0.02),
+        lambda m: AltLoRAPlus(m, lr=0.02, damping=0.0),  # elementwise second moments
+        lambda m: AltLoRA(m, lr=0.05, damping=0.1),
+    ],
+    ids=["AdamW", "AltLoRAPlus", "AltLoRA with damping"],
+)
+def test_others_depend_on_the_split(build) -> None:
+    """So the tests above can fail."""
+    assert largest_difference(build) > 1e-2
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-2, 3.0])
+def test_scaled_gd_is_one_simultaneous_least_squares_step(damping: float) -> None:
+    """OPLoRA's sweep, METHODS §4 with λ = δ, both factors from the old ones, at lr η: ScaledGD at lr η/s²."""
+    lr = 0.3
+
+    def least_squares(fixed: Tensor, target: Tensor, old: Tensor) -> Tensor:
+        """The U of ``min ‖U·fixedᵀ − target‖² + λ‖U − old‖²``, as one stacked least-squares problem."""
+        rank = fixed.shape[1]
+        system = torch.cat([fixed, damping**0.5 * torch.eye(rank, dtype=fixed.dtype)])
+        return torch.linalg.lstsq(system, torch.cat([target.mT, damping**0.5 * old.mT])).solution.mT
+
+    problem = Targets()
+    expected = []
+    for layer, target in zip(problem.model, problem.targets, strict=True):
+        U, V, s = layer.lora_B.detach(), layer.lora_A.detach().mT, layer.scale
+        G = s * U @ V.mT - target
+        wanted = U @ V.mT - lr / s * G
+        expected.append((least_squares(U, wanted.mT, V).mT, least_squares(V, wanted, U)))
+    problem.set_gradients()
+    for layer, (A, B) in zip(problem.model, expected, strict=True):
+        ScaledGD(layer, lr=lr / layer.scale**2, damping=damping).step()
+        torch.testing.assert_close(layer.lora_A.detach(), A, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(layer.lora_B.detach(), B, rtol=1e-9, atol=1e-11)
+
+
+# ------------------------------------------------------------------------------------------------------------------ robustness
+
+STARTS: dict[str, Callable[[LowRankLinear], None]] = {
+    "B = 0": lambda layer: layer.lora_B.data.zero_(),
+    "A = B = 0": lambda layer: (layer.lora_A.data.zero_(), layer.lora_B.data.zero_()),
+    "equal columns": lambda layer: layer.lora_B.data[:, 1:].copy_(layer.lora_B.data[:, :1].expand(-1, layer.rank - 1)),
+    "zero rows": lambda layer: layer.lora_A.data[1:].zero_(),
+    "kappa 1e6": lambda layer: (_spread(layer.lora_A, 0), _spread(layer.lora_B, 1)),
+    "large": lambda layer: layer.lora_A.data.mul_(10),
+}
+
+
+def _spread(factor: Tensor, rank_dim: int) -> None:
+    """Condition number 1e6, largest singular value 10 (METHODS §6)."""
+    q, _ = torch.linalg.qr(factor.data.double() if rank_dim else factor.data.double().mT)
+    mix, _ = torch.linalg.qr(torch.randn(q.shape[1], q.shape[1], dtype=torch.float64))
+    x = q * torch.logspace(1, -5, q.shape[1]) @ mix
+    factor.data.copy_(x if rank_dim else x.mT)
+
+
+@every_method
+@pytest.mark.parametrize("start", STARTS)
+def test_no_start_blows_up_in_fp32(method: type[LowRankOptimizer], start: str) -> None:
+    """Every argument at its default; a hundred steps, some of them without any gradient but zeros."""
+    torch.manual_seed(3)
+    problem = Targets([(60, 40, 4, 0.7), (40, 60, 4, 0.7), (40, 40, 4, 2.0)], torch.float32)
+    for layer in problem.model:
+        STARTS[start](layer)
+    optimizer = method(problem.model)
+    first = problem.loss()
+    for step in range(100):
+        problem.set_gradients()
+        if step in (0, 7, 8, 50):
+            for p in problem.model.parameters():
+                p.grad = None if p.grad is None else torch.zeros_like(p)
+        optimizer.step()
+        assert all(v.isfinite().all() for p in trainable(problem.model) for v in (p, *optimizer.state[p].values())), step
+        assert problem.loss() <= 1.1 * first, step
+
+
+@every_method
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_spoils_its_own_pair_only(method: type[LowRankOptimizer], bad: float) -> None:
+    clean, spoilt = Targets(), Targets()
+    optimizers = [method(p.model, lr=0.02, damping=1e-3) for p in (clean, spoilt)]
+    for step in range(4):
+        for problem, optimizer in zip((clean, spoilt), optimizers, strict=True):
+            problem.set_gradients()
+            if problem is spoilt and step == 1:
+                problem.model[1].lora_A.grad[0, 3] = problem.model[1].lora_B.grad[2, 1] = bad
+            optimizer.step()
+    assert not spoilt.model[1].delta_weight().isfinite().all()
+    for index in (0, 2, 3):
+        assert_follows(spoilt.model[index].delta_weight(), clean.model[index].delta_weight(), 1e-13, f"layer {index}")
+
+
+def state_elements(optimizer: torch.optim.Optimizer) -> int:
+    return sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
+
+
+def test_state_memory() -> None:
+    problem = Targets([(384, 384, 8, 1.0), (1536, 384, 8, 1.0)])
+
+    def elements(build) -> int:
+        copy_of = copy.deepcopy(problem)
+        optimizer = build(copy_of.model)
+        copy_of.run(optimizer, 2)
+        return state_elements(optimizer)
+
+    adamw = elements(lambda m: torch.optim.AdamW(trainable(m)))
+    r_squared = 4 * 8**2  # four factors
+    assert elements(lambda m: AltLoRA(m)) < 0.6 * adamw
+    assert elements(lambda m: AltLoRAPlus(m)) <= adamw + r_squared
+    assert elements(lambda m: ScaledGD(m)) == 0
+    for method in (ScaledAdamW, LoRAPro):
+        assert elements(lambda m, method=method: method(m)) == adamw
+    assert elements(lambda m: LoRARITE(m)) <= adamw + r_squared
+
+
+# ------------------------------------------------------------------------------------------------------------------ freezing, errors
+
+
+@pytest.mark.parametrize("order", ["B", "A"])
+@pytest.mark.parametrize("method", [AltLoRA, AltLoRAPlus])
+def test_freezing_the_idle_factor_changes_nothing_but_its_backward(method: type[LowRankOptimizer], order: str) -> None:
+    free, frozen = make_model("ours"), make_model("ours")
+    options = {"lr": 1e-2, "damping": 1e-3, "order": order}
+    optimizers = method(free, **options), method(frozen, freeze_idle=True, **options)
+    for step in range(12):
+        for model, optimizer in zip((free, frozen), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+        turn = "BA" if order == "B" else "AB"
+        for pair in pairs(frozen):
+            factors = {"A": pair.A, "B": pair.B}
+            assert factors[turn[(step + 1) % 2]].requires_grad and not factors[turn[step % 2]].requires_grad
+            if step:
+                assert factors[turn[(step + 1) % 2]].grad is None, "the idle factor's gradient was computed"
+        assert all(torch.equal(p, q) for p, q in zip(free.parameters(), frozen.parameters(), strict=True))
+
+
+@every_method
+def test_misuse_is_named(method: type[LowRankOptimizer]) -> None:
+    name = method.__name__
+    model = Targets().model
+    with pytest.raises(ValueError, match=f"{name}: damping must be ≥ 0, got -1"):
+        method(model, damping=-1.0)
+    with pytest.raises(ValueError, match=f"{name}: damping must be ≥ 0, got nan"):
+        method(model, damping=math.nan)
+    with pytest.raises(ValueError, match=f"{name}: found no pair of low-rank factors"):
+        method(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=f"{name}: lr_ratio must be positive"):
+        method(model, lr_ratio=-2.0)
+    decoupled = make_model("ours")
+    optimizer = SDSLoRA(decoupled, lr=1e-2, total_steps=5, warmup_steps=1)
+    loss_of(decoupled, 0).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=f"{name}: 0 is decoupled.*SDSLoRA"):
+        method(decoupled)
+
+
+def test_misuse_of_single_methods_is_named() -> None:
+    model = Targets().model
+    for method in (AltLoRA, AltLoRAPlus):
+        with pytest.raises(ValueError, match=f"{method.__name__}: order must be"):
+            method(model, order="AB")
+    for method in (AltLoRA, ScaledGD):
+        with pytest.raises(ValueError, match="Invalid momentum value: 1.0"):
+            method(model, momentum=1.0)
+    with pytest.raises(ValueError, match="LoRARITE: the step cannot be captured"):
+        LoRARITE(model, capturable=True)
+    with pytest.raises(ValueError, match="LoRAPro: sylvester=True cannot be captured"):
+        LoRAPro(model, capturable=True)
+    first, second = Targets().model[0], Targets().model[1]
+    optimizer = AltLoRA([("0.lora_A", first.lora_A), ("0.lora_B", first.lora_B), ("1.lora_A", second.lora_A)], scale=0.7)
+    first.lora_B.grad = torch.ones_like(first.lora_B)
+    optimizer.step()
+    with pytest.raises(ValueError, match="added at different steps"):
+        optimizer.add_param_group({"params": [("1.lora_B", second.lora_B)]})
+
+
+# ------------------------------------------------------------------------------------------------------------------ PEFT
+
+
+class Mixed(nn.Module):
+    """An embedding, a convolution, linear layers of different widths and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.convolution = nn.Embedding(30, 16), nn.Conv1d(16, 12, 3, padding=1)
+        self.up, self.down, self.head = nn.Linear(12, 20), nn.Linear(20, 14), nn.Linear(14, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.convolution(self.embedding(tokens).mT).mT.tanh()
+        return self.head(self.down(self.up(x).tanh()).tanh().mean(dim=1))
+
+
+def peft_model(targets: list[str], adapters: int = 1, **options) -> nn.Module:
+    torch.manual_seed(0)
+    # PEFT trains one copy of a head at a time.
+    head = ["head"] if adapters == 1 else None
+    config = peft.LoraConfig(target_modules=targets, modules_to_save=head, **{"r": 4, "lora_alpha": 6, **options})
+    model = peft.get_peft_model(Mixed(), config)
+    for index in range(1, adapters):
+        model.add_adapter(f"extra{index}", config)
+    return model
+
+
+def train_peft(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, 30, (32, 6), generator=generator)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(tokens), tokens[:, 0] % 3)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return losses
+
+
+def follow(model: nn.Module, optimizer: torch.optim.Optimizer, scales: dict[str, float], steps: int = 12) -> None:
+    """Train, and hold every pair of ``scales`` to the naive method, which sees the same gradients."""
+    found: dict[str, Pair] = {pair.name.removeprefix("base_model.model."): pair for pair in pairs(model)}
+    options = {"lr": 1e-2, "damping": 1e-3}
+    naive = {n: AltLoRALayer(found[n].A.detach().clone(), found[n].B.detach().clone(), s, plus=True, **options) for n, s in scales.items()}
+    for step in range(steps):
+        train_peft(model, optimizer, step, step + 1)
+        for name, layer in naive.items():
+            layer.step(found[name].A.grad, found[name].B.grad)
+            torch.testing.assert_close(found[name].A.detach(), layer.A, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found[name].B.detach(), layer.B, rtol=1e-4, atol=1e-6)
+
+
+def test_peft_model_with_different_ranks_and_scales() -> None:
+    model = peft_model(["up", "down"], rank_pattern={"down": 2}, alpha_pattern={"down": 5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = AltLoRAPlus(model, lr=1e-2, damping=1e-3)
+    follow(model, optimizer, {"up.default": 6 / 4, "down.default": 5 / 2})
+
+
+def test_peft_named_parameters_take_the_scale_that_is_told() -> None:
+    model, twin = peft_model(["up", "down"]), peft_model(["up", "down"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = AltLoRAPlus(model.named_parameters(), lr=1e-2, damping=1e-3, scale=1.5)
+    losses = train_peft(model, optimizer, 0, 15)
+    assert losses == train_peft(twin, AltLoRAPlus(twin, lr=1e-2, damping=1e-3), 0, 15)
+    with pytest.warns(UserWarning, match="scale is not known from parameters alone, taking scale=1"):
+        AltLoRAPlus(model.named_parameters(), lr=1e-2)
+
+
+def test_peft_frozen_adapters_are_skipped_and_several_trained() -> None:
+    model = peft_model(["up", "down"], adapters=3)
+    model.base_model.set_adapter(["default", "extra2"])
+    optimizer = AltLoRAPlus(model, lr=1e-2, damping=1e-3)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    assert any("extra1" in name for name in frozen)
+    follow(model, optimizer, {f"{layer}.{adapter}": 1.5 for layer in ("up", "down") for adapter in ("default", "extra2")})
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_peft_embeddings_convolutions_and_dora_are_left_to_adamw_with_one_notice(named: bool) -> None:
+    model = peft_model(["embedding", "convolution", "up"], use_dora=True)
+    with pytest.warns(UserWarning) as caught:
+        optimizer = AltLoRAPlus(model.named_parameters() if named else model, lr=1e-2, damping=1e-3, **({"scale": 1.5} if named else {}))
+    (notice,) = [w for w in caught if "no pair of matrices" in str(w.message)]
+    text = str(notice.message)
+    # A, B and magnitude of the embedding and of the convolution, and the magnitude of the linear layer.
+    assert text.startswith("AltLoRAPlus: 7 adapter parameter(s)") and "get AdamW" in text and notice.filename == __file__
+    assert "embedding" in text and "head" not in text
+    yardstick = torch.optim.AdamW([nn.Parameter(torch.empty(0))], lr=1e-2)
+    others = [p for n, p in model.named_parameters() if p.requires_grad and "up.lora_A" not in n and "up.lora_B" not in n]
+    twins = [nn.Parameter(p.detach().clone()) for p in others]
+    yardstick.add_param_group({"params": twins})
+    for step in range(5):
+        train_peft(model, optimizer, step, step + 1)
+        for p, twin in zip(others, twins, strict=True):
+            twin.grad = None if p.grad is None else p.grad.clone()
+        yardstick.step()
+        for p, twin in zip(others, twins, strict=True):
+            torch.testing.assert_close(p, twin, rtol=1e-5, atol=1e-7)
+    assert not any("transport" in optimizer.state[p] for p in others)
+
+
+@every_method
+def test_peft_and_our_layers_train_alike(method: type[LowRankOptimizer]) -> None:
+    theirs = peft_model(["up", "down"])
+    ours = peft_model(["up", "down"]).unload()
+    adapt(ours, method="lora", target_modules=["up", "down"], rank=4, alpha=6)
+    ours.head = copy.deepcopy(theirs.base_model.model.head.modules_to_save["default"])
+    with torch.no_grad():
+        for mine, other in zip(pairs(ours), pairs(theirs), strict=True):
+            mine.A.copy_(other.A)
+    losses = train_peft(theirs, method(theirs, lr=1e-2, damping=1e-3), 0, 12)
+    torch.testing.assert_close(train_peft(ours, method(ours, lr=1e-2, damping=1e-3), 0, 12), losses, rtol=2e-4, atol=1e-5)
