@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import Verdict, implements
-from ._device import scalar
+from ._device import divide, root, scalar
 from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, addresses, signature, table
 
@@ -28,23 +28,6 @@ _LARGEST_RANK = 128
 COLUMNS = tl.constexpr(11)
 
 _SCALARS = ["lr", "beta1", "beta2", "eps", "weight_decay", "step", "log2_beta1", "log2_beta2", "correction1", "correction2"]
-
-
-@triton.jit
-def _divide(x, y, COMPUTE: tl.constexpr):
-    # `/` is approximate in fp32.
-    if tl.float32 == COMPUTE:
-        return tl.div_rn(x, y)
-    else:
-        return x / y
-
-
-@triton.jit
-def _root(x, COMPUTE: tl.constexpr):
-    if tl.float32 == COMPUTE:
-        return tl.sqrt_rn(x)
-    else:
-        return tl.sqrt(x)
 
 
 @triton.jit
@@ -100,13 +83,13 @@ def _step_tile(param, grad, exp_avg, exp_avg_sq, p_offset, g_offset, m_offset, m
             old = tl.load(exp_avg + m_offset, mask=mask, other=0.0)
         m = _momentum(old, g, beta1, COMPUTE)
         tl.store(exp_avg + m_offset, m, mask=mask)
-    direction = _divide(m, correction, COMPUTE)
+    direction = divide(m, correction, COMPUTE)
     if HAS_V:
         v = tl.load(exp_avg_sq + m_offset, mask=mask, other=0.0)
         v = v * scalar(beta2, COMPUTE) + scalar(1.0 - scalar(beta2, tl.float64), COMPUTE) * (g * g)
         tl.store(exp_avg_sq + m_offset, v, mask=mask)
-        root = _divide(_root(v, COMPUTE), root_correction, COMPUTE)
-        direction = _divide(direction, root + scalar(eps, COMPUTE), COMPUTE)
+        spread = divide(root(v, COMPUTE), root_correction, COMPUTE)
+        direction = divide(direction, spread + scalar(eps, COMPUTE), COMPUTE)
     x = tl.load(param + p_offset, mask=mask, other=0.0)
     x = x.to(COMPUTE) * keep - rate * direction
     tl.store(param + p_offset, x.to(param.dtype.element_ty), mask=mask)
