@@ -17,6 +17,7 @@ GROUPS = {
     "adamw": {"adamw_kernel", "mapped_adamw_kernel"},
     "qr": {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel"},
     "svd": {"jacobi_kernel"},
+    "small": {"partial_gram_kernel", "sum_chunks_kernel", "cholesky_kernel", "substitute_kernel", "join_kernel"},
     "lora_linear": {"project_kernel", "expand_kernel", "token_sum_kernel", "add_splits_kernel"},
 }
 

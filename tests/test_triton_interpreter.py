@@ -126,7 +126,8 @@ def test_adamw_with_all_maps_and_new_grams(
     # More rows than one program takes, in either orientation.
     for i, shape in ((0, (rank, 530)), (2, (300, rank))):
         for which, tensors in enumerate(lists):
-            tensors[i] = torch.rand(shape, device=device).to(tensors[i].dtype) if which == 3 else torch.randn(shape).to(device, tensors[i].dtype)
+            values = torch.rand(shape) if which == 3 else torch.randn(shape)
+            tensors[i] = values.to(device, tensors[i].dtype)
     maps = [torch.randn(4, rank, rank).to(device, WIDE[dtype]) / rank if name in given else None for name in "PCTD"]
     theirs, exact = ([[t.clone() for t in ts] for ts in lists], [[t.double().clone() for t in ts] for ts in lists])
     olds = [p.clone() for p in lists[0]]
@@ -317,9 +318,12 @@ def test_gram(device: torch.device, dtype: torch.dtype, accumulator: torch.dtype
 # --- grouped_solve --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rank, rhs_dtype", [(1, None), (4, torch.bfloat16), (16, None), (33, None), (100, None)])
-@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize(
+    "dtype, rank, rhs_dtype, left",
+    [(dtype, rank, narrow, left) for dtype in (torch.float32, torch.float64) for left in (True, False)
+     for rank, narrow in ((1, None), (4, torch.bfloat16), (16, None))]
+    + [(torch.float32, 33, None, False), (torch.float64, 100, None, True)],
+)  # fmt: skip
 def test_solve(device: torch.device, dtype: torch.dtype, rank: int, rhs_dtype: torch.dtype | None, left: bool) -> None:
     factors = torch.randn(4, 2 * rank, rank, dtype=torch.float64)
     grams = (factors.mT @ factors).to(device, dtype)
@@ -360,7 +364,7 @@ def test_solve_of_ill_conditioned_systems_is_as_accurate_as_cholesky_allows(devi
 # --- grouped_polar --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, rank", [(torch.float32, 1), (torch.float32, 6), (torch.float64, 6), (torch.bfloat16, 4), (torch.float32, 18)])
+@pytest.mark.parametrize("dtype, rank", [(torch.float32, 1), (torch.float32, 6), (torch.float64, 6), (torch.bfloat16, 4)])
 def test_polar(device: torch.device, dtype: torch.dtype, rank: int) -> None:
     half = max(1, rank // 2)
     xs = [torch.randn(70, rank), torch.randn(rank, rank) * 1e-15, torch.zeros(30, rank), torch.randn(40, half) @ torch.randn(half, rank)]
@@ -442,7 +446,7 @@ def test_launches_do_not_grow_with_the_number_of_layers(device: torch.device) ->
             grams = torch.empty(layers, 2, 2, device=device)
             gram.grouped_gram(xs, None, grams)
             solve.grouped_solve(grams, xs, 1.0, False, [torch.empty_like(x) for x in xs])
-            polar.grouped_polar(xs, [torch.empty_like(x) for x in xs])
+            polar.grouped_polar(xs[: layers // 3], [torch.empty_like(x) for x in xs[: layers // 3]])
             news = torch.empty(layers, 2, 2, 2, device=device)
             adamw.grouped_adamw_(xs, xs, [], [], *[grams] * 4, [1] * layers, news, 0.1, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
         counts.append(launch_count() - before)

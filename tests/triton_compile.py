@@ -64,7 +64,9 @@ def polar_case(rank: int, dtype: torch.dtype) -> None:
     polar.grouped_polar(xs, [torch.empty_like(x) for x in xs])
 
 
-def adamw_case(dtype: torch.dtype, rank: int = 0, on_device: bool = False, new_maps: bool = False, grams: torch.dtype | None = None) -> None:
+def adamw_case(
+    dtype: torch.dtype, rank: int = 0, on_device: bool = False, new_maps: bool = False, grams: torch.dtype | None = None
+) -> None:
     params = [torch.zeros(256, max(rank, 1), dtype=dtype)]
     grads, ms, vs = [torch.zeros_like(params[0])], *([torch.zeros(256, max(rank, 1), dtype=wide(dtype))] for _ in range(2))
     maps = torch.zeros(1, rank, rank, dtype=wide(dtype)) if rank else None
@@ -72,7 +74,8 @@ def adamw_case(dtype: torch.dtype, rank: int = 0, on_device: bool = False, new_m
     step = torch.tensor(1.0) if on_device else 1
     more = maps if new_maps else None
     new_grams = None if grams is None else torch.empty(1, 2, rank, rank, dtype=grams)
-    adamw.grouped_adamw_(params, grads, ms, vs, maps, maps, more, more, [1] if rank else [], new_grams, lr, 0.9, 0.999, 1e-8, 0.0, step, [], True, False)
+    dims = [1] if rank else []
+    adamw.grouped_adamw_(params, grads, ms, vs, maps, maps, more, more, dims, new_grams, lr, 0.9, 0.999, 1e-8, 0.0, step, [], True, False)
 
 
 def lora_case(rank: int, dtype: torch.dtype, decoupled: bool = True, dropout: bool = False) -> None:
@@ -115,6 +118,7 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "bf16 on device": lambda: adamw_case(torch.bfloat16, on_device=True),
         "r16 fp32": lambda: adamw_case(torch.float32, 16),
         "r16 bf16 grams": lambda: adamw_case(torch.bfloat16, 16, on_device=True, grams=torch.float64),
+        "r16 fp32 all maps, grams": lambda: adamw_case(torch.float32, 16, new_maps=True, grams=torch.float64),
         "r32 fp32 all maps, grams": lambda: adamw_case(torch.float32, 32, new_maps=True, grams=torch.float64),
         "r128 fp32": lambda: adamw_case(torch.float32, 128),
         "r128 fp32 all maps, grams": lambda: adamw_case(torch.float32, 128, new_maps=True, grams=torch.float64),

@@ -31,7 +31,7 @@ class AltLoRA(PreconditionedOptimizer):
         momentum: β₁, without bias correction.
         weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
         order: whose turn is first: "B" (B = 0 at the start, so A's gradient is zero), "A", or "joint": both in every step, from the
-            factors as they were.
+            factors as they were. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
         damping: δ, absolute.
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
             DistributedDataParallel and torch.compile do not like parameters whose ``requires_grad`` changes.
@@ -66,7 +66,7 @@ class AltLoRA(PreconditionedOptimizer):
 
     def _step_pairs(self, pairs: list[FactorPair]) -> None:
         group = self._group(pairs, "A")
-        turn = ORDERS[group["order"]][(int(group["step"]) - 1) % 2]
+        turn = self._turn(group)
         for idle in set("AB") - set(turn):
             for pair in pairs:
                 self._miss(self._group([pair], idle), self._position(pair, idle)[1])
@@ -75,24 +75,40 @@ class AltLoRA(PreconditionedOptimizer):
         inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in turn if active[side]}
         new_grams: dict[str, Tensor] = {}
         for side, inverse in inverses.items():
-            scales = torch.tensor([pair.scale**-2 for pair in active[side]], dtype=inverse.dtype).to(inverse.device)
             transport = torch.stack(self._small_state(active[side], side, "transport"))
             new_grams[side] = inverse.new_empty(len(inverse), 2, *inverse.shape[1:])
             self._step_side(
                 active[side],
                 side,
-                grad_maps=inverse * scales[:, None, None],
+                grad_maps=inverse * self._inverse_square_scales(active[side], inverse),
                 momentum_maps=transport if side == "A" else transport.mT,
                 new_grams=new_grams[side],
                 **self._moments(self._group(pairs, side)),
             )
         for side in inverses:
-            for transport in self._small_state(active[side], side, "transport"):
-                transport.copy_(torch.eye(len(transport)))
+            transports = self._small_state(active[side], side, "transport")
+            # Made on the device: a step that is being captured must not copy from the host.
+            identity = torch.eye(len(transports[0]), dtype=transports[0].dtype, device=transports[0].device)
+            torch._foreach_copy_(transports, [identity] * len(transports))
         for side, grams in new_grams.items():
             self._carry_momentum(active[side], OTHER[side], grams)
         if group["freeze_idle"]:
-            self._freeze_idle(pairs, ORDERS[group["order"]][int(group["step"]) % 2])
+            self._freeze_idle(pairs, self._turn(group, ahead=1))
+
+    @staticmethod
+    def _turn(group: dict[str, Any], ahead: int = 0) -> str:
+        """Whose turn it is, ``ahead`` steps from this one; for order "joint" the step counter (on the device, maybe) is not read."""
+        if group["order"] == "joint":
+            return "AB"
+        return ORDERS[group["order"]][(int(group["step"]) - 1 + ahead) % 2]
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        if group["capturable"] and group["order"] != "joint":
+            raise ValueError(
+                f"{type(self).__name__}: capturable=True needs order='joint', got order={group['order']!r}: whose turn it is is decided on "
+                "the host, and a replayed CUDA graph would repeat one factor's turn for ever"
+            )
 
     def _carry_momentum(self, pairs: list[FactorPair], side: str, grams: Tensor) -> None:
         """After the other side's update: ``C ← (XᵀX + δI)⁻¹ (XᵀX_old) C`` (of B's momentum the transpose is kept)."""

@@ -73,7 +73,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         params: what ``torch.optim.AdamW`` takes (tensors, dicts of groups, named parameters), or the model itself
             (then its trainable parameters). Factors are paired by our adapters or by name; s is read from the module
             when the model is given.
-        lr, betas, eps, maximize, capturable: as ``torch.optim.AdamW``.
+        lr, betas, eps, maximize: as ``torch.optim.AdamW``.
+        capturable: ``step()`` reads nothing on the host and can be captured in a CUDA graph, after one ordinary step, which makes the
+            state and the device tables. The graph keeps what the host knew when it was captured: numbers (an lr to be scheduled must be
+            a tensor on the device, changed in place), and which parameters have a gradient.
         weight_decay: decoupled, multiplied by lr. None means 0 for factors and AdamW's 0.01 for everything else; a
             number holds for both. In a group they stand as ``factor_weight_decay`` and ``weight_decay``.
         amsgrad, differentiable: not supported; True is an error.
@@ -251,6 +254,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss (optional).
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() and not all(g["capturable"] for g in self.param_groups):
+            raise RuntimeError(f"{type(self).__name__}: step() is being captured in a CUDA graph; make the optimizer with capturable=True")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -293,12 +298,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group_index, group in enumerate(self.param_groups):
             if group["capturable"] and not isinstance(group["step"], Tensor):
                 group["step"] = torch.tensor(float(group["step"]), device=group["params"][0].device)
-            parts = None
+            parts, taken = None, None
             for index, p in enumerate(group["params"]):
                 if p.requires_grad and p not in self.state:
-                    since = group["cleared_at"] if index in self._factors[group_index] else 0
-                    if group["step"] > since:
-                        group["missed"][index] = int(group["step"] - since)
+                    # The only time that a step counter on the device is read: when state is made.
+                    taken = int(group["step"]) if taken is None else taken
+                    since = int(group["cleared_at"]) if index in self._factors[group_index] else 0
+                    if taken > since:
+                        group["missed"][index] = taken - since
                     parts = self._trained_parts(group_index) if parts is None else parts
                     part = p[parts[index]] if index in parts else p
                     is_factor = index in self._factors[group_index]
@@ -337,12 +344,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             grads.append(p.grad if part is None else p.grad[part])
         states = [self.state[group["params"][index]] for index in members]
         missed = [group["missed"].get(index, 0) for index in members] if group["missed"] else []
+        cleared_at = group["cleared_at"] if is_factor else 0
+        never_cleared = not isinstance(cleared_at, Tensor) and cleared_at == 0
         arguments: dict[str, Any] = {
             "lr": group["lr"] * group["lr_ratio"] if is_second else group["lr"],
             "betas": group["betas"],
             "eps": group["eps"],
             "weight_decay": group["factor_weight_decay" if is_factor else "weight_decay"],
-            "step": group["step"] - group["cleared_at"] if is_factor else group["step"],
+            "step": group["step"] if never_cleared else group["step"] - cleared_at,
             "missed": missed if any(missed) else (),
             "maximize": group["maximize"],
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -43,6 +43,14 @@ class LoRAPro(PreconditionedOptimizer):
         method = {"sylvester": bool(sylvester), "damping": damping}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        if group["capturable"] and group["sylvester"]:
+            raise ValueError(
+                f"{type(self).__name__}: capturable=True needs sylvester=False: X comes from torch.linalg.eigh, "
+                "which waits for the device and cannot be captured"
+            )
+
     def _step_pairs(self, pairs: list[FactorPair]) -> None:
         group = self._group(pairs, "A")
         with_a, with_b = self._with_gradient(pairs, "A"), self._with_gradient(pairs, "B")
@@ -54,7 +62,7 @@ class LoRAPro(PreconditionedOptimizer):
         if not pairs:
             return
         inverse_b, inverse_a = self._inverse_grams(pairs, "B"), self._inverse_grams(pairs, "A")
-        s = torch.tensor([pair.scale**-2 for pair in pairs], dtype=torch.float64).to(inverse_a.device)[:, None, None]
+        s = self._inverse_square_scales(pairs, inverse_a)
         sign = -1.0 if group["maximize"] else 1.0
         map_a = s * inverse_b
         # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself.

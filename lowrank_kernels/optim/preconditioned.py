@@ -82,6 +82,20 @@ class PreconditionedOptimizer(LowRankOptimizer):
         assert isinstance(inverse, Tensor)
         return inverse
 
+    def _inverse_square_scales(self, pairs: list[FactorPair], like: Tensor) -> float | Tensor:
+        """``s⁻²`` of the pairs: a number where all agree, else (N, 1, 1) in dtype and device of ``like``.
+
+        The tensor is made once and kept: a step that is being captured must not copy from the host.
+        """
+        values = tuple(pair.scale**-2 for pair in pairs)
+        if len(set(values)) == 1:
+            return values[0]
+        kept = self.__dict__.setdefault("_kept_scales", {})
+        key = (values, like.dtype, like.device)
+        if key not in kept:
+            kept[key] = torch.tensor(values, dtype=like.dtype).to(like.device)[:, None, None]
+        return kept[key]
+
     def _step_side(self, pairs: list[FactorPair], side: str, *, new_grams: Tensor | None = None, **options: Any) -> None:
         """The moment step of all factors of one side, with the maps in ``options`` (in any float dtype)."""
         dtype = state_dtype(self._at(pairs[0].a).dtype)

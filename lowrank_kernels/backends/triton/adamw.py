@@ -376,9 +376,12 @@ def _vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def block_d(rank: int) -> int:
-    """Rows of the long dimension per program with maps."""
-    return 64 if padded_rank(rank) <= 32 else 32
+def block_d(rank: int, heavy: bool = False) -> int:
+    """Rows of the long dimension per tile with maps; fewer for a ``heavy`` step, with T, D or new Gram matrices: it would spill."""
+    padded = padded_rank(rank)
+    if heavy and padded > 16:
+        return 16 if padded > 64 else 32
+    return 64 if padded <= 32 else 32
 
 
 def _one_element(value: float | int | Tensor) -> bool:
@@ -495,7 +498,8 @@ def grouped_adamw_(
                        VECTOR=_vector(first.dtype), BLOCK=BLOCK, num_warps=8)  # fmt: skip
         return
     rank = first.shape[rank_dims[0]]
-    padded, rows = padded_rank(rank), block_d(rank)
+    heavy = param_maps is not None or direction_maps is not None or new_grams is not None
+    padded, rows = padded_rank(rank), block_d(rank, heavy)
     fused = padded <= _LARGEST_FUSED
     chunk = rows * _GRAM_TILES if fused and new_grams is not None else rows
     work = table(
@@ -522,12 +526,14 @@ def grouped_adamw_(
                    HAS_G_MAP=grad_maps is not None, HAS_M_MAP=momentum_maps is not None and bool(exp_avgs),
                    HAS_P_MAP=param_maps is not None, HAS_D_MAP=direction_maps is not None,
                    KEEP_OLD=new_grams is not None and not fused, GRAMS=new_grams is not None and fused, FUSED=fused,
-                   R=padded, STEP=16, BLOCK_D=rows, CHUNK=chunk, num_warps=4 if padded <= 32 else 8)  # fmt: skip
+                   R=padded, STEP=16, BLOCK_D=rows, CHUNK=chunk, num_warps=4 if padded <= (16 if heavy else 32) else 8)  # fmt: skip
         if new_grams is not None:
             _write_grams(params, rank_dims, new_grams, work, olds, partials, fused)
 
 
-def _write_grams(params: list[Tensor], rank_dims: list[int], new_grams: Tensor, work: Table, olds: Tensor, partials: Tensor, fused: bool) -> None:
+def _write_grams(
+    params: list[Tensor], rank_dims: list[int], new_grams: Tensor, work: Table, olds: Tensor, partials: Tensor, fused: bool
+) -> None:
     """The Gram matrices of the new factors, and with the old ones: a sum over the programs of the step, or from copies of the old ones."""
     target = new_grams if new_grams.is_contiguous() else torch.empty_like(new_grams, memory_format=torch.contiguous_format)
     if not fused:

@@ -106,7 +106,9 @@ def cholesky_kernel(grams, factors, inverses, rank, damping: tl.float64, R: tl.c
 
 
 @triton.jit(do_not_specialize=["rank"])
-def substitute_kernel(tensors, chunks, factors, inverses, rank, X: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):
+def substitute_kernel(
+    tensors, chunks, factors, inverses, rank, X: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
+):
     """BLOCK_D rows of ``X U⁻¹ U⁻ᵀ`` per program."""
     DTYPE: tl.constexpr = factors.dtype.element_ty
     program = tl.program_id(0)
@@ -143,7 +145,10 @@ def grouped_solve(grams: Tensor, rhs: list[Tensor], damping: float, left: bool, 
         return
     factors = torch.empty(len(rhs), padded, padded, dtype=grams.dtype, device=grams.device)
     inverses = torch.empty(len(rhs), padded, dtype=grams.dtype, device=grams.device)
+    # As many warps as keep the tiles of the factorization in registers.
+    warps = 8 if padded > 32 and grams.dtype == torch.float64 else 4
     with on_device(grams):
-        launch(cholesky_kernel, (len(rhs),), grams.contiguous(), factors, inverses, rank, float(damping), R=padded, TILE=min(padded, 32), num_warps=4)
+        launch(cholesky_kernel, (len(rhs),), grams.contiguous(), factors, inverses, rank, float(damping),
+               R=padded, TILE=min(padded, 32), num_warps=warps)  # fmt: skip
         launch(substitute_kernel, (work.programs,), work.tensors, work.chunks, factors, inverses, rank,
                X=TL_DTYPE[rhs[0].dtype], R=padded, BLOCK_D=block_d, VECTOR=vector(rhs[0].dtype), num_warps=4)  # fmt: skip
