@@ -92,6 +92,7 @@ def lora_case(rank: int, dtype: torch.dtype, decoupled: bool = True, dropout: bo
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "qr": {
         "r16 fp32": lambda: qr_case(16, torch.float32),
+        "r32 fp32": lambda: qr_case(32, torch.float32),
         "r64 fp32": lambda: qr_case(64, torch.float32),
         "r128 fp32": lambda: qr_case(128, torch.float32),
         "r64 fp64": lambda: qr_case(64, torch.float64),
@@ -102,6 +103,7 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     },
     "small": {
         "gram r16 bf16": lambda: gram_case(16, torch.bfloat16, torch.float64),
+        "gram r32 fp32": lambda: gram_case(32, torch.float32, torch.float32, cross=True),
         "gram r128 fp32": lambda: gram_case(128, torch.float32, torch.float32, cross=True),
         "gram r128 fp64": lambda: gram_case(128, torch.float64, torch.float64, cross=True),
         "solve r16 fp64": lambda: solve_case(16, torch.float64, torch.float64),
@@ -132,18 +134,24 @@ _QR = {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel"}
 ELSEWHERE = {"svd": _QR, "small": {*_QR, "jacobi_kernel"}, "adamw": {"partial_gram_kernel", "sum_chunks_kernel"}}
 #: Cases that are not compiled for every architecture: some 115 cubins in all.
 ONLY: dict[tuple[str, str], tuple[int, ...]] = {
+    ("qr", "r32 fp32"): (90,),
     ("qr", "r64 fp32"): (90,),
-    ("qr", "r128 fp32"): (90, 100),
+    ("qr", "r128 fp32"): (90,),
     ("qr", "r64 fp64"): (80, 90),
     ("lora_linear", "r128 fp32"): (90,),
+    ("small", "gram r32 fp32"): (90,),
     ("small", "gram r128 fp32"): (90,),
     ("small", "gram r128 fp64"): (90,),
     ("small", "solve r128 fp32"): (90,),
+    ("small", "solve r128 fp64"): (90, 100),
     ("small", "polar r64"): (90,),
     ("adamw", "bf16 on device"): (90,),
     ("adamw", "r16 fp32"): (90,),
+    ("adamw", "r16 fp32 all maps, grams"): (90,),
+    ("adamw", "r32 fp32 all maps, grams"): (90, 100),
     ("adamw", "r128 fp32"): (90,),
     ("adamw", "r128 fp32 all maps, grams"): (90,),
+    ("adamw", "r128 fp64 all maps, grams"): (80, 90),
 }
 
 

@@ -376,12 +376,14 @@ def _vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def block_d(rank: int, heavy: bool = False) -> int:
-    """Rows of the long dimension per tile with maps; fewer for a ``heavy`` step, with T, D or new Gram matrices: it would spill."""
+def block_d(rank: int, double: bool, heavy: bool) -> int:
+    """Rows of the long dimension per tile with maps; fewer for a ``heavy`` step, with T, D or new Gram matrices, which would spill."""
     padded = padded_rank(rank)
-    if heavy and padded > 16:
-        return 16 if padded > 64 else 32
-    return 64 if padded <= 32 else 32
+    if not heavy:
+        return 64 if padded <= 32 else 32
+    if padded <= 16:
+        return 32 if double else 64
+    return 16 if padded > (32 if double else 64) else 32
 
 
 def _one_element(value: float | int | Tensor) -> bool:
@@ -499,7 +501,7 @@ def grouped_adamw_(
         return
     rank = first.shape[rank_dims[0]]
     heavy = param_maps is not None or direction_maps is not None or new_grams is not None
-    padded, rows = padded_rank(rank), block_d(rank, heavy)
+    padded, rows = padded_rank(rank), block_d(rank, first.dtype == torch.float64, heavy)
     fused = padded <= _LARGEST_FUSED
     chunk = rows * _GRAM_TILES if fused and new_grams is not None else rows
     work = table(

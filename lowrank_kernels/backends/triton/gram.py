@@ -87,7 +87,8 @@ class GramSizes:
         self.tiles_x, self.TILES_Y = triton.cdiv(x_rank, self.TILE_X), triton.cdiv(y_rank, self.TILE_Y)
         # So that the partial products stay a small part of what is read.
         self.CHUNK = max(512, 32 * padded)
-        self.BLOCK_D = 64 if padded <= 32 else 16
+        # A product holds all of its inner dimension in registers: more rows would spill.
+        self.BLOCK_D = 32 if padded <= 16 else 16
         self.warps = 4 if padded <= 32 else 8
 
 
