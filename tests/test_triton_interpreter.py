@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from lowrank_kernels.backends import force, launch_count, reference, select
-from lowrank_kernels.backends.triton import _tables, adamw, lora_linear, qr, svd_product
+from lowrank_kernels.backends.triton import _tables, adamw, gram, lora_linear, polar, qr, solve, svd_product
 
 WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -79,7 +79,7 @@ def test_adamw(device: torch.device, dtype: torch.dtype, rank: int, maps: bool, 
 
     def run(function, data, lr, step, double=False):
         pp, cc = (None if m is None else m.double() if double else m for m in (p, c))
-        function(*data, pp, cc, dims if maps else [], lr, 0.9, 0.999, 1e-8, 0.1, step, missed, True, on_device)
+        function(*data, pp, cc, None, None, dims if maps else [], None, lr, 0.9, 0.999, 1e-8, 0.1, step, missed, True, on_device)
 
     theirs, exact = ([[t.clone() for t in ts] for ts in lists], [[t.double().clone() for t in ts] for ts in lists])
     rate, step = (torch.tensor(1e-2, dtype=torch.float64, device=device), torch.tensor(4, device=device)) if on_device else (1e-2, 4)
@@ -98,16 +98,62 @@ def test_adamw_without_some_moments(device: torch.device, moments: tuple[bool, b
     (params, grads, ms, vs), _ = adamw_inputs(torch.float32, 4, False, device)
     ms, vs = ms if moments[0] else [], vs if moments[1] else []
     exact = [[t.double().clone() for t in ts] for ts in (params, grads, ms, vs)]
-    tail = (None, None, [], 0.1, 0.0, 0.9, 1e-8, 0.0, 1, [], False, False)
+    tail = (*[None] * 4, [], None, 0.1, 0.0, 0.9, 1e-8, 0.0, 1, [], False, False)
     adamw.grouped_adamw_(params, grads, ms, vs, *tail)
     reference.adamw.grouped_adamw_(*exact, *tail)
     for out, truth in zip([*params, *ms, *vs], [*exact[0], *exact[2], *exact[3]], strict=True):
         assert_accurate(out, truth, truth, "result") if out.numel() else None
 
 
+@pytest.mark.parametrize(
+    "dtype, rank, given, grams",
+    [
+        (torch.float32, 8, "PCTD", torch.float64),
+        (torch.float32, 8, "T", torch.float32),
+        (torch.bfloat16, 5, "D", torch.float64),
+        (torch.float64, 20, "CD", torch.float64),
+        (torch.float32, 4, "", torch.float64),
+        (torch.float32, 40, "PCTD", torch.float64),
+        (torch.float64, 70, "TD", torch.float64),
+        (torch.bfloat16, 33, "PC", torch.float32),
+        (torch.float16, 12, "PTD", None),
+    ],
+)
+def test_adamw_with_all_maps_and_new_grams(
+    device: torch.device, dtype: torch.dtype, rank: int, given: str, grams: torch.dtype | None
+) -> None:
+    lists, dims = adamw_inputs(dtype, rank, True, device)
+    # More rows than one program takes, in either orientation.
+    for i, shape in ((0, (rank, 530)), (2, (300, rank))):
+        for which, tensors in enumerate(lists):
+            values = torch.rand(shape) if which == 3 else torch.randn(shape)
+            tensors[i] = values.to(device, tensors[i].dtype)
+    maps = [torch.randn(4, rank, rank).to(device, WIDE[dtype]) / rank if name in given else None for name in "PCTD"]
+    theirs, exact = ([[t.clone() for t in ts] for ts in lists], [[t.double().clone() for t in ts] for ts in lists])
+    olds = [p.clone() for p in lists[0]]
+    news = [None if grams is None else torch.full((4, 2, rank, rank), math.nan, dtype=grams, device=device)]
+    tail = (0.03, 0.9, 0.99, 1e-8, 0.1, 3, [0, 1, 0, 0], True, True)
+    before = launch_count()
+    adamw.grouped_adamw_(*lists, *maps, dims, news[0], *tail)
+    assert launch_count() == before + (1 if grams is None else 2 if rank <= 32 else 4)
+    reference.adamw.grouped_adamw_(*theirs, *maps, dims, None, *tail)
+    reference.adamw.grouped_adamw_(*exact, *(None if m is None else m.double() for m in maps), dims, None, *tail)
+    for which, name in ((0, "param"), (2, "exp_avg"), (3, "exp_avg_sq")):
+        for out, other, truth in zip(lists[which], theirs[which], exact[which], strict=True):
+            assert_accurate(out, other, truth, name)
+    if grams is None:
+        return
+    # Of the factors as they are stored, whatever rounding they went through.
+    for i, (new, old) in enumerate(zip(lists[0], olds, strict=True)):
+        new, old = ((x.mT if dims[i] == 0 else x).double() for x in (new, old))
+        for out, truth in zip(news[0][i], (new.mT @ new, new.mT @ old), strict=True):
+            error = (out.double() - truth).abs().max()
+            assert error <= 16 * torch.finfo(grams).eps * (new.norm() * torch.maximum(new.norm(), old.norm())), (i, error)
+
+
 def test_tables_follow_new_addresses_and_strides(device: torch.device) -> None:
     storage = torch.randn(64, device=device)
-    tail = (None, None, [], 0.5, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
+    tail = (*[None] * 4, [], None, 0.5, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
     for view in (storage.view(8, 8), storage.view(8, 8).mT, storage.view(16, 4), storage[1:33].view(8, 4)):
         before, grad = view.clone(), torch.randn(view.shape, device=device)
         for _ in range(2):
@@ -243,6 +289,110 @@ def test_svd_product_refuses_what_it_cannot_hold(device: torch.device) -> None:
     assert not ok and "65" in reason
 
 
+# --- grouped_gram ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, accumulator", [(torch.float32, torch.float64), (torch.float32, torch.float32),
+                                                (torch.float64, torch.float64), (torch.bfloat16, torch.float32)])  # fmt: skip
+@pytest.mark.parametrize("rank, columns", [(1, 1), (8, None), (5, 20), (33, None), (70, 3), (66, None)])
+def test_gram(device: torch.device, dtype: torch.dtype, accumulator: torch.dtype, rank: int, columns: int | None) -> None:
+    heights = (rank, 0, 3, 1100 if rank < 10 else 90)
+    xs = [torch.randn(d, 2 * rank).to(device, dtype)[:, :rank] for d in heights]
+    xs[0], xs[3] = xs[0].mT.contiguous().mT, xs[3].contiguous()
+    ys = None if columns is None else [torch.randn(columns, d).to(device, dtype).mT for d in heights]
+    out = torch.full((4, rank, columns or rank), math.nan, dtype=accumulator, device=device)
+    before = launch_count()
+    gram.grouped_gram(xs, ys, out)
+    assert launch_count() == before + 2
+    torch_out, exact = torch.empty_like(out), torch.empty_like(out, dtype=torch.float64)
+    reference.gram.grouped_gram(xs, ys, torch_out)
+    reference.gram.grouped_gram([x.double() for x in xs], None if ys is None else [y.double() for y in ys], exact)
+    for i, (x, y) in enumerate(zip(xs, ys or xs, strict=True)):
+        error, theirs = ((o[i].double() - exact[i]).abs().max() for o in (out, torch_out))
+        # Entries cancel; what is rounded are sums of |x||y|.
+        assert error <= 2 * theirs + 8 * torch.finfo(accumulator).eps * (x.double().abs().mT @ y.double().abs()).max(), i
+    if ys is None:
+        assert torch.equal(out, out.mT)
+
+
+# --- grouped_solve --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype, rank, rhs_dtype, left",
+    [(dtype, rank, narrow, left) for dtype in (torch.float32, torch.float64) for left in (True, False)
+     for rank, narrow in ((1, None), (4, torch.bfloat16), (16, None))]
+    + [(torch.float32, 33, None, False), (torch.float64, 100, None, True)],
+)  # fmt: skip
+def test_solve(device: torch.device, dtype: torch.dtype, rank: int, rhs_dtype: torch.dtype | None, left: bool) -> None:
+    factors = torch.randn(4, 2 * rank, rank, dtype=torch.float64)
+    grams = (factors.mT @ factors).to(device, dtype)
+    # Only the lower triangles are read; the second matrix is not positive definite, the third is not finite.
+    grams = grams.tril() + torch.full_like(grams, math.nan).triu(1)
+    grams[1, -1, -1] = -1.0
+    grams[2, rank // 2, 0] = math.inf
+    narrow = rhs_dtype or dtype
+    rhs = [torch.randn(rank, d).to(device, narrow) for d in (rank, 7, 20, 70)]
+    rhs = rhs if left else [x.mT if i % 2 else x.mT.contiguous() for i, x in enumerate(rhs)]
+    out = [torch.full_like(x, math.nan, memory_format=torch.contiguous_format) for x in rhs]
+    before = launch_count()
+    solve.grouped_solve(grams, rhs, 1e-3, left, out)
+    assert launch_count() == before + 2
+    exact = [torch.empty_like(x, dtype=torch.float64) for x in rhs]
+    reference.solve.grouped_solve(grams.double(), [x.double() for x in rhs], 1e-3, left, exact)
+    assert out[1].isnan().all() and out[2].isnan().all()
+    for i in (0, 3):
+        g = grams[i].double().tril()
+        condition = torch.linalg.cond(g + g.tril(-1).mT + 1e-3 * torch.eye(rank, dtype=torch.float64, device=device))
+        bound = (rank * condition * torch.finfo(dtype).eps + torch.finfo(narrow).eps) * exact[i].abs().max()
+        assert (out[i].double() - exact[i]).abs().max() <= bound, i
+
+
+def test_solve_of_ill_conditioned_systems_is_as_accurate_as_cholesky_allows(device: torch.device) -> None:
+    """The solution of ``G X = G`` is I to κ·eps; a product with the inverse would be wrong by κ²·eps."""
+    x = conditioned(60, 6, 1e6)
+    gram_matrix = (x.mT @ x).to(device)[None]
+    out = [torch.empty_like(gram_matrix[0])]
+    solve.grouped_solve(gram_matrix, [gram_matrix[0]], 0.0, True, out)
+    residual = gram_matrix[0] @ out[0] - gram_matrix[0]
+    assert residual.abs().max() <= 1e-14 * gram_matrix.abs().max()
+    assert (out[0] - torch.eye(6, dtype=torch.float64, device=device)).abs().max() <= 1e-2
+    ok, reason = solve.verify(torch.empty(1, 129, 129, device=device), [], 0.0, True, [])
+    assert not ok and "129" in reason
+
+
+# --- grouped_polar --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, rank", [(torch.float32, 1), (torch.float32, 6), (torch.float64, 6), (torch.bfloat16, 4)])
+def test_polar(device: torch.device, dtype: torch.dtype, rank: int) -> None:
+    half = max(1, rank // 2)
+    xs = [torch.randn(70, rank), torch.randn(rank, rank) * 1e-15, torch.zeros(30, rank), torch.randn(40, half) @ torch.randn(half, rank)]
+    xs = [x.to(device, dtype) for x in [*xs, torch.randn(40, rank)]]
+    xs[0], xs[4][3, 0] = xs[0].mT.contiguous().mT, math.nan
+    out = [torch.full_like(x, math.nan) for x in xs]
+    before = launch_count()
+    polar.grouped_polar(xs, out)
+    assert launch_count() == before + 9
+    assert out[4].isnan().all()
+    limit = {torch.float64: 1e-13, torch.float32: 1e-5}.get(dtype, 4 * torch.finfo(dtype).eps)
+    for i, (x, q) in enumerate(zip(xs[:4], out, strict=False)):
+        x, q = x.double(), q.double()
+        assert (q.mT @ q - torch.eye(rank, dtype=torch.float64, device=device)).abs().max() <= limit, i
+        # X = QH with H = QᵀX symmetric positive semidefinite: that is what makes it the polar factor.
+        h = q.mT @ x
+        assert (q @ h - x).norm() <= 4 * limit * x.norm() and (h - h.mT).norm() <= 4 * limit * x.norm(), i
+        assert torch.linalg.eigvalsh(h + h.mT).min() >= -4 * limit * x.norm(), i
+
+
+@pytest.mark.parametrize("operation", ["grouped_svd"])
+def test_what_has_no_kernel_says_why(device: torch.device, operation: str) -> None:
+    from lowrank_kernels.backends.registry import implementations
+
+    ok, reason = implementations(operation)["triton"].verify()
+    assert not ok and "GEMM" in reason
+
+
 # --- lora_linear ----------------------------------------------------------------------------------------------------------
 
 
@@ -291,10 +441,16 @@ def test_launches_do_not_grow_with_the_number_of_layers(device: torch.device) ->
         with force("triton"):
             args = (xs, None, [torch.empty_like(x) for x in xs], torch.empty(layers, 2, 2, device=device))
             select("grouped_qr", device.type, args).implementation.function(*args)
-            args = (xs, xs, [], [], None, None, [], 0.1, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
+            args = (xs, xs, [], [], *[None] * 4, [], None, 0.1, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
             select("grouped_adamw_", device.type, args).implementation.function(*args)
+            grams = torch.empty(layers, 2, 2, device=device)
+            gram.grouped_gram(xs, None, grams)
+            solve.grouped_solve(grams, xs, 1.0, False, [torch.empty_like(x) for x in xs])
+            polar.grouped_polar(xs[: layers // 3], [torch.empty_like(x) for x in xs[: layers // 3]])
+            news = torch.empty(layers, 2, 2, 2, device=device)
+            adamw.grouped_adamw_(xs, xs, [], [], *[grams] * 4, [1] * layers, news, 0.1, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
         counts.append(launch_count() - before)
-    assert counts[0] == counts[1] == 7
+    assert counts[0] == counts[1] == 7 + 2 + 2 + 9 + 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is the default")

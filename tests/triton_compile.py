@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowrank_kernels.backends.triton import _launch, adamw, lora_linear, qr, svd_product
+from lowrank_kernels.backends.triton import _launch, adamw, gram, lora_linear, polar, qr, solve, svd_product
 
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
          torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8"}  # fmt: skip
@@ -49,13 +49,33 @@ def svd_case(rank: int, dtype: torch.dtype) -> None:
     svd_product.grouped_svd_product(xs, xs, us, torch.empty(1, rank, dtype=wide(dtype)), us)
 
 
-def adamw_case(dtype: torch.dtype, rank: int = 0, on_device: bool = False) -> None:
+def gram_case(rank: int, dtype: torch.dtype, accumulator: torch.dtype, cross: bool = False) -> None:
+    xs = [torch.zeros(256, rank, dtype=dtype)]
+    gram.grouped_gram(xs, xs if cross else None, torch.empty(1, rank, rank, dtype=accumulator))
+
+
+def solve_case(rank: int, dtype: torch.dtype, accumulator: torch.dtype) -> None:
+    rhs = [torch.zeros(256, rank, dtype=dtype)]
+    solve.grouped_solve(torch.empty(1, rank, rank, dtype=accumulator), rhs, 1e-6, False, [torch.empty_like(x) for x in rhs])
+
+
+def polar_case(rank: int, dtype: torch.dtype) -> None:
+    xs = [torch.zeros(256, rank, dtype=dtype)]
+    polar.grouped_polar(xs, [torch.empty_like(x) for x in xs])
+
+
+def adamw_case(
+    dtype: torch.dtype, rank: int = 0, on_device: bool = False, new_maps: bool = False, grams: torch.dtype | None = None
+) -> None:
     params = [torch.zeros(256, max(rank, 1), dtype=dtype)]
     grads, ms, vs = [torch.zeros_like(params[0])], *([torch.zeros(256, max(rank, 1), dtype=wide(dtype))] for _ in range(2))
     maps = torch.zeros(1, rank, rank, dtype=wide(dtype)) if rank else None
     lr = torch.tensor(1e-3) if on_device else 1e-3
     step = torch.tensor(1.0) if on_device else 1
-    adamw.grouped_adamw_(params, grads, ms, vs, maps, maps, [1] if rank else [], lr, 0.9, 0.999, 1e-8, 0.0, step, [], True, False)
+    more = maps if new_maps else None
+    new_grams = None if grams is None else torch.empty(1, 2, rank, rank, dtype=grams)
+    dims = [1] if rank else []
+    adamw.grouped_adamw_(params, grads, ms, vs, maps, maps, more, more, dims, new_grams, lr, 0.9, 0.999, 1e-8, 0.0, step, [], True, False)
 
 
 def lora_case(rank: int, dtype: torch.dtype, decoupled: bool = True, dropout: bool = False) -> None:
@@ -72,6 +92,7 @@ def lora_case(rank: int, dtype: torch.dtype, decoupled: bool = True, dropout: bo
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "qr": {
         "r16 fp32": lambda: qr_case(16, torch.float32),
+        "r32 fp32": lambda: qr_case(32, torch.float32),
         "r64 fp32": lambda: qr_case(64, torch.float32),
         "r128 fp32": lambda: qr_case(128, torch.float32),
         "r64 fp64": lambda: qr_case(64, torch.float64),
@@ -79,6 +100,16 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "svd": {
         "r16 fp32": lambda: svd_case(16, torch.float32),
         "r64 fp32": lambda: svd_case(64, torch.float32),
+    },
+    "small": {
+        "gram r16 bf16": lambda: gram_case(16, torch.bfloat16, torch.float64),
+        "gram r32 fp32": lambda: gram_case(32, torch.float32, torch.float32, cross=True),
+        "gram r128 fp32": lambda: gram_case(128, torch.float32, torch.float32, cross=True),
+        "gram r128 fp64": lambda: gram_case(128, torch.float64, torch.float64, cross=True),
+        "solve r16 fp64": lambda: solve_case(16, torch.float64, torch.float64),
+        "solve r128 fp32": lambda: solve_case(128, torch.float32, torch.float32),
+        "solve r128 fp64": lambda: solve_case(128, torch.float64, torch.float64),
+        "polar r64": lambda: polar_case(64, torch.float32),
     },
     "lora_linear": {
         "r16 bf16": lambda: lora_case(16, torch.bfloat16, dropout=True),
@@ -88,15 +119,40 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "fp32": lambda: adamw_case(torch.float32),
         "bf16 on device": lambda: adamw_case(torch.bfloat16, on_device=True),
         "r16 fp32": lambda: adamw_case(torch.float32, 16),
+        "r16 bf16 grams": lambda: adamw_case(torch.bfloat16, 16, on_device=True, grams=torch.float64),
+        "r16 fp32 all maps, grams": lambda: adamw_case(torch.float32, 16, new_maps=True, grams=torch.float64),
+        "r32 fp32 all maps, grams": lambda: adamw_case(torch.float32, 32, new_maps=True, grams=torch.float64),
         "r128 fp32": lambda: adamw_case(torch.float32, 128),
-        "r128 fp64": lambda: adamw_case(torch.float64, 128),
+        "r128 fp32 all maps, grams": lambda: adamw_case(torch.float32, 128, new_maps=True, grams=torch.float64),
+        "r128 fp64 all maps, grams": lambda: adamw_case(torch.float64, 128, new_maps=True, grams=torch.float64),
     },
 }
 
 
-#: What a group leaves to another one, and cases that are compiled for one architecture only: some 115 cubins in all.
-ELSEWHERE = {"svd": {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel"}}
-ONE_ARCHITECTURE = {("qr", "r64 fp32"): 90}
+#: What a group leaves to another one.
+_QR = {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel"}
+ELSEWHERE = {"svd": _QR, "small": {*_QR, "jacobi_kernel"}, "adamw": {"partial_gram_kernel", "sum_chunks_kernel"}}
+#: Cases that are not compiled for every architecture: some 115 cubins in all.
+ONLY: dict[tuple[str, str], tuple[int, ...]] = {
+    ("qr", "r32 fp32"): (90,),
+    ("qr", "r64 fp32"): (90,),
+    ("qr", "r128 fp32"): (90,),
+    ("qr", "r64 fp64"): (80, 90),
+    ("lora_linear", "r128 fp32"): (90,),
+    ("small", "gram r32 fp32"): (90,),
+    ("small", "gram r128 fp32"): (90,),
+    ("small", "gram r128 fp64"): (90,),
+    ("small", "solve r128 fp32"): (90,),
+    ("small", "solve r128 fp64"): (90, 100),
+    ("small", "polar r64"): (90,),
+    ("adamw", "bf16 on device"): (90,),
+    ("adamw", "r16 fp32"): (90,),
+    ("adamw", "r16 fp32 all maps, grams"): (90,),
+    ("adamw", "r32 fp32 all maps, grams"): (90, 100),
+    ("adamw", "r128 fp32"): (90,),
+    ("adamw", "r128 fp32 all maps, grams"): (90,),
+    ("adamw", "r128 fp64 all maps, grams"): (80, 90),
+}
 
 
 def record(case: Callable[[], None]) -> list[Recorded]:
@@ -159,8 +215,7 @@ def reports(group: str, architectures: list[int]) -> Iterator[dict[str, Any]]:
             if identity in seen:
                 continue
             seen.add(identity)
-            only = ONE_ARCHITECTURE.get((group, case))
-            for architecture in architectures if only is None else [only]:
+            for architecture in ONLY.get((group, case), architectures):
                 compiled = triton.compile(src, target=GPUTarget("cuda", architecture, 32), options=compile_options)
                 ptx = compiled.asm["ptx"]
                 yield {"kernel": kernel.fn.__name__, "case": case, "arch": architecture, **resources(compiled.asm["cubin"]),

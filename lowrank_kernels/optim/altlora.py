@@ -31,7 +31,7 @@ class AltLoRA(PreconditionedOptimizer):
         momentum: β₁, without bias correction.
         weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
         order: whose turn is first: "B" (B = 0 at the start, so A's gradient is zero), "A", or "joint": both in every step, from the
-            factors as they were.
+            factors as they were. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
         damping: δ, absolute.
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
             DistributedDataParallel and torch.compile do not like parameters whose ``requires_grad`` changes.
@@ -105,12 +105,21 @@ class AltLoRA(PreconditionedOptimizer):
             )
         for side in inverses:
             transports = self._small_state(active[side], side, "transport")
-            identity = torch.eye(len(transports[0]), device=transports[0].device)
+            # Made on the device: a step that is being captured must not copy from the host.
+            identity = torch.eye(len(transports[0]), dtype=transports[0].dtype, device=transports[0].device)
             torch._foreach_copy_(transports, [identity] * len(transports))
         for side, grams in new_grams.items():
             self._carry_momentum(active[side], OTHER[side], grams)
         if group["freeze_idle"]:
             self._freeze_idle(pairs, next_turn)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        if group["capturable"] and group["order"] != "joint":
+            raise ValueError(
+                f"{type(self).__name__}: capturable=True needs order='joint', got order={group['order']!r}: whose turn it is is decided on "
+                "the host, and a replayed CUDA graph would repeat one factor's turn for ever"
+            )
 
     def _carry_momentum(self, pairs: list[FactorPair], side: str, grams: Tensor) -> None:
         """After the other side's update: ``C ← (XᵀX + δI)⁻¹ (XᵀX_old) C`` (of B's momentum the transpose is kept)."""

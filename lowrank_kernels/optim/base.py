@@ -74,7 +74,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             (then its trainable parameters). Factors are paired by our adapters or by name; s is read from the module
             when the model is given. Adapter parameters that are no pair of matrices (LoRA on embeddings and convolutions,
             DoRA's magnitudes) get AdamW; one warning names them.
-        lr, betas, eps, maximize, capturable: as ``torch.optim.AdamW``.
+        lr, betas, eps, maximize: as ``torch.optim.AdamW``.
+        capturable: ``step()`` reads nothing on the host and can be captured in a CUDA graph, after one ordinary step, which makes the
+            state and the device tables. The graph keeps what the host knew when it was captured: numbers (an lr to be scheduled must be
+            a tensor on the device, changed in place), and which parameters have a gradient.
         weight_decay: decoupled, multiplied by lr. None means 0 for factors and AdamW's 0.01 for everything else; a
             number holds for both. In a group they stand as ``factor_weight_decay`` and ``weight_decay``.
         amsgrad, differentiable: not supported; True is an error.
@@ -272,6 +275,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss (optional).
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() and not all(g["capturable"] for g in self.param_groups):
+            raise RuntimeError(f"{type(self).__name__}: step() is being captured in a CUDA graph; make the optimizer with capturable=True")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -47,6 +47,14 @@ class LoRAPro(PreconditionedOptimizer):
             )
         method = {"sylvester": bool(sylvester), "damping": damping}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        if group["capturable"] and group["sylvester"]:
+            raise ValueError(
+                f"{type(self).__name__}: capturable=True needs sylvester=False: X comes from torch.linalg.eigh, "
+                "which waits for the device and cannot be captured"
+            )
 
     def _step_pairs(self, pairs: list[FactorPair]) -> None:
         group = self._group(pairs, "A")

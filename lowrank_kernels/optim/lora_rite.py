@@ -48,6 +48,14 @@ class LoRARITE(PreconditionedOptimizer):
             raise ValueError("LoRARITE: the step cannot be captured (its eigenvectors synchronize); leave out capturable")
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={"damping": damping}, **options)
 
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        if group["capturable"]:
+            raise ValueError(
+                f"{type(self).__name__}: capturable=True is not supported: every step calls torch.linalg.eigh, "
+                "which waits for the device and cannot be captured"
+            )
+
     def _create_state(self) -> None:
         super()._create_state()
         for pair in self._pairs:

@@ -19,3 +19,21 @@ def rounded(value, DTYPE: tl.constexpr):
         return value
     else:
         return value.to(tl.float32).to(DTYPE)
+
+
+@triton.jit
+def divide(x, y, COMPUTE: tl.constexpr):
+    """``x / y`` correctly rounded (``/`` is approximate in fp32)."""
+    if tl.float32 == COMPUTE:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def root(x, COMPUTE: tl.constexpr):
+    """``√x`` correctly rounded."""
+    if tl.float32 == COMPUTE:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)

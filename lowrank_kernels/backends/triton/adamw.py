@@ -1,8 +1,14 @@
-"""``grouped_adamw_``: the moment step of all parameters of a group in one launch.
+"""``grouped_adamw_``: the moment step of all parameters of a group in one launch, with new Gram matrices in two or four.
 
 Floor: each parameter element must be read and written (2·b bytes, b the parameter's element size), its gradient read
 (b), each moment read and written (2·c each, c = 4, or 8 for fp64). fp32 with both moments: 28 bytes an element. The
-kernel moves just that, plus 16 bytes of chunk table per 1024 elements; with maps also 2·c·r² per program, from L2.
+kernel moves just that, plus 16 bytes of chunk table per 1024 elements; with maps also up to 4·c·r² per program, from L2.
+The r×r maps are applied where their operand is anyway: P to the gradient and T to the parameter as they are read, C to the
+momentum, D to the direction: in registers up to rank 32, beyond that through a scratch tile of the program in L2 (2·c an element).
+
+``new_grams``, up to rank 32: each program adds up its share of both products while it holds the old and the new rows in registers; a
+second launch sums the shares in a fixed order (2r² words per 256 rows, from L2). Beyond that two r×r sums do not fit in registers: the
+first launch keeps a copy of the old factor, two more form the products, a fourth sums (4·b more an element).
 """
 
 from __future__ import annotations
@@ -15,36 +21,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import Verdict, implements
-from ._device import scalar
+from ._device import divide, root, scalar
 from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
-from ._tables import Layout, addresses, signature, table
+from ._tables import Layout, Table, addresses, first_chunks, signature, table
+from .gram import GramSizes, launch_partials, launch_sum
+from .qr import COLUMNS as THIN_COLUMNS
+from .qr import thin_table
 
 #: Elements per program without maps: four per thread.
 BLOCK = 1024
 #: The longest tensor that is indexed element by element (rows and columns from 32-bit division).
 _LARGEST_STRIDED = 2**31 - BLOCK
 _LARGEST_RANK = 128
+#: Up to this (padded) rank D and the new Gram matrices are formed in registers.
+_LARGEST_FUSED = 32
+#: Tiles of rows per program that adds up Gram matrices.
+_GRAM_TILES = 4
 #: One row of the table: param, grad, exp_avg, exp_avg_sq, rows, columns, strides of param and grad, missed, flat/rank_dim.
 COLUMNS = tl.constexpr(11)
 
 _SCALARS = ["lr", "beta1", "beta2", "eps", "weight_decay", "step", "log2_beta1", "log2_beta2", "correction1", "correction2"]
-
-
-@triton.jit
-def _divide(x, y, COMPUTE: tl.constexpr):
-    # `/` is approximate in fp32.
-    if tl.float32 == COMPUTE:
-        return tl.div_rn(x, y)
-    else:
-        return x / y
-
-
-@triton.jit
-def _root(x, COMPUTE: tl.constexpr):
-    if tl.float32 == COMPUTE:
-        return tl.sqrt_rn(x)
-    else:
-        return tl.sqrt(x)
 
 
 @triton.jit
@@ -81,35 +77,52 @@ def _momentum(m, g, beta1, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _step_tile(param, grad, exp_avg, exp_avg_sq, p_offset, g_offset, m_offset, mask, mapped_g, mapped_m, beta1, beta2, eps,
-               rate, keep, correction, root_correction,
-               HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_M: tl.constexpr, HAS_V: tl.constexpr,
-               MAXIMIZE: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """Moments, decay and write of one tile; mapped gradient and momentum come in where there are maps."""
-    if HAS_G_MAP:
-        g = mapped_g
-    else:
-        g = tl.load(grad + g_offset, mask=mask, other=0.0).to(COMPUTE)
+def _gradient(grad, offset, mask, MAXIMIZE: tl.constexpr, COMPUTE: tl.constexpr):
+    g = tl.load(grad + offset, mask=mask, other=0.0).to(COMPUTE)
     if MAXIMIZE:
         g = -g
+    return g
+
+
+@triton.jit
+def _direction(exp_avg, exp_avg_sq, offset, mask, g, mapped_m, beta1, beta2, eps, correction, root_correction,
+               HAS_M_MAP: tl.constexpr, HAS_M: tl.constexpr, HAS_V: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    """The moments of one tile, updated in memory, and the direction of the step; a mapped momentum comes in where there is a map."""
     m = g
     if HAS_M:
         if HAS_M_MAP:
             old = mapped_m
         else:
-            old = tl.load(exp_avg + m_offset, mask=mask, other=0.0)
+            old = tl.load(exp_avg + offset, mask=mask, other=0.0)
         m = _momentum(old, g, beta1, COMPUTE)
-        tl.store(exp_avg + m_offset, m, mask=mask)
-    direction = _divide(m, correction, COMPUTE)
+        tl.store(exp_avg + offset, m, mask=mask)
+    direction = divide(m, correction, COMPUTE)
     if HAS_V:
-        v = tl.load(exp_avg_sq + m_offset, mask=mask, other=0.0)
+        v = tl.load(exp_avg_sq + offset, mask=mask, other=0.0)
         v = v * scalar(beta2, COMPUTE) + scalar(1.0 - scalar(beta2, tl.float64), COMPUTE) * (g * g)
-        tl.store(exp_avg_sq + m_offset, v, mask=mask)
-        root = _divide(_root(v, COMPUTE), root_correction, COMPUTE)
-        direction = _divide(direction, root + scalar(eps, COMPUTE), COMPUTE)
-    x = tl.load(param + p_offset, mask=mask, other=0.0)
-    x = x.to(COMPUTE) * keep - rate * direction
-    tl.store(param + p_offset, x.to(param.dtype.element_ty), mask=mask)
+        tl.store(exp_avg_sq + offset, v, mask=mask)
+        spread = divide(root(v, COMPUTE), root_correction, COMPUTE)
+        direction = divide(direction, spread + scalar(eps, COMPUTE), COMPUTE)
+    return direction
+
+
+@triton.jit
+def _write(param, offset, mask, direction, keep, rate, COMPUTE: tl.constexpr):
+    """Decay and step of one tile; returns it as it is stored, and as it was."""
+    old = tl.load(param + offset, mask=mask, other=0.0)
+    new = (old.to(COMPUTE) * keep - rate * direction).to(param.dtype.element_ty)
+    tl.store(param + offset, new, mask=mask)
+    return new, old
+
+
+@triton.jit
+def _step_tile(param, grad, exp_avg, exp_avg_sq, p_offset, g_offset, m_offset, mask, beta1, beta2, eps,
+               rate, keep, correction, root_correction,
+               HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    g = _gradient(grad, g_offset, mask, MAXIMIZE, COMPUTE)
+    direction = _direction(exp_avg, exp_avg_sq, m_offset, mask, g, 0.0, beta1, beta2, eps, correction, root_correction,
+                           False, HAS_M, HAS_V, COMPUTE)  # fmt: skip
+    _write(param, p_offset, mask, direction, keep, rate, COMPUTE)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -137,8 +150,7 @@ def adamw_kernel(tensors, chunks, lr_pointer, step_pointer,
         offset = start + tl.arange(0, BLOCK)
         mask = offset < tl.multiple_of(columns, VECTOR)
         _step_tile(tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(exp_avg, 16), tl.multiple_of(exp_avg_sq, 16),
-                   offset, offset, offset, mask, 0.0, 0.0, beta1, beta2, eps, rate, keep, correction, root_correction,
-                   False, False, HAS_M, HAS_V, MAXIMIZE, COMPUTE)  # fmt: skip
+                   offset, offset, offset, mask, beta1, beta2, eps, rate, keep, correction, root_correction, HAS_M, HAS_V, MAXIMIZE, COMPUTE)  # fmt: skip
     else:
         # 32-bit division: the host refuses strided tensors that are longer than that.
         flat = start.to(tl.int32) + tl.arange(0, BLOCK)
@@ -146,9 +158,8 @@ def adamw_kernel(tensors, chunks, lr_pointer, step_pointer,
         j = flat % columns.to(tl.int32)
         p_offset = i * tl.load(row + 6) + j * tl.load(row + 7)
         g_offset = i * tl.load(row + 8) + j * tl.load(row + 9)
-        _step_tile(param, grad, exp_avg, exp_avg_sq, p_offset, g_offset, flat, flat < rows * columns, 0.0, 0.0,
-                   beta1, beta2, eps, rate, keep, correction, root_correction,
-                   False, False, HAS_M, HAS_V, MAXIMIZE, COMPUTE)  # fmt: skip
+        _step_tile(param, grad, exp_avg, exp_avg_sq, p_offset, g_offset, flat, flat < rows * columns,
+                   beta1, beta2, eps, rate, keep, correction, root_correction, HAS_M, HAS_V, MAXIMIZE, COMPUTE)  # fmt: skip
 
 
 @triton.jit
@@ -175,52 +186,119 @@ def _map_tile(matrix, x, k, d, rank, length, stride_k, stride_d, RANK_DIM: tl.co
 
 
 @triton.jit
-def _mapped_step(param, grad, exp_avg, exp_avg_sq, grad_map, momentum_map, start, rank, length, p_k, p_d, g_k, g_d,
-                 beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM: tl.constexpr,
-                 HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr,
+def _mapped_tile(param, grad, exp_avg, exp_avg_sq, old, scratch, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+                 p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM: tl.constexpr,
+                 HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_P_MAP: tl.constexpr, HAS_D_MAP: tl.constexpr,
+                 HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr, KEEP_OLD: tl.constexpr, FUSED: tl.constexpr,
                  R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    """The step of BLOCK_D rows of the long dimension; returns the tile of the factor as stored and as it was."""
     k = tl.arange(0, R)
     d = start + tl.arange(0, BLOCK_D)
-    mapped_g = 0.0
-    mapped_m = 0.0
     # The moments are contiguous in the parameter's own shape.
     if RANK_DIM == 0:
         m_k = length
         m_d = 1
+        k_tile = k[:, None]
+        d_tile = d[None, :]
+        s_k = BLOCK_D
+        s_d = 1
     else:
         m_k = 1
         m_d = rank
+        k_tile = k[None, :]
+        d_tile = d[:, None]
+        s_k = 1
+        s_d = R
+    mapped_m = 0.0
     if HAS_G_MAP:
-        mapped_g = _map_tile(grad_map, grad, k, d, rank, length, g_k, g_d, RANK_DIM, R, STEP, BLOCK_D, COMPUTE)
+        g = _map_tile(grad_map, grad, k, d, rank, length, g_k, g_d, RANK_DIM, R, STEP, BLOCK_D, COMPUTE)
+        if MAXIMIZE:
+            g = -g
+    else:
+        g = _gradient(grad, k_tile * g_k + d_tile * g_d, (k_tile < rank) & (d_tile < length), MAXIMIZE, COMPUTE)
+    if HAS_P_MAP:
+        g += _map_tile(param_map, param, k, d, rank, length, p_k, p_d, RANK_DIM, R, STEP, BLOCK_D, COMPUTE)
     if HAS_M_MAP:
         mapped_m = _map_tile(momentum_map, exp_avg, k, d, rank, length, m_k, m_d, RANK_DIM, R, STEP, BLOCK_D, COMPUTE)
-        # Every thread must have read the old momentum before any writes the new one over it.
+    if HAS_M_MAP or HAS_P_MAP:
+        # Every thread must have read the old momentum and factor before any writes new ones over them.
         tl.debug_barrier()
-    if RANK_DIM == 0:
-        k = k[:, None]
-        d = d[None, :]
+    # Offsets are formed only now: during the products they would cost registers.
+    mask = (k_tile < rank) & (d_tile < length)
+    m_offset = k_tile * m_k + d_tile * m_d
+    direction = _direction(exp_avg, exp_avg_sq, m_offset, mask, g, mapped_m, beta1, beta2, eps, correction, root_correction,
+                           HAS_M_MAP, HAS_M, HAS_V, COMPUTE)  # fmt: skip
+    if HAS_D_MAP:
+        if FUSED:
+            direction = tl.where(mask, direction, 0.0)
+            square = k[:, None] * rank + k[None, :]
+            matrix = tl.load(direction_map + square, mask=(k[:, None] < rank) & (k[None, :] < rank), other=0.0)
+            if RANK_DIM == 0:
+                direction = tl.dot(matrix, direction, input_precision="ieee", out_dtype=COMPUTE)
+            else:
+                direction = tl.dot(direction, matrix, input_precision="ieee", out_dtype=COMPUTE)
+        else:
+            local = tl.arange(0, BLOCK_D)
+            tl.store(scratch + k_tile * s_k + (d_tile - start) * s_d, direction)
+            tl.debug_barrier()
+            direction = _map_tile(direction_map, scratch, k, local, rank, BLOCK_D, s_k, s_d, RANK_DIM, R, STEP, BLOCK_D, COMPUTE)
+    new, was = _write(param, k_tile * p_k + d_tile * p_d, mask, direction, keep, rate, COMPUTE)
+    if KEEP_OLD:
+        tl.store(old + m_offset, was, mask=mask)
+    # What lies outside may be 0/0.
+    return tl.where(mask, new.to(COMPUTE), 0.0), was.to(COMPUTE)
+
+
+@triton.jit
+def _mapped_rows(param, grad, exp_avg, exp_avg_sq, old, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+                 p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM: tl.constexpr,
+                 HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_P_MAP: tl.constexpr, HAS_D_MAP: tl.constexpr,
+                 HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr, KEEP_OLD: tl.constexpr, GRAMS: tl.constexpr,
+                 FUSED: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+                 COMPUTE: tl.constexpr):  # fmt: skip
+    """One tile of rows, or CHUNK rows with their share of the new Gram matrices."""
+    if GRAMS:
+        SUM: tl.constexpr = partial.dtype.element_ty
+        gram = tl.zeros([R, R], SUM)
+        cross = tl.zeros([R, R], SUM)
+        for first in range(start, tl.minimum(start + CHUNK, length), BLOCK_D):
+            new, was = _mapped_tile(
+                param, grad, exp_avg, exp_avg_sq, old, scratch, grad_map, momentum_map, param_map, direction_map, first, rank, length,
+                p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
+                HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_OLD, FUSED, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
+            if RANK_DIM == 0:
+                new = tl.trans(new)
+                was = tl.trans(was)
+            wide = new.to(SUM)
+            gram = tl.dot(tl.trans(wide), wide, gram, input_precision="ieee", out_dtype=SUM)
+            cross = tl.dot(tl.trans(wide), was.to(SUM), cross, input_precision="ieee", out_dtype=SUM)
+        i = tl.arange(0, R)[:, None]
+        j = tl.arange(0, R)[None, :]
+        target = partial + i * rank + j
+        tl.store(target, gram, mask=(i < rank) & (j < rank))
+        tl.store(target + rank * rank, cross, mask=(i < rank) & (j < rank))
     else:
-        k = k[None, :]
-        d = d[:, None]
-    _step_tile(param, grad, exp_avg, exp_avg_sq, k * p_k + d * p_d, k * g_k + d * g_d, k * m_k + d * m_d, (k < rank) & (d < length),
-               mapped_g, mapped_m, beta1, beta2, eps, rate, keep, correction, root_correction,
-               HAS_G_MAP, HAS_M_MAP, HAS_M, HAS_V, MAXIMIZE, COMPUTE)  # fmt: skip
+        _mapped_tile(
+            param, grad, exp_avg, exp_avg_sq, old, scratch, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+            p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
+            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_OLD, FUSED, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_SCALARS, "rank"])
-def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, lr_pointer, step_pointer, rank,
+def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, direction_maps, lr_pointer, step_pointer,
+                        olds, scratch, partials, rank,
                         lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64, weight_decay: tl.float64,
                         step: tl.float64, log2_beta1: tl.float64, log2_beta2: tl.float64,
                         correction1: tl.float64, correction2: tl.float64,
                         PARAM: tl.constexpr, COMPUTE: tl.constexpr, LR_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
-                        HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_M: tl.constexpr, HAS_V: tl.constexpr,
-                        BIAS_CORRECTION: tl.constexpr, MAXIMIZE: tl.constexpr,
-                        R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """With r×r maps: BLOCK_D rows of the long dimension per program, with all of the rank."""
-    program = tl.program_id(0)
+                        HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_P_MAP: tl.constexpr, HAS_D_MAP: tl.constexpr,
+                        HAS_M: tl.constexpr, HAS_V: tl.constexpr, BIAS_CORRECTION: tl.constexpr, MAXIMIZE: tl.constexpr,
+                        KEEP_OLD: tl.constexpr, GRAMS: tl.constexpr, FUSED: tl.constexpr,
+                        R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """With r×r maps: CHUNK rows of the long dimension per program, with all of the rank; GRAMS: their share of the new Gram matrices."""
+    program = tl.program_id(0).to(tl.int64)
     index = tl.load(chunks + 2 * program)
-    row = tensors + index * COLUMNS
-    start = tl.load(chunks + 2 * program + 1) * BLOCK_D
+    row = tensors + index * THIN_COLUMNS
     param = tl.load(row).to(tl.pointer_type(PARAM))
     grad = tl.load(row + 1).to(tl.pointer_type(PARAM))
     exp_avg = tl.load(row + 2).to(tl.pointer_type(COMPUTE))
@@ -231,19 +309,30 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, lr_pointer, s
     p_d = tl.load(row + 7)
     g_k = tl.load(row + 8)
     g_d = tl.load(row + 9)
-    grad_map = grad_maps + index * rank * rank
-    momentum_map = momentum_maps + index * rank * rank
+    old = olds
+    if KEEP_OLD:
+        old += tl.load(row + 14)
+    square = index * rank * rank
+    grad_map = grad_maps + square
+    momentum_map = momentum_maps + square
+    param_map = param_maps + square
+    direction_map = direction_maps + square
+    scratch += program * (R * BLOCK_D)
     rate, keep, correction, root_correction = _coefficients(
         lr, lr_pointer, step, step_pointer, tl.load(row + 10), log2_beta1, log2_beta2, correction1, correction2, weight_decay,
         LR_ON_DEVICE, STEP_ON_DEVICE, BIAS_CORRECTION, COMPUTE)  # fmt: skip
+    start = tl.load(chunks + 2 * program + 1) * CHUNK
+    partial = partials + program * (2 * rank * rank)
     if rank_dim == 0:
-        _mapped_step(param, grad, exp_avg, exp_avg_sq, grad_map, momentum_map, start, rank, length, p_k, p_d, g_k, g_d,
-                     beta1, beta2, eps, rate, keep, correction, root_correction, 0,
-                     HAS_G_MAP, HAS_M_MAP, HAS_M, HAS_V, MAXIMIZE, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
+        _mapped_rows(
+            param, grad, exp_avg, exp_avg_sq, old, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+            p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, 0, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
+            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_OLD, GRAMS, FUSED, R, STEP, BLOCK_D, CHUNK, COMPUTE)  # fmt: skip
     else:
-        _mapped_step(param, grad, exp_avg, exp_avg_sq, grad_map, momentum_map, start, rank, length, p_k, p_d, g_k, g_d,
-                     beta1, beta2, eps, rate, keep, correction, root_correction, 1,
-                     HAS_G_MAP, HAS_M_MAP, HAS_M, HAS_V, MAXIMIZE, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
+        _mapped_rows(
+            param, grad, exp_avg, exp_avg_sq, old, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+            p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, 1, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
+            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_OLD, GRAMS, FUSED, R, STEP, BLOCK_D, CHUNK, COMPUTE)  # fmt: skip
 
 
 def _fields(values: list[Tensor], count: int) -> list[int]:
@@ -268,15 +357,18 @@ def _flat_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tenso
 
 
 def _mapped_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], rank_dims: list[int],
-                   missed: list[int], block_d: int) -> Layout:  # fmt: skip
+                   missed: list[int], chunk: int) -> Layout:  # fmt: skip
     first, second = _fields(exp_avgs, len(params)), _fields(exp_avg_sqs, len(params))
-    rows, chunks = [], []
+    lengths = [p.shape[1 - dim] for p, dim in zip(params, rank_dims, strict=True)]
+    counts = [triton.cdiv(length, chunk) for length in lengths]
+    starts = first_chunks(counts)
+    rows, elements = [], 0
     for i, (p, g, dim) in enumerate(zip(params, grads, rank_dims, strict=True)):
-        length = p.shape[1 - dim]
         strides = (p.stride(dim), p.stride(1 - dim), g.stride(dim), g.stride(1 - dim))
-        rows.append((p.data_ptr(), g.data_ptr(), first[i], second[i], dim, length, *strides, missed[i] if missed else 0))
-        chunks.append(triton.cdiv(length, block_d))
-    return Layout(rows, chunks)
+        rows.append((p.data_ptr(), g.data_ptr(), first[i], second[i], dim, lengths[i], *strides, missed[i] if missed else 0,
+                     0, starts[i], counts[i], elements))  # fmt: skip
+        elements += p.numel()
+    return Layout(rows, counts, (elements,))
 
 
 def _vector(dtype: torch.dtype) -> int:
@@ -284,9 +376,14 @@ def _vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def block_d(rank: int) -> int:
-    """Rows of the long dimension per program with maps."""
-    return 64 if padded_rank(rank) <= 32 else 32
+def block_d(rank: int, double: bool, heavy: bool) -> int:
+    """Rows of the long dimension per tile with maps; fewer for a ``heavy`` step, with T, D or new Gram matrices, which would spill."""
+    padded = padded_rank(rank)
+    if not heavy:
+        return 64 if padded <= 32 else 32
+    if padded <= 16:
+        return 32 if double else 64
+    return 16 if padded > (32 if double else 64) else 32
 
 
 def _one_element(value: float | int | Tensor) -> bool:
@@ -323,9 +420,7 @@ def verify(
             return False, f"{name} is a tensor on {value.device}, the parameters are on {params[0].device}: reading it would wait for it"
         if not _one_element(value):
             return False, f"{name} must have one element"
-    if param_maps is not None or direction_maps is not None or new_grams is not None:
-        return False, "param_maps, direction_maps and new_grams are not in the kernel"
-    if grad_maps is not None or momentum_maps is not None:
+    if any(x is not None for x in (grad_maps, momentum_maps, param_maps, direction_maps, new_grams)):
         rank = params[0].shape[rank_dims[0]]
         if rank > _LARGEST_RANK:
             return False, f"maps of rank {rank}: the kernel holds at most {_LARGEST_RANK}"
@@ -363,7 +458,7 @@ def grouped_adamw_(
     bias_correction: bool,
     maximize: bool,
 ) -> None:
-    """One launch, in place, for the whole list; see the reference for the formula.
+    """One launch, in place, for the whole list (two with ``new_grams``, four above rank 32); see the reference for the formula.
 
     ``lr`` and ``step`` may be one-element tensors on the device: then the kernel reads them there. No hyperparameter is
     a compile-time constant, so schedules do not recompile.
@@ -395,30 +490,66 @@ def grouped_adamw_(
         "BIAS_CORRECTION": bias_correction,
         "MAXIMIZE": maximize,
     }
-    if grad_maps is None and momentum_maps is None:
-        work = table("adamw", first.device, key, lambda: _flat_layout(params, grads, exp_avgs, exp_avg_sqs, missed))
-    else:
-        rank = first.shape[rank_dims[0]]
-        rows = block_d(rank)
-        work = table(
-            "mapped_adamw",
-            first.device,
-            (key, tuple(rank_dims)),
-            lambda: _mapped_layout(params, grads, exp_avgs, exp_avg_sqs, rank_dims, missed, rows),
-        )
-    if not work.programs:
-        return
     # A pointer that a specialisation does not read still has to be one.
+    if all(x is None for x in (grad_maps, momentum_maps, param_maps, direction_maps, new_grams)):
+        work = table("adamw", first.device, key, lambda: _flat_layout(params, grads, exp_avgs, exp_avg_sqs, missed))
+        pointers = tuple(work.tensors if pointer is None else pointer for pointer in (lr_pointer, step_pointer))
+        if work.programs:
+            with on_device(first):
+                launch(adamw_kernel, (work.programs,), work.tensors, work.chunks, *pointers, *scalars, **options,
+                       VECTOR=_vector(first.dtype), BLOCK=BLOCK, num_warps=8)  # fmt: skip
+        return
+    rank = first.shape[rank_dims[0]]
+    heavy = param_maps is not None or direction_maps is not None or new_grams is not None
+    padded, rows = padded_rank(rank), block_d(rank, first.dtype == torch.float64, heavy)
+    fused = padded <= _LARGEST_FUSED
+    chunk = rows * _GRAM_TILES if fused and new_grams is not None else rows
+    work = table(
+        "mapped_adamw",
+        first.device,
+        (key, tuple(rank_dims), chunk),
+        lambda: _mapped_layout(params, grads, exp_avgs, exp_avg_sqs, rank_dims, missed, chunk),
+    )
     pointers = tuple(work.tensors if pointer is None else pointer for pointer in (lr_pointer, step_pointer))
+    compute = compute_dtype(first.dtype)
+    given = [None if maps is None else maps.contiguous() for maps in (grad_maps, momentum_maps, param_maps, direction_maps)]
+    some = next((maps for maps in given if maps is not None), torch.empty(0, dtype=compute, device=first.device))
+    olds, scratch, partials = some, some, some
+    if new_grams is not None and fused:
+        partials = torch.empty(work.programs, 2 * rank * rank, dtype=new_grams.dtype, device=first.device)
+    elif new_grams is not None:
+        olds = torch.empty(work.facts[0], dtype=first.dtype, device=first.device)
+    if direction_maps is not None and not fused:
+        scratch = torch.empty(work.programs, padded * rows, dtype=compute, device=first.device)
     with on_device(first):
-        if grad_maps is None and momentum_maps is None:
-            launch(adamw_kernel, (work.programs,), work.tensors, work.chunks, *pointers, *scalars, **options,
-                   VECTOR=_vector(first.dtype), BLOCK=BLOCK, num_warps=8)  # fmt: skip
-            return
-        maps = [None if maps is None else maps.contiguous() for maps in (grad_maps, momentum_maps)]
-        some = maps[0] if maps[0] is not None else maps[1]
-        padded = padded_rank(rank)
-        launch(mapped_adamw_kernel, (work.programs,), work.tensors, work.chunks, *(some if m is None else m for m in maps),
-               *pointers, rank, *scalars, **options,
-               HAS_G_MAP=grad_maps is not None, HAS_M_MAP=momentum_maps is not None and bool(exp_avgs),
-               R=padded, STEP=16, BLOCK_D=rows, num_warps=4 if padded <= 32 else 8)  # fmt: skip
+        if work.programs:
+            launch(mapped_adamw_kernel, (work.programs,), work.tensors, work.chunks, *(some if maps is None else maps for maps in given),
+                   *pointers, olds, scratch, partials, rank, *scalars, **options,
+                   HAS_G_MAP=grad_maps is not None, HAS_M_MAP=momentum_maps is not None and bool(exp_avgs),
+                   HAS_P_MAP=param_maps is not None, HAS_D_MAP=direction_maps is not None,
+                   KEEP_OLD=new_grams is not None and not fused, GRAMS=new_grams is not None and fused, FUSED=fused,
+                   R=padded, STEP=16, BLOCK_D=rows, CHUNK=chunk, num_warps=4 if padded <= (16 if heavy else 32) else 8)  # fmt: skip
+        if new_grams is not None:
+            _write_grams(params, rank_dims, new_grams, work, olds, partials, fused)
+
+
+def _write_grams(
+    params: list[Tensor], rank_dims: list[int], new_grams: Tensor, work: Table, olds: Tensor, partials: Tensor, fused: bool
+) -> None:
+    """The Gram matrices of the new factors, and with the old ones: a sum over the programs of the step, or from copies of the old ones."""
+    target = new_grams if new_grams.is_contiguous() else torch.empty_like(new_grams, memory_format=torch.contiguous_format)
+    if not fused:
+        rank = new_grams.shape[-1]
+        tall = [p.mT if dim == 0 else p for p, dim in zip(params, rank_dims, strict=True)]
+        copies = [x.view(p.shape) for x, p in zip(olds.split([p.numel() for p in params]), params, strict=True)]
+        tall_old = [x.mT if dim == 0 else x for x, dim in zip(copies, rank_dims, strict=True)]
+        partials = partials.new_empty(0)
+        for product, others in enumerate((tall, tall_old)):
+            work = thin_table("mapped_adamw_grams", tall, others, tall, GramSizes(rank, rank).CHUNK)
+            if product == 0:
+                partials = torch.empty(work.programs, 2, rank * rank, dtype=new_grams.dtype, device=new_grams.device)
+            if work.programs:
+                launch_partials(work, partials[:, product], rank, rank, params[0].dtype, symmetric=False)
+    launch_sum(work.tensors, len(params), partials, target, symmetric=False)
+    if target is not new_grams:
+        new_grams.copy_(target)

@@ -76,7 +76,7 @@ def _load_square(pointer, first_row, first_column, R: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def _store_square(pointer, first_row, first_column, value, R: tl.constexpr, TILE: tl.constexpr):
+def store_square(pointer, first_row, first_column, value, R: tl.constexpr, TILE: tl.constexpr):
     i = tl.arange(0, TILE)
     tl.store(pointer + (first_row + i[:, None]) * R + first_column + i[None, :], value)
 
@@ -135,9 +135,9 @@ def gram_kernel(tensors, chunks, levels, squares, partials, rank, X: tl.constexp
             p = load_tile(previous, previous_mode, first, rows, right, rank, previous_d, previous_r, BLOCK_D, TILE, VECTOR)
             cross = tl.dot(tl.trans(a), p.to(tl.float64), cross, input_precision="ieee", out_dtype=tl.float64)
     partial = partials + program * (2 * R * R)
-    _store_square(partial, left, right, gram, R, TILE)
+    store_square(partial, left, right, gram, R, TILE)
     if HAS_PREVIOUS:
-        _store_square(partial + R * R, left, right, cross, R, TILE)
+        store_square(partial + R * R, left, right, cross, R, TILE)
 
 
 @triton.jit
@@ -203,10 +203,10 @@ def _cholesky(a, target, R: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _multiply(a, a_row, a_column, TRANSPOSE_A: tl.constexpr, b, b_row, b_column, R: tl.constexpr, TILE: tl.constexpr):
+def multiply(a, a_row, a_column, TRANSPOSE_A: tl.constexpr, b, b_row, b_column, R: tl.constexpr, TILE: tl.constexpr):
     """The product of two tiles in memory (the first transposed, if asked for), 16 of the inner dimension at a time."""
     i = tl.arange(0, TILE)
-    total = tl.zeros([TILE, TILE], tl.float64)
+    total = tl.zeros([TILE, TILE], a.dtype.element_ty)
     for first in range(0, TILE, 16):
         k = first + tl.arange(0, 16)
         if TRANSPOSE_A:
@@ -214,7 +214,7 @@ def _multiply(a, a_row, a_column, TRANSPOSE_A: tl.constexpr, b, b_row, b_column,
         else:
             left = tl.load(a + (a_row + i[:, None]) * R + a_column + k[None, :])
         right = tl.load(b + (b_row + k[:, None]) * R + b_column + i[None, :])
-        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=tl.float64)
+        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=a.dtype.element_ty)
     return total
 
 
@@ -268,32 +268,32 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
         for above in range(0, block, TILE):
             side = _scaled_gram(partials, scales, first_chunk, count, above, block, good, R, TILE)
             for inner in range(0, above, TILE):
-                side -= _multiply(new_factor, inner, above, True, new_factor, inner, block, R, TILE)
-            _store_square(new_factor, block, above, side, R, TILE)
+                side -= multiply(new_factor, inner, above, True, new_factor, inner, block, R, TILE)
+            store_square(new_factor, block, above, side, R, TILE)
             tl.debug_barrier()
-            side = _multiply(new_weight, above, above, True, new_factor, block, above, R, TILE)
+            side = multiply(new_weight, above, above, True, new_factor, block, above, R, TILE)
             norms += _squares(side)
-            _store_square(new_factor, above, block, side, R, TILE)
+            store_square(new_factor, above, block, side, R, TILE)
             tl.debug_barrier()
         corner = _scaled_gram(partials, scales, first_chunk, count, block, block, good, R, TILE)
         corner = tl.where(eye & ((block + i[None, :] >= rank) | (not good)), 1.0, corner)
         for inner in range(0, block, TILE):
-            corner -= _multiply(new_factor, inner, block, True, new_factor, inner, block, R, TILE)
+            corner -= multiply(new_factor, inner, block, True, new_factor, inner, block, R, TILE)
         inverse, squared, pivot = _cholesky(corner, new_factor + block * R + block, R, TILE)
         smallest = tl.minimum(smallest, pivot)
         norms += squared
         inverse_norms += _squares(inverse)
-        _store_square(new_weight, block, block, inverse, R, TILE)
+        store_square(new_weight, block, block, inverse, R, TILE)
         tl.debug_barrier()
         for above in range(0, block, TILE):
             side = zero
             for inner in range(above, block, TILE):
-                side += _multiply(new_weight, above, inner, False, new_factor, inner, block, R, TILE)
-            _store_square(new_weight, block, above, side, R, TILE)
+                side += multiply(new_weight, above, inner, False, new_factor, inner, block, R, TILE)
+            store_square(new_weight, block, above, side, R, TILE)
             tl.debug_barrier()
-            side = -_multiply(new_weight, block, above, False, new_weight, block, block, R, TILE)
+            side = -multiply(new_weight, block, above, False, new_weight, block, block, R, TILE)
             inverse_norms += _squares(side)
-            _store_square(new_weight, above, block, side, R, TILE)
+            store_square(new_weight, above, block, side, R, TILE)
             tl.debug_barrier()
     for left in range(0, R, TILE):
         for right in range(0, R, TILE):
@@ -304,10 +304,10 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
             factored = tl.where(upper, _load_square(new_factor, left, right, R, TILE) * column_unscale, 0.0)
             # Replicas in other threads must have read before anything is overwritten.
             tl.debug_barrier()
-            _store_square(new_weight, left, right, inverse, R, TILE)
-            _store_square(new_factor, left, right, factored, R, TILE)
+            store_square(new_weight, left, right, inverse, R, TILE)
+            store_square(new_factor, left, right, factored, R, TILE)
             if TWO_STAGES and not SECOND:
-                _store_square(weight + 4 * R * R, left, right, inverse, R, TILE)
+                store_square(weight + 4 * R * R, left, right, inverse, R, TILE)
 
     level = 2
     condition = tl.sqrt(norms) * tl.sqrt(inverse_norms)
@@ -332,18 +332,18 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
                     total = zero
                     for inner in range(0, R, TILE):
                         if (left <= inner) & (inner <= right):
-                            total += _multiply(weight, left, inner, False, new_weight, inner, right, R, TILE)
+                            total += multiply(weight, left, inner, False, new_weight, inner, right, R, TILE)
                     tl.debug_barrier()
-                    _store_square(weight, left, right, total, R, TILE)
+                    store_square(weight, left, right, total, R, TILE)
         for left in range(0, R, TILE):
             for right in range(0, R, TILE):
                 if left <= right:
                     total = zero
                     for inner in range(0, R, TILE):
                         if (left <= inner) & (inner <= right):
-                            total += _multiply(new_factor, left, inner, False, factor, inner, right, R, TILE)
+                            total += multiply(new_factor, left, inner, False, factor, inner, right, R, TILE)
                     tl.debug_barrier()
-                    _store_square(factor, left, right, total, R, TILE)
+                    store_square(factor, left, right, total, R, TILE)
         tl.debug_barrier()
     if level == 1:
         return
@@ -361,11 +361,11 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
                 if inner <= block:
                     signed = _load_square(weight, inner, block, R, TILE) * sign[None, :]
                     tl.debug_barrier()
-                    _store_square(weight, inner, block, signed, R, TILE)
+                    store_square(weight, inner, block, signed, R, TILE)
                     if TWO_STAGES and SECOND:
                         signed = _load_square(new_weight, inner, block, R, TILE) * sign[None, :]
                         tl.debug_barrier()
-                        _store_square(new_weight, inner, block, signed, R, TILE)
+                        store_square(new_weight, inner, block, signed, R, TILE)
         # The rows of R carry the signs of the columns of Q.
         row_sign = tl.sum(tl.where(eye, sign[None, :], 0.0), axis=1)
         a = block + i[:, None]
@@ -407,18 +407,18 @@ def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride,
                 value = tl.dot(value, _load_square(weight + 2 * R * R, 0, 0, R, TILE), input_precision="ieee", out_dtype=tl.float64)
             else:
                 value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR)
-            _store_tile(q, rounded(value, Q), first + d, rows, k, columns, q_d, q_r)
+            store_tile(q, rounded(value, Q), first + d, rows, k, columns, q_d, q_r)
         else:
             k = tl.arange(0, TILE)
             value = rounded(_wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
             other = rounded(_wide_tile(x, mode, first, rows, TILE, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
             tl.debug_barrier()
-            _store_tile(q, value, first + d, rows, k, columns, q_d, q_r)
-            _store_tile(q, other, first + d, rows, TILE + k, columns, q_d, q_r)
+            store_tile(q, value, first + d, rows, k, columns, q_d, q_r)
+            store_tile(q, other, first + d, rows, TILE + k, columns, q_d, q_r)
 
 
 @triton.jit
-def _store_tile(pointer, value, d, rows, k, columns, stride_d, stride_r):
+def store_tile(pointer, value, d, rows, k, columns, stride_d, stride_r):
     mask = (d[:, None] < rows) & (k[None, :] < columns)
     if stride_r == 1:
         tl.store(pointer + d[:, None] * stride_d + k[None, :], value, mask=mask)
@@ -590,7 +590,7 @@ class Sizes:
         self.TILE = min(self.R, 64)
         self.FACTOR_TILE = min(self.R, 32)
         self.CHUNK = max(512, 32 * self.R)
-        self.BLOCK_D = 64 if self.R <= 32 else 16
+        self.BLOCK_D = {16: 64, 32: 32}.get(self.R, 16)
         self.GUARDED_BLOCK_D = 4096 // self.R
         self.warps = 4 if self.R <= 32 else 8
 

@@ -152,6 +152,31 @@ def jacobi_kernel(rs, columns, weights, ss, pairs, k, rank, tolerance: tl.float6
         tl.debug_barrier()
 
 
+def decompose_cores(rs: Tensor, ss: Tensor, compute: torch.dtype) -> Tensor:
+    """One launch: the SVDs of ``R_L R_Rᵀ``, R_L in the first half of ``rs`` (2N, k, k), R_R in the second, both fp64.
+
+    Writes the leading ``ss.shape[1]`` singular values to ``ss`` (N, rank), contiguous; returns the left cores, then the right
+    ones, (2N, K, K) with their singular vectors in columns, of which the first ``rank`` are orthonormal.
+    """
+    pairs, k, rank, sizes = len(ss), rs.shape[1], ss.shape[1], Sizes(rs.shape[1])
+    columns = torch.empty(pairs, 2, sizes.R, sizes.R, dtype=torch.float64, device=rs.device)
+    weights = torch.empty(2 * pairs, sizes.R, sizes.R, dtype=torch.float64, device=rs.device)
+    with on_device(rs):
+        launch(jacobi_kernel, (pairs,), rs, columns, weights, ss, pairs, k, rank,
+               1e-15 * sizes.R if compute == torch.float64 else 1e-10, _MAX_SWEEPS, K=sizes.R, STEP=16, num_warps={16: 1, 32: 4, 64: 8}[sizes.R])  # fmt: skip
+    return weights
+
+
+def apply_cores(operation: str, qs: list[Tensor], weights: Tensor, out: list[Tensor]) -> None:
+    """One launch: ``out_i``, the leading columns of ``Q_i W_i`` for W (N, K, K) in fp64, rounded once."""
+    k, sizes = qs[0].shape[1], Sizes(qs[0].shape[1])
+    work = thin_table(operation, qs, None, out, sizes.CHUNK)
+    with on_device(qs[0]):
+        launch(apply_kernel, (work.programs,), work.tensors, work.chunks, weights, weights, k, out[0].shape[1], sizes.R * sizes.R,
+               X=TL_DTYPE[qs[0].dtype], Q=TL_DTYPE[out[0].dtype], QR=False, TWO_STAGES=False, R=sizes.R, TILE=sizes.TILE,
+               CHUNK=sizes.CHUNK, BLOCK_D=sizes.BLOCK_D, VECTOR=vector(qs[0].dtype), num_warps=sizes.warps)  # fmt: skip
+
+
 def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tensor, vs: list[Tensor]) -> Verdict:
     """Refuses cores above 64 × 64 and other devices than a GPU."""
     k = lefts[0].shape[1]
@@ -164,22 +189,15 @@ def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tens
 @implements("grouped_svd_product", "triton", verify)
 def grouped_svd_product(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tensor, vs: list[Tensor]) -> None:
     """Write ``U_i``, ``s_i`` and ``V_i``; eight launches, nothing read on the host. See the module's text, and the reference."""
-    first, k, rank, pairs = lefts[0], lefts[0].shape[1], ss.shape[1], len(lefts)
-    sizes, compute = Sizes(k), compute_dtype(lefts[0].dtype)
+    first, k = lefts[0], lefts[0].shape[1]
+    compute = compute_dtype(first.dtype)
     factors = [*lefts, *rights]
     bases = torch.empty(sum(x.shape[0] for x in factors), k, dtype=compute, device=first.device)
     qs = list(bases.split([x.shape[0] for x in factors]))
     rs = torch.empty(len(factors), k, k, dtype=torch.float64, device=first.device)
     factorize(factors, None, qs, rs)
-    columns = torch.empty(pairs, 2, sizes.R, sizes.R, dtype=torch.float64, device=first.device)
-    weights = torch.empty(len(factors), sizes.R, sizes.R, dtype=torch.float64, device=first.device)
     target = ss if ss.is_contiguous() else torch.empty_like(ss, memory_format=torch.contiguous_format)
-    work = thin_table("grouped_svd_product", qs, None, [*us, *vs], sizes.CHUNK)
-    with on_device(first):
-        launch(jacobi_kernel, (pairs,), rs, columns, weights, target, pairs, k, rank,
-               1e-15 * sizes.R if compute == torch.float64 else 1e-10, _MAX_SWEEPS, K=sizes.R, STEP=16, num_warps={16: 1, 32: 4, 64: 8}[sizes.R])  # fmt: skip
-        launch(apply_kernel, (work.programs,), work.tensors, work.chunks, weights, weights, k, rank, sizes.R * sizes.R,
-               X=TL_DTYPE[compute], Q=TL_DTYPE[us[0].dtype], QR=False, TWO_STAGES=False, R=sizes.R, TILE=sizes.TILE,
-               CHUNK=sizes.CHUNK, BLOCK_D=sizes.BLOCK_D, VECTOR=vector(compute), num_warps=sizes.warps)  # fmt: skip
+    weights = decompose_cores(rs, target, compute)
+    apply_cores("grouped_svd_product", qs, weights, [*us, *vs])
     if target is not ss:
         ss.copy_(target)

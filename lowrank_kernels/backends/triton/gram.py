@@ -1,0 +1,129 @@
+"""``grouped_gram``: Gram and cross-Gram matrices of a whole ragged list in two launches.
+
+The first launch forms the products of chunks of rows, tile by tile, the second adds them up in a fixed order: the result
+is deterministic, without atomics. Floor: read X once (and Y once), plus r·k words per chunk of 512 rows or more, written and read
+in L2. Above rank 64 each further tile of 64 columns reads its operands again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..registry import Verdict, implements
+from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
+from ._tables import Table
+from .qr import COLUMNS, load_tile, thin_table, vector
+
+#: Elements of a result that one program of the summation adds up.
+SUM_BLOCK = 256
+_LARGEST_TILE = 64
+
+
+@triton.jit(do_not_specialize=["x_rank", "y_rank"])
+def partial_gram_kernel(tensors, chunks, partials, x_rank, y_rank, partial_stride, X: tl.constexpr, SYMMETRIC: tl.constexpr,
+                        TILE_X: tl.constexpr, TILE_Y: tl.constexpr, TILES_Y: tl.constexpr,
+                        CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """Per chunk of rows, one tile of ``XᵀY`` (SYMMETRIC: of XᵀX, upper tiles only), in the dtype of ``partials``."""
+    ACCUMULATOR: tl.constexpr = partials.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    left = (tl.program_id(1) // TILES_Y) * TILE_X
+    right = (tl.program_id(1) % TILES_Y) * TILE_Y
+    if SYMMETRIC:
+        if left > right:
+            return
+    row = tensors + tl.load(chunks + 2 * program) * COLUMNS
+    x = tl.load(row).to(tl.pointer_type(X))
+    y = tl.load(row + 2).to(tl.pointer_type(X))
+    rows = tl.load(row + 3)
+    x_d = tl.load(row + 4)
+    x_r = tl.load(row + 5)
+    y_d = tl.load(row + 8)
+    y_r = tl.load(row + 9)
+    x_mode = tl.load(row + 10)
+    y_mode = tl.load(row + 11)
+    gram = tl.zeros([TILE_X, TILE_Y], ACCUMULATOR)
+    start = tl.load(chunks + 2 * program + 1) * CHUNK
+    stop = tl.minimum(start + CHUNK, rows)
+    for first in range(start, stop, BLOCK_D):
+        a = load_tile(x, x_mode, first, rows, left, x_rank, x_d, x_r, BLOCK_D, TILE_X, VECTOR).to(ACCUMULATOR)
+        if SYMMETRIC and TILES_Y == 1:
+            b = a
+        else:
+            b = load_tile(y, y_mode, first, rows, right, y_rank, y_d, y_r, BLOCK_D, TILE_Y, VECTOR).to(ACCUMULATOR)
+        gram = tl.dot(tl.trans(a), b, gram, input_precision="ieee", out_dtype=ACCUMULATOR)
+    i = left + tl.arange(0, TILE_X)[:, None]
+    j = right + tl.arange(0, TILE_Y)[None, :]
+    tl.store(partials + program * partial_stride + i * y_rank + j, gram, mask=(i < x_rank) & (j < y_rank))
+
+
+@triton.jit(do_not_specialize=["size", "columns", "partial_stride", "out_stride"])
+def sum_chunks_kernel(tensors, partials, out, size, columns, partial_stride, out_stride, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up the partial products of each matrix, chunk by chunk; SYMMETRIC takes every entry from the upper triangle."""
+    index = tl.program_id(0).to(tl.int64)
+    row = tensors + index * COLUMNS
+    first_chunk = tl.load(row + 12)
+    count = tl.load(row + 13)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = entry
+    if SYMMETRIC:
+        i = entry // columns
+        j = entry % columns
+        source = tl.minimum(i, j) * columns + tl.maximum(i, j)
+    total = tl.zeros([BLOCK], partials.dtype.element_ty)
+    for chunk in range(first_chunk, first_chunk + count):
+        total += tl.load(partials + chunk * partial_stride + source, mask=entry < size, other=0.0)
+    tl.store(out + index * out_stride + entry, total, mask=entry < size)
+
+
+class GramSizes:
+    """Tile sizes of the Gram kernels for X of rank ``x_rank`` and Y of rank ``y_rank``."""
+
+    def __init__(self, x_rank: int, y_rank: int) -> None:
+        padded = max(padded_rank(x_rank), padded_rank(y_rank))
+        self.TILE_X, self.TILE_Y = (min(padded_rank(rank), _LARGEST_TILE) for rank in (x_rank, y_rank))
+        self.tiles_x, self.TILES_Y = triton.cdiv(x_rank, self.TILE_X), triton.cdiv(y_rank, self.TILE_Y)
+        # So that the partial products stay a small part of what is read.
+        self.CHUNK = max(512, 32 * padded)
+        # A product holds all of its inner dimension in registers: more rows would spill.
+        self.BLOCK_D = 32 if padded <= 16 else 16
+        self.warps = 4 if padded <= 32 else 8
+
+
+def launch_partials(work: Table, partials: Tensor, x_rank: int, y_rank: int, dtype: torch.dtype, *, symmetric: bool) -> None:
+    """The first launch, on a table of ``thin_table`` with ``GramSizes.CHUNK``; ``partials`` (programs, stride ≥ r·k)."""
+    sizes = GramSizes(x_rank, y_rank)
+    launch(partial_gram_kernel, (work.programs, sizes.tiles_x * sizes.TILES_Y), work.tensors, work.chunks, partials, x_rank, y_rank,
+           partials.stride(0), X=TL_DTYPE[dtype], SYMMETRIC=symmetric, TILE_X=sizes.TILE_X, TILE_Y=sizes.TILE_Y, TILES_Y=sizes.TILES_Y,
+           CHUNK=sizes.CHUNK, BLOCK_D=sizes.BLOCK_D, VECTOR=vector(dtype), num_warps=sizes.warps)  # fmt: skip
+
+
+def launch_sum(tensors: Tensor, count: int, partials: Tensor, out: Tensor, *, symmetric: bool) -> None:
+    """The second launch: ``out`` (N, …), each matrix contiguous, from the chunks that the table's rows name."""
+    size = out[0].numel()
+    launch(sum_chunks_kernel, (count, triton.cdiv(size, SUM_BLOCK)), tensors, partials, out, size, out.shape[-1], partials.stride(0),
+           out.stride(0), SYMMETRIC=symmetric, BLOCK=SUM_BLOCK, num_warps=4)  # fmt: skip
+
+
+def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor) -> Verdict:
+    """Takes every rank; refuses other devices than a GPU."""
+    return device_verdict(xs)
+
+
+@implements("grouped_gram", "triton", verify)
+def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor) -> None:
+    """Write ``XᵀY`` (or XᵀX, exactly symmetric) of every pair; two launches, nothing read on the host."""
+    x_rank, y_rank = grams.shape[1:]
+    if not grams.numel():
+        return
+    target = grams if grams.is_contiguous() else torch.empty_like(grams, memory_format=torch.contiguous_format)
+    work = thin_table("grouped_gram", xs, ys, xs, GramSizes(x_rank, y_rank).CHUNK)
+    partials = torch.empty(work.programs, x_rank * y_rank, dtype=grams.dtype, device=grams.device)
+    with on_device(xs[0]):
+        if work.programs:
+            launch_partials(work, partials, x_rank, y_rank, xs[0].dtype, symmetric=ys is None)
+        launch_sum(work.tensors, len(xs), partials, target, symmetric=ys is None)
+    if target is not grams:
+        grams.copy_(target)
