@@ -556,7 +556,8 @@ def test_solve(rank: int, dtype: torch.dtype, gram_dtype: torch.dtype, side: str
     for ours, theirs, truth, x, inexact in zip(solutions, same_dtype, exact, rhs, rounding, strict=True):
         assert ours.dtype == dtype and ours.shape == x.shape and ours.is_contiguous()
         error, torch_error = ((value.double() - truth).abs().max().item() for value in (ours, theirs))
-        assert error <= 2 * torch_error + (8 * torch.finfo(dtype).eps + inexact.item()) * truth.abs().max().item()
+        eps = max(torch.finfo(dtype).eps, torch.finfo(gram_dtype).eps)
+        assert error <= 2 * torch_error + (8 * eps + inexact.item()) * truth.abs().max().item()
 
 
 def test_solve_of_stacked_right_hand_sides() -> None:

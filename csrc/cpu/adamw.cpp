@@ -12,7 +12,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int64_t kChunk = 16384;  // elements: some 10 µs of work, and what one thread should have at least
+constexpr int64_t kChunk = kThreadElements;
 
 bool has_maps(const AdamWItem& item) {
   return item.grad_map || item.momentum_map || item.param_map || item.direction_map;

@@ -7,8 +7,8 @@
 
 namespace lowrank::LOWRANK_ISA {
 
-// One fused pass over n elements. HasX: out = shrink · x - step; else out = step, for a map to be applied to. HasM, HasV:
-// whether there are moments. What there is not may be null; out may be x.
+// One fused pass over n elements. HasX: out = shrink · x - step; else out = step, for a map to be applied to. HasM,
+// HasV: whether there are moments. What there is not may be null; out may be x.
 template <class T, bool HasX, bool HasM, bool HasV>
 LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size_64, double scale_v_64, const T* x,
                                 const T* LOWRANK_RESTRICT g, T* LOWRANK_RESTRICT m, T* LOWRANK_RESTRICT v, T* out,
@@ -74,8 +74,8 @@ void adamw_range(const AdamWScalars& scalars, const AdamWItem& item, int64_t beg
       (item.rows == 1 || (item.param.row_stride == item.columns && item.grad.row_stride == item.columns));
   if (dense && (scalars.dtype == DType::kFloat32 || scalars.dtype == DType::kFloat64)) {
     T* x = static_cast<T*>(item.param.data) + begin;
-    moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(item.grad.data) + begin, m, v,
-                x, end - begin);
+    moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(item.grad.data) + begin, m, v, x,
+                end - begin);
     return;
   }
   constexpr int64_t kBlock = 1024;
@@ -111,8 +111,8 @@ LOWRANK_INLINE void round_to_storage(DType dtype, T* x, int64_t n) {
   });
 }
 
-// With r × r maps: one panel of x.rows_of(p) rows of the factor seen as a tall (d, r) matrix, from row `first` on. The new
-// factor is left in panel p of x, the old one in that of `old`; `scratch` is for the five other panels.
+// With r × r maps: one panel of x.rows_of(p) rows of the factor seen as a tall (d, r) matrix, from row `first` on. The
+// new factor is left in panel p of x, the old one in that of `old`; `scratch` is for the five other panels.
 template <class T>
 void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t p,
                         const Panels<T>& new_x, const Panels<T>& old_x, T* scratch) {
@@ -176,8 +176,8 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
   if (item.v) store_panel(state, moment_view(item.v), first, rows, r, v, pitch, dense);
 }
 
-// Rows [first, first + rows) with r × r maps. grams, if given: the new factor's Gram (upper triangle) and its cross-Gram with
-// the old one, (2, r, r), are added to while both are in the cache.
+// Rows [first, first + rows) with r × r maps. grams, if given: the new factor's Gram (upper triangle) and its
+// cross-Gram with the old one, (2, r, r), are added to while both are in the cache.
 template <class T>
 void adamw_mapped_rows(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
                        double* grams) {

@@ -82,7 +82,9 @@ void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, doub
     if (grad_maps || momentum_maps || param_maps || direction_maps || new_grams) {
       const int64_t r = item.rank_dim == 1 ? item.columns : item.rows;
       check_rank(r);
-      const auto map = [&](intptr_t maps) { return maps ? reinterpret_cast<const void*>(maps + i * r * r * size) : nullptr; };
+      const auto map = [&](intptr_t maps) {
+        return maps ? reinterpret_cast<const void*>(maps + i * r * r * size) : nullptr;
+      };
       item.grad_map = map(grad_maps);
       item.momentum_map = map(momentum_maps);
       item.param_map = map(param_maps);
@@ -158,7 +160,8 @@ void gram(int64_t n, const py::buffer& table_buffer, int dtype, bool wide, int64
   grouped_gram(dtype_of(dtype), wide, items.data(), n, r, k, threads);
 }
 
-// Sections: rhs, out, rows, row and column strides of rhs, of out, all as tall matrices. The Grams are (n, r, r), contiguous.
+// Sections: rhs, out, rows, row and column strides of rhs, of out, all as tall matrices. The Grams are (n, r, r),
+// contiguous.
 void solve(int64_t n, const py::buffer& table_buffer, int dtype, bool wide, int64_t r, intptr_t grams, double damping,
            int threads) {
   const Table table("grouped_solve", table_buffer, 7, n);

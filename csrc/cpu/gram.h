@@ -6,7 +6,8 @@
 
 namespace lowrank::LOWRANK_ISA {
 
-// Consecutive panels of a tall matrix: `rows` rows in all, r columns, each panel `step` rows high (and its column pitch).
+// Consecutive panels of a tall matrix: `rows` rows in all, r columns, each panel `step` rows high (and its column
+// pitch).
 template <class T>
 struct Panels {
   T* data;
@@ -52,8 +53,8 @@ LOWRANK_INLINE void gram_block(const Panels<T>& x, const Panels<T>& y, int64_t i
   for (int s = 0; s < I * J; s += kLanes<A>) store(sums + s, sum_lanes_of_each<A>(sum + s));
 }
 
-// gram (x.r, pitch) += XᵀY, and only its upper triangle for Y = X (`symmetric`); x and y have panels of one height. A lane
-// of A sums up rows / kLanes<A> products, the lanes and what is there already are added up in double.
+// gram (x.r, pitch) += XᵀY, and only its upper triangle for Y = X (`symmetric`); x and y have panels of one height. A
+// lane of A sums up rows / kLanes<A> products, the lanes and what is there already are added up in double.
 template <class A, class T>
 void add_gram(const Panels<T>& x, const Panels<T>& y, bool symmetric, double* gram, int64_t pitch) {
   constexpr int I = kManyRegisters ? 4 : 2, J = 4;

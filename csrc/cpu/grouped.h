@@ -18,7 +18,8 @@ void grouped_svd_product(DType dtype, const SvdProductItem* items, int64_t n, in
 // Gram matrices (r, k) of n matrices, accumulated in double if `wide` (always for fp64), else in float.
 void grouped_gram(DType dtype, bool wide, const GramItem* items, int64_t n, int64_t r, int64_t k, int threads);
 
-// n systems with (r, r) Grams of double if `wide`, else of float; `dtype` is that of the right-hand sides and the results.
+// n systems with (r, r) Grams of double if `wide`, else of float; `dtype` is that of the right-hand sides and the
+// results.
 void grouped_solve(DType dtype, bool wide, const SolveItem* items, int64_t n, int64_t r, double damping, int threads);
 
 // Orthonormal polar factors of n tall matrices with r columns each.

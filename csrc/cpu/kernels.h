@@ -12,7 +12,8 @@ struct AdamWScalars {
   DType dtype;
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
-  bool wide_grams = false;  // the Grams of the new factors are accumulated in double, not in the type of the computation
+  bool wide_grams =
+      false;  // the Grams of the new factors are accumulated in double, not in the type of the computation
 };
 
 // One parameter, as a (rows, columns) matrix; the moments are contiguous, of the type of the computation, or null.
@@ -65,8 +66,8 @@ struct SvdProductItem {
   void* s = nullptr;
 };
 
-// Scratch of one solve: a small matrix in double, U and its transpose in reversed order, reciprocals of the diagonals, and
-// for each worker a panel and its staging area.
+// Scratch of one solve: a small matrix in double, U and its transpose in reversed order, reciprocals of the diagonals,
+// and for each worker a panel and its staging area.
 template <class T>
 struct SolveWork {
   double* upper;
@@ -96,7 +97,8 @@ template <class T>
 struct Kernels {
   // Elements [begin, end) in row-major order.
   void (*adamw_range)(const AdamWScalars&, const AdamWItem&, int64_t begin, int64_t end);
-  // `rows` rows of the factor seen as tall; scratch for mapped_scratch(r) elements; grams (2, r, r) are added to, or null.
+  // `rows` rows of the factor seen as tall; scratch for mapped_scratch(r) elements; grams (2, r, r) are added to, or
+  // null.
   void (*adamw_mapped_rows)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch,
                             double* grams);
   // The Gram of `rows` rows is added to sums (r, k); scratch for gram_scratch(r, k) elements.

@@ -17,8 +17,8 @@ void polar(DType dtype, const PolarItem& item, int64_t r, const QrWork<T>& work,
     return;
   }
   normalize(work.r, r);
-  // Row j of `columns` is column j of R, and of U after the SVD (completed, if R is deficient); so is row j of `product` of U
-  // Vᵀ = Σ_l u_l v_lᵀ.
+  // Row j of `columns` is column j of R, and of U after the SVD (completed, if R is deficient); so is row j of
+  // `product` of U Vᵀ = Σ_l u_l v_lᵀ.
   double *columns = work.gram, *v = work.inverse, *product = work.r;
   for (int64_t j = 0; j < r; ++j) {
     for (int64_t i = 0; i < pitch; ++i) columns[j * pitch + i] = i <= j ? work.r[i * pitch + j] : 0;

@@ -19,9 +19,8 @@ void for_each_matrix(const Item* items, int64_t n, int64_t r, int threads, const
   }
   if (schedule.split < n) {
     const QrScratch<T> scratch(item(schedule.split).rows, r, schedule.workers, 1);
-    parallel_for(n - schedule.split, schedule.workers, [&](int64_t task, int worker) {
-      body(item(schedule.split + task), scratch.of(worker), 1);
-    });
+    parallel_for(n - schedule.split, schedule.workers,
+                 [&](int64_t task, int worker) { body(item(schedule.split + task), scratch.of(worker), 1); });
   }
 }
 

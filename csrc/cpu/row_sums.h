@@ -1,5 +1,5 @@
-// Sums over the rows of each matrix of a list, spread over threads: over the rows of one group, and then over the groups in
-// order, whoever formed them, so that the result does not depend on the number of threads.
+// Sums over the rows of each matrix of a list, spread over threads: over the rows of one group, and then over the
+// groups in order, whoever formed them, so that the result does not depend on the number of threads.
 #pragma once
 
 #include <algorithm>

@@ -10,8 +10,8 @@
 
 namespace lowrank::LOWRANK_ISA {
 
-// UᵀU = gram + damping, for solve_panel in both directions. False if that is not positive definite: a pivot in double that is
-// below the rounding error of its diagonal entry in T is noise.
+// UᵀU = gram + damping, for solve_panel in both directions. False if that is not positive definite: a pivot in double
+// that is below the rounding error of its diagonal entry in T is noise.
 template <class T>
 bool factorize(const T* gram, int64_t r, double damping, const SolveWork<T>& work) {
   const int64_t pitch = small_pitch(r);
