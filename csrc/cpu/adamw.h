@@ -184,7 +184,7 @@ void adamw_mapped_rows(const AdamWScalars& scalars, const AdamWItem& item, int64
   const int64_t r = item.rank_dim == 1 ? item.columns : item.rows, area = kBlockRows * r;
   for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
     const int64_t height = rows - begin < kBlockRows ? rows - begin : kBlockRows;
-    const Panels<T> x{scratch, height, r}, old{scratch + area, height, r};
+    const Panels<T> x{scratch, height, r, mapped_panel_rows(r)}, old{scratch + area, height, r, mapped_panel_rows(r)};
     for (int64_t p = 0; p < x.count(); ++p) {
       adamw_mapped_panel(scalars, item, first + begin + p * x.height(), p, x, old, scratch + 2 * area);
     }

@@ -68,8 +68,9 @@ class AltLoRA(PreconditionedOptimizer):
         group = self._group(pairs, "A")
         turn = ORDERS[group["order"]][(int(group["step"]) - 1) % 2]
         for idle in set("AB") - set(turn):
+            idle_group = self._group(pairs, idle)
             for pair in pairs:
-                self._miss(self._group([pair], idle), self._position(pair, idle)[1])
+                self._miss(idle_group, self._position(pair, idle)[1])
         active = {side: self._with_gradient(pairs, side) for side in turn}
         # Jacobi: every preconditioner from the factors as they were.
         inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in turn if active[side]}
@@ -87,8 +88,9 @@ class AltLoRA(PreconditionedOptimizer):
                 **self._moments(self._group(pairs, side)),
             )
         for side in inverses:
-            for transport in self._small_state(active[side], side, "transport"):
-                transport.copy_(torch.eye(len(transport)))
+            transports = self._small_state(active[side], side, "transport")
+            identity = torch.eye(len(transports[0]), dtype=transports[0].dtype, device=transports[0].device)
+            torch._foreach_copy_(transports, [identity] * len(transports))
         for side, grams in new_grams.items():
             self._carry_momentum(active[side], OTHER[side], grams)
         if group["freeze_idle"]:
