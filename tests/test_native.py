@@ -97,18 +97,25 @@ def run_adamw(
         return [torch.empty_strided(t.shape, t.stride(), dtype=to).copy_(t) if t.ndim == 2 else t.to(to, copy=True) for t in tensors]
 
     options = {name: value.to(wide(dtype)) if name.endswith("maps") and value is not None else value for name, value in options.items()}
+    grams = options.get("new_grams")
+    if grams is not None:
+        narrow = grams.dtype == torch.float32 and dtype != torch.float64
+        options["new_grams"] = torch.full(grams.shape, torch.nan, dtype=torch.float32 if narrow else torch.float64)
     params, grads = copy(params, dtype), copy(grads, dtype)
     states = tuple([t.to(wide(dtype), copy=True) for t in state] for state in states)
     with registry.force(backend):
         ops.grouped_adamw_(params, grads, *states, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, **options)
-    return [*params, *(tensor for state in states for tensor in state)]
+    return [*params, *(tensor for state in states for tensor in state), *([] if grams is None else [options["new_grams"]])]
 
 
 def check_adamw(dtype: torch.dtype, params: list[Tensor], grads: list[Tensor], *states: list[Tensor], **options) -> None:
     exact = run_adamw("reference", torch.float64, params, grads, *states, **options)
     same_dtype = run_adamw("reference", dtype, params, grads, *states, **options)
-    for ours, theirs, truth in zip(run_adamw("native", dtype, params, grads, *states, **options), same_dtype, exact, strict=True):
-        assert_close_to_fp64(ours, theirs, truth)
+    ours = run_adamw("native", dtype, params, grads, *states, **options)
+    # All parameters are judged together, and so are their moments: a map may cancel what a small one consists of.
+    for start in range(0, len(params) * (1 + sum(map(bool, states))), len(params)):
+        kind = slice(start, start + len(params))
+        assert_close_to_fp64(*(torch.cat([tensor.flatten() for tensor in results[kind]]) for results in (ours, same_dtype, exact)))
 
 
 def moments(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -135,6 +142,61 @@ def test_adamw_instruction_sets(instruction_set: str) -> None:
         check_adamw(dtype, params, grads, *moments(params), step=3)
         maps = torch.randn(len(params), 16, 16)
         check_adamw(dtype, params, grads, *moments(params), step=3, grad_maps=maps, rank_dims=rank_dims)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_adamw_all_maps(rank: int, dtype: torch.dtype, maximize: bool, instruction_set: str) -> None:
+    """Each of the four maps alone, all four, and with moments missing."""
+    params, grads, rank_dims = adamw_group(rank, dtype)
+    names = ("grad_maps", "momentum_maps", "param_maps", "direction_maps")
+    maps = {name: torch.randn(len(params), rank, rank) / rank**0.5 for name in names}
+    first, second = moments(params)
+    for chosen in ((names[2],), (names[3],), names):
+        options = {name: maps[name] for name in chosen}
+        check_adamw(dtype, params, grads, first, second, step=3, rank_dims=rank_dims, maximize=maximize, **options)
+    check_adamw(dtype, params, grads, first, [], step=3, rank_dims=rank_dims, maximize=maximize, **maps)
+    check_adamw(dtype, params, grads, [], [], step=3, rank_dims=rank_dims, maximize=maximize, **maps)
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_adamw_new_grams(rank: int, dtype: torch.dtype, gram_dtype: torch.dtype, instruction_set: str) -> None:
+    """The Grams are those of the factor as stored, in fp64 to fp64's rounding; with and without maps."""
+    params, grads, rank_dims = adamw_group(rank, dtype)
+    gram_dtype = torch.float64 if dtype == torch.float64 else gram_dtype
+    first, second = moments(params)
+    maps = torch.randn(len(params), rank, rank) / rank**0.5
+    for options in ({}, {"grad_maps": maps, "momentum_maps": maps}):
+        before = [param.double() for param in params]
+        new_grams = torch.full((len(params), 2, rank, rank), torch.nan, dtype=gram_dtype)
+        *results, grams = run_adamw(
+            "native", dtype, params, grads, first, second, step=3, rank_dims=rank_dims, new_grams=new_grams, **options
+        )
+        without = run_adamw("native", dtype, params, grads, first, second, step=3, rank_dims=rank_dims, **options)
+        if options:
+            assert all(torch.equal(a, b) for a, b in zip(results, without, strict=True))
+        for gram, new, old, dim in zip(grams, results, before, rank_dims, strict=False):
+            new = new.double()
+            new, old = (new.mT, old.mT) if dim == 0 else (new, old)
+            assert torch.equal(gram[0], gram[0].mT)
+            for ours, x, y in ((gram[0], new, new), (gram[1], new, old)):
+                rounding = torch.finfo(gram_dtype).eps * (1 + x.shape[0] ** 0.5)
+                bound = rounding * x.norm(dim=0)[:, None] * y.norm(dim=0)
+                assert ((ours.double() - x.mT @ y).abs() <= bound).all()
+
+
+def test_adamw_new_grams_do_not_depend_on_threads(threads: None) -> None:
+    params, grads, rank_dims = adamw_group(16, torch.float32)
+    params, grads = [*params, torch.randn(16, 20000)], [*grads, torch.randn(16, 20000)]
+    options = {"step": 3, "rank_dims": [*rank_dims, 0], "new_grams": torch.empty(len(params), 2, 16, 16, dtype=torch.float64)}
+    states = moments(params)
+    results = run_adamw("native", torch.float32, params, grads, *states, **options)
+    torch.set_num_threads(1)
+    alone = run_adamw("native", torch.float32, params, grads, *states, **options)
+    assert all(torch.equal(a, b) for a, b in zip(results, alone, strict=True))
 
 
 @pytest.mark.parametrize("present", ["both", "first", "second", "neither"])
@@ -423,10 +485,170 @@ def test_svd_product_does_not_depend_on_threads(threads: None) -> None:
     assert all(torch.equal(a, b) for a, b in zip([*us, *vs], [*alone[0], *alone[2]], strict=True))
 
 
+# --- grouped_gram -----------------------------------------------------------------------------------------------------
+
+
+def gram_bound(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounding of sums of products that are formed in ``dtype``, entry by entry."""
+    return torch.finfo(dtype).eps * (1 + x.shape[0] ** 0.5) * x.double().norm(dim=0)[:, None] * y.double().norm(dim=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_gram(rank: int, dtype: torch.dtype, instruction_set: str) -> None:
+    tall = (1, 37, 256, 300, 2100, 0)
+    for columns in (None, rank, 5, 70):
+        xs = [matrix(d, rank, dtype, LAYOUTS[i % 4]) for i, d in enumerate(tall)]
+        ys = None if columns is None else [matrix(d, columns, dtype, LAYOUTS[(i + 1) % 4]) for i, d in enumerate(tall)]
+        for result in {wide(dtype), torch.float64}:
+            grams = ops.grouped_gram(xs, ys, dtype=result)
+            assert grams.dtype == result and grams.shape == (len(xs), rank, columns or rank)
+            for gram, x, y in zip(grams, xs, ys or xs, strict=True):
+                if ys is None:
+                    assert torch.equal(gram, gram.mT)
+                assert ((gram.double() - x.double().mT @ y.double()).abs() <= gram_bound(x, y, result)).all()
+
+
+def test_gram_keeps_bad_numbers_to_their_matrix() -> None:
+    xs = [matrix(d, 8, torch.float32) for d in (30, 40, 1500)]
+    clean = ops.grouped_gram(xs)
+    xs[1][7, 3] = torch.nan
+    grams = ops.grouped_gram(xs)
+    assert grams[1].isnan().any()
+    assert torch.equal(grams[0], clean[0]) and torch.equal(grams[2], clean[2])
+
+
+@pytest.mark.parametrize("rank", [1, 16, 128])
+def test_gram_does_not_depend_on_threads(rank: int, threads: None) -> None:
+    xs = [torch.randn(400000 // rank, rank), torch.randn(150, rank), torch.randn(rank, 300).mT]
+    ys = [torch.randn_like(x) for x in xs]
+    results = [ops.grouped_gram(xs), ops.grouped_gram(xs, ys, dtype=torch.float64)]
+    torch.set_num_threads(1)
+    assert torch.equal(results[0], ops.grouped_gram(xs)) and torch.equal(results[1], ops.grouped_gram(xs, ys, dtype=torch.float64))
+
+
+# --- grouped_solve ----------------------------------------------------------------------------------------------------
+
+
+def positive_definite(count: int, rank: int, dtype: torch.dtype) -> Tensor:
+    """With something else above the diagonal, which must not be read."""
+    roots = torch.randn(count, rank, 3 * rank, dtype=torch.float64) / rank**0.5
+    grams = (roots @ roots.mT).to(dtype)
+    return grams.tril() + torch.full_like(grams, torch.nan).triu(1).nan_to_num(7.0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_solve(rank: int, dtype: torch.dtype, gram_dtype: torch.dtype, side: str, instruction_set: str) -> None:
+    widths = (1, 37, rank, 300, 2100)
+    grams = positive_definite(len(widths), rank, gram_dtype)
+    rhs = [matrix(d, rank, dtype, LAYOUTS[i % 4]) for i, d in enumerate(widths)]
+    rhs = [x.mT for x in rhs] if side == "left" else rhs
+    solutions = ops.grouped_solve(grams, rhs, 0.1, side=side)
+    with registry.force("reference"):
+        same_dtype = ops.grouped_solve(grams, rhs, 0.1, side=side)
+        exact = ops.grouped_solve(grams.double(), [x.double() for x in rhs], 0.1, side=side)
+    symmetric = grams.double().tril() + grams.double().tril(-1).mT + 0.1 * torch.eye(rank, dtype=torch.float64)
+    # Where torch's arithmetic is that of the exact solution, both have the rounding of a system of this condition.
+    rounding = torch.finfo(gram_dtype).eps * torch.linalg.cond(symmetric)
+    for ours, theirs, truth, x, inexact in zip(solutions, same_dtype, exact, rhs, rounding, strict=True):
+        assert ours.dtype == dtype and ours.shape == x.shape and ours.is_contiguous()
+        error, torch_error = ((value.double() - truth).abs().max().item() for value in (ours, theirs))
+        eps = max(torch.finfo(dtype).eps, torch.finfo(gram_dtype).eps)
+        assert error <= 2 * torch_error + (8 * eps + inexact.item()) * truth.abs().max().item()
+
+
+def test_solve_of_stacked_right_hand_sides() -> None:
+    grams = positive_definite(5, 8, torch.float64)
+    for rhs in (torch.randn(5, 8, 3), torch.eye(8, dtype=torch.float64).expand(5, 8, 8), torch.randn(5, 3, 8).mT):
+        solution = ops.grouped_solve(grams, rhs, 1e-3)
+        assert isinstance(solution, Tensor) and solution.shape == rhs.shape and solution.is_contiguous()
+        assert all(torch.equal(a, b) for a, b in zip(solution, ops.grouped_solve(grams, list(rhs), 1e-3), strict=True))
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
+def test_solve_reports_what_is_not_positive_definite(gram_dtype: torch.dtype) -> None:
+    grams = positive_definite(6, 8, gram_dtype)
+    rhs = [torch.randn(8, 40) for _ in grams]
+    clean = ops.grouped_solve(grams, rhs, 0.1)
+    grams[1], grams[3, 5, 2], grams[4, 7, 7] = -torch.eye(8), torch.nan, torch.inf
+    solutions = ops.grouped_solve(grams, rhs, 0.1)
+    for index, (ours, before) in enumerate(zip(solutions, clean, strict=True)):
+        assert ours.isnan().all() if index in (1, 3, 4) else torch.equal(ours, before)
+
+
+def test_solve_of_an_ill_conditioned_gram_with_little_damping() -> None:
+    """σ₁ = 10, κ = 1e6: in fp64 a damping of 1e-6 is enough (METHODS §6); B = 0 leaves the damping alone."""
+    x = conditioned(300, 8, 1e6, torch.float64) * 10
+    grams = torch.stack([x.mT @ x, torch.zeros(8, 8, dtype=torch.float64)])
+    solutions = ops.grouped_solve(grams, torch.eye(8, dtype=torch.float64).expand(2, 8, 8), 1e-6)
+    exact = torch.linalg.inv(grams + 1e-6 * torch.eye(8, dtype=torch.float64))
+    assert (solutions - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+def test_solve_does_not_depend_on_threads(threads: None) -> None:
+    grams, rhs = positive_definite(3, 16, torch.float64), [torch.randn(d, 16) for d in (30000, 300, 200)]
+    solutions = ops.grouped_solve(grams, rhs, 0.1, side="right")
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(solutions, ops.grouped_solve(grams, rhs, 0.1, side="right"), strict=True))
+
+
+# --- grouped_polar ----------------------------------------------------------------------------------------------------
+
+
+def check_polar(xs: list[Tensor], polars: list[Tensor]) -> None:
+    """Orthonormal columns, and PᵀX symmetric and positive semidefinite with P PᵀX = X: what defines the polar factor."""
+    for x, p in zip(xs, polars, strict=True):
+        eps = torch.finfo(x.dtype).eps
+        tolerance = {torch.float32: 1e-5, torch.float64: 1e-13}.get(x.dtype, 8 * eps)
+        x = torch.ldexp(x.double(), -torch.frexp(x.double().abs().amax()).exponent)
+        p, norm = p.double(), torch.linalg.norm(x)
+        assert p.isfinite().all()
+        assert (p.mT @ p - torch.eye(p.shape[1])).abs().max() <= tolerance
+        stretch = p.mT @ x
+        assert (stretch - stretch.mT).abs().max() <= tolerance * norm
+        assert torch.linalg.eigvalsh(stretch + stretch.mT).min() >= -tolerance * norm
+        assert torch.linalg.norm(p @ stretch - x) <= tolerance * norm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_polar(rank: int, dtype: torch.dtype) -> None:
+    for shift in range(4):
+        xs = [matrix(d, rank, dtype, LAYOUTS[(i + shift) % 4]) for i, d in enumerate(heights(rank))]
+        out = [torch.full_like(matrix(d, rank, dtype, LAYOUTS[(i + 3 * shift) % 4]), torch.nan) for i, d in enumerate(heights(rank))]
+        check_polar(xs, ops.grouped_polar(xs))
+        check_polar(xs, ops.grouped_polar(xs, out=out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 8, 33, 128])
+def test_polar_robustness(rank: int, dtype: torch.dtype, instruction_set: str) -> None:
+    for name, (xs, _) in hard_matrices(rank, dtype).items():
+        if name == "denormal":  # its digits are few, so the residual of a denormal X is not small
+            continue
+        try:
+            check_polar(xs, ops.grouped_polar(xs))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def test_polar_of_what_is_not_finite() -> None:
+    xs = [matrix(d, 8, torch.float32) for d in (8, 100, 1500)]
+    clean = ops.grouped_polar(xs)
+    xs[1][57, 3] = torch.inf
+    polars = ops.grouped_polar(xs)
+    assert polars[1].isnan().all() and torch.equal(polars[0], clean[0]) and torch.equal(polars[2], clean[2])
+
+
 # --- what holds for all of them ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["grouped_adamw_", "grouped_qr", "grouped_svd_product"])
+@pytest.mark.parametrize(
+    "operation", ["grouped_adamw_", "grouped_gram", "grouped_polar", "grouped_qr", "grouped_solve", "grouped_svd_product"]
+)
 def test_one_call_whatever_the_number_of_layers(operation: str) -> None:
     counts = []
     for layers in (6, 60):
@@ -435,8 +657,10 @@ def test_one_call_whatever_the_number_of_layers(operation: str) -> None:
         if operation == "grouped_adamw_":
             states = [torch.zeros(40, 8) for _ in xs]
             ops.grouped_adamw_(xs, xs, states, [s.clone() for s in states], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
-        elif operation == "grouped_qr":
-            ops.grouped_qr(xs)
+        elif operation == "grouped_solve":
+            ops.grouped_solve(torch.eye(8).repeat(layers, 1, 1), xs, side="right")
+        elif operation in ("grouped_gram", "grouped_polar", "grouped_qr"):
+            getattr(ops, operation)(xs)
         else:
             ops.grouped_svd_product(xs, xs, 4)
         counts.append(registry.launch_count() - before)
@@ -447,6 +671,9 @@ def test_one_call_whatever_the_number_of_layers(operation: str) -> None:
 def test_empty_lists() -> None:
     ops.grouped_adamw_([], [], [], [], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
     assert ops.grouped_qr([])[0] == []
+    assert ops.grouped_polar([]) == []
+    assert ops.grouped_gram([]).shape == (0, 0, 0)
+    assert ops.grouped_solve(torch.empty(0, 8, 8), []) == []
     assert ops.grouped_svd_product([], [], 3)[0] == []
 
 

@@ -54,9 +54,10 @@ void check_rank(int64_t r) {
 // rank_dim.
 void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, double beta1, double beta2, double eps,
            double weight_decay, double step, bool bias_correction, bool maximize, intptr_t grad_maps,
-           intptr_t momentum_maps, int threads) {
+           intptr_t momentum_maps, intptr_t param_maps, intptr_t direction_maps, intptr_t new_grams, bool wide_grams,
+           int threads) {
   const Table table("grouped_adamw", table_buffer, 12, n);
-  const AdamWScalars scalars{dtype_of(dtype), lr, beta1, beta2, eps, weight_decay, maximize};
+  const AdamWScalars scalars{dtype_of(dtype), lr, beta1, beta2, eps, weight_decay, maximize, wide_grams};
   const int64_t size = scalars.dtype == DType::kFloat64 ? 8 : 4;
   std::vector<AdamWItem> items(static_cast<size_t>(n));
   double steps_known = -1, correction1 = 1, correction2 = 1;
@@ -78,11 +79,17 @@ void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, doub
     item.step_size = lr / correction1;
     item.scale_v = 1 / std::sqrt(correction2);
     item.rank_dim = static_cast<int>(table.at(11, i));
-    if (grad_maps || momentum_maps) {
+    if (grad_maps || momentum_maps || param_maps || direction_maps || new_grams) {
       const int64_t r = item.rank_dim == 1 ? item.columns : item.rows;
       check_rank(r);
-      if (grad_maps) item.grad_map = reinterpret_cast<const void*>(grad_maps + i * r * r * size);
-      if (momentum_maps) item.momentum_map = reinterpret_cast<const void*>(momentum_maps + i * r * r * size);
+      const auto map = [&](intptr_t maps) {
+        return maps ? reinterpret_cast<const void*>(maps + i * r * r * size) : nullptr;
+      };
+      item.grad_map = map(grad_maps);
+      item.momentum_map = map(momentum_maps);
+      item.param_map = map(param_maps);
+      item.direction_map = map(direction_maps);
+      if (new_grams) item.new_grams = reinterpret_cast<void*>(new_grams + i * 2 * r * r * (wide_grams ? 8 : size));
     }
   }
   const py::gil_scoped_release released;
@@ -135,6 +142,58 @@ void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k
   grouped_svd_product(type, items.data(), n, k, rank, threads);
 }
 
+// Sections: x, y (0: none), rows, row and column strides of x, of y. The Grams are (n, r, k), contiguous.
+void gram(int64_t n, const py::buffer& table_buffer, int dtype, bool wide, int64_t r, int64_t k, intptr_t grams,
+          int threads) {
+  const Table table("grouped_gram", table_buffer, 7, n);
+  check_rank(r);
+  check_rank(k);
+  std::vector<GramItem> items(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    GramItem& item = items[i];
+    item.rows = table.at(2, i);
+    item.x = {table.data(0, i, item.rows * r), table.at(3, i), table.at(4, i)};
+    item.y = {table.address(1, i), table.at(5, i), table.at(6, i)};
+    item.gram = reinterpret_cast<void*>(grams + i * r * k * (wide ? 8 : 4));
+  }
+  const py::gil_scoped_release released;
+  grouped_gram(dtype_of(dtype), wide, items.data(), n, r, k, threads);
+}
+
+// Sections: rhs, out, rows, row and column strides of rhs, of out, all as tall matrices. The Grams are (n, r, r),
+// contiguous.
+void solve(int64_t n, const py::buffer& table_buffer, int dtype, bool wide, int64_t r, intptr_t grams, double damping,
+           int threads) {
+  const Table table("grouped_solve", table_buffer, 7, n);
+  check_rank(r);
+  std::vector<SolveItem> items(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    SolveItem& item = items[i];
+    item.rows = table.at(2, i);
+    item.rhs = {table.data(0, i, item.rows * r), table.at(3, i), table.at(4, i)};
+    item.out = {table.data(1, i, item.rows * r), table.at(5, i), table.at(6, i)};
+    item.gram = reinterpret_cast<const void*>(grams + i * r * r * (wide ? 8 : 4));
+  }
+  const py::gil_scoped_release released;
+  grouped_solve(dtype_of(dtype), wide, items.data(), n, r, damping, threads);
+}
+
+// Sections: x, out, rows, row and column strides of x, of out.
+void polar(int64_t n, const py::buffer& table_buffer, int dtype, int64_t r, int threads) {
+  const Table table("grouped_polar", table_buffer, 7, n);
+  check_rank(r);
+  std::vector<PolarItem> items(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    PolarItem& item = items[i];
+    item.rows = table.at(2, i);
+    if (item.rows < r) throw std::invalid_argument("grouped_polar: a matrix is not tall");
+    item.x = {table.data(0, i, item.rows * r), table.at(3, i), table.at(4, i)};
+    item.out = {table.data(1, i, item.rows * r), table.at(5, i), table.at(6, i)};
+  }
+  const py::gil_scoped_release released;
+  grouped_polar(dtype_of(dtype), items.data(), n, r, threads);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -142,6 +201,9 @@ void bind_cpu(py::module_& m) {
   m.def("adamw", &adamw, "One AdamW step of a list of parameters, in place.");
   m.def("qr", &qr, "Thin QR of a list of tall matrices.");
   m.def("svd_product", &svd_product, "Truncated SVD of a list of products of thin factors.");
+  m.def("gram", &gram, "Gram and cross-Gram matrices of a list of thin matrices.");
+  m.def("solve", &solve, "Damped positive definite systems of a list.");
+  m.def("polar", &polar, "Orthonormal polar factors of a list of tall matrices.");
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use now.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Use 'avx512', 'avx2' or 'portable' kernels from now on; False (and no change) where that cannot run.");

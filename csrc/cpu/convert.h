@@ -30,7 +30,9 @@ LOWRANK_INLINE float widen(Float16 x) {
 
 // Round to nearest, ties to even.
 LOWRANK_INLINE void narrow(float x, float* out) { *out = x; }
+LOWRANK_INLINE void narrow(float x, double* out) { *out = x; }
 LOWRANK_INLINE void narrow(double x, double* out) { *out = x; }
+LOWRANK_INLINE void narrow(double x, float* out) { *out = static_cast<float>(x); }
 LOWRANK_INLINE void narrow(float x, BFloat16* out) {
   const uint32_t bits = bits_of(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -47,13 +49,16 @@ LOWRANK_INLINE void narrow(float x, Float16* out) {
   out->bits = static_cast<uint16_t>(((bits >> 16) & 0x8000u) | (magnitude >= 0x477ff000u ? large : finite));
 }
 
+LOWRANK_INLINE void narrow(double x, BFloat16* out) { narrow(static_cast<float>(x), out); }
+LOWRANK_INLINE void narrow(double x, Float16* out) { narrow(static_cast<float>(x), out); }
+
 // n elements `stride` apart from or to a dense array.
 template <class T, class S>
 LOWRANK_INLINE void widen_run(const S* source, int64_t stride, int64_t n, T* out) {
   if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) out[i] = widen(source[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(widen(source[i]));
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = widen(source[i * stride]);
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(widen(source[i * stride]));
   }
 }
 template <class T, class S>
@@ -65,14 +70,14 @@ LOWRANK_INLINE void narrow_run(const T* source, int64_t n, S* out, int64_t strid
   }
 }
 
-// Calls f(S*) with the pointer in its storage type. T = double has fp64 storage only, T = float the three others.
-template <class T, class F>
+// Calls f(S*) with the pointer in its storage type. Any type may be stored, whatever the type of the computation: a
+// preconditioner is solved for in double and applied to factors in bfloat16.
+template <class F>
 LOWRANK_INLINE void with_storage(DType dtype, void* data, const F& f) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    (void)dtype;
-    f(static_cast<double*>(data));
-  } else if (dtype == DType::kFloat32) {
+  if (dtype == DType::kFloat32) {
     f(static_cast<float*>(data));
+  } else if (dtype == DType::kFloat64) {
+    f(static_cast<double*>(data));
   } else if (dtype == DType::kBFloat16) {
     f(static_cast<BFloat16*>(data));
   } else {

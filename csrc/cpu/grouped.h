@@ -15,4 +15,14 @@ void grouped_qr(DType dtype, const QrItem* items, int64_t n, int64_t r, int thre
 // Truncated SVD of n products of tall factors with k columns each, `rank` of the k triples.
 void grouped_svd_product(DType dtype, const SvdProductItem* items, int64_t n, int64_t k, int64_t rank, int threads);
 
+// Gram matrices (r, k) of n matrices, accumulated in double if `wide` (always for fp64), else in float.
+void grouped_gram(DType dtype, bool wide, const GramItem* items, int64_t n, int64_t r, int64_t k, int threads);
+
+// n systems with (r, r) Grams of double if `wide`, else of float; `dtype` is that of the right-hand sides and the
+// results.
+void grouped_solve(DType dtype, bool wide, const SolveItem* items, int64_t n, int64_t r, double damping, int threads);
+
+// Orthonormal polar factors of n tall matrices with r columns each.
+void grouped_polar(DType dtype, const PolarItem* items, int64_t n, int64_t r, int threads);
+
 }  // namespace lowrank

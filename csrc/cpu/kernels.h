@@ -12,6 +12,8 @@ struct AdamWScalars {
   DType dtype;
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
+  bool wide_grams =
+      false;  // the Grams of the new factors are accumulated in double, not in the type of the computation
 };
 
 // One parameter, as a (rows, columns) matrix; the moments are contiguous, of the type of the computation, or null.
@@ -24,7 +26,30 @@ struct AdamWItem {
   double scale_v = 0;    // 1 / √(1 - β₂ᵗ)
   const void* grad_map = nullptr;
   const void* momentum_map = nullptr;
+  const void* param_map = nullptr;
+  const void* direction_map = nullptr;
   int rank_dim = 0;
+  void* new_grams = nullptr;  // (2, r, r), of double where Grams are wide
+};
+
+// xᵀy, or xᵀx without y: (r, k), contiguous.
+struct GramItem {
+  View x, y;
+  int64_t rows = 0;
+  void* gram = nullptr;
+};
+
+// out = rhs (gram + damping)⁻¹ for `rows` rows; only the lower triangle of the (r, r) gram, contiguous, is read.
+struct SolveItem {
+  View rhs, out;
+  int64_t rows = 0;
+  const void* gram = nullptr;
+};
+
+// The orthonormal polar factor of a tall matrix.
+struct PolarItem {
+  View x, out;
+  int64_t rows = 0;
 };
 
 // One tall matrix of `rows` rows, the Q to align with (or no data), and where Q and the contiguous R go.
@@ -39,6 +64,19 @@ struct SvdProductItem {
   View left, right, u, v;
   int64_t left_rows = 0, right_rows = 0;
   void* s = nullptr;
+};
+
+// Scratch of one solve: a small matrix in double, U and its transpose in reversed order, reciprocals of the diagonals,
+// and for each worker a panel and its staging area.
+template <class T>
+struct SolveWork {
+  double* upper;
+  T* forward;
+  T* backward;
+  T* reciprocals;
+  T* reversed;
+  T* tile;
+  int64_t tile_stride;
 };
 
 // Scratch of one QR. The small matrices have r rows of small_pitch(r).
@@ -59,12 +97,20 @@ template <class T>
 struct Kernels {
   // Elements [begin, end) in row-major order.
   void (*adamw_range)(const AdamWScalars&, const AdamWItem&, int64_t begin, int64_t end);
-  // `rows` rows of the factor seen as tall; scratch for 6 · padded_rows(rows) · r elements.
-  void (*adamw_mapped_panel)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch);
+  // `rows` rows of the factor seen as tall; scratch for mapped_scratch(r) elements; grams (2, r, r) are added to, or
+  // null.
+  void (*adamw_mapped_rows)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch,
+                            double* grams);
+  // The Gram of `rows` rows is added to sums (r, k); scratch for gram_scratch(r, k) elements.
+  void (*gram_rows)(DType, bool wide, const GramItem&, int64_t r, int64_t k, int64_t first, int64_t rows, T* scratch,
+                    double* sums);
+  // One system; `threads` share its groups of rows.
+  void (*solve)(DType, const SolveItem&, int64_t r, double damping, const SolveWork<T>&, int threads);
   // QR of one matrix; `threads` share its groups of rows.
   void (*qr)(DType, const QrItem&, int64_t r, const QrWork<T>&, int threads);
   void (*svd_product)(DType, const SvdProductItem&, int64_t k, int64_t rank, const QrWork<T>& left,
                       const QrWork<T>& right, int threads);
+  void (*polar)(DType, const PolarItem&, int64_t r, const QrWork<T>&, int threads);
 };
 
 template <class T>

@@ -1,6 +1,9 @@
 // Included by kernels_*.cpp with LOWRANK_ISA and LOWRANK_VECTOR_BYTES defined, after kernels_begin.h.
 #include "cpu/adamw.h"
+#include "cpu/gram_rows.h"
+#include "cpu/polar.h"
 #include "cpu/qr.h"
+#include "cpu/solve.h"
 #include "cpu/svd_product.h"
 
 namespace lowrank::LOWRANK_ISA {
@@ -8,10 +11,7 @@ namespace lowrank::LOWRANK_ISA {
 template <class T>
 const Kernels<T>& table() {
   static constexpr Kernels<T> kernels = {
-      adamw_range<T>,
-      adamw_mapped_panel<T>,
-      qr<T>,
-      svd_product<T>,
+      adamw_range<T>, adamw_mapped_rows<T>, gram_rows<T>, solve<T>, qr<T>, svd_product<T>, polar<T>,
   };
   return kernels;
 }

@@ -91,7 +91,7 @@ inline void rows_from_columns(const T* panel, int64_t pitch, int64_t rows, int64
 template <class T>
 inline void load_panel(DType dtype, const View& view, int64_t first, int64_t rows, int64_t r, T* panel, int64_t pitch,
                        T* dense) {
-  with_storage<T>(dtype, view.data, [&](auto* data) {
+  with_storage(dtype, view.data, [&](auto* data) {
     using S = std::remove_pointer_t<decltype(data)>;
     const S* source = data + first * view.row_stride;
     if (view.row_stride == 1 || view.column_stride != 1) {
@@ -112,7 +112,7 @@ inline void load_panel(DType dtype, const View& view, int64_t first, int64_t row
 template <class T>
 inline void store_panel(DType dtype, const View& view, int64_t first, int64_t rows, int64_t r, const T* panel,
                         int64_t pitch, T* dense) {
-  with_storage<T>(dtype, view.data, [&](auto* data) {
+  with_storage(dtype, view.data, [&](auto* data) {
     using S = std::remove_pointer_t<decltype(data)>;
     S* out = data + first * view.row_stride;
     if (view.row_stride == 1 || view.column_stride != 1) {

@@ -1,46 +1,60 @@
-// Spreads the matrices of one call over threads: whole matrices where there are enough of them, so that each stays in
-// its core's cache from the Gram product to the last store; the rows of one matrix where it is too large for that.
-#include <algorithm>
-#include <numeric>
-#include <vector>
-
+// Spreads the matrices of one call over threads.
 #include "cpu/grouped.h"
 #include "cpu/parallel.h"
 #include "cpu/qr_work.h"
+#include "cpu/schedule.h"
 
 namespace lowrank {
 namespace {
 
-template <class T>
-void run(DType dtype, const QrItem* items, int64_t n, int64_t r, int threads) {
+// body(item, scratch, threads) for every matrix, in the order and by the threads of the schedule.
+template <class T, class Item, class Body>
+void for_each_matrix(const Item* items, int64_t n, int64_t r, int threads, const Body& body) {
   if (n == 0 || r == 0) return;
-  std::vector<int64_t> order(static_cast<size_t>(n));
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return items[a].rows > items[b].rows; });
-  int64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) total += items[i].rows;
-  const int workers = usable_threads(std::max<int64_t>(n, group_count(items[order[0]].rows)), threads);
-  const int64_t split = split_count(n, total * r, workers, [&](int64_t i) { return items[order[i]].rows * r; });
+  const Schedule schedule(n, r, threads, [&](int64_t i) { return items[i].rows; });
+  const auto item = [&](int64_t i) -> const Item& { return items[schedule.order[i]]; };
+  if (schedule.split > 0) {
+    const QrScratch<T> scratch(item(0).rows, r, 1, schedule.workers);
+    for (int64_t i = 0; i < schedule.split; ++i) body(item(i), scratch.of(0), schedule.workers);
+  }
+  if (schedule.split < n) {
+    const QrScratch<T> scratch(item(schedule.split).rows, r, schedule.workers, 1);
+    parallel_for(n - schedule.split, schedule.workers,
+                 [&](int64_t task, int worker) { body(item(schedule.split + task), scratch.of(worker), 1); });
+  }
+}
+
+template <class T>
+void run_qr(DType dtype, const QrItem* items, int64_t n, int64_t r, int threads) {
   const Kernels<T>& kernel = kernels<T>();
-  if (split > 0) {
-    const QrScratch<T> scratch(items[order[0]].rows, r, 1, workers);
-    for (int64_t i = 0; i < split; ++i) kernel.qr(dtype, items[order[i]], r, scratch.of(0), workers);
-  }
-  if (split < n) {
-    const QrScratch<T> scratch(items[order[split]].rows, r, workers, 1);
-    parallel_for(n - split, workers, [&](int64_t task, int worker) {
-      kernel.qr(dtype, items[order[split + task]], r, scratch.of(worker), 1);
-    });
-  }
+  for_each_matrix<T>(items, n, r, threads, [&](const QrItem& item, const QrWork<T>& work, int sharing) {
+    kernel.qr(dtype, item, r, work, sharing);
+  });
+}
+
+template <class T>
+void run_polar(DType dtype, const PolarItem* items, int64_t n, int64_t r, int threads) {
+  const Kernels<T>& kernel = kernels<T>();
+  for_each_matrix<T>(items, n, r, threads, [&](const PolarItem& item, const QrWork<T>& work, int sharing) {
+    kernel.polar(dtype, item, r, work, sharing);
+  });
 }
 
 }  // namespace
 
 void grouped_qr(DType dtype, const QrItem* items, int64_t n, int64_t r, int threads) {
   if (dtype == DType::kFloat64) {
-    run<double>(dtype, items, n, r, threads);
+    run_qr<double>(dtype, items, n, r, threads);
   } else {
-    run<float>(dtype, items, n, r, threads);
+    run_qr<float>(dtype, items, n, r, threads);
+  }
+}
+
+void grouped_polar(DType dtype, const PolarItem* items, int64_t n, int64_t r, int threads) {
+  if (dtype == DType::kFloat64) {
+    run_polar<double>(dtype, items, n, r, threads);
+  } else {
+    run_polar<float>(dtype, items, n, r, threads);
   }
 }
 

@@ -58,7 +58,11 @@ bool column_exponents(const Panels<T>& x, int* exponents) {
 template <class T>
 void gram(const Panels<T>& x, const QrWork<T>& work, int threads) {
   const int64_t pitch = small_pitch(x.r), size = x.r * pitch, groups = group_count(x.rows);
-  parallel_for(groups, threads, [&](int64_t g, int) { gram_of_group(x.group(g), work.partial + g * size, pitch); });
+  parallel_for(groups, threads, [&](int64_t g, int) {
+    double* partial = work.partial + g * size;
+    std::memset(partial, 0, static_cast<size_t>(size) * sizeof(double));
+    add_gram<T>(x.group(g), x.group(g), true, partial, pitch);
+  });
   for (int64_t i = 0; i < x.r; ++i) {
     for (int64_t j = 0; j < pitch; ++j) {
       double sum = 0;
@@ -183,7 +187,7 @@ void align_group(DType dtype, const View& previous, int64_t first, const Panels<
 
 template <class T>
 void fill_nan(DType dtype, const View& view, int64_t rows, int64_t columns) {
-  with_storage<T>(dtype, view.data, [&](auto* data) {
+  with_storage(dtype, view.data, [&](auto* data) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
         narrow(std::numeric_limits<T>::quiet_NaN(), data + i * view.row_stride + j * view.column_stride);

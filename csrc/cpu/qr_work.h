@@ -9,18 +9,6 @@
 
 namespace lowrank {
 
-// Of n tasks, the largest first, how many are so large that all workers should share each of them: more than half of a
-// worker's fair share, and at least kSplitElements (half a megabyte in float), below which the parallel region for each
-// step costs more than it gains.
-constexpr int64_t kSplitElements = 131072;
-template <class Elements>
-int64_t split_count(int64_t n, int64_t total, int workers, const Elements& elements) {
-  int64_t split = 0;
-  while (split < n && workers > 1 && elements(split) >= kSplitElements && 2 * workers * elements(split) > total)
-    ++split;
-  return split;
-}
-
 // For `jobs` QRs at the same time, of up to `rows` rows each, every one shared by `workers` threads.
 template <class T>
 class QrScratch {

@@ -73,6 +73,23 @@ LOWRANK_INLINE Vec<T> splat(T value) {
 template <class T>
 constexpr int kLanes = static_cast<int>(LOWRANK_VECTOR_BYTES / sizeof(T));
 
+// kLanes<A> elements of type T at p, as a vector of A: T itself, or float widened to double.
+template <class A, class T>
+LOWRANK_INLINE Vec<A> load_as(const T* p) {
+  if constexpr (sizeof(A) == sizeof(T)) {
+    return load(p);
+  } else {
+#if defined(__GNUC__)
+    typedef T Narrow __attribute__((vector_size(kLanes<A> * sizeof(T)), aligned(alignof(T)), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Vec<A>);
+#else
+    Vec<A> v;
+    for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(p[i]);
+    return v;
+#endif
+  }
+}
+
 // Wide registers come 32 at a time, narrow ones 16: blocks of accumulators are sized by this.
 constexpr bool kManyRegisters = LOWRANK_VECTOR_BYTES == 64;
 

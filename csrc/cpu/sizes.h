@@ -20,7 +20,19 @@ constexpr int64_t panel_elements(int64_t d, int64_t r) { return round_up(d, pane
 // Sums over rows are taken over groups of panels, each of kGroupRows rows, and then over the groups, in order: so the
 // result does not depend on how many threads share the groups.
 constexpr int64_t kGroupRows = 1024;
+// Where what is summed up is formed on the way, it is formed in blocks of so many rows, which stay in the cache.
+constexpr int64_t kBlockRows = 256;
 constexpr int64_t group_count(int64_t d) { return d == 0 ? 1 : (d + kGroupRows - 1) / kGroupRows; }
+
+// Rows of a panel of the moment step with maps, which works on seven of them: at r = 16 they fit the first-level cache.
+constexpr int64_t mapped_panel_rows(int64_t r) { return r <= 64 ? 64 : 32; }
+
+// Scratch of the moment step with maps, and of Gram products, in elements.
+constexpr int64_t mapped_scratch(int64_t r) { return round_up((2 * kBlockRows + 5 * mapped_panel_rows(r)) * r, 16); }
+constexpr int64_t gram_scratch(int64_t r, int64_t k) {
+  const int64_t wider = r > k ? r : k;
+  return round_up(kBlockRows * (r + k) + panel_rows(wider) * wider, 16);
+}
 
 // Row pitch of small r × r matrices: whole vectors of doubles.
 constexpr int64_t small_pitch(int64_t r) { return round_up(r, 8); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def _all_alike(tensors: Sequence[Tensor], like: Tensor | None, ndim: int | None)
                 return False
     except AttributeError:
         return False
-    return dtype in FLOATING and all(isinstance(tensor, Tensor) for tensor in tensors)
+    return dtype in FLOATING and all(map(isinstance, tensors, repeat(Tensor)))
 
 
 def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like: Tensor | None = None, ndim: int | None = 2) -> None:

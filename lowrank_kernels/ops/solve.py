@@ -49,10 +49,9 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
             raise ValueError(f"{name}: rhs[{index}] of shape {tuple(matrix.shape)} does not fit {rank} × {rank} Grams from the {side}")
         if matrix.device != grams.device or matrix.dtype not in FLOATING:
             raise ValueError(f"{name}: rhs[{index}] is {matrix.dtype} on {matrix.device}, the Grams are on {grams.device}")
-    solutions = torch.ops.lowrank_kernels.grouped_solve(grams, matrices, float(damping), side == "left")
     if isinstance(rhs, Tensor):
-        return torch.stack(solutions) if solutions else torch.empty_like(rhs)
-    return solutions
+        return torch.ops.lowrank_kernels.grouped_solve_stacked(grams, rhs, float(damping), side == "left")
+    return torch.ops.lowrank_kernels.grouped_solve(grams, matrices, float(damping), side == "left")
 
 
 def _empty_result(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) -> list[Tensor]:
@@ -66,6 +65,21 @@ def _grouped_solve(grams: Tensor, rhs: list[Tensor], damping: float, left: bool)
     return solutions
 
 
+def _empty_stack(grams: Tensor, rhs: Tensor, damping: float, left: bool) -> Tensor:
+    return torch.empty_like(rhs, memory_format=torch.contiguous_format)
+
+
+def _grouped_solve_stacked(grams: Tensor, rhs: Tensor, damping: float, left: bool) -> Tensor:
+    solutions = _empty_stack(grams, rhs, damping, left)
+    if len(rhs):
+        run("grouped_solve", grams.device.type, grams, list(rhs.unbind()), damping, left, list(solutions.unbind()))
+    return solutions
+
+
 define("grouped_solve", "(Tensor grams, Tensor[] rhs, float damping, bool left) -> Tensor[]", _grouped_solve, _empty_result)
-no_backward("grouped_solve", "preconditioned gradients are constants in every method of this package")
+define(
+    "grouped_solve_stacked", "(Tensor grams, Tensor rhs, float damping, bool left) -> Tensor", _grouped_solve_stacked, _empty_stack
+)
+for _name in ("grouped_solve", "grouped_solve_stacked"):
+    no_backward(_name, "preconditioned gradients are constants in every method of this package")
 __all__ = ["grouped_solve"]

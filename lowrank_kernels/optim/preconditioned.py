@@ -78,7 +78,8 @@ class PreconditionedOptimizer(LowRankOptimizer):
         return self.param_groups[self._position(pairs[0], side)[0]]
 
     def _factors_of(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
-        return [self._at(self._position(pair, side)) for pair in pairs]
+        params = self._group(pairs, side)["params"] if pairs else []  # like pairs share their groups
+        return [params[pair.a[1]] for pair in pairs] if side == "A" else [params[pair.b[1]] for pair in pairs]
 
     def _tall_grads(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
         """The gradients, as :meth:`_tall` has the factors; every factor must have one."""
@@ -92,14 +93,12 @@ class PreconditionedOptimizer(LowRankOptimizer):
 
     def _with_gradient(self, pairs: list[FactorPair], side: str) -> list[FactorPair]:
         """The pairs whose factor of this side has a gradient; the others' factors miss the step."""
-        active = []
-        for pair in pairs:
-            group_index, index = self._position(pair, side)
-            group = self.param_groups[group_index]
-            if group["params"][index].grad is not None:
+        active, group = [], self._group(pairs, side)
+        for pair, factor in zip(pairs, self._factors_of(pairs, side), strict=True):
+            if factor.grad is not None:
                 active.append(pair)
             else:
-                self._miss(group, index)
+                self._miss(group, self._position(pair, side)[1])
         return active
 
     def _inverse_grams(self, pairs: list[FactorPair], side: str) -> Tensor:

@@ -31,10 +31,11 @@ def verify(
         for index, tensor in enumerate(tensors):
             if not tensor.is_contiguous() and tensor.ndim != 2:
                 return False, f"{name}[{index}] has strides {tensor.stride()}: tensors that are not matrices must be contiguous"
-    if param_maps is not None or direction_maps is not None or new_grams is not None:
-        return False, "param_maps, direction_maps and new_grams are not in the compiled code"
-    if rank_dims and (grad_maps is not None or momentum_maps is not None) and params[0].shape[rank_dims[0]] > MAX_RANK:
-        return False, f"maps of rank {params[0].shape[rank_dims[0]]}: the compiled code stops at {MAX_RANK}"
+    small = (grad_maps, momentum_maps, param_maps, direction_maps, new_grams)
+    if rank_dims and any(value is not None for value in small) and params[0].shape[rank_dims[0]] > MAX_RANK:
+        return False, f"maps or Grams of rank {params[0].shape[rank_dims[0]]}: the compiled code stops at {MAX_RANK}"
+    if new_grams is not None and not new_grams.is_contiguous():
+        return False, f"new_grams must be contiguous, got strides {new_grams.stride()}"
     return True, f"compiled code ({_csrc.instruction_set()}), one fused pass"
 
 
@@ -63,9 +64,8 @@ def grouped_adamw_(
     """See the reference. ``lr`` and ``step`` may be tensors; on the CPU reading them costs nothing."""
     n = len(params)
     zeros = (0,) * n
-    mapped = grad_maps is not None or momentum_maps is not None
-    grad_maps = None if grad_maps is None else grad_maps.contiguous()
-    momentum_maps = None if momentum_maps is None else momentum_maps.contiguous()
+    maps = [value if value is None else value.contiguous() for value in (grad_maps, momentum_maps, param_maps, direction_maps)]
+    mapped = new_grams is not None or any(value is not None for value in maps)
     if not mapped and all(p.is_contiguous() and g.is_contiguous() for p, g in zip(params, grads, strict=True)):
         # The usual case, with few Python operations per parameter: each is one row of numel() elements.
         sizes = [p.numel() for p in params]
@@ -95,8 +95,8 @@ def grouped_adamw_(
         float(step),
         bias_correction,
         maximize,
-        0 if grad_maps is None else grad_maps.data_ptr(),
-        0 if momentum_maps is None else momentum_maps.data_ptr(),
+        *(0 if value is None else value.data_ptr() for value in (*maps, new_grams)),
+        new_grams is not None and new_grams.dtype == torch.float64,
         torch.get_num_threads(),
     )
 

@@ -1,0 +1,37 @@
+// Gram matrices of a list.
+#include "cpu/grouped.h"
+#include "cpu/row_sums.h"
+
+namespace lowrank {
+namespace {
+
+template <class T>
+void run(DType dtype, bool wide, const GramItem* items, int64_t n, int64_t r, int64_t k, int threads) {
+  const Kernels<T>& kernel = kernels<T>();
+  sum_rows(
+      n, r, r * k, static_cast<size_t>(gram_scratch(r, k)) * sizeof(T), threads,
+      [&](int64_t i) { return items[i].rows; },
+      [&](int64_t i, int64_t first, int64_t rows, char* scratch, double* sums) {
+        kernel.gram_rows(dtype, wide, items[i], r, k, first, rows, reinterpret_cast<T*>(scratch), sums);
+      },
+      [&](int64_t i, const double* sums) {
+        const bool symmetric = items[i].y.data == nullptr;
+        if (wide) {
+          write_gram<double>(sums, r, k, symmetric, items[i].gram);
+        } else {
+          write_gram<T>(sums, r, k, symmetric, items[i].gram);
+        }
+      });
+}
+
+}  // namespace
+
+void grouped_gram(DType dtype, bool wide, const GramItem* items, int64_t n, int64_t r, int64_t k, int threads) {
+  if (dtype == DType::kFloat64) {
+    run<double>(dtype, wide, items, n, r, k, threads);
+  } else {
+    run<float>(dtype, wide, items, n, r, k, threads);
+  }
+}
+
+}  // namespace lowrank
