@@ -77,9 +77,7 @@ def _grouped_solve_stacked(grams: Tensor, rhs: Tensor, damping: float, left: boo
 
 
 define("grouped_solve", "(Tensor grams, Tensor[] rhs, float damping, bool left) -> Tensor[]", _grouped_solve, _empty_result)
-define(
-    "grouped_solve_stacked", "(Tensor grams, Tensor rhs, float damping, bool left) -> Tensor", _grouped_solve_stacked, _empty_stack
-)
+define("grouped_solve_stacked", "(Tensor grams, Tensor rhs, float damping, bool left) -> Tensor", _grouped_solve_stacked, _empty_stack)
 for _name in ("grouped_solve", "grouped_solve_stacked"):
     no_backward(_name, "preconditioned gradients are constants in every method of this package")
 __all__ = ["grouped_solve"]
