@@ -6,7 +6,7 @@ kernel moves just that, plus 16 bytes of chunk table per 1024 elements; with map
 The r×r maps are applied where their operand is anyway: P to the gradient and T to the parameter as they are read, C to the
 momentum, D to the direction: in registers up to rank 32, beyond that through a scratch tile of the program in L2 (2·c an element).
 
-``new_grams``, up to rank 32: each program adds up its share of both products while it holds the old and the new rows in registers; a
+``new_grams``, up to rank 32 (and not from 16-bit factors to fp64): each program adds up its share of both products while it holds the old and the new rows in registers; a
 second launch sums the shares in a fixed order (2r² words per 256 rows, from L2). Beyond that two r×r sums do not fit in registers: the
 first launch keeps a copy of the old factor, two more form the products, a fourth sums (4·b more an element).
 """
@@ -458,7 +458,7 @@ def grouped_adamw_(
     bias_correction: bool,
     maximize: bool,
 ) -> None:
-    """One launch, in place, for the whole list (two with ``new_grams``, four above rank 32); see the reference for the formula.
+    """One launch, in place, for the whole list (with ``new_grams`` two, or four); see the reference for the formula.
 
     ``lr`` and ``step`` may be one-element tensors on the device: then the kernel reads them there. No hyperparameter is
     a compile-time constant, so schedules do not recompile.
@@ -502,7 +502,9 @@ def grouped_adamw_(
     rank = first.shape[rank_dims[0]]
     heavy = param_maps is not None or direction_maps is not None or new_grams is not None
     padded, rows = padded_rank(rank), block_d(rank, first.dtype == torch.float64, heavy)
-    fused = padded <= _LARGEST_FUSED
+    # Triton 3.6 fails to compile an fp64 product of tiles that are 16-bit in memory and fp32 in between.
+    mixed = new_grams is not None and new_grams.dtype == torch.float64 and first.dtype.itemsize < 4
+    fused = padded <= _LARGEST_FUSED and not mixed
     chunk = rows * _GRAM_TILES if fused and new_grams is not None else rows
     work = table(
         "mapped_adamw",
