@@ -48,7 +48,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
 
 
 def _empty_result(xs: list[Tensor], ys: list[Tensor] | None, double: bool) -> Tensor:
-    dtype = torch.float64 if double else torch.float32
+    dtype = torch.float64 if double or (xs and xs[0].dtype == torch.float64) else torch.float32
     if not xs:
         return torch.empty(0, 0, 0, dtype=dtype)
     return xs[0].new_empty(len(xs), xs[0].shape[1], (xs if ys is None else ys)[0].shape[1], dtype=dtype)

@@ -1,16 +1,53 @@
-"""``grouped_svd`` has no compiled version of its own; this file registers the reason, for ``explain()``."""
+"""``grouped_svd`` on the CPU: the reference's block Krylov iteration, whose thin QRs run in compiled code.
+
+The dense products are torch's own GEMMs (oneDNN, MKL), which are the floor; what torch loops over are the QRs of the blocks.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+from torch import Tensor
 
+from ..reference.svd import grouped_svd as block_krylov_svd
 from ..registry import implements
+from ._common import MAX_RANK, refuse_device
+from .qr import grouped_qr
 
 
-def verify(*args: Any) -> tuple[bool, str]:
-    return False, "its time is torch's own GEMMs with the dense matrices (oneDNN, MKL); the reference batches equal shapes"
+def verify(
+    xs: list[Tensor],
+    oversample: int,
+    iterations: int | None,
+    tolerance: float,
+    us: list[Tensor],
+    ss: Tensor,
+    vs: list[Tensor],
+) -> tuple[bool, str]:
+    """Takes CPU matrices, with blocks of up to 128 columns."""
+    reason = refuse_device(xs[0])
+    if reason is not None:
+        return False, reason
+    if ss.shape[1] + oversample > MAX_RANK:
+        return False, f"blocks of {ss.shape[1] + oversample} columns: the compiled QR stops at {MAX_RANK}"
+    return True, "torch's GEMMs, thin QRs in compiled code"
 
 
 @implements("grouped_svd", "native", verify)
-def never_chosen(*args: Any) -> Any:
-    raise AssertionError(f"verify refuses every call: {verify()[1]}")
+def grouped_svd(
+    xs: list[Tensor],
+    oversample: int,
+    iterations: int | None,
+    tolerance: float,
+    us: list[Tensor],
+    ss: Tensor,
+    vs: list[Tensor],
+) -> None:
+    """See the reference."""
+    block_krylov_svd(xs, oversample, iterations, tolerance, us, ss, vs, thin_qr=_thin_qr)
+
+
+def _thin_qr(blocks: Tensor) -> Tensor:
+    """Orthonormal bases of a stack of tall blocks (b, m, p)."""
+    qs = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    grouped_qr(list(blocks), None, list(qs), blocks.new_empty(len(blocks), blocks.shape[2], blocks.shape[2]))
+    return qs
