@@ -102,6 +102,8 @@ class DecoupledOptimizer(LowRankOptimizer):
                 "replayed CUDA graph would never see"
             )
         self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
+        #: Whether model and optimizer were seen to be of the same moment since the last construction, loading or change of bases.
+        self._moment_checked = False
         schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
         method = {**schedule, "basis": basis, **(method_defaults or {})}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
@@ -138,6 +140,7 @@ class DecoupledOptimizer(LowRankOptimizer):
                     due[action].append(pair)
         for action, affected in due.items():
             action(affected)
+            self._moment_checked = False
 
     def _refresh(self, due: list[FactorPair]) -> None:
         """Bases of the factors' ranges anew: ``Aᵀ = Q_A R_A``, ``B = Q_B R_B`` with the signs of the old bases, or polar factors."""
@@ -191,8 +194,10 @@ class DecoupledOptimizer(LowRankOptimizer):
                 yield new, u, sigma.to(u.dtype), v
 
     def _before_update(self) -> None:
-        name = type(self).__name__
         self._hook_idle_halves()
+        if self._moment_checked:
+            return
+        name = type(self).__name__
         layers = owners()
         for pair in self._pairs:
             group = self.param_groups[pair.a[0]]
@@ -215,6 +220,7 @@ class DecoupledOptimizer(LowRankOptimizer):
                     f"{name}: {pair.name}: the second half of lora_B must be zero at the start (half of a rank-2r LoRA layer becomes "
                     "the frozen basis). Start from LoRA's default initialization (B = 0), or load the optimizer's state as well"
                 )
+        self._moment_checked = True
 
     # ---------------------------------------------------------------- the two roads
 
@@ -226,8 +232,8 @@ class DecoupledOptimizer(LowRankOptimizer):
         a, b = self._at(pair.a), self._at(pair.b)
         if pair.holds_bases:
             layer = layers[id(a)]
-            return DecoupledFactors(a.detach(), b.detach(), layer.q_a, layer.q_b)  # type: ignore[arg-type]
-        a, b, rank = a.detach(), b.detach(), self._rank(pair)
+            return DecoupledFactors(a, b, layer.q_a, layer.q_b)  # type: ignore[arg-type]
+        rank = self._rank(pair)
         trained = _half(False, rank, decoupled, idle=False)
         return DecoupledFactors(a[:rank], b[trained], a[rank:], b[:, :rank])
 
@@ -247,6 +253,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         }
 
     def _accept_pairs(self) -> None:
+        self._moment_checked = False
         name = type(self).__name__
         for pair in self._pairs:
             a, b = self._at(pair.a), self._at(pair.b)
@@ -290,6 +297,7 @@ class DecoupledOptimizer(LowRankOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_idle_hooks", {})
+        self._moment_checked = False
         self._hook_idle_halves()
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
