@@ -75,12 +75,12 @@ def _model_calls(model: nn.Module) -> Iterator[tuple[str, str, str, tuple[object
         yield "lora_linear_backward", a.device.type, what, (y, x, weight, a, b, *bases, hidden, 1.0, None, 1.0, needs)
 
 
-def explain(model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> Explanation:
+def explain(model: nn.Module | torch.optim.Optimizer | None = None, optimizer: torch.optim.Optimizer | None = None) -> Explanation:
     """Print and return which backend the operations of ``model`` and ``optimizer`` run on, with each backend's reason.
 
     Args:
-        model: a model with our adapters (or none).
-        optimizer: an optimizer of this package (or none).
+        model: a model with our adapters; or an optimizer alone; or nothing.
+        optimizer: an optimizer of this package.
 
     The report also counts what ran in this process so far: "was the fast path used at all?".
 
@@ -88,6 +88,8 @@ def explain(model: nn.Module | None = None, optimizer: torch.optim.Optimizer | N
         TypeError: an optimizer that is not one of ours.
         BackendError: a forced backend cannot take one of the calls.
     """
+    if isinstance(model, torch.optim.Optimizer):
+        model, optimizer = None, model
     if optimizer is not None and not isinstance(optimizer, LowRankOptimizer):
         raise TypeError(f"explain: optimizer must be one of lowrank_kernels, got {type(optimizer).__module__}.{type(optimizer).__name__}")
     calls = list(_model_calls(model)) if model is not None else []

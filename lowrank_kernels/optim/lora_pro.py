@@ -41,10 +41,6 @@ class LoRAPro(PreconditionedOptimizer):
         damping: float = DEFAULT_DAMPING,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        if sylvester and options.get("capturable"):
-            raise ValueError(
-                "LoRAPro: sylvester=True cannot be captured (its eigenvectors synchronize); use sylvester=False, or leave out capturable"
-            )
         method = {"sylvester": bool(sylvester), "damping": damping}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 

@@ -44,8 +44,6 @@ class LoRARITE(PreconditionedOptimizer):
         damping: float = DEFAULT_DAMPING,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        if options.get("capturable"):
-            raise ValueError("LoRARITE: the step cannot be captured (its eigenvectors synchronize); leave out capturable")
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={"damping": damping}, **options)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
