@@ -36,20 +36,28 @@ void scale_columns(const Panels<T>& x, const int* exponents) {
 // exponents[j] = e with max|x_j| in [2^(e-1), 2^e), 0 for a zero column. False if an entry is NaN or infinite.
 template <class T>
 bool column_exponents(const Panels<T>& x, int* exponents) {
+  // Without their sign, the bits of floating-point numbers are ordered as the numbers are, and those of infinity and
+  // NaN come last: so one maximum over integers, which vectorizes, tells both.
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  Bits infinity;
+  std::memcpy(&infinity, &kInfinity, sizeof(T));
   for (int64_t j = 0; j < x.r; ++j) {
-    T largest = 0;
-    bool finite = true;
+    Bits largest = 0;
     for (int64_t p = 0; p < x.count(); ++p) {
       const T* column = x.panel(p) + j * x.height();
       for (int64_t k = 0; k < x.rows_of(p); ++k) {
-        const T magnitude = std::fabs(column[k]);
-        finite &= magnitude <= std::numeric_limits<T>::max();
-        largest = magnitude > largest ? magnitude : largest;
+        Bits bits;
+        std::memcpy(&bits, column + k, sizeof(T));
+        bits &= ~Bits{0} >> 1;
+        largest = bits > largest ? bits : largest;
       }
     }
-    if (!finite) return false;
+    if (largest >= infinity) return false;
+    T value;
+    std::memcpy(&value, &largest, sizeof(T));
     exponents[j] = 0;
-    if (largest > 0) std::frexp(largest, &exponents[j]);
+    if (largest > 0) std::frexp(value, &exponents[j]);
   }
   return true;
 }
