@@ -1,6 +1,7 @@
 """Shared by all tests. Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before its import."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -13,3 +14,20 @@ if not torch.cuda.is_available():
 def device() -> torch.device:
     """Where Triton kernels can run: the GPU if there is one, else the CPU by the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_configure() -> None:
+    """Let Triton 3.6's interpreter use a one-element array as a loop bound, which NumPy 2.4 refuses without ``item()``."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_with_index

@@ -49,9 +49,9 @@ def conditioned(rows: int, rank: int, condition: float) -> Tensor:
 
 def adamw_inputs(dtype: torch.dtype, rank: int, maps: bool, device: torch.device) -> tuple[list[list[Tensor]], list[int]]:
     stacked = torch.randn(70, 2 * rank).to(device, dtype)
-    params = [torch.randn(rank, 130).to(device, dtype), stacked[:, rank:], torch.randn(41, rank).to(device, dtype), torch.randn(9, rank).to(device, dtype).mT]
-    if not maps:
-        params += [torch.randn(5).to(device, dtype), torch.randn(2052).to(device, dtype), torch.randn(3, 4, 5).to(device, dtype), torch.empty(0, device=device, dtype=dtype)]
+    shapes = [(rank, 130), (41, rank), (9, rank)] + ([] if maps else [(5,), (2052,), (3, 4, 5), (0,)])
+    params = [torch.randn(shape).to(device, dtype) for shape in shapes]
+    params[1:3] = [stacked[:, rank:], params[1], params[2].mT]
     grads = [torch.randn(p.shape).to(device, dtype) for p in params]
     grads[0] = torch.randn(params[0].shape[::-1]).to(device, dtype).mT
     moments = [[torch.rand(p.shape).to(device, WIDE[dtype]) for p in params] for _ in range(2)]
@@ -67,7 +67,7 @@ def test_adamw(device: torch.device, dtype: torch.dtype, rank: int, maps: bool, 
     p, c = (torch.randn(count, rank, rank).to(device, WIDE[dtype]) / rank if maps else None for _ in range(2))
     missed = [0, 2, *[0] * (count - 2)]
 
-    def run(function, data, lr, step, double=False):  # noqa: ANN001, ANN202
+    def run(function, data, lr, step, double=False):
         pp, cc = (None if m is None else m.double() if double else m for m in (p, c))
         function(*data, pp, cc, dims if maps else [], lr, 0.9, 0.999, 1e-8, 0.1, step, missed, True, on_device)
 
@@ -183,7 +183,7 @@ def test_qr_reports_non_finite_per_matrix(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: torch.randn(50, 5), lambda: torch.zeros(50, 5), lambda: conditioned(50, 5, 1e6).float()])
-def test_qr_may_overwrite_previous(device: torch.device, make) -> None:  # noqa: ANN001
+def test_qr_may_overwrite_previous(device: torch.device, make) -> None:
     x, previous = make().to(device), torch.linalg.qr(torch.randn(50, 5))[0].to(device)
     apart, alias = [torch.empty_like(x)], [previous.clone()]
     rs = [torch.empty(1, 5, 5, device=device) for _ in range(2)]
@@ -196,9 +196,11 @@ def test_qr_may_overwrite_previous(device: torch.device, make) -> None:  # noqa:
 # --- grouped_svd_product --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, k, rank", [(torch.float32, 1, 1), (torch.float32, 8, 4), (torch.float32, 16, 16), (torch.float64, 5, 3), (torch.bfloat16, 4, 2)])
+@pytest.mark.parametrize("dtype, k, rank", [(torch.float32, 1, 1), (torch.float32, 8, 4), (torch.float32, 16, 16),
+                                            (torch.float64, 5, 3), (torch.bfloat16, 4, 2)])  # fmt: skip
 def test_svd_product(device: torch.device, dtype: torch.dtype, k: int, rank: int) -> None:
-    lefts = [torch.randn(70, k), torch.randn(k, k) * 1e-15, torch.zeros(30, k), torch.randn(40, max(1, k // 2)) @ torch.randn(max(1, k // 2), k)]
+    low = max(1, k // 2)
+    lefts = [torch.randn(70, k), torch.randn(k, k) * 1e-15, torch.zeros(30, k), torch.randn(40, low) @ torch.randn(low, k)]
     rights = [torch.randn(33, k), torch.randn(520, k) * 1e15, torch.randn(20, k), torch.randn(30, k)]
     lefts, rights = ([x.to(device, dtype) for x in xs] for xs in (lefts, rights))
     lefts[3][0, 0] = math.nan if rank == 4 else lefts[3][0, 0]

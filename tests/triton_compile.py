@@ -89,7 +89,7 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "bf16 on device": lambda: adamw_case(torch.bfloat16, on_device=True),
         "r16 fp32": lambda: adamw_case(torch.float32, 16),
         "r128 fp32": lambda: adamw_case(torch.float32, 128),
-        "r128 fp64": lambda: adamw_case(torch.float64, 128),
+        "r64 fp64": lambda: adamw_case(torch.float64, 64),
     },
 }
 

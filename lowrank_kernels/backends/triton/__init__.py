@@ -7,7 +7,6 @@ before the first import of triton).
 """
 
 try:
-    import triton  # noqa: F401
     import triton.language  # noqa: F401
 except Exception as error:  # a broken installation raises more than ImportError
     raise ImportError(f"triton cannot be imported: {type(error).__name__}: {error}") from error

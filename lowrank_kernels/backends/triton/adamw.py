@@ -23,7 +23,7 @@ from ._tables import Layout, addresses, signature, table
 BLOCK = 1024
 #: The longest tensor that is indexed element by element (rows and columns from 32-bit division).
 _LARGEST_STRIDED = 2**31 - BLOCK
-_LARGEST_RANK = 128
+_LARGEST_RANK = {torch.float64: 64}
 #: One row of the table: param, grad, exp_avg, exp_avg_sq, rows, columns, strides of param and grad, missed, flat/rank_dim.
 COLUMNS = tl.constexpr(11)
 
@@ -49,7 +49,8 @@ def _root(x, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _coefficients(lr, lr_pointer, step, step_pointer, missed, log2_beta1, log2_beta2, correction1, correction2, weight_decay,
-                  LR_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr, BIAS_CORRECTION: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+                  LR_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
+                  COMPUTE: tl.constexpr):  # fmt: skip
     """``lr, 1 - lr·weight_decay, 1 - β₁ᵗ, √(1 - β₂ᵗ)``, formed in fp64 whatever the parameters' dtype."""
     rate = scalar(lr, tl.float64)
     if LR_ON_DEVICE:
@@ -284,9 +285,10 @@ def _vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def block_d(rank: int) -> int:
+def block_d(rank: int, dtype: torch.dtype) -> int:
     """Rows of the long dimension per program with maps."""
-    return 64 if padded_rank(rank) <= 32 else 32
+    rows = 64 if padded_rank(rank) <= 32 else 32
+    return rows // 2 if dtype == torch.float64 else rows
 
 
 def _one_element(value: float | int | Tensor) -> bool:
@@ -311,7 +313,7 @@ def verify(
     bias_correction: bool,
     maximize: bool,
 ) -> Verdict:
-    """Refuses long strided tensors, strided tensors that are not matrices, ranks above 128, hyperparameters elsewhere."""
+    """Refuses long strided tensors, strided tensors that are not matrices, ranks above 128 (fp64: 64), hyperparameters elsewhere."""
     verdict = device_verdict(params)
     if not verdict[0]:
         return verdict
@@ -322,8 +324,9 @@ def verify(
             return False, f"{name} must have one element"
     if grad_maps is not None or momentum_maps is not None:
         rank = params[0].shape[rank_dims[0]]
-        if rank > _LARGEST_RANK:
-            return False, f"maps of rank {rank}: the kernel holds at most {_LARGEST_RANK}"
+        largest = _LARGEST_RANK.get(params[0].dtype, 128)
+        if rank > largest:
+            return False, f"maps of rank {rank} in {params[0].dtype}: the kernel holds at most {largest}"
         return verdict
     for x in (*params, *grads):
         if not x.is_contiguous():
@@ -391,7 +394,7 @@ def grouped_adamw_(
         work = table("adamw", first.device, key, lambda: _flat_layout(params, grads, exp_avgs, exp_avg_sqs, missed))
     else:
         rank = first.shape[rank_dims[0]]
-        rows = block_d(rank)
+        rows = block_d(rank, first.dtype)
         work = table(
             "mapped_adamw",
             first.device,

@@ -155,7 +155,9 @@ class _Kinds:
         }
 
 
-def _project(x: Tensor, mask: Tensor | None, keep: float, first: Tensor, second: Tensor | None, by_rank: bool) -> tuple[Tensor, Tensor | None]:
+def _project(
+    x: Tensor, mask: Tensor | None, keep: float, first: Tensor, second: Tensor | None, by_rank: bool
+) -> tuple[Tensor, Tensor | None]:
     """``x̃ F₁`` and ``x̃ F₂``, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``)."""
     tokens, length = x.shape
     rank = first.shape[1]
@@ -163,9 +165,10 @@ def _project(x: Tensor, mask: Tensor | None, keep: float, first: Tensor, second:
     out = x.new_empty(tokens, rank)
     other = None if second is None else x.new_empty(tokens, rank)
     if tokens:
-        launch(project_kernel, (triton.cdiv(tokens, kinds.BLOCK_T),), x, x if mask is None else mask, first, first if second is None else second,
-               out, out if other is None else other, tokens, length, rank, *x.stride(), *first.stride(),
-               *(first if second is None else second).stride(), 1.0 / keep, MASKED=mask is not None, TWO=second is not None,
+        # A pointer that a specialisation does not read still has to be one.
+        last = first if second is None else second
+        launch(project_kernel, (triton.cdiv(tokens, kinds.BLOCK_T),), x, x if mask is None else mask, first, last, out,
+               out if other is None else other, tokens, length, rank, *x.stride(), *first.stride(), *last.stride(), 1.0 / keep, MASKED=mask is not None, TWO=second is not None,
                BY_RANK=by_rank, **kinds.options)  # fmt: skip
     return out, other
 
@@ -176,9 +179,10 @@ def _expand(y: Tensor, has_base: bool, mask: Tensor | None, factor: float, first
     tokens, length = y.shape
     kinds = _Kinds(first.shape[1], first.dtype)
     if tokens:
-        launch(expand_kernel, (triton.cdiv(tokens, kinds.BLOCK_T), triton.cdiv(length, kinds.BLOCK_D)), y, y if mask is None else mask, first_h,
-               first_h if second_h is None else second_h, first, first if second is None else second, tokens, length, first.shape[1],
-               *first.stride(), *(first if second is None else second).stride(), factor, HAS_BASE=has_base, MASKED=mask is not None,
+        grid = (triton.cdiv(tokens, kinds.BLOCK_T), triton.cdiv(length, kinds.BLOCK_D))
+        last = first if second is None else second
+        launch(expand_kernel, grid, y, y if mask is None else mask, first_h, first_h if second_h is None else second_h, first, last,
+               tokens, length, first.shape[1], *first.stride(), *last.stride(), factor, HAS_BASE=has_base, MASKED=mask is not None,
                TWO=second is not None, BY_RANK=by_rank, **kinds.options)  # fmt: skip
 
 
@@ -191,8 +195,8 @@ def _token_sum(hidden: Tensor, x: Tensor, mask: Tensor | None, factor: float, ou
     splits = max(1, min(triton.cdiv(_FILL, columns), tokens // (4 * kinds.BLOCK_T)))
     per_split = triton.cdiv(triton.cdiv(tokens, splits), kinds.BLOCK_T) * kinds.BLOCK_T
     target = out if splits == 1 else out.new_empty(splits, out.numel(), dtype=compute_dtype(out.dtype))
-    launch(token_sum_kernel, (columns, splits), hidden, x, x if mask is None else mask, target, tokens, length, rank, per_split, *x.stride(),
-           out_d, out_k, factor if splits == 1 else 1.0, MASKED=mask is not None, **kinds.options)  # fmt: skip
+    launch(token_sum_kernel, (columns, splits), hidden, x, x if mask is None else mask, target, tokens, length, rank, per_split,
+           *x.stride(), out_d, out_k, factor if splits == 1 else 1.0, MASKED=mask is not None, **kinds.options)  # fmt: skip
     if splits > 1:
         launch(add_splits_kernel, (triton.cdiv(out.numel(), 1024),), target, out, splits, out.numel(), factor, BLOCK=1024, num_warps=4)
     return out
@@ -298,8 +302,8 @@ def lora_linear_backward(
             through_a, through_b = _project(grad, None, 1.0, b if q_b is None else q_b, None, False)
         if need_x:
             grad_x = grad.new_empty(grad.shape[0], a.shape[1]) if weight is None else (grad @ weight).contiguous()
-            _expand(grad_x, weight is not None, mask, scale / keep, through_a, a.mT, through_b, None if through_b is None or q_a is None else q_a.mT,
-                    True)  # fmt: skip
+            second = None if q_a is None else q_a.mT
+            _expand(grad_x, weight is not None, mask, scale / keep, through_a, a.mT, through_b, second, True)
             out.append(grad_x)
         if need_weight:
             out.append(grad.mT @ x)

@@ -39,12 +39,14 @@ _LARGEST_RANK_FP64 = 64
 #: κ (Frobenius, so an upper bound) up to which one pass is enough for fp32 results, and two are enough for any.
 _SINGLE_PASS = 1e4
 _DOUBLE_PASS = 3e7
-#: One row of the table: x, q, previous, rows, strides (row, column) of the three, modes of x and previous, first chunk, chunks, scratch row.
+#: One row of the table: x, q, previous, rows, strides (row, column) of the three, modes of x
+#: and previous, first chunk, chunks, scratch row.
 COLUMNS = tl.constexpr(15)
 
 
 @triton.jit
-def load_tile(pointer, mode, row, rows, first, rank, stride_d, stride_r, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, VECTOR: tl.constexpr):
+def load_tile(pointer, mode, row, rows, first, rank, stride_d, stride_r,
+              BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
     """Rows ``row…`` and columns ``first…`` of a thin matrix as a (BLOCK_D, BLOCK_R) tile, zeros outside.
 
     ``mode`` (from the table): 1, aligned rows; 2, aligned columns (a transposed factor); 0, anything.
@@ -116,26 +118,41 @@ def gram_kernel(tensors, chunks, levels, squares, partials, rank, X: tl.constexp
     previous_mode = tl.load(row + 11)
     weight = squares + index * (5 * R * R)
     # Tiles (0,0), (0,1), (1,1) of a 2 × 2 division; just (0,0) where one tile holds the whole rank.
-    left = (tl.program_id(1) // 2) * TILE
-    right = ((tl.program_id(1) + 1) // 2) * TILE
-    gram = tl.zeros([TILE, TILE], tl.float64)
-    cross = tl.zeros([TILE, TILE], tl.float64)
+    tile = tl.program_id(1) % 3
+    left = (tile // 2) * TILE
+    right = ((tile + 1) // 2) * TILE
+    partial = partials + program * (2 * R * R)
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
-    for first in range(start, stop, BLOCK_D):
-        a = _wide_tile(x, mode, first, rows, left, rank, x_d, x_r, weight, SECOND, BLOCK_D, TILE, R, VECTOR)
-        if TILE == R:
-            b = a
-        else:
-            b = _wide_tile(x, mode, first, rows, right, rank, x_d, x_r, weight, SECOND, BLOCK_D, TILE, R, VECTOR)
-        gram = tl.dot(tl.trans(a), b, gram, input_precision="ieee", out_dtype=tl.float64)
+    gram = tl.zeros([TILE, TILE], tl.float64)
+    if TILE == R:
+        cross = tl.zeros([TILE, TILE], tl.float64)
+        for first in range(start, stop, BLOCK_D):
+            a = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, SECOND, BLOCK_D, TILE, R, VECTOR)
+            gram = tl.dot(tl.trans(a), a, gram, input_precision="ieee", out_dtype=tl.float64)
+            if HAS_PREVIOUS:
+                p = load_tile(previous, previous_mode, first, rows, 0, rank, previous_d, previous_r, BLOCK_D, TILE, VECTOR)
+                cross = tl.dot(tl.trans(a), p.to(tl.float64), cross, input_precision="ieee", out_dtype=tl.float64)
         if HAS_PREVIOUS:
-            p = load_tile(previous, previous_mode, first, rows, right, rank, previous_d, previous_r, BLOCK_D, TILE, VECTOR)
-            cross = tl.dot(tl.trans(a), p.to(tl.float64), cross, input_precision="ieee", out_dtype=tl.float64)
-    partial = partials + program * (2 * R * R)
+            _store_square(partial + R * R, left, right, cross, R, TILE)
+    else:
+        # Programs 3 to 5 are XᵀP: two sums of this size do not fit the registers of one.
+        other = x
+        other_d = x_d
+        other_r = x_r
+        other_mode = mode
+        if HAS_PREVIOUS:
+            if tl.program_id(1) >= 3:  # noqa: SIM102 (the outer condition is a constant)
+                partial += R * R
+                other = previous
+                other_d = previous_d
+                other_r = previous_r
+                other_mode = previous_mode
+        for first in range(start, stop, BLOCK_D):
+            a = _wide_tile(x, mode, first, rows, left, rank, x_d, x_r, weight, SECOND, BLOCK_D, TILE, R, VECTOR)
+            b = _wide_tile(other, other_mode, first, rows, right, rank, other_d, other_r, weight, SECOND, BLOCK_D, TILE, R, VECTOR)
+            gram = tl.dot(tl.trans(a), b, gram, input_precision="ieee", out_dtype=tl.float64)
     _store_square(partial, left, right, gram, R, TILE)
-    if HAS_PREVIOUS:
-        _store_square(partial + R * R, left, right, cross, R, TILE)
 
 
 @triton.jit
@@ -222,8 +239,8 @@ def _squares(x):
 
 
 @triton.jit(do_not_specialize=["rank", "single_pass", "double_pass"])
-def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_pass: tl.float64, double_pass: tl.float64,
-                  SECOND: tl.constexpr, TWO_STAGES: tl.constexpr, HAS_PREVIOUS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def factor_kernel(tensors, levels, squares, scales, partials, rs, rank,
+                  single_pass: tl.float64, double_pass: tl.float64, SECOND: tl.constexpr, TWO_STAGES: tl.constexpr, HAS_PREVIOUS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Per matrix: sum the partial Grams, factorize, set the level, and W, R (with signs, where this pass is the last)."""
     index = tl.program_id(0).to(tl.int64)
     if SECOND:
@@ -374,8 +391,8 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
 
 
 @triton.jit(do_not_specialize=["rank", "columns", "weight_stride"])
-def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride, X: tl.constexpr, Q: tl.constexpr, QR: tl.constexpr, TWO_STAGES: tl.constexpr,
-                 R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride, X: tl.constexpr, Q: tl.constexpr, QR: tl.constexpr,
+                 TWO_STAGES: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
     """Per chunk of rows: the first ``columns`` columns of ``Q = X·W``, in fp64, rounded once."""
     program = tl.program_id(0).to(tl.int64)
     index = tl.load(chunks + 2 * program)
@@ -490,7 +507,7 @@ def orthonormalize_column(work, work_d, work_r, rows, j, norm, tolerance, R: tl.
             tl.store(work + d * work_d + j * work_r, tl.where(d == unit, 1.0, 0.0).to(work.dtype.element_ty), mask=d < rows)
         tl.debug_barrier()
         for _ in range(3):
-            unused, squares = _project_out(work, work_d, work_r, rows, j, R, BLOCK_D)
+            _unused, squares = _project_out(work, work_d, work_r, rows, j, R, BLOCK_D)
         length = tl.sqrt(squares)
     else:
         coefficients = tl.where(k == j, length, coefficients)
@@ -589,8 +606,9 @@ class Sizes:
         self.FACTOR_TILE = min(self.R, 32)
         self.CHUNK = max(512, 32 * self.R)
         self.BLOCK_D = 64 if self.R <= 32 else 16
-        self.GUARDED_BLOCK_D = 4096 // self.R
+        self.GUARDED_BLOCK_D = 2048 // self.R
         self.warps = 4 if self.R <= 32 else 8
+        self.factor_warps = {16: 1, 32: 4, 64: 4, 128: 8}[self.R]
 
 
 def vector(dtype: torch.dtype) -> int:
@@ -650,14 +668,15 @@ def factorize(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor],
     has_previous, two_stages = previous is not None, compute == torch.float64
     single = _SINGLE_PASS if compute == torch.float32 else 0.0
     tolerance = (4 if compute == torch.float32 else 64) * torch.finfo(compute).eps
-    gram_grid = (work.programs, 1 if sizes.R == sizes.TILE else 3)
     with on_device(first):
         for second in (False, True):
-            launch(gram_kernel, gram_grid, work.tensors, work.chunks, levels, squares, partials, rank, **shape, **kinds,
+            tiles = 1 if sizes.R == sizes.TILE else 6 if has_previous and not second else 3
+            launch(gram_kernel, (work.programs, tiles), work.tensors, work.chunks, levels, squares, partials, rank, **shape, **kinds,
                    SECOND=second, HAS_PREVIOUS=has_previous and not second, num_warps=sizes.warps)  # fmt: skip
             # The second Gram is close to I, with a Frobenius condition near r; if not, the first one was misleading.
-            launch(factor_kernel, (len(xs),), work.tensors, levels, squares, scales, partials, rs, rank, 4.0 * sizes.R if second else single,
-                   _DOUBLE_PASS, R=sizes.R, TILE=sizes.FACTOR_TILE, SECOND=second, TWO_STAGES=two_stages, HAS_PREVIOUS=has_previous, num_warps=4)  # fmt: skip
+            launch(factor_kernel, (len(xs),), work.tensors, levels, squares, scales, partials, rs, rank,
+                   4.0 * sizes.R if second else single, _DOUBLE_PASS, R=sizes.R, TILE=sizes.FACTOR_TILE, SECOND=second,
+                   TWO_STAGES=two_stages, HAS_PREVIOUS=has_previous, num_warps=sizes.factor_warps)  # fmt: skip
         launch(apply_kernel, (work.programs,), work.tensors, work.chunks, levels, squares, rank, rank, 5 * sizes.R * sizes.R,
                **shape, **kinds, Q=TL_DTYPE[qs[0].dtype], QR=True, TWO_STAGES=two_stages, num_warps=sizes.warps)  # fmt: skip
         launch(guarded_kernel, (len(xs),), work.tensors, levels, scratch, rs, rank, tolerance, X=kinds["X"], Q=TL_DTYPE[qs[0].dtype],

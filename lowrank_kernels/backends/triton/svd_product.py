@@ -177,7 +177,8 @@ def grouped_svd_product(lefts: list[Tensor], rights: list[Tensor], us: list[Tens
     work = thin_table("grouped_svd_product", qs, None, [*us, *vs], sizes.CHUNK)
     with on_device(first):
         launch(jacobi_kernel, (pairs,), rs, columns, weights, target, pairs, k, rank,
-               1e-15 * sizes.R if compute == torch.float64 else 1e-10, _MAX_SWEEPS, K=sizes.R, STEP=16, num_warps={16: 1, 32: 4, 64: 8}[sizes.R])  # fmt: skip
+               1e-15 * sizes.R if compute == torch.float64 else 1e-10, _MAX_SWEEPS, K=sizes.R, STEP=16,
+               num_warps={16: 1, 32: 4, 64: 8}[sizes.R])  # fmt: skip
         launch(apply_kernel, (work.programs,), work.tensors, work.chunks, weights, weights, k, rank, sizes.R * sizes.R,
                X=TL_DTYPE[compute], Q=TL_DTYPE[us[0].dtype], QR=False, TWO_STAGES=False, R=sizes.R, TILE=sizes.TILE,
                CHUNK=sizes.CHUNK, BLOCK_D=sizes.BLOCK_D, VECTOR=vector(compute), num_warps=sizes.warps)  # fmt: skip
