@@ -168,7 +168,8 @@ def _project(
         # A pointer that a specialisation does not read still has to be one.
         last = first if second is None else second
         launch(project_kernel, (triton.cdiv(tokens, kinds.BLOCK_T),), x, x if mask is None else mask, first, last, out,
-               out if other is None else other, tokens, length, rank, *x.stride(), *first.stride(), *last.stride(), 1.0 / keep, MASKED=mask is not None, TWO=second is not None,
+               out if other is None else other, tokens, length, rank, *x.stride(), *first.stride(), *last.stride(), 1.0 / keep,
+               MASKED=mask is not None, TWO=second is not None,
                BY_RANK=by_rank, **kinds.options)  # fmt: skip
     return out, other
 

@@ -142,7 +142,7 @@ def gram_kernel(tensors, chunks, levels, squares, partials, rank, X: tl.constexp
         other_r = x_r
         other_mode = mode
         if HAS_PREVIOUS:
-            if tl.program_id(1) >= 3:  # noqa: SIM102 (the outer condition is a constant)
+            if tl.program_id(1) >= 3:
                 partial += R * R
                 other = previous
                 other_d = previous_d
@@ -240,7 +240,8 @@ def _squares(x):
 
 @triton.jit(do_not_specialize=["rank", "single_pass", "double_pass"])
 def factor_kernel(tensors, levels, squares, scales, partials, rs, rank,
-                  single_pass: tl.float64, double_pass: tl.float64, SECOND: tl.constexpr, TWO_STAGES: tl.constexpr, HAS_PREVIOUS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                  single_pass: tl.float64, double_pass: tl.float64, SECOND: tl.constexpr, TWO_STAGES: tl.constexpr,
+                  HAS_PREVIOUS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Per matrix: sum the partial Grams, factorize, set the level, and W, R (with signs, where this pass is the last)."""
     index = tl.program_id(0).to(tl.int64)
     if SECOND:
@@ -392,7 +393,8 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank,
 
 @triton.jit(do_not_specialize=["rank", "columns", "weight_stride"])
 def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride, X: tl.constexpr, Q: tl.constexpr, QR: tl.constexpr,
-                 TWO_STAGES: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+                 TWO_STAGES: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+                 VECTOR: tl.constexpr):  # fmt: skip
     """Per chunk of rows: the first ``columns`` columns of ``Q = X·W``, in fp64, rounded once."""
     program = tl.program_id(0).to(tl.int64)
     index = tl.load(chunks + 2 * program)
@@ -605,7 +607,7 @@ class Sizes:
         self.TILE = min(self.R, 64)
         self.FACTOR_TILE = min(self.R, 32)
         self.CHUNK = max(512, 32 * self.R)
-        self.BLOCK_D = 64 if self.R <= 32 else 16
+        self.BLOCK_D = 32 if self.R <= 32 else 16
         self.GUARDED_BLOCK_D = 2048 // self.R
         self.warps = 4 if self.R <= 32 else 8
         self.factor_warps = {16: 1, 32: 4, 64: 4, 128: 8}[self.R]

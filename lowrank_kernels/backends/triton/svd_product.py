@@ -27,13 +27,21 @@ _MAX_SWEEPS = 40
 
 
 @triton.jit
-def _load_core(pointer, k, K: tl.constexpr):
-    """A k×k matrix in a K×K tile, and ``⌊log2⌋`` of its largest entry (1024: not finite)."""
-    i = tl.arange(0, K)
-    tile = tl.load(pointer + i[:, None] * k + i[None, :], mask=(i[:, None] < k) & (i[None, :] < k), other=0.0)
-    size = tl.abs(tile)
-    size = tl.where(size < float("inf"), size, float("inf"))
-    return tile, _exponent(tl.max(tl.max(size, axis=1), axis=0))
+def _load_columns(pointer, first, k, K: tl.constexpr, STEP: tl.constexpr):
+    """Columns ``first…`` of a k×k matrix as a K×STEP tile."""
+    i = tl.arange(0, K)[:, None]
+    j = first + tl.arange(0, STEP)[None, :]
+    return tl.load(pointer + i * k + j, mask=(i < k) & (j < k), other=0.0)
+
+
+@triton.jit
+def _largest_exponent(pointer, k, K: tl.constexpr, STEP: tl.constexpr):
+    """``⌊log2⌋`` of the largest entry of a k×k matrix, at least -1022; 1024: not finite."""
+    largest = tl.zeros([K], tl.float64)
+    for first in range(0, K, STEP):
+        size = tl.abs(_load_columns(pointer, first, k, K, STEP))
+        largest = tl.maximum(largest, tl.max(tl.where(size < float("inf"), size, float("inf")), axis=1))
+    return tl.maximum(_exponent(tl.max(largest, axis=0)), -1022)
 
 
 @triton.jit
@@ -47,8 +55,10 @@ def _scaled(tile, exponent):
 def jacobi_kernel(rs, columns, weights, ss, pairs, k, rank, tolerance: tl.float64, max_sweeps, K: tl.constexpr, STEP: tl.constexpr):
     """One pair: singular values and both cores of ``R_L R_Rᵀ``, sorted; ``columns`` holds Cᵀ and Vᵀ (their rows rotate)."""
     pair = tl.program_id(0).to(tl.int64)
-    left, left_exponent = _load_core(rs + pair * k * k, k, K)
-    right, right_exponent = _load_core(rs + (pairs + pair) * k * k, k, K)
+    left = rs + pair * k * k
+    right = rs + (pairs + pair) * k * k
+    left_exponent = _largest_exponent(left, k, K, STEP)
+    right_exponent = _largest_exponent(right, k, K, STEP)
     i = tl.arange(0, K)
     left_core = weights + pair * (K * K)
     right_core = weights + (pairs + pair) * (K * K)
@@ -59,9 +69,11 @@ def jacobi_kernel(rs, columns, weights, ss, pairs, k, rank, tolerance: tl.float6
         tl.store(right_core + square, nan)
         tl.store(ss + pair * rank + i, tl.full([K], float("nan"), tl.float32).to(ss.dtype.element_ty), mask=i < rank)
         return
-    left_exponent = tl.maximum(left_exponent, -1022)
-    right_exponent = tl.maximum(right_exponent, -1022)
-    core = tl.dot(_scaled(right, right_exponent), tl.trans(_scaled(left, left_exponent)), input_precision="ieee", out_dtype=tl.float64)
+    core = tl.zeros([K, K], tl.float64)
+    for first in range(0, K, STEP):
+        a = _scaled(_load_columns(right, first, k, K, STEP), right_exponent)
+        b = _scaled(_load_columns(left, first, k, K, STEP), left_exponent)
+        core = tl.dot(a, tl.trans(b), core, input_precision="ieee", out_dtype=tl.float64)
     c = columns + pair * (2 * K * K)
     v = c + K * K
     tl.store(c + square, core)
@@ -80,15 +92,15 @@ def jacobi_kernel(rs, columns, weights, ss, pairs, k, rank, tolerance: tl.float6
         angles = tl.zeros([K // 2], tl.float64)
         for step in range(even - 1):
             # Round robin: the last column stays, the others move by one place each step.
-            a = tl.where(h == 0, even - 1, (step + h) % (even - 1)) * K
-            b = ((step - h + 2 * (even - 1)) % (even - 1)) * K
+            top = tl.where(h == 0, even - 1, (step + h) % (even - 1)) * K
+            bottom = ((step - h + 2 * (even - 1)) % (even - 1)) * K
             alpha = tl.zeros([K // 2], tl.float64)
             beta = tl.zeros([K // 2], tl.float64)
             gamma = tl.zeros([K // 2], tl.float64)
             for first in range(0, K, STEP):
                 j = first + tl.arange(0, STEP)
-                p = tl.load(c + a[:, None] + j[None, :], mask=taking_part, other=0.0)
-                q = tl.load(c + b[:, None] + j[None, :], mask=taking_part, other=0.0)
+                p = tl.load(c + top[:, None] + j[None, :], mask=taking_part, other=0.0)
+                q = tl.load(c + bottom[:, None] + j[None, :], mask=taking_part, other=0.0)
                 alpha += tl.sum(p * p, axis=1)
                 beta += tl.sum(q * q, axis=1)
                 gamma += tl.sum(p * q, axis=1)
@@ -106,16 +118,16 @@ def jacobi_kernel(rs, columns, weights, ss, pairs, k, rank, tolerance: tl.float6
             tl.debug_barrier()
             for first in range(0, K, STEP):
                 j = first + tl.arange(0, STEP)
-                p = tl.load(c + a[:, None] + j[None, :], mask=taking_part, other=0.0)
-                q = tl.load(c + b[:, None] + j[None, :], mask=taking_part, other=0.0)
-                p_v = tl.load(v + a[:, None] + j[None, :], mask=taking_part, other=0.0)
-                q_v = tl.load(v + b[:, None] + j[None, :], mask=taking_part, other=0.0)
+                p = tl.load(c + top[:, None] + j[None, :], mask=taking_part, other=0.0)
+                q = tl.load(c + bottom[:, None] + j[None, :], mask=taking_part, other=0.0)
+                p_v = tl.load(v + top[:, None] + j[None, :], mask=taking_part, other=0.0)
+                q_v = tl.load(v + bottom[:, None] + j[None, :], mask=taking_part, other=0.0)
                 # Replicas in other threads must have read before anything is overwritten.
                 tl.debug_barrier()
-                tl.store(c + a[:, None] + j[None, :], cosine * p - sine * q, mask=taking_part)
-                tl.store(c + b[:, None] + j[None, :], sine * p + cosine * q, mask=taking_part)
-                tl.store(v + a[:, None] + j[None, :], cosine * p_v - sine * q_v, mask=taking_part)
-                tl.store(v + b[:, None] + j[None, :], sine * p_v + cosine * q_v, mask=taking_part)
+                tl.store(c + top[:, None] + j[None, :], cosine * p - sine * q, mask=taking_part)
+                tl.store(c + bottom[:, None] + j[None, :], sine * p + cosine * q, mask=taking_part)
+                tl.store(v + top[:, None] + j[None, :], cosine * p_v - sine * q_v, mask=taking_part)
+                tl.store(v + bottom[:, None] + j[None, :], sine * p_v + cosine * q_v, mask=taking_part)
             tl.debug_barrier()
         worst = tl.max(angles, axis=0)
         sweep += 1
@@ -178,7 +190,7 @@ def grouped_svd_product(lefts: list[Tensor], rights: list[Tensor], us: list[Tens
     with on_device(first):
         launch(jacobi_kernel, (pairs,), rs, columns, weights, target, pairs, k, rank,
                1e-15 * sizes.R if compute == torch.float64 else 1e-10, _MAX_SWEEPS, K=sizes.R, STEP=16,
-               num_warps={16: 1, 32: 4, 64: 8}[sizes.R])  # fmt: skip
+               num_warps={16: 1, 32: 4, 64: 4}[sizes.R])  # fmt: skip
         launch(apply_kernel, (work.programs,), work.tensors, work.chunks, weights, weights, k, rank, sizes.R * sizes.R,
                X=TL_DTYPE[compute], Q=TL_DTYPE[us[0].dtype], QR=False, TWO_STAGES=False, R=sizes.R, TILE=sizes.TILE,
                CHUNK=sizes.CHUNK, BLOCK_D=sizes.BLOCK_D, VECTOR=vector(compute), num_warps=sizes.warps)  # fmt: skip
