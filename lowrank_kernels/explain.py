@@ -32,6 +32,7 @@ class Explanation:
     choices: list[Choice]
     unavailable: dict[str, str]
     calls: dict[tuple[str, str], int]
+    libraries: list[str] = field(default_factory=list)
     forced: str = field(default_factory=lambda: os.environ.get(registry.ENVIRONMENT_VARIABLE, ""))
 
     def _lines(self) -> Iterator[str]:
@@ -40,6 +41,8 @@ class Explanation:
             yield f"forced by {registry.ENVIRONMENT_VARIABLE}={self.forced}"
         for backend, cause in self.unavailable.items():
             yield f"backend {backend} is not available: {cause}"
+        for line in self.libraries:
+            yield f"CUDA libraries of the native backend: {line}"
         for choice in self.choices:
             yield f"{choice.operation} on {choice.device} ({choice.what}): {choice.backend}"
             for backend, reason in choice.reasons.items():
@@ -53,6 +56,15 @@ class Explanation:
         return "\n".join(self._lines())
 
 
+def _cuda_libraries() -> list[str]:
+    """Where the native backend finds cuSOLVER and cuBLAS, or why it does not; nothing without that backend."""
+    if "native" in registry.unavailable():
+        return []
+    from .backends.native.cuda_libraries import report
+
+    return report()
+
+
 def _model_calls(model: nn.Module) -> Iterator[tuple[str, str, str, tuple[object, ...]]]:
     """One forward and one backward call per distinct layer shape of our adapters, with a one-token input."""
     seen = set()
@@ -61,18 +73,20 @@ def _model_calls(model: nn.Module) -> Iterator[tuple[str, str, str, tuple[object
         if layer is None or not hasattr(layer, "decoupled"):
             continue
         decoupled = bool(layer.decoupled)
-        key = (a.shape, b.shape, a.dtype, a.device, decoupled)
+        core = None if pair.core is None else pair.core.detach()
+        key = (a.shape, b.shape, a.dtype, a.device, decoupled, core is None)
         if key in seen:
             continue
         seen.add(key)
         bases = (layer.q_a, layer.q_b) if decoupled else (None, None)
         base_weight = layer.base_layer.weight  # type: ignore[union-attr]
         weight = base_weight.detach() if isinstance(base_weight, Tensor) and base_weight.dtype == a.dtype else None
-        x, y, hidden = a.new_empty(1, a.shape[1]), a.new_empty(1, b.shape[0]), a.new_empty(1, a.shape[0])
-        what = f"{b.shape[0]} × {a.shape[1]}, r = {a.shape[0]}{', decoupled' if decoupled else ''}"
-        yield "lora_linear", a.device.type, what, (x, weight, None, a, b, *bases, 1.0, None, 1.0)
-        needs = [True, False, False, True, True]
-        yield "lora_linear_backward", a.device.type, what, (y, x, weight, a, b, *bases, hidden, 1.0, None, 1.0, needs)
+        x, y = a.new_empty(1, a.shape[1]), a.new_empty(1, b.shape[0])
+        hidden = (a if core is None else core).new_empty(1, a.shape[0])
+        what = f"{b.shape[0]} × {a.shape[1]}, r = {a.shape[0]}{', decoupled' if decoupled else '' if core is None else ', core'}"
+        yield "lora_linear", a.device.type, what, (x, weight, None, a, b, *bases, 1.0, None, 1.0, core)
+        needs = [True, False, False, core is None, core is None, core is not None]
+        yield "lora_linear_backward", a.device.type, what, (y, x, weight, a, b, *bases, hidden, 1.0, None, 1.0, needs, core)
 
 
 def explain(model: nn.Module | torch.optim.Optimizer | None = None, optimizer: torch.optim.Optimizer | None = None) -> Explanation:
@@ -99,6 +113,6 @@ def explain(model: nn.Module | torch.optim.Optimizer | None = None, optimizer: t
     for operation, device, what, args in calls:
         selection = registry.select(operation, device, args)
         choices.append(Choice(operation, device, what, selection.implementation.backend, selection.reasons))
-    explanation = Explanation(choices, registry.unavailable(), registry.call_counts())
+    explanation = Explanation(choices, registry.unavailable(), registry.call_counts(), _cuda_libraries())
     print(explanation)
     return explanation

@@ -15,6 +15,15 @@
 #define LOWRANK_RESTRICT __restrict
 #endif
 
+// Before a short loop over an array of vectors: unrolled early, the array becomes registers.
+#if defined(__clang__)
+#define LOWRANK_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define LOWRANK_UNROLL _Pragma("GCC unroll 32")
+#else
+#define LOWRANK_UNROLL
+#endif
+
 namespace lowrank {
 
 // The codes that Python passes. Narrow types are stored as 16 bits and computed in float.

@@ -9,10 +9,10 @@ template <class T>
 void run(DType dtype, bool wide, const GramItem* items, int64_t n, int64_t r, int64_t k, int threads) {
   const Kernels<T>& kernel = kernels<T>();
   sum_rows(
-      n, r, r * k, static_cast<size_t>(gram_scratch(r, k)) * sizeof(T), threads,
+      n, r, r * k, static_cast<size_t>(gram_scratch(r, k)) * sizeof(double), threads,
       [&](int64_t i) { return items[i].rows; },
       [&](int64_t i, int64_t first, int64_t rows, char* scratch, double* sums) {
-        kernel.gram_rows(dtype, wide, items[i], r, k, first, rows, reinterpret_cast<T*>(scratch), sums);
+        kernel.gram_rows(dtype, wide, items[i], r, k, first, rows, reinterpret_cast<double*>(scratch), sums);
       },
       [&](int64_t i, const double* sums) {
         const bool symmetric = items[i].y.data == nullptr;

@@ -28,47 +28,125 @@ struct Panels {
   }
 };
 
-// sums[i * J + j] = Σ_k x_(i0+i)[k] · y_(j0+j)[k], products and sums in A; a column beyond the last one stands for the
-// last one.
-template <class A, class T, int I, int J>
-LOWRANK_INLINE void gram_block(const Panels<T>& x, const Panels<T>& y, int64_t i0, int64_t j0, A* sums) {
-  static_assert(I * J % kLanes<A> == 0, "sums are reduced a vector at a time");
-  const int64_t pitch = x.height();  // and y's
-  int64_t x_column[I], y_column[J];
-  for (int i = 0; i < I; ++i) x_column[i] = (i0 + i < x.r ? i0 + i : x.r - 1) * pitch;
-  for (int j = 0; j < J; ++j) y_column[j] = (j0 + j < y.r ? j0 + j : y.r - 1) * pitch;
-  Vec<A> sum[I * J] = {};
-  for (int64_t p = 0; p < x.count(); ++p) {
-    const T *x_panel = x.panel(p), *y_panel = y.panel(p);
-    const int64_t rows = x.padded_rows_of(p);
-    for (int64_t k = 0; k < rows; k += kLanes<A>) {
-      Vec<A> a[I], b[J];
-      for (int i = 0; i < I; ++i) a[i] = load_as<A>(x_panel + x_column[i] + k);
-      for (int j = 0; j < J; ++j) b[j] = load_as<A>(y_panel + y_column[j] + k);
-      for (int i = 0; i < I; ++i) {
-        for (int j = 0; j < J; ++j) sum[i * J + j] += a[i] * b[j];
+// Accumulators of a Gram product come in tiles of kGramI × kGramJ vectors: a lane sums up every kLanes-th product.
+constexpr int kGramI = kManyRegisters ? 4 : 2, kGramJ = 4, kGramTile = kGramI * kGramJ;
+
+// tile[i * kGramJ + j] += x_i · y_j, lane by lane, over `rows` rows of the kGramI columns x and the kGramJ columns y;
+// products and sums in A. Entries with j < i + Below are left alone: what is below the diagonal of a symmetric product.
+template <class A, class T, int Below>
+LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile) {
+  constexpr int I = kGramI, J = kGramJ;
+  Vec<A> sum[I][J];
+  LOWRANK_UNROLL
+  for (int i = 0; i < I; ++i) {
+    LOWRANK_UNROLL
+    for (int j = 0; j < J; ++j) sum[i][j] = tile[i * J + j];
+  }
+  for (int64_t k = 0; k < rows; k += kLanes<A>) {
+    Vec<A> a[I], b[J];
+    LOWRANK_UNROLL
+    for (int i = 0; i < I; ++i) a[i] = load_as<A>(x[i] + k);
+    LOWRANK_UNROLL
+    for (int j = 0; j < J; ++j) b[j] = load_as<A>(y[j] + k);
+    LOWRANK_UNROLL
+    for (int i = 0; i < I; ++i) {
+      LOWRANK_UNROLL
+      for (int j = 0; j < J; ++j) {
+        if (j >= i + Below) sum[i][j] += a[i] * b[j];
       }
     }
   }
-  for (int s = 0; s < I * J; s += kLanes<A>) store(sums + s, sum_lanes_of_each<A>(sum + s));
+  LOWRANK_UNROLL
+  for (int i = 0; i < I; ++i) {
+    LOWRANK_UNROLL
+    for (int j = 0; j < J; ++j) tile[i * J + j] = sum[i][j];
+  }
 }
 
-// gram (x.r, pitch) += XᵀY, and only its upper triangle for Y = X (`symmetric`); x and y have panels of one height. A
-// lane of A sums up rows / kLanes<A> products, the lanes and what is there already are added up in double.
+// The tile from (i0, j0) on of XᵀY, `pitch` the height of both panels; of a symmetric product, of its upper triangle. A
+// column beyond the last one stands for the last one.
+template <class A, class T>
+LOWRANK_INLINE void add_gram_tile(const T* x, const T* y, int64_t rows, int64_t pitch, int64_t r, int64_t k,
+                                  bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile) {
+  const T *x_columns[kGramI], *y_columns[kGramJ];
+  for (int i = 0; i < kGramI; ++i) x_columns[i] = x + (i0 + i < r ? i0 + i : r - 1) * pitch;
+  for (int j = 0; j < kGramJ; ++j) y_columns[j] = y + (j0 + j < k ? j0 + j : k - 1) * pitch;
+  if (symmetric && j0 == i0) {
+    gram_tile<A, T, 0>(x_columns, y_columns, rows, tile);
+  } else if (symmetric && kGramI < kGramJ && j0 + kGramI == i0) {
+    gram_tile<A, T, kGramI>(x_columns, y_columns, rows, tile);
+  } else {
+    gram_tile<A, T, -kGramI>(x_columns, y_columns, rows, tile);
+  }
+}
+
+// gram (r, pitch) += the sums over the lanes of the tile from (i0, j0) on, added up in double. The tile is used up.
+template <class A>
+void reduce_gram_tile(Vec<A>* tile, int64_t i0, int64_t j0, int64_t r, int64_t k, double* gram, int64_t pitch) {
+  static_assert(kGramTile % kLanes<A> == 0, "sums are reduced a vector at a time");
+  A sums[kGramTile];
+  for (int s = 0; s < kGramTile; s += kLanes<A>) store(sums + s, sum_lanes_of_each<A>(tile + s));
+  double* const corner = gram + i0 * pitch + j0;
+  if (i0 + kGramI <= r && j0 + kGramJ <= k) {
+    for (int i = 0; i < kGramI; ++i) {
+      for (int j = 0; j < kGramJ; ++j) corner[i * pitch + j] += static_cast<double>(sums[i * kGramJ + j]);
+    }
+    return;
+  }
+  for (int i = 0; i < kGramI && i0 + i < r; ++i) {
+    for (int j = 0; j < kGramJ && j0 + j < k; ++j) corner[i * pitch + j] += static_cast<double>(sums[i * kGramJ + j]);
+  }
+}
+
+// body(i0, j0, index) for the tiles of an (r, k) product; of a symmetric one, those that reach its upper triangle.
+template <class Body>
+LOWRANK_INLINE void for_each_gram_tile(int64_t r, int64_t k, bool symmetric, const Body& body) {
+  int64_t index = 0;
+  for (int64_t i0 = 0; i0 < r; i0 += kGramI) {
+    for (int64_t j0 = symmetric ? i0 / kGramJ * kGramJ : 0; j0 < k; j0 += kGramJ) body(i0, j0, index++);
+  }
+}
+
+// A Gram product over panels that come one after the other, each in the first-level cache: the accumulators stay
+// vectors until the last panel.
+template <class A>
+class GramSums {
+ public:
+  // `memory` holds gram_lanes(r, k) doubles.
+  GramSums(int64_t r, int64_t k, bool symmetric, double* memory)
+      : r_(r), k_(k), symmetric_(symmetric), tiles_(reinterpret_cast<Vec<A>*>(memory)) {
+    for_each_gram_tile(r_, k_, symmetric_, [&](int64_t, int64_t, int64_t index) {
+      for (int s = 0; s < kGramTile; ++s) tiles_[index * kGramTile + s] = Vec<A>{};
+    });
+  }
+  // `rows` rows (a multiple of kRowAlignment) of a panel of each; `pitch` is the height of both.
+  void add(const A* x, const A* y, int64_t rows, int64_t pitch) {
+    for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t index) {
+      add_gram_tile<A>(x, y, rows, pitch, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile);
+    });
+  }
+  void add_to(double* gram, int64_t pitch) {
+    for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t index) {
+      reduce_gram_tile<A>(tiles_ + index * kGramTile, i0, j0, r_, k_, gram, pitch);
+    });
+  }
+
+ private:
+  int64_t r_, k_;
+  bool symmetric_;
+  Vec<A>* tiles_;
+};
+
+// gram (x.r, pitch) += XᵀY, and only its upper triangle for Y = X (`symmetric`); x and y have panels of one height.
 template <class A, class T>
 void add_gram(const Panels<T>& x, const Panels<T>& y, bool symmetric, double* gram, int64_t pitch) {
-  constexpr int I = kManyRegisters ? 4 : 2, J = 4;
-  for (int64_t i0 = 0; i0 < x.r; i0 += I) {
-    for (int64_t j0 = symmetric ? i0 / J * J : 0; j0 < y.r; j0 += J) {
-      A sums[I * J];
-      gram_block<A, T, I, J>(x, y, i0, j0, sums);
-      for (int i = 0; i < I && i0 + i < x.r; ++i) {
-        for (int j = 0; j < J && j0 + j < y.r; ++j) {
-          gram[(i0 + i) * pitch + j0 + j] += static_cast<double>(sums[i * J + j]);
-        }
-      }
+  for_each_gram_tile(x.r, y.r, symmetric, [&](int64_t i0, int64_t j0, int64_t) {
+    Vec<A> tile[kGramTile] = {};
+    for (int64_t p = 0; p < x.count(); ++p) {
+      add_gram_tile<A>(x.panel(p), y.panel(p), x.padded_rows_of(p), x.height(), x.r, y.r, symmetric, i0, j0, tile);
     }
-  }
+    reduce_gram_tile<A>(tile, i0, j0, x.r, y.r, gram, pitch);
+  });
 }
 
 // The same, with the accumulator chosen when it runs: double, or T.

@@ -3,26 +3,34 @@
 
 #include "cpu/gram.h"
 #include "cpu/kernels.h"
-#include "cpu/panel.h"
+#include "cpu/wide_panel.h"
 
 namespace lowrank::LOWRANK_ISA {
 
+template <class A>
+void gram_rows_in(DType dtype, const GramItem& item, int64_t r, int64_t k, int64_t first, int64_t rows, double* scratch,
+                  double* sums) {
+  const int64_t height = gram_panel_rows(r > k ? r : k);
+  const bool symmetric = item.y.data == nullptr;
+  GramSums<A> gram(r, k, symmetric, scratch);
+  A* const x_panel = reinterpret_cast<A*>(scratch + gram_lanes(r, k));
+  A *const y_panel = x_panel + height * r, *const dense = y_panel + height * k;
+  for (int64_t begin = 0; begin < rows; begin += height) {
+    const int64_t count = rows - begin < height ? rows - begin : height;
+    load_wide_panel(dtype, item.x, first + begin, count, r, x_panel, height, dense);
+    if (!symmetric) load_wide_panel(dtype, item.y, first + begin, count, k, y_panel, height, dense);
+    gram.add(x_panel, symmetric ? x_panel : y_panel, padded_rows(count), height);
+  }
+  gram.add_to(sums, k);
+}
+
 template <class T>
 void gram_rows(DType dtype, bool wide, const GramItem& item, int64_t r, int64_t k, int64_t first, int64_t rows,
-               T* scratch, double* sums) {
-  const int64_t height = panel_rows(r > k ? r : k);
-  T *x_panels = scratch, *y_panels = x_panels + kBlockRows * r, *dense = y_panels + kBlockRows * k;
-  const auto load_block = [&](const View& view, const Panels<T>& x, int64_t begin) {
-    for (int64_t p = 0; p < x.count(); ++p) {
-      load_panel(dtype, view, begin + p * height, x.rows_of(p), x.r, x.panel(p), height, dense);
-    }
-  };
-  for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
-    const int64_t block = rows - begin < kBlockRows ? rows - begin : kBlockRows;
-    const Panels<T> x{x_panels, block, r, height}, y{y_panels, block, k, height};
-    load_block(item.x, x, first + begin);
-    if (item.y.data) load_block(item.y, y, first + begin);
-    add_gram(wide, x, item.y.data ? y : x, !item.y.data, sums, k);
+               double* scratch, double* sums) {
+  if (wide) {
+    gram_rows_in<double>(dtype, item, r, k, first, rows, scratch, sums);
+  } else {
+    gram_rows_in<T>(dtype, item, r, k, first, rows, scratch, sums);
   }
 }
 

@@ -66,11 +66,49 @@ struct SvdProductItem {
   void* s = nullptr;
 };
 
-// Scratch of one solve: a small matrix in double, U and its transpose in reversed order, reciprocals of the diagonals,
-// and for each worker a panel and its staging area.
+// One term of one layer: c P Qᵀ with P (d_out, k) on the left and Q (d_in, k) on the right, or c D with D on the left.
+struct LorsumTerm {
+  View left, right;
+  int64_t k = 0;
+  double c = 0;
+  DType dtype = DType::kFloat32;
+  bool dense = false;
+};
+
+// One layer: the start u (d_out, r) and v (d_in, r), its terms, and where the result goes.
+struct LorsumItem {
+  View u, v, out_u, out_v;
+  int64_t d_out = 0, d_in = 0;
+  const LorsumTerm* terms = nullptr;
+};
+
+struct LorsumScalars {
+  DType dtype;  // of the factors
+  int64_t r, terms;
+  int sweeps;
+  double proximal;
+  bool u_first;
+};
+
+// Scratch of one LoRSum.
+template <class T>
+struct LorsumWork {
+  double* small;    // 5 small matrices and a row: two Grams, a ridge, U with UᵀU = H, H⁻¹, U⁻¹
+  double* grams;    // a small matrix for each chunk of rows
+  double* sums;     // for each worker, `sums_stride` apart: kLorsumColumns rows of small_pitch(r)
+  T* factors;       // start and present value of both sides
+  T* packed;        // thin factors of terms
+  T* coefficients;  // what multiplies the start and the terms
+  T* tile;          // for each worker, `tile_stride` apart: a tile and its staging area
+  int64_t sums_stride, tile_stride;
+};
+
+// Scratch of one solve: two small matrices in double, U and its transpose in reversed order, reciprocals of the
+// diagonals, and for each worker two panels and a staging area.
 template <class T>
 struct SolveWork {
   double* upper;
+  double* inverse;
   T* forward;
   T* backward;
   T* reciprocals;
@@ -89,6 +127,7 @@ struct QrWork {
   double* inverse;
   T* factor;
   T* reciprocals;  // r
+  double* lanes;   // for each worker: gram_lanes(r, r)
   T* tile;         // for each worker: a panel and its staging area, 2 · panel_rows(r) · r
   int64_t tile_stride;
 };
@@ -101,9 +140,9 @@ struct Kernels {
   // null.
   void (*adamw_mapped_rows)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch,
                             double* grams);
-  // The Gram of `rows` rows is added to sums (r, k); scratch for gram_scratch(r, k) elements.
-  void (*gram_rows)(DType, bool wide, const GramItem&, int64_t r, int64_t k, int64_t first, int64_t rows, T* scratch,
-                    double* sums);
+  // The Gram of `rows` rows is added to sums (r, k); scratch for gram_scratch(r, k) doubles.
+  void (*gram_rows)(DType, bool wide, const GramItem&, int64_t r, int64_t k, int64_t first, int64_t rows,
+                    double* scratch, double* sums);
   // One system; `threads` share its groups of rows.
   void (*solve)(DType, const SolveItem&, int64_t r, double damping, const SolveWork<T>&, int threads);
   // QR of one matrix; `threads` share its groups of rows.
@@ -111,6 +150,7 @@ struct Kernels {
   void (*svd_product)(DType, const SvdProductItem&, int64_t k, int64_t rank, const QrWork<T>& left,
                       const QrWork<T>& right, int threads);
   void (*polar)(DType, const PolarItem&, int64_t r, const QrWork<T>&, int threads);
+  void (*lorsum)(const LorsumScalars&, const LorsumItem&, const LorsumWork<T>&, int threads);
 };
 
 template <class T>

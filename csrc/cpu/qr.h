@@ -66,10 +66,15 @@ bool column_exponents(const Panels<T>& x, int* exponents) {
 template <class T>
 void gram(const Panels<T>& x, const QrWork<T>& work, int threads) {
   const int64_t pitch = small_pitch(x.r), size = x.r * pitch, groups = group_count(x.rows);
-  parallel_for(groups, threads, [&](int64_t g, int) {
+  parallel_for(groups, threads, [&](int64_t g, int worker) {
+    const Panels<T> rows = x.group(g);
+    GramSums<T> sums(x.r, x.r, true, work.lanes + worker * gram_lanes(x.r, x.r));
+    for (int64_t p = 0; p < rows.count(); ++p) {
+      sums.add(rows.panel(p), rows.panel(p), rows.padded_rows_of(p), rows.height());
+    }
     double* partial = work.partial + g * size;
     std::memset(partial, 0, static_cast<size_t>(size) * sizeof(double));
-    add_gram<T>(x.group(g), x.group(g), true, partial, pitch);
+    sums.add_to(partial, pitch);
   });
   for (int64_t i = 0; i < x.r; ++i) {
     for (int64_t j = 0; j < pitch; ++j) {
@@ -136,18 +141,26 @@ bool orthogonalize(const Panels<T>& x, const QrWork<T>& work, int threads) {
       if (round > 0) multiply_upper(upper, r, work.r);
       break;
     }
+    // U is well-conditioned (but for the scale of its rows) in the last round, mostly the only one: a product with its
+    // inverse is then exact to rounding. Before, only substitution keeps Q U = X.
+    const bool last = sensitive <= kAccept;
+    const double* const applied = last ? work.inverse : upper;
     for (int64_t i = 0; i < r; ++i) {
-      for (int64_t j = 0; j < r; ++j) work.factor[i * pitch + j] = static_cast<T>(upper[i * pitch + j]);
+      for (int64_t j = 0; j < r; ++j) work.factor[i * pitch + j] = static_cast<T>(applied[i * pitch + j]);
       work.reciprocals[i] = static_cast<T>(1 / upper[i * pitch + i]);
     }
     parallel_for(groups, threads, [&](int64_t g, int) {
       const Panels<T> rows = x.group(g);
       for (int64_t p = 0; p < rows.count(); ++p) {
-        solve_panel(rows.panel(p), rows.height(), rows.padded_rows_of(p), r, work.factor, pitch, work.reciprocals);
+        if (last) {
+          multiply_upper_panel(rows.panel(p), rows.height(), rows.padded_rows_of(p), r, work.factor, pitch);
+        } else {
+          solve_panel(rows.panel(p), rows.height(), rows.padded_rows_of(p), r, work.factor, pitch, work.reciprocals);
+        }
       }
     });
     if (round > 0) multiply_upper(upper, r, work.r);
-    if (sensitive <= kAccept) break;
+    if (last) break;
     gram(x, work, threads);
   }
   if (scaled) {

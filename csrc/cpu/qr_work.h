@@ -40,6 +40,7 @@ class QrScratch {
     take(&w->inverse, small);
     take(&w->factor, small);
     take(&w->reciprocals, small_pitch(r_));
+    take(&w->lanes, gram_lanes(r_, r_) * workers_);
     take(&w->tile, tile * workers_);
     w->tile_stride = tile;
     return used;

@@ -27,12 +27,31 @@ constexpr int64_t group_count(int64_t d) { return d == 0 ? 1 : (d + kGroupRows -
 // Rows of a panel of the moment step with maps, which works on seven of them: at r = 16 they fit the first-level cache.
 constexpr int64_t mapped_panel_rows(int64_t r) { return r <= 64 ? 64 : 32; }
 
+// The same where the factor stays in place: old and new rows in double and three blocks in the type of the computation.
+constexpr int64_t in_place_rows(int64_t r) { return r <= 8 ? 256 : r <= 16 ? 128 : r <= 32 ? 64 : 32; }
+
 // Scratch of the moment step with maps, and of Gram products, in elements.
-constexpr int64_t mapped_scratch(int64_t r) { return round_up((2 * kBlockRows + 5 * mapped_panel_rows(r)) * r, 16); }
+constexpr int64_t mapped_scratch(int64_t r) {
+  const int64_t panels = (2 * kBlockRows + 5 * mapped_panel_rows(r)) * r;
+  const int64_t in_place = (3 + 2 * 2) * in_place_rows(r) * r + 4 * r * r;
+  return round_up(panels > in_place ? panels : in_place, 16);
+}
+
+// Rows of a panel of a Gram product: enough to pay for fetching the accumulators.
+constexpr int64_t gram_panel_rows(int64_t r) { return r <= 64 ? 256 : 128; }
+// Accumulators of an (r, k) Gram product, and the scratch of its rows, both in doubles.
+constexpr int64_t gram_lanes(int64_t r, int64_t k) { return round_up(r, 4) * round_up(k, 4) * 8; }
 constexpr int64_t gram_scratch(int64_t r, int64_t k) {
   const int64_t wider = r > k ? r : k;
-  return round_up(kBlockRows * (r + k) + panel_rows(wider) * wider, 16);
+  return gram_lanes(r, k) + gram_panel_rows(wider) * (r + k + wider);
 }
+
+// LoRSum reads terms in tiles of so many rows and columns, and takes at most so many terms.
+constexpr int64_t kLorsumRows = 512;
+constexpr int64_t kLorsumColumns = 64;
+constexpr int64_t kLorsumTile = kLorsumRows * kLorsumColumns;
+constexpr int64_t kMaxLorsumTerms = 16;
+constexpr int64_t lorsum_chunks(int64_t d) { return d == 0 ? 1 : (d + kLorsumRows - 1) / kLorsumRows; }
 
 // Row pitch of small r × r matrices: whole vectors of doubles.
 constexpr int64_t small_pitch(int64_t r) { return round_up(r, 8); }

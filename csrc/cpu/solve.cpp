@@ -13,15 +13,16 @@ class SolveScratch {
   SolveScratch(int64_t r, int jobs, int workers)
       : r_(r),
         small_(r * small_pitch(r)),
-        tile_(round_up(2 * panel_rows(r) * r, 16)),
-        scratch_(static_cast<size_t>(small_) * sizeof(double) +
+        tile_(round_up(3 * panel_rows(r) * r, 16)),
+        scratch_(static_cast<size_t>(2 * small_) * sizeof(double) +
                      static_cast<size_t>(2 * small_ + 2 * small_pitch(r) + tile_ * workers) * sizeof(T),
                  jobs) {}
 
   SolveWork<T> of(int job) const {
     SolveWork<T> work{};
     work.upper = scratch_.template of<double>(job);
-    work.forward = reinterpret_cast<T*>(work.upper + small_);
+    work.inverse = work.upper + small_;
+    work.forward = reinterpret_cast<T*>(work.inverse + small_);
     work.backward = work.forward + small_;
     work.reciprocals = work.backward + small_;
     work.reversed = work.reciprocals + small_pitch(r_);

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import accumulation_dtype, check_list, check_same_length, define, no_backward
+from ._library import accumulation_dtype, check_list, check_same_length, define, is_plain_eager, no_backward
 
 
 def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -30,9 +30,9 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     """
     check_list("grouped_gram", "xs", xs)
     for name, factors in (("xs", xs), ("ys", ys or ())):
-        for index, x in enumerate(factors):
-            if x.shape[1] != factors[0].shape[1]:
-                raise ValueError(f"grouped_gram: {name}[{index}] has {x.shape[1]} columns, {name}[0] has {factors[0].shape[1]}")
+        columns = [factor.shape[1] for factor in factors]
+        for index in (i for i, width in enumerate(columns) if width != columns[0]):
+            raise ValueError(f"grouped_gram: {name}[{index}] has {columns[index]} columns, {name}[0] has {columns[0]}")
     if ys is not None:
         check_same_length("grouped_gram", xs=xs, ys=ys)
         check_list("grouped_gram", "ys", ys, like=xs[0] if xs else None)
@@ -42,9 +42,9 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     natural = accumulation_dtype(xs[0].dtype) if xs else torch.float32
     if dtype not in (None, torch.float32, torch.float64) or (natural == torch.float64 and dtype == torch.float32):
         raise TypeError(f"grouped_gram: dtype must be torch.float64{'' if natural == torch.float64 else ' or torch.float32'}, got {dtype}")
-    return torch.ops.lowrank_kernels.grouped_gram(
-        list(xs), None if ys is None else list(ys), dtype == torch.float64 or natural == torch.float64
-    )
+    xs, ys, double = list(xs), None if ys is None else list(ys), torch.float64 in (dtype, natural)
+    eager = bool(xs) and not torch.is_grad_enabled() and is_plain_eager(*xs, *(ys or ()))
+    return (_grouped_gram if eager else torch.ops.lowrank_kernels.grouped_gram)(xs, ys, double)
 
 
 def _empty_result(xs: list[Tensor], ys: list[Tensor] | None, double: bool) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import FLOATING, check_list, define, no_backward
+from ._library import FLOATING, check_list, define, is_plain_eager, no_backward
 
 
 def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float = 0.0, *, side: str = "left") -> list[Tensor] | Tensor:
@@ -37,21 +37,29 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
         raise ValueError(f"{name}: side must be 'left' or 'right', got {side!r}")
     if not damping >= 0:
         raise ValueError(f"{name}: damping must be ≥ 0, got {damping}")
-    if isinstance(rhs, Tensor) and rhs.ndim != 3:
-        raise ValueError(f"{name}: a stacked rhs must have 3 dimensions, got {tuple(rhs.shape)}")
-    matrices = list(rhs)
-    if len(matrices) != len(grams):
-        raise ValueError(f"{name}: got {len(grams)} Grams and {len(matrices)} right-hand sides")
-    check_list(name, "rhs", matrices)
-    rank, dim = grams.shape[1], 0 if side == "left" else 1
-    for index, matrix in enumerate(matrices):
-        if matrix.shape[dim] != rank:
-            raise ValueError(f"{name}: rhs[{index}] of shape {tuple(matrix.shape)} does not fit {rank} × {rank} Grams from the {side}")
-        if matrix.device != grams.device or matrix.dtype not in FLOATING:
-            raise ValueError(f"{name}: rhs[{index}] is {matrix.dtype} on {matrix.device}, the Grams are on {grams.device}")
+    left = side == "left"
     if isinstance(rhs, Tensor):
-        return torch.ops.lowrank_kernels.grouped_solve_stacked(grams, rhs, float(damping), side == "left")
-    return torch.ops.lowrank_kernels.grouped_solve(grams, matrices, float(damping), side == "left")
+        if rhs.ndim != 3:
+            raise ValueError(f"{name}: a stacked rhs must have 3 dimensions, got {tuple(rhs.shape)}")
+        samples: Sequence[Tensor] = list(rhs[:1])  # all are like the first
+    else:
+        check_list(name, "rhs", rhs)
+        samples = rhs
+    if len(rhs) != len(grams):
+        raise ValueError(f"{name}: got {len(grams)} Grams and {len(rhs)} right-hand sides")
+    rank, dim = grams.shape[1], 0 if left else 1
+    for index, width in enumerate([matrix.shape[dim] for matrix in samples]):
+        if width != rank:
+            raise ValueError(
+                f"{name}: rhs[{index}] of shape {tuple(samples[index].shape)} does not fit {rank} × {rank} Grams from the {side}"
+            )
+    if samples and (samples[0].device != grams.device or samples[0].dtype not in FLOATING):
+        raise ValueError(f"{name}: rhs is {samples[0].dtype} on {samples[0].device}, the Grams are on {grams.device}")
+    if isinstance(rhs, Tensor):
+        eager = not torch.is_grad_enabled() and is_plain_eager(grams, rhs)
+        return (_grouped_solve_stacked if eager else torch.ops.lowrank_kernels.grouped_solve_stacked)(grams, rhs, float(damping), left)
+    eager = not torch.is_grad_enabled() and is_plain_eager(grams, *rhs)
+    return (_grouped_solve if eager else torch.ops.lowrank_kernels.grouped_solve)(grams, list(rhs), float(damping), left)
 
 
 def _empty_result(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) -> list[Tensor]:
@@ -72,7 +80,7 @@ def _empty_stack(grams: Tensor, rhs: Tensor, damping: float, left: bool) -> Tens
 def _grouped_solve_stacked(grams: Tensor, rhs: Tensor, damping: float, left: bool) -> Tensor:
     solutions = _empty_stack(grams, rhs, damping, left)
     if len(rhs):
-        run("grouped_solve", grams.device.type, grams, list(rhs.unbind()), damping, left, list(solutions.unbind()))
+        run("grouped_solve", grams.device.type, grams, rhs, damping, left, solutions)
     return solutions
 
 

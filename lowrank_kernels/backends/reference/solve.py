@@ -10,8 +10,11 @@ from ._common import always
 
 
 @implements("grouped_solve", "reference", always)
-def grouped_solve(grams: Tensor, rhs: list[Tensor], damping: float, left: bool, out: list[Tensor]) -> None:
-    """``out[i] = (G_i + δI)⁻¹ rhs[i]`` or, from the right, ``rhs[i] (G_i + δI)⁻¹``, in the dtype of the Grams."""
+def grouped_solve(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, left: bool, out: list[Tensor] | Tensor) -> None:
+    """``out[i] = (G_i + δI)⁻¹ rhs[i]`` or, from the right, ``rhs[i] (G_i + δI)⁻¹``, in the dtype of the Grams.
+
+    Stacked matrices come as one tensor.
+    """
     for index, matrix in enumerate(rhs):
         gram = grams[index].tril()
         gram = gram + gram.tril(-1).mT

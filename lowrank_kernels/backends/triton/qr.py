@@ -53,15 +53,16 @@ def load_tile(
     """
     d = tl.arange(0, BLOCK_D)
     k = first + tl.arange(0, BLOCK_R)
+    # Hints must stand on values that are computed here: on arguments they are lost when the function is inlined.
     # Names differ between the branches because a name must keep its type across them.
     if mode == 1:
-        by_rows = tl.multiple_of(pointer, 16) + row * tl.multiple_of(stride_d, VECTOR)
-        row_mask = (row + d[:, None] < rows) & (k[None, :] < tl.multiple_of(rank, VECTOR))
-        tile = tl.load(by_rows + d[:, None] * tl.multiple_of(stride_d, VECTOR) + k[None, :], mask=row_mask, other=0.0)
+        by_rows = tl.multiple_of(pointer + row * stride_d, 16)
+        row_mask = (row + d[:, None] < rows) & (k[None, :] < rank // VECTOR * VECTOR)
+        tile = tl.load(by_rows + d[:, None] * (stride_d // VECTOR * VECTOR) + k[None, :], mask=row_mask, other=0.0)
     elif mode == 2:
-        by_columns = tl.multiple_of(pointer, 16) + tl.multiple_of(row, VECTOR)
-        column_mask = (k[:, None] < rank) & (d[None, :] < tl.multiple_of(rows - row, VECTOR))
-        tile = tl.trans(tl.load(by_columns + k[:, None] * tl.multiple_of(stride_r, VECTOR) + d[None, :], mask=column_mask, other=0.0))
+        by_columns = tl.multiple_of(pointer + row, 16)
+        column_mask = (k[:, None] < rank) & (d[None, :] < (rows - row) // VECTOR * VECTOR)
+        tile = tl.trans(tl.load(by_columns + k[:, None] * (stride_r // VECTOR * VECTOR) + d[None, :], mask=column_mask, other=0.0))
     else:
         any_mask = (row + d[:, None] < rows) & (k[None, :] < rank)
         tile = tl.load(pointer + (row + d[:, None]) * stride_d + k[None, :] * stride_r, mask=any_mask, other=0.0)
@@ -396,36 +397,42 @@ def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride,
     weight = weights + index * weight_stride
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
-    d = tl.arange(0, BLOCK_D)
     for first in range(start, stop, BLOCK_D):
         # All of a row's tiles are computed before any is written: Q may be X.
         if TILE == R:
-            k = tl.arange(0, R)
             if TWO_STAGES:
                 # The same product as the second Gram was made of: that is what makes Q orthonormal to the last digit.
                 value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight + 4 * R * R, True, BLOCK_D, TILE, R, VECTOR)
                 value = tl.dot(value, _load_square(weight + 2 * R * R, 0, 0, R, TILE), input_precision="ieee", out_dtype=tl.float64)
             else:
                 value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR)
-            store_tile(q, rounded(value, Q), first + d, rows, k, columns, q_d, q_r)
+            store_tile(q, rounded(value, Q), first, rows, 0, columns, q_d, q_r, BLOCK_D, TILE)
         else:
-            k = tl.arange(0, TILE)
             value = rounded(_wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
             other = rounded(_wide_tile(x, mode, first, rows, TILE, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
             tl.debug_barrier()
-            store_tile(q, value, first + d, rows, k, columns, q_d, q_r)
-            store_tile(q, other, first + d, rows, TILE + k, columns, q_d, q_r)
+            store_tile(q, value, first, rows, 0, columns, q_d, q_r, BLOCK_D, TILE)
+            store_tile(q, other, first, rows, TILE, columns, q_d, q_r, BLOCK_D, TILE)
 
 
 @triton.jit
-def store_tile(pointer, value, d, rows, k, columns, stride_d, stride_r):
-    mask = (d[:, None] < rows) & (k[None, :] < columns)
+def store_tile(pointer, value, row, rows, first, columns, stride_d, stride_r, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The counterpart of :func:`load_tile`; whether rows are aligned is found out here."""
+    VECTOR: tl.constexpr = 128 // value.dtype.primitive_bitwidth
+    d = tl.arange(0, BLOCK_D)
+    k = first + tl.arange(0, BLOCK_R)
+    mask = (row + d[:, None] < rows) & (k[None, :] < columns)
     if stride_r == 1:
-        tl.store(pointer + d[:, None] * stride_d + k[None, :], value, mask=mask)
+        if (pointer.to(tl.int64) % 16 == 0) & (stride_d % VECTOR == 0) & (columns % VECTOR == 0):
+            by_rows = tl.multiple_of(pointer + row * stride_d, 16)
+            row_mask = (row + d[:, None] < rows) & (k[None, :] < columns // VECTOR * VECTOR)
+            tl.store(by_rows + d[:, None] * (stride_d // VECTOR * VECTOR) + k[None, :], value, mask=row_mask)
+        else:
+            tl.store(pointer + (row + d[:, None]) * stride_d + k[None, :], value, mask=mask)
     elif stride_d == 1:
-        tl.store(pointer + k[:, None] * stride_r + d[None, :], tl.trans(value), mask=tl.trans(mask))
+        tl.store(pointer + k[:, None] * stride_r + row + d[None, :], tl.trans(value), mask=tl.trans(mask))
     else:
-        tl.store(pointer + d[:, None] * stride_d + k[None, :] * stride_r, value, mask=mask)
+        tl.store(pointer + (row + d[:, None]) * stride_d + k[None, :] * stride_r, value, mask=mask)
 
 
 @triton.jit

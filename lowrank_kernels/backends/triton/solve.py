@@ -123,10 +123,10 @@ def substitute_kernel(
     inverses += index * R
     tile = _substitute(tile, factor, inverses, rank, R, R)
     tile = _substitute_back(tile, factor, inverses, rank, R, R)
-    store_tile(out, rounded(tile, X), first + tl.arange(0, BLOCK_D), rows, tl.arange(0, R), rank, tl.load(row + 6), tl.load(row + 7))
+    store_tile(out, rounded(tile, X), first, rows, 0, rank, tl.load(row + 6), tl.load(row + 7), BLOCK_D, R)
 
 
-def verify(grams: Tensor, rhs: list[Tensor], damping: float, left: bool, out: list[Tensor]) -> Verdict:
+def verify(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, left: bool, out: list[Tensor] | Tensor) -> Verdict:
     """Refuses ranks above 128 and other devices than a GPU."""
     if grams.shape[1] > _LARGEST_RANK:
         return False, f"{grams.shape[1]} × {grams.shape[1]} Grams: the kernels hold rows of at most {_LARGEST_RANK} in registers"
@@ -134,12 +134,12 @@ def verify(grams: Tensor, rhs: list[Tensor], damping: float, left: bool, out: li
 
 
 @implements("grouped_solve", "triton", verify)
-def grouped_solve(grams: Tensor, rhs: list[Tensor], damping: float, left: bool, out: list[Tensor]) -> None:
+def grouped_solve(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, left: bool, out: list[Tensor] | Tensor) -> None:
     """Write ``(G + δI)⁻¹ rhs`` or ``rhs (G + δI)⁻¹``; two launches, nothing read on the host."""
     rank = grams.shape[1]
     padded = padded_rank(rank)
     block_d = 64 if padded <= 32 else 2048 // padded
-    tall, tall_out = ([m.mT for m in matrices] if left else matrices for matrices in (rhs, out))
+    tall, tall_out = ([m.mT if left else m for m in matrices] for matrices in (rhs, out))
     work = thin_table("grouped_solve", tall, None, tall_out, block_d)
     if not work.programs or not rank:
         return
