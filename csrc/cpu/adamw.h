@@ -2,16 +2,18 @@
 #pragma once
 
 #include "cpu/gram.h"
+#include "cpu/in_place.h"
 #include "cpu/kernels.h"
 #include "cpu/panel.h"
 
 namespace lowrank::LOWRANK_ISA {
 
 // One fused pass over n elements. HasX: out = shrink · x - step; else out = step, for a map to be applied to. HasM,
-// HasV: whether there are moments. What there is not may be null; out may be x.
+// HasV: whether there are moments; `aligned` is the momentum as it comes in. What there is not may be null; out may be
+// x, and m may be `aligned`.
 template <class T, bool HasX, bool HasM, bool HasV>
 LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size_64, double scale_v_64, const T* x,
-                                const T* LOWRANK_RESTRICT g, T* LOWRANK_RESTRICT m, T* LOWRANK_RESTRICT v, T* out,
+                                const T* LOWRANK_RESTRICT g, const T* aligned, T* m, T* LOWRANK_RESTRICT v, T* out,
                                 int64_t n) {
   const T sign = scalars.maximize ? T(-1) : T(1);
   const T weight1 = static_cast<T>(1 - scalars.beta1);
@@ -25,7 +27,7 @@ LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size_64
     const T grad = sign * g[i];
     T direction = grad;
     if (HasM) {
-      direction = m[i] + weight1 * (grad - m[i]);
+      direction = aligned[i] + weight1 * (grad - aligned[i]);
       m[i] = direction;
     }
     if (HasV) {
@@ -39,15 +41,15 @@ LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size_64
 
 template <class T, bool HasX = true>
 LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size, double scale_v, const T* x, const T* g,
-                                T* m, T* v, T* out, int64_t n) {
+                                const T* aligned, T* m, T* v, T* out, int64_t n) {
   if (m && v) {
-    moment_step<T, HasX, true, true>(scalars, step_size, scale_v, x, g, m, v, out, n);
+    moment_step<T, HasX, true, true>(scalars, step_size, scale_v, x, g, aligned, m, v, out, n);
   } else if (m) {
-    moment_step<T, HasX, true, false>(scalars, step_size, scale_v, x, g, m, v, out, n);
+    moment_step<T, HasX, true, false>(scalars, step_size, scale_v, x, g, aligned, m, v, out, n);
   } else if (v) {
-    moment_step<T, HasX, false, true>(scalars, step_size, scale_v, x, g, m, v, out, n);
+    moment_step<T, HasX, false, true>(scalars, step_size, scale_v, x, g, aligned, m, v, out, n);
   } else {
-    moment_step<T, HasX, false, false>(scalars, step_size, scale_v, x, g, m, v, out, n);
+    moment_step<T, HasX, false, false>(scalars, step_size, scale_v, x, g, aligned, m, v, out, n);
   }
 }
 
@@ -74,7 +76,7 @@ void adamw_range(const AdamWScalars& scalars, const AdamWItem& item, int64_t beg
       (item.rows == 1 || (item.param.row_stride == item.columns && item.grad.row_stride == item.columns));
   if (dense && (scalars.dtype == DType::kFloat32 || scalars.dtype == DType::kFloat64)) {
     T* x = static_cast<T*>(item.param.data) + begin;
-    moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(item.grad.data) + begin, m, v, x,
+    moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(item.grad.data) + begin, m, m, v, x,
                 end - begin);
     return;
   }
@@ -88,8 +90,8 @@ void adamw_range(const AdamWScalars& scalars, const AdamWItem& item, int64_t beg
                    [&](int64_t i, auto* p, int64_t stride, int64_t length) { widen_run(p, stride, length, x + i); });
       for_each_run(grad, item.grad, item.columns, at, n,
                    [&](int64_t i, auto* p, int64_t stride, int64_t length) { widen_run(p, stride, length, g + i); });
-      moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(g), m ? m + (at - begin) : nullptr,
-                  v ? v + (at - begin) : nullptr, x, n);
+      T *m_block = m ? m + (at - begin) : nullptr, *v_block = v ? v + (at - begin) : nullptr;
+      moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(g), m_block, m_block, v_block, x, n);
       for_each_run(param, item.param, item.columns, at, n,
                    [&](int64_t i, auto* p, int64_t stride, int64_t length) { narrow_run(x + i, length, p, stride); });
     }
@@ -157,10 +159,11 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
     const int64_t at = j * pitch;
     T *m_column = item.m ? m + at : nullptr, *v_column = item.v ? v + at : nullptr;
     if (item.direction_map) {
-      moment_step<T, false>(scalars, item.step_size, item.scale_v, nullptr, g + at, m_column, v_column, x + at, padded);
+      moment_step<T, false>(scalars, item.step_size, item.scale_v, nullptr, g + at, m_column, m_column, v_column,
+                            x + at, padded);
     } else {
-      moment_step(scalars, item.step_size, item.scale_v, static_cast<const T*>(old + at), g + at, m_column, v_column,
-                  x + at, padded);
+      moment_step(scalars, item.step_size, item.scale_v, static_cast<const T*>(old + at), g + at, m_column, m_column,
+                  v_column, x + at, padded);
     }
   }
   if (item.direction_map) {
@@ -176,11 +179,10 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
   if (item.v) store_panel(state, moment_view(item.v), first, rows, r, v, pitch, dense);
 }
 
-// Rows [first, first + rows) with r × r maps. grams, if given: the new factor's Gram (upper triangle) and its
-// cross-Gram with the old one, (2, r, r), are added to while both are in the cache.
+// Rows [first, first + rows) of the factor seen as tall, in panels: any storage type, strides and rank.
 template <class T>
-void adamw_mapped_rows(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
-                       double* grams) {
+void adamw_mapped_in_panels(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
+                            double* grams) {
   const int64_t r = item.rank_dim == 1 ? item.columns : item.rows, area = kBlockRows * r;
   for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
     const int64_t height = rows - begin < kBlockRows ? rows - begin : kBlockRows;
@@ -193,6 +195,121 @@ void adamw_mapped_rows(const AdamWScalars& scalars, const AdamWItem& item, int64
       add_gram(scalars.wide_grams, x, old, false, grams + r * r, r);
     }
   }
+}
+
+// The same for a factor that may stay where it is, Gram products summed up in A. `rows` are whole vectors of a wide
+// one.
+template <class T, class A, bool kTall>
+void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
+                           double* grams) {
+  const int64_t r = kTall ? item.columns : item.rows, height = in_place_rows(r), area = height * r;
+  A *new_x = reinterpret_cast<A*>(scratch), *old_x = new_x + area;
+  T *mapped_g = reinterpret_cast<T*>(old_x + area), *mapped_m = mapped_g + area, *other = mapped_m + area;
+  T* maps = other + area;
+  // As map_rows and map_columns want them.
+  const auto prepare = [&](const void* map, T* out) -> const T* {
+    const T* in = static_cast<const T*>(map);
+    if (kTall || !map) return in;
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t j = 0; j < r; ++j) out[i * r + j] = in[j * r + i];
+    }
+    return out;
+  };
+  const T *grad_map = prepare(item.grad_map, maps), *momentum_map = prepare(item.momentum_map, maps + r * r);
+  const T* param_map = prepare(item.param_map, maps + 2 * r * r);
+  const T* direction_map = prepare(item.direction_map, maps + 3 * r * r);
+  const T sign = scalars.maximize ? T(-1) : T(1), shrink = static_cast<T>(1 - scalars.lr * scalars.weight_decay);
+
+  for (int64_t begin = 0; begin < rows; begin += height) {
+    const int64_t n = rows - begin < height ? rows - begin : height;
+    // A block is `runs` runs of `length` elements, which are so far apart in x, in g, in the moments and in scratch.
+    const int64_t runs = kTall ? 1 : r, length = kTall ? n * r : n, start = (first + begin) * (kTall ? r : 1);
+    const int64_t x_pitch = item.param.row_stride, g_pitch = item.grad.row_stride, m_pitch = item.columns;
+    T *x = static_cast<T*>(item.param.data) + start, *g = static_cast<T*>(item.grad.data) + start;
+    T *m = item.m ? static_cast<T*>(item.m) + start : nullptr, *v = item.v ? static_cast<T*>(item.v) + start : nullptr;
+    const auto apply = [&](const T* map, const T* in, int64_t pitch, T* out) {
+      if constexpr (kTall) {
+        map_rows(in, n, r, map, out);
+      } else {
+        map_columns(in, pitch, n, r, map, out, height);
+      }
+    };
+    const auto copy = [&](auto* out) {
+      for (int64_t k = 0; k < runs; ++k) {
+        for (int64_t i = 0; i < length; ++i) out[k * height + i] = x[k * x_pitch + i];
+        if (!kTall) {
+          for (int64_t i = length; i < padded_rows(length); ++i) out[k * height + i] = 0;
+        }
+      }
+    };
+    const T *gradient = g, *momentum = m;
+    int64_t gradient_pitch = g_pitch, momentum_pitch = m_pitch;
+    if (grad_map) apply(grad_map, g, g_pitch, mapped_g), gradient = mapped_g, gradient_pitch = height;
+    if (param_map) {  // it is not ascended along: -T x, where the moment step turns the sign of g
+      apply(param_map, x, x_pitch, other);
+      for (int64_t k = 0; k < runs; ++k) {
+        for (int64_t i = 0; i < length; ++i) {
+          mapped_g[k * height + i] = gradient[k * gradient_pitch + i] + sign * other[k * height + i];
+        }
+      }
+      gradient = mapped_g, gradient_pitch = height;
+    }
+    if (m && momentum_map) apply(momentum_map, m, m_pitch, mapped_m), momentum = mapped_m, momentum_pitch = height;
+    if (grams) copy(old_x);
+    for (int64_t k = 0; k < runs; ++k) {
+      T *m_run = m ? m + k * m_pitch : nullptr, *v_run = v ? v + k * m_pitch : nullptr, *x_run = x + k * x_pitch;
+      const T *g_run = gradient + k * gradient_pitch, *aligned = m ? momentum + k * momentum_pitch : nullptr;
+      if (direction_map) {
+        moment_step<T, false>(scalars, item.step_size, item.scale_v, nullptr, g_run, aligned, m_run, v_run,
+                              mapped_m + k * height, length);
+      } else {
+        moment_step(scalars, item.step_size, item.scale_v, static_cast<const T*>(x_run), g_run, aligned, m_run, v_run,
+                    x_run, length);
+      }
+    }
+    if (direction_map) {
+      apply(direction_map, mapped_m, height, other);
+      for (int64_t k = 0; k < runs; ++k) {
+        for (int64_t i = 0; i < length; ++i) {
+          x[k * x_pitch + i] = shrink * x[k * x_pitch + i] - other[k * height + i];
+        }
+      }
+    }
+    if (!grams) continue;
+    copy(new_x);
+    if constexpr (kTall) {
+      add_grams_of_rows(static_cast<const A*>(new_x), static_cast<const A*>(old_x), n, r, grams);
+    } else {
+      const Panels<A> new_panel{new_x, n, r, height}, old_panel{old_x, n, r, height};
+      add_gram<A>(new_panel, new_panel, true, grams, r);
+      add_gram<A>(new_panel, old_panel, false, grams + r * r, r);
+    }
+  }
+}
+
+// Rows [first, first + rows) with r × r maps. grams, if given: the new factor's Gram (upper triangle) and its
+// cross-Gram with the old one, (2, r, r), are added to while both are in the cache.
+template <class T>
+void adamw_mapped_rows(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
+                       double* grams) {
+  const bool tall = item.rank_dim == 1;
+  const auto dense = [&](const View& view) {
+    return view.column_stride == 1 && (!tall || view.row_stride == item.columns);
+  };
+  const bool own_type = scalars.dtype == (sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32);
+  int64_t in_place = 0;
+  if (own_type && dense(item.param) && dense(item.grad)) {
+    in_place = tall ? (item.columns % 4 == 0 ? rows : 0) : rows / kLanes<T> * kLanes<T>;
+  }
+  const auto run = [&](auto accumulator, auto is_tall) {
+    adamw_mapped_in_place<T, decltype(accumulator), decltype(is_tall)::value>(scalars, item, first, in_place, scratch,
+                                                                              grams);
+  };
+  const auto run_accumulated = [&](auto accumulator) {
+    tall ? run(accumulator, std::true_type()) : run(accumulator, std::false_type());
+  };
+  if (in_place > 0) scalars.wide_grams ? run_accumulated(double()) : run_accumulated(T());
+  if (in_place < rows) adamw_mapped_in_panels(scalars, item, first + in_place, rows - in_place, scratch, grams);
 }
 
 }  // namespace lowrank::LOWRANK_ISA

@@ -1,14 +1,18 @@
-// What the CPU code offers to Python. Tables are int64 buffers (array.array("q")), one section of n numbers per column.
+// What the CPU code offers to Python. Tensors come as lists, read by their own methods (tensors.h), or as tables: int64
+// buffers (array.array("q")), one section of n numbers per column.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/grouped.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/sizes.h"
+#include "cpu/tensors.h"
 
 namespace py = pybind11;
 
@@ -50,27 +54,59 @@ void check_rank(int64_t r) {
   if (r < 0 || r > kMaxRank) throw std::invalid_argument("the rank must be at most " + std::to_string(kMaxRank));
 }
 
-// Sections: param, grad, m, v (0: none), rows, columns, row and column strides of param, of grad, missed steps,
-// rank_dim.
-void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, double beta1, double beta2, double eps,
-           double weight_decay, double step, bool bias_correction, bool maximize, intptr_t grad_maps,
-           intptr_t momentum_maps, intptr_t param_maps, intptr_t direction_maps, intptr_t new_grams, bool wide_grams,
-           int threads) {
-  const Table table("grouped_adamw", table_buffer, 12, n);
+// Whether all tensors of a list are contiguous.
+bool contiguous(const py::list& tensors) {
+  const TensorMethods& methods = TensorMethods::get();
+  for (const py::handle tensor : tensors)
+    if (!methods.is_contiguous(tensor.ptr())) return false;
+  return true;
+}
+
+// Lists of tensors: params, grads, moments (or empty); lists of int: missed steps, which dimension is r (or empty). The
+// caller has seen to it that all fit: sizes, dtypes, contiguous moments, matrices where something is not contiguous.
+void adamw(const py::list& params, const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
+           const py::list& missed, const py::list& rank_dims, int dtype, double lr, double beta1, double beta2,
+           double eps, double weight_decay, double step, bool bias_correction, bool maximize, int64_t r,
+           intptr_t grad_maps, intptr_t momentum_maps, intptr_t param_maps, intptr_t direction_maps, intptr_t new_grams,
+           bool wide_grams, int threads) {
   const AdamWScalars scalars{dtype_of(dtype), lr, beta1, beta2, eps, weight_decay, maximize, wide_grams};
   const int64_t size = scalars.dtype == DType::kFloat64 ? 8 : 4;
-  std::vector<AdamWItem> items(static_cast<size_t>(n));
+  const size_t n = params.size();
+  for (const py::list* list : {&grads, &exp_avgs, &exp_avg_sqs, &missed, &rank_dims})
+    if (list->size() != n && (list == &grads || !list->empty()))
+      throw std::invalid_argument("grouped_adamw: lists of different lengths");
+  const bool mapped = grad_maps || momentum_maps || param_maps || direction_maps || new_grams;
+  if (mapped && (rank_dims.empty() || r < 0)) throw std::invalid_argument("grouped_adamw: maps without a rank");
+  if (mapped) check_rank(r);
+  const TensorMethods& tensors = TensorMethods::get();
+  const auto item_of = [](const py::list& list, size_t i) { return PyList_GET_ITEM(list.ptr(), i); };
+  const auto number = [&](const py::list& list, size_t i) {
+    return list.empty() ? 0 : PyLong_AsLongLong(item_of(list, i));
+  };
+  std::vector<AdamWItem> items(n);
   double steps_known = -1, correction1 = 1, correction2 = 1;
-  for (int64_t i = 0; i < n; ++i) {
+  for (size_t i = 0; i < n; ++i) {
     AdamWItem& item = items[i];
-    item.rows = table.at(4, i);
-    item.columns = table.at(5, i);
-    const int64_t elements = item.rows * item.columns;
-    item.param = {table.data(0, i, elements), table.at(6, i), table.at(7, i)};
-    item.grad = {table.data(1, i, elements), table.at(8, i), table.at(9, i)};
-    item.m = table.address(2, i);
-    item.v = table.address(3, i);
-    const double steps = step - static_cast<double>(table.at(10, i));
+    PyObject *param = item_of(params, i), *grad = item_of(grads, i);
+    const int64_t elements = tensors.elements(param);
+    item.rank_dim = static_cast<int>(number(rank_dims, i));
+    item.param.data = tensors.data(param, elements);
+    item.grad.data = tensors.data(grad, elements);
+    if (tensors.is_contiguous(param) && tensors.is_contiguous(grad)) {
+      // Without maps a row of numbers; with maps a matrix of which one dimension is r.
+      const int64_t rest = r > 0 ? elements / r : 0;
+      item.rows = !mapped ? 1 : item.rank_dim == 1 ? rest : r;
+      item.columns = !mapped ? elements : item.rank_dim == 1 ? r : rest;
+      item.param.row_stride = item.grad.row_stride = item.columns;
+      item.param.column_stride = item.grad.column_stride = 1;
+    } else {
+      std::tie(item.rows, item.columns) = tensors.shape(param);
+      std::tie(item.param.row_stride, item.param.column_stride) = tensors.strides(param);
+      std::tie(item.grad.row_stride, item.grad.column_stride) = tensors.strides(grad);
+    }
+    if (!exp_avgs.empty()) item.m = tensors.data(item_of(exp_avgs, i), elements);
+    if (!exp_avg_sqs.empty()) item.v = tensors.data(item_of(exp_avg_sqs, i), elements);
+    const double steps = step - static_cast<double>(number(missed, i));
     if (bias_correction && steps != steps_known) {
       correction1 = 1 - std::pow(beta1, steps);
       correction2 = 1 - std::pow(beta2, steps);
@@ -78,22 +114,21 @@ void adamw(int64_t n, const py::buffer& table_buffer, int dtype, double lr, doub
     }
     item.step_size = lr / correction1;
     item.scale_v = 1 / std::sqrt(correction2);
-    item.rank_dim = static_cast<int>(table.at(11, i));
-    if (grad_maps || momentum_maps || param_maps || direction_maps || new_grams) {
-      const int64_t r = item.rank_dim == 1 ? item.columns : item.rows;
-      check_rank(r);
+    if (mapped) {
       const auto map = [&](intptr_t maps) {
-        return maps ? reinterpret_cast<const void*>(maps + i * r * r * size) : nullptr;
+        return maps ? reinterpret_cast<const void*>(maps + static_cast<int64_t>(i) * r * r * size) : nullptr;
       };
       item.grad_map = map(grad_maps);
       item.momentum_map = map(momentum_maps);
       item.param_map = map(param_maps);
       item.direction_map = map(direction_maps);
-      if (new_grams) item.new_grams = reinterpret_cast<void*>(new_grams + i * 2 * r * r * (wide_grams ? 8 : size));
+      if (new_grams)
+        item.new_grams =
+            reinterpret_cast<void*>(new_grams + static_cast<int64_t>(i) * 2 * r * r * (wide_grams ? 8 : size));
     }
   }
   const py::gil_scoped_release released;
-  grouped_adamw(scalars, items.data(), n, threads);
+  grouped_adamw(scalars, items.data(), static_cast<int64_t>(n), threads);
 }
 
 // Sections: x, previous (0: none), q, rows, row and column strides of x, of previous, of q. R is (n, r, r), contiguous.
@@ -194,16 +229,55 @@ void polar(int64_t n, const py::buffer& table_buffer, int dtype, int64_t r, int 
   grouped_polar(dtype_of(dtype), items.data(), n, r, threads);
 }
 
+// Sections of the layers: u, v, out_u, out_v, d_out, d_in, row and column strides of u, v, out_u, out_v. Of the terms,
+// term by term for all layers: left, right, k, row and column strides of left, of right, dtype (+4: dense). One double
+// c for each term of each layer.
+void lorsum(int64_t n, const py::buffer& layer_buffer, int64_t terms, const py::buffer& term_buffer, intptr_t c,
+            int dtype, int64_t r, int sweeps, double proximal, bool u_first, int threads) {
+  const Table layers("grouped_lorsum", layer_buffer, 14, n), parts("grouped_lorsum", term_buffer, 8, terms * n);
+  check_rank(r);
+  if (terms < 1 || terms > kMaxLorsumTerms) throw std::invalid_argument("grouped_lorsum: too many terms");
+  std::vector<LorsumTerm> all(static_cast<size_t>(terms * n));
+  std::vector<LorsumItem> items(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    LorsumItem& item = items[i];
+    item.d_out = layers.at(4, i);
+    item.d_in = layers.at(5, i);
+    item.u = {layers.data(0, i, item.d_out * r), layers.at(6, i), layers.at(7, i)};
+    item.v = {layers.data(1, i, item.d_in * r), layers.at(8, i), layers.at(9, i)};
+    item.out_u = {layers.data(2, i, item.d_out * r), layers.at(10, i), layers.at(11, i)};
+    item.out_v = {layers.data(3, i, item.d_in * r), layers.at(12, i), layers.at(13, i)};
+    item.terms = &all[static_cast<size_t>(i * terms)];
+    for (int64_t j = 0; j < terms; ++j) {
+      LorsumTerm& term = all[static_cast<size_t>(i * terms + j)];
+      const int64_t at = j * n + i;
+      term.k = parts.at(2, at);
+      term.dense = parts.at(7, at) >= 4;
+      term.dtype = dtype_of(static_cast<int>(parts.at(7, at) % 4));
+      term.left = {parts.data(0, at, term.k * item.d_out), parts.at(3, at), parts.at(4, at)};
+      if (!term.dense) term.right = {parts.data(1, at, term.k * item.d_in), parts.at(5, at), parts.at(6, at)};
+      term.c = reinterpret_cast<const double*>(c)[at];
+    }
+  }
+  const LorsumScalars scalars{dtype_of(dtype), r, terms, sweeps, proximal, u_first};
+  const py::gil_scoped_release released;
+  grouped_lorsum(scalars, items.data(), n, threads);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
   watch_for_fork();
   m.def("adamw", &adamw, "One AdamW step of a list of parameters, in place.");
+  m.def("contiguous", &contiguous, "Whether all tensors of a list are contiguous.");
   m.def("qr", &qr, "Thin QR of a list of tall matrices.");
   m.def("svd_product", &svd_product, "Truncated SVD of a list of products of thin factors.");
   m.def("gram", &gram, "Gram and cross-Gram matrices of a list of thin matrices.");
   m.def("solve", &solve, "Damped positive definite systems of a list.");
   m.def("polar", &polar, "Orthonormal polar factors of a list of tall matrices.");
+  m.def("lorsum", &lorsum,
+        "Rank-r approximations of sums of low-rank matrices of a list, by alternating least squares.");
+  m.attr("max_lorsum_terms") = kMaxLorsumTerms;
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use now.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Use 'avx512', 'avx2' or 'portable' kernels from now on; False (and no change) where that cannot run.");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..backends.registry import run
 from ._library import accumulation_dtype, check_list, check_same_length, define, is_plain_eager
 
 _NAME = "grouped_adamw_"
+_dtype = attrgetter("dtype")
 
 
 def grouped_adamw_(
@@ -101,8 +103,8 @@ def grouped_adamw_(
 
 def _same_sizes(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
     """What must hold for every gradient, whoever calls: the dtype and the size of its parameter."""
-    dtype = params[0].dtype
-    return all(g.dtype is dtype and g.numel() == p.numel() for p, g in zip(params, grads, strict=True))
+    # By map, not in a loop: this runs for every parameter in every step.
+    return set(map(_dtype, grads)) == {params[0].dtype} and list(map(Tensor.numel, params)) == list(map(Tensor.numel, grads))
 
 
 def _check(

@@ -22,7 +22,7 @@ def table(*sections: Sequence[int]) -> array[int]:
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def refuse_device(tensor: Tensor) -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, addresses, refuse_device, table
+from ._common import DTYPE_CODES, MAX_RANK, refuse_device
 
 
 def verify(
@@ -28,6 +28,8 @@ def verify(
     if reason is not None:
         return False, reason
     for name, tensors in (("params", params), ("grads", grads)):
+        if _csrc.contiguous(tensors):
+            continue
         for index, tensor in enumerate(tensors):
             if not tensor.is_contiguous() and tensor.ndim != 2:
                 return False, f"{name}[{index}] has strides {tensor.stride()}: tensors that are not matrices must be contiguous"
@@ -62,30 +64,16 @@ def grouped_adamw_(
     maximize: bool,
 ) -> None:
     """See the reference. ``lr`` and ``step`` may be tensors; on the CPU reading them costs nothing."""
-    n = len(params)
-    zeros = (0,) * n
     maps = [value if value is None else value.contiguous() for value in (grad_maps, momentum_maps, param_maps, direction_maps)]
-    mapped = new_grams is not None or any(value is not None for value in maps)
-    if not mapped and all(p.is_contiguous() and g.is_contiguous() for p, g in zip(params, grads, strict=True)):
-        # The usual case, with few Python operations per parameter: each is one row of numel() elements.
-        sizes = [p.numel() for p in params]
-        ones = [1] * n
-        shapes: tuple[list[int], ...] = (ones, sizes, sizes, ones, sizes, ones)
-    else:
-        shapes = _matrices(params, grads)
-    rows = table(
-        addresses(params),
-        addresses(grads),
-        addresses(exp_avgs) or zeros,
-        addresses(exp_avg_sqs) or zeros,
-        *shapes,
-        missed or zeros,
-        rank_dims or zeros,
-    )
+    small = (*maps, new_grams)
     count_launch()
     _csrc.adamw(
-        n,
-        rows,
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        missed,
+        rank_dims,
         DTYPE_CODES[params[0].dtype],
         float(lr),
         beta1,
@@ -95,19 +83,8 @@ def grouped_adamw_(
         float(step),
         bias_correction,
         maximize,
-        *(0 if value is None else value.data_ptr() for value in (*maps, new_grams)),
+        next((value.shape[-1] for value in small if value is not None), 0),
+        *(0 if value is None else value.data_ptr() for value in small),
         new_grams is not None and new_grams.dtype == torch.float64,
         torch.get_num_threads(),
     )
-
-
-def _matrices(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], ...]:
-    """Rows, columns, and the row and column strides of the parameters and the gradients; vectors and so on are one row."""
-    shapes, param_strides, grad_strides = [], [], []
-    for param, grad in zip(params, grads, strict=True):
-        matrix = param.ndim == 2
-        rows, columns = param.shape if matrix else (1, param.numel())
-        shapes.append((rows, columns))
-        param_strides.append(param.stride() if matrix else (columns, 1))
-        grad_strides.append(grad.stride() if matrix else (columns, 1))
-    return tuple([pair[k] for pair in pairs] for pairs in (shapes, param_strides, grad_strides) for k in (0, 1))

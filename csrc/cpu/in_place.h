@@ -1,0 +1,139 @@
+// Products of a thin factor with r × r matrices, and with itself, where the factor lies: no panel is copied.
+//
+// A wide factor (r, d) has its lanes along d, a tall one (d, r) has them along r, so that both are read and written as
+// they are stored. Wide ones must have unit stride along d, tall ones dense rows of a multiple of four elements;
+// panel.h takes the rest.
+#pragma once
+
+#include "cpu/gram.h"
+#include "cpu/panel.h"
+
+namespace lowrank::LOWRANK_ISA {
+
+// W elements, at most a whole vector: of a tall factor r may be less than that.
+#if defined(__GNUC__)
+template <class T, int W>
+struct Part {
+  typedef T Vector __attribute__((vector_size(W * sizeof(T))));
+  typedef T Unaligned __attribute__((vector_size(W * sizeof(T)), aligned(alignof(T)), may_alias));
+  static LOWRANK_INLINE Vector load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static LOWRANK_INLINE void store(T* p, const Vector& v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  static LOWRANK_INLINE Vector splat(T value) { return value - Vector{}; }
+};
+#else
+template <class T, int W>
+struct Part {
+  static_assert(W == kLanes<T>, "only the portable kernels, whose vectors divide four elements, are compiled here");
+  typedef Vec<T> Vector;
+  static Vector load(const T* p) { return LOWRANK_ISA::load(p); }
+  static void store(T* p, const Vector& v) { LOWRANK_ISA::store(p, v); }
+  static Vector splat(T value) { return LOWRANK_ISA::splat(value); }
+};
+#endif
+
+// Calls f(std::integral_constant<int, W>) with the longest part of a vector that divides r, a multiple of four.
+template <class T, class F>
+LOWRANK_INLINE void with_part(int64_t r, const F& f) {
+  constexpr int L = kLanes<T>;
+  if constexpr (L >= 16) {
+    if (r % 8 != 0) return f(std::integral_constant<int, L / 4>());
+  }
+  if constexpr (L >= 8) {
+    if (r % L != 0) return f(std::integral_constant<int, L / 2>());
+  }
+  f(std::integral_constant<int, L>());
+}
+
+// K rows of out = in · M for a tall `in` (dense rows of r), columns [j0, j0 + V · W).
+template <class T, int W, int K, int V>
+LOWRANK_INLINE void map_rows_block(const T* in, int64_t r, const T* map, T* out) {
+  using P = Part<T, W>;
+  typename P::Vector sum[K][V] = {};
+  for (int64_t i = 0; i < r; ++i) {
+    for (int v = 0; v < V; ++v) {
+      const typename P::Vector m = P::load(map + i * r + v * W);
+      for (int k = 0; k < K; ++k) sum[k][v] += P::splat(in[k * r + i]) * m;
+    }
+  }
+  for (int k = 0; k < K; ++k) {
+    for (int v = 0; v < V; ++v) P::store(out + k * r + v * W, sum[k][v]);
+  }
+}
+
+// out = in · M for `rows` dense rows of a tall factor.
+template <class T>
+inline void map_rows(const T* in, int64_t rows, int64_t r, const T* map, T* out) {
+  constexpr int K = kManyRegisters ? 12 : 8;
+  with_part<T>(r, [&](auto width) {
+    constexpr int W = decltype(width)::value;
+    int64_t k = 0;
+    for (; k + K <= rows; k += K) {
+      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, K, 1>(in + k * r, r, map + j, out + k * r + j);
+    }
+    for (; k < rows; ++k) {
+      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 1, 1>(in + k * r, r, map + j, out + k * r + j);
+    }
+  });
+}
+
+// out = M · in for `columns` (whole vectors) of a wide factor, whose rows are `pitch` apart; `transposed` is Mᵀ.
+template <class T>
+inline void map_columns(const T* in, int64_t pitch, int64_t columns, int64_t r, const T* transposed, T* out,
+                        int64_t out_pitch) {
+  constexpr int J = kManyRegisters ? 8 : 4, L = kLanes<T>;
+  const auto block = [&](auto j_count, auto v_count, int64_t j, int64_t k) {
+    multiply_block<T, decltype(j_count)::value, decltype(v_count)::value>(in + k, pitch, r, transposed + j, r, 1,
+                                                                          out + j * out_pitch + k, out_pitch);
+  };
+  const auto all_rows = [&](auto v_count, int64_t k) {
+    int64_t j = 0;
+    for (; j + J <= r; j += J) block(std::integral_constant<int, J>(), v_count, j, k);
+    for (; j < r; ++j) block(std::integral_constant<int, 1>(), v_count, j, k);
+  };
+  int64_t k = 0;
+  for (; k + 2 * L <= columns; k += 2 * L) all_rows(std::integral_constant<int, 2>(), k);
+  for (; k < columns; k += L) all_rows(std::integral_constant<int, 1>(), k);
+}
+
+// gram[i][j] += Σ_k x[k][i] · y_v[k][j] for I columns of x and V parts of W columns, x and all y in dense rows of r;
+// the parts of gram are at gram + i · r + offset[v].
+template <class A, int W, int I, int V>
+LOWRANK_INLINE void gram_rows_block(const A* x, const A* const* y, int64_t rows, int64_t r, double* gram,
+                                    const int64_t* offset) {
+  using P = Part<A, W>;
+  typename P::Vector sum[I][V] = {};
+  for (int64_t k = 0; k < rows; ++k) {
+    for (int v = 0; v < V; ++v) {
+      const typename P::Vector b = P::load(y[v] + k * r);
+      for (int i = 0; i < I; ++i) sum[i][v] += P::splat(x[k * r + i]) * b;
+    }
+  }
+  for (int i = 0; i < I; ++i) {
+    for (int v = 0; v < V; ++v) {
+      for (int j = 0; j < W; ++j) gram[i * r + offset[v] + j] += static_cast<double>(sum[i][v][j]);
+    }
+  }
+}
+
+// grams (2, r, r) += (the upper triangle of XᵀX, XᵀY) of dense rows: outer products, so that nothing is summed across
+// lanes.
+template <class A>
+inline void add_grams_of_rows(const A* x, const A* y, int64_t rows, int64_t r, double* grams) {
+  with_part<A>(r, [&](auto width) {
+    constexpr int W = decltype(width)::value, I = W < 8 || !kManyRegisters ? 4 : 8;
+    for (int64_t i = 0; i < r; i += I) {
+      const A* parts[kMaxRank];
+      int64_t offsets[kMaxRank];
+      int count = 0;
+      for (int64_t j = i / W * W; j < r; j += W) parts[count] = x + j, offsets[count++] = j;
+      for (int64_t j = 0; j < r; j += W) parts[count] = y + j, offsets[count++] = r * r + j;
+      int v = 0;
+      for (; v + 2 <= count; v += 2) {
+        gram_rows_block<A, W, I, 2>(x + i, parts + v, rows, r, grams + i * r, offsets + v);
+      }
+      for (; v < count; ++v) gram_rows_block<A, W, I, 1>(x + i, parts + v, rows, r, grams + i * r, offsets + v);
+    }
+  });
+}
+
+}  // namespace lowrank::LOWRANK_ISA
