@@ -3,6 +3,7 @@
 from .adamw import grouped_adamw_
 from .gram import grouped_gram
 from .lora_linear import lora_linear
+from .lorsum import grouped_lorsum, grouped_lorsum_product
 from .polar import grouped_polar
 from .qr import grouped_qr
 from .solve import grouped_solve
@@ -12,6 +13,8 @@ from .svd_product import grouped_svd_product
 __all__ = [
     "grouped_adamw_",
     "grouped_gram",
+    "grouped_lorsum",
+    "grouped_lorsum_product",
     "grouped_polar",
     "grouped_qr",
     "grouped_solve",

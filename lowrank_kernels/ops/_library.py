@@ -33,7 +33,7 @@ def no_backward(name: str, why: str) -> None:
 
 
 #: Types whose memory is what it seems: no tensor subclass.
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_plain_eager(*tensors: Tensor | None) -> bool:
@@ -45,7 +45,7 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
         and tensors[0].device.type != "meta"  # type: ignore[union-attr]
     )
 

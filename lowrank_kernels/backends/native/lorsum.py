@@ -1,0 +1,130 @@
+"""``grouped_lorsum`` and its product on the CPU: one call into compiled code for all layers and all sweeps.
+
+A layer stays with one thread, so that its factors are in that core's cache from the first half sweep to the last. S, X and dense
+gradients are read in place where they are of the arithmetic's dtype, 2K times in all.
+"""
+
+from __future__ import annotations
+
+from array import array
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ..registry import count_launch, implements
+from . import _csrc
+from ._common import DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
+
+#: Added to the dtype's code of a dense term.
+_DENSE = 4
+
+
+def verify(
+    us: list[Tensor],
+    vs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    sweeps: int,
+    proximal: float,
+    u_first: bool,
+    out_us: list[Tensor],
+    out_vs: list[Tensor],
+) -> tuple[bool, str]:
+    """Takes CPU tensors of any strides, up to rank 128 and 16 terms."""
+    refused = _refuse(us, lefts)
+    return (False, refused) if refused else (True, f"compiled code ({_csrc.instruction_set()}), all sweeps of a layer in its core's cache")
+
+
+def _refuse(factors: list[Tensor], lefts: list[Tensor]) -> str | None:
+    if factors[0].shape[1] > MAX_RANK:
+        return refuse_device(factors[0]) or f"rank {factors[0].shape[1]}: the compiled code stops at {MAX_RANK}"
+    if len(lefts) > _csrc.max_lorsum_terms * len(factors):
+        return refuse_device(factors[0]) or f"{len(lefts) // len(factors)} terms: the compiled code stops at {_csrc.max_lorsum_terms}"
+    return refuse_device(factors[0])
+
+
+@implements("grouped_lorsum", "native", verify)
+def grouped_lorsum(
+    us: list[Tensor],
+    vs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    sweeps: int,
+    proximal: float,
+    u_first: bool,
+    out_us: list[Tensor],
+    out_vs: list[Tensor],
+) -> None:
+    """See the reference."""
+    _call(us, vs, lefts, rights, numbers, coefficients, sweeps, proximal, u_first, out_us, out_vs)
+
+
+def verify_product(
+    xs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    ys: list[Tensor],
+) -> tuple[bool, str]:
+    """Takes CPU tensors of any strides, up to 128 columns and 16 terms."""
+    refused = _refuse(xs, lefts)
+    return (False, refused) if refused else (True, f"compiled code ({_csrc.instruction_set()})")
+
+
+@implements("grouped_lorsum_product", "native", verify_product)
+def grouped_lorsum_product(
+    xs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    ys: list[Tensor],
+) -> None:
+    """See the reference; to the compiled code it is half a sweep without a system."""
+    wide = [x.to(ys[0].dtype) for x in xs]
+    _call(ys, wide, lefts, rights, numbers, coefficients, 0, 0.0, True, ys, wide)
+
+
+def _call(
+    us: list[Tensor],
+    vs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    sweeps: int,
+    proximal: float,
+    u_first: bool,
+    out_us: list[Tensor],
+    out_vs: list[Tensor],
+) -> None:
+    factors = (us, vs, out_us, out_vs)
+    layers = table(
+        *map(addresses, factors),
+        [u.shape[0] for u in us],
+        [v.shape[0] for v in vs],
+        *chain.from_iterable(map(strides, factors)),
+    )
+    # Of a dense term the right factor is not read.
+    others = [left if right is None else right for left, right in zip(lefts, rights, strict=True)]
+    terms = table(
+        addresses(lefts),
+        addresses(others),
+        [left.shape[1] for left in lefts],
+        *strides(lefts),
+        *strides(others),
+        [DTYPE_CODES[left.dtype] + (_DENSE if right is None else 0) for left, right in zip(lefts, rights, strict=True)],
+    )
+    values = array("d", numbers) if coefficients is None else coefficients.contiguous()
+    address = values.buffer_info()[0] if isinstance(values, array) else values.data_ptr()
+    count_launch()
+    _csrc.lorsum(
+        len(us), layers, len(lefts) // len(us), terms, address, DTYPE_CODES[us[0].dtype], us[0].shape[1],
+        sweeps, proximal, u_first, torch.get_num_threads(),
+    )  # fmt: skip

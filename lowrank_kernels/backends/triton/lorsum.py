@@ -1,0 +1,418 @@
+"""``grouped_lorsum``: a half sweep is four launches over all layers, each one parallel over what is long in it.
+
+With U to be solved for, and V fixed (the other half sweep is the mirror image)::
+
+    contract   (layer, term, columns of Q_j, chunk of rows)   Q_jᵀ V, and VᵀV as one term more; chunks of rows are partial sums
+    factor     (layer)                                        λ of each column, Cholesky of Σ VᵀV + λI
+    map        (layer, term, columns of Q_j)                  M_j = c_j (Q_jᵀ V)(VᵀV + λI)⁻¹ by substitution, and M_0 = λ(VᵀV + λI)⁻¹
+    expand     (layer, rows of U)                             U = U⁰ M_0 + Σ_j P_j M_j
+
+Before the first sweep one launch copies the fixed side, after the last one another writes both sides: 8K + 2 launches for K sweeps
+whatever the number of layers, no atomics, nothing read on the host. A single launch would need one program for each layer, for a layer
+waits for itself between these steps: a model has some tens to hundreds of layers, so most of the GPU would idle, one SM would stream
+all of S and X of its layer through tiles that leave room for everything else, and the r × r work would spill above rank 32. A barrier
+across the grid needs a cooperative launch, whose grid must fit the GPU at once. Launches cost microseconds, and nothing in a CUDA graph.
+
+Floor: P and Q of every term read once each half sweep, 2K times in all. Beside it move the partial sums (fp64, at most
+8·r/(b·max(512, 4k)) of a matrix with k columns of b bytes) and the maps (k·r), both from L2. Grams, systems and products of thin
+factors are fp64, those with wider matrices (the tokens of S and X) fp32, never tf32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..registry import Verdict, implements
+from ._device import rounded, scalar
+from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
+from ._tables import Layout, first_chunks, signature, table
+from .qr import _mode, load_tile, store_tile
+from .solve import _substitute, _substitute_back, cholesky_kernel
+
+#: Tile sizes exist up to rank 128; beyond 32 no ahead-of-time check has shown yet that they do not spill.
+_LARGEST_RANK = 32
+#: As the reference's: factors of up to so many columns are contracted in fp64.
+_THIN = 128
+#: What a row of terms is: one that is contracted, dense (V itself is the product), the start (weighted by λ), or the Gram matrix.
+_PAIR, _DENSE, _START, _GRAM = (tl.constexpr(kind) for kind in range(4))
+#: A term's row: kind, layer, term, columns k; own factor: address, strides (row, column), mode, dtype; maps; present value of the other
+#: side; the other factor: address, strides, mode, rows; rows a chunk, chunks, partial sums, whether it is wide.
+#: A layer's row: rows, present value, out, strides of out, first row of its terms, their number, flags and their number, and the other side's.
+_COLUMNS = tl.constexpr(20)
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@triton.jit
+def _rows(pointer, rows, first, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a dense (rows, R) matrix in scratch."""
+    d = first + tl.arange(0, BLOCK)[:, None]
+    return tl.load(pointer + d * R + tl.arange(0, R)[None, :], mask=d < rows, other=0.0)
+
+
+@triton.jit
+def _store_rows(pointer, rows, first, tile, R: tl.constexpr, BLOCK: tl.constexpr):
+    d = first + tl.arange(0, BLOCK)[:, None]
+    tl.store(pointer + d * R + tl.arange(0, R)[None, :], tile, mask=d < rows)
+
+
+@triton.jit
+def _contract(q, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR: tl.constexpr,
+              R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Rows ``first…`` of ``Qᵀ other``, summed over rows ``start…stop`` in ACCUMULATOR, to ``target``."""
+    VECTOR: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth
+    total = tl.zeros([BLOCK_K, R], ACCUMULATOR)
+    for row in range(start, stop, BLOCK_D):
+        tile = load_tile(q, mode, row, rows, first, columns, stride_d, stride_k, BLOCK_D, BLOCK_K, VECTOR).to(ACCUMULATOR)
+        right = _rows(other, rows, row, R, BLOCK_D).to(ACCUMULATOR)
+        total = tl.dot(tl.trans(tile), right, total, input_precision="ieee", out_dtype=ACCUMULATOR)
+    _store_rows(target, columns, first, total.to(tl.float64), R, BLOCK_K)
+
+
+@triton.jit
+def _contract_term(address, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, wide, TYPE: tl.constexpr,
+                   COMPUTE: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    q = address.to(tl.pointer_type(TYPE))
+    if tl.float64 != COMPUTE and wide == 1:
+        _contract(q, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, COMPUTE, R, BLOCK_D, BLOCK_K)
+    else:
+        _contract(q, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, tl.float64, R, 16, BLOCK_K)
+
+
+@triton.jit
+def contract_kernel(
+    table, programs, scratch, partials, PRESENT: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """One chunk of rows of BLOCK_K columns of one term: its share of ``Qᵀ V``, or of ``VᵀV``. PRESENT: a bit for each dtype of the terms."""
+    COMPUTE: tl.constexpr = scratch.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    row = table + tl.load(programs + 2 * program) * _COLUMNS
+    kind = tl.load(row)
+    if (kind == _DENSE) | (kind == _START):
+        return
+    columns = tl.load(row + 3)
+    blocks = tl.cdiv(columns, BLOCK_K)
+    chunk = tl.load(programs + 2 * program + 1) // blocks
+    first = tl.load(programs + 2 * program + 1) % blocks * BLOCK_K
+    code = tl.load(row + 8)
+    other = scratch + tl.load(row + 10)
+    address = tl.load(row + 11)
+    stride_d = tl.load(row + 12)
+    stride_k = tl.load(row + 13)
+    mode = tl.load(row + 14)
+    rows = tl.load(row + 15)
+    start = chunk * tl.load(row + 16)
+    stop = tl.minimum(start + tl.load(row + 16), rows)
+    target = partials + tl.load(row + 18) + chunk * columns * R
+    wide = tl.load(row + 19)
+    if kind == _GRAM:
+        _contract(other, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, tl.float64, R, 16, BLOCK_K)
+    else:
+        if PRESENT & 1:
+            if code == 0:
+                _contract_term(address, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, wide,
+                               tl.float32, COMPUTE, R, BLOCK_D, BLOCK_K)  # fmt: skip
+        if PRESENT & 2:
+            if code == 1:
+                _contract_term(address, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, wide,
+                               tl.float64, COMPUTE, R, BLOCK_D, BLOCK_K)  # fmt: skip
+        if PRESENT & 4:
+            if code == 2:
+                _contract_term(address, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, wide,
+                               tl.bfloat16, COMPUTE, R, BLOCK_D, BLOCK_K)  # fmt: skip
+        if PRESENT & 8:
+            if code == 3:
+                _contract_term(address, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, wide,
+                               tl.float16, COMPUTE, R, BLOCK_D, BLOCK_K)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["per_layer", "proximal", "relative"])
+def factor_kernel(terms, partials, grams, factors, inverses, ridges, per_layer, proximal: tl.float64, relative: tl.float64,
+                  R: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Per layer: the sum of the Gram matrix's chunks, λ of each column, and the Cholesky factor of their sum."""
+    index = tl.program_id(0).to(tl.int64)
+    row = terms + ((index + 1) * per_layer - 1) * _COLUMNS
+    chunks = tl.load(row + 17)
+    partials += tl.load(row + 18)
+    gram = grams + index * (R * R)
+    k = tl.arange(0, R)
+    diagonal = tl.zeros([R], tl.float64)
+    for chunk in range(chunks):
+        diagonal += tl.load(partials + chunk * (R * R) + k * (R + 1))
+    ridge = tl.maximum(diagonal * scalar(relative, tl.float64), scalar(proximal, tl.float64))
+    ridge = tl.where(ridge == 0.0, 1.0, ridge)
+    tl.store(ridges + index * R + k, ridge)
+    tl.debug_barrier()
+    i = tl.arange(0, TILE)
+    for down in range(0, R, TILE):
+        for across in range(0, down + 1, TILE):
+            place = (down + i[:, None]) * R + across + i[None, :]
+            total = tl.zeros([TILE, TILE], tl.float64)
+            for chunk in range(chunks):
+                total += tl.load(partials + chunk * (R * R) + place)
+            damping = tl.load(ridges + index * R + down + i)
+            total += tl.where(down + i[:, None] == across + i[None, :], damping[:, None], 0.0)
+            tl.store(gram + place, total)
+    tl.debug_barrier()
+    cholesky_kernel(grams, factors, inverses, R, 0.0, R, TILE)
+
+
+@triton.jit(do_not_specialize=["rank", "layers"])
+def map_kernel(
+    table, programs, scratch, partials, coefficients, factors, inverses, ridges, rank, layers, R: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """BLOCK_K rows of one term's map: ``c Qᵀ V (VᵀV + λI)⁻¹``, for the start ``λ(VᵀV + λI)⁻¹``."""
+    program = tl.program_id(0).to(tl.int64)
+    row = table + tl.load(programs + 2 * program) * _COLUMNS
+    kind = tl.load(row)
+    columns = tl.load(row + 3)
+    first = tl.load(programs + 2 * program + 1) * BLOCK_K
+    if (kind == _GRAM) | (first >= columns):
+        return
+    layer = tl.load(row + 1)
+    if kind == _START:
+        i = first + tl.arange(0, BLOCK_K)
+        ridge = tl.load(ridges + layer * R + i, mask=i < R, other=0.0)
+        tile = tl.where(i[:, None] == tl.arange(0, R)[None, :], ridge[:, None], 0.0)
+    else:
+        if kind == _DENSE:
+            tile = _rows(scratch + tl.load(row + 10), columns, first, R, BLOCK_K).to(tl.float64)
+        else:
+            tile = tl.zeros([BLOCK_K, R], tl.float64)
+            source = partials + tl.load(row + 18)
+            for _ in range(tl.load(row + 17)):
+                tile += _rows(source, columns, first, R, BLOCK_K)
+                source += columns * R
+        tile *= tl.load(coefficients + tl.load(row + 2) * layers + layer)
+    factor = factors + layer * (R * R)
+    inverses += layer * R
+    tile = _substitute(tile, factor, inverses, rank, R, R)
+    tile = _substitute_back(tile, factor, inverses, rank, R, R)
+    _store_rows(scratch + tl.load(row + 9), columns, first, tile.to(scratch.dtype.element_ty), R, BLOCK_K)
+
+
+@triton.jit
+def _expand(total, row, rows, first, scratch, TYPE: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``total`` and rows ``first…`` of ``P M`` of one term."""
+    VECTOR: tl.constexpr = 128 // TYPE.primitive_bitwidth
+    p = tl.load(row + 4).to(tl.pointer_type(TYPE))
+    stride_d = tl.load(row + 5)
+    stride_k = tl.load(row + 6)
+    mode = tl.load(row + 7)
+    columns = tl.load(row + 3)
+    maps = scratch + tl.load(row + 9)
+    for k in range(0, columns, BLOCK_K):
+        tile = load_tile(p, mode, first, rows, k, columns, stride_d, stride_k, BLOCK_D, BLOCK_K, VECTOR).to(total.dtype)
+        total = tl.dot(tile, _rows(maps, columns, k, R, BLOCK_K), total, input_precision="ieee", out_dtype=total.dtype)
+    return total
+
+
+@triton.jit
+def expand_kernel(table, programs, scratch, flags, PRESENT: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_D rows of one layer's ``U⁰ M_0 + Σ P_j M_j``, and whether they are not finite."""
+    COMPUTE: tl.constexpr = scratch.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    layer = table + tl.load(programs + 2 * program) * _COLUMNS
+    chunk = tl.load(programs + 2 * program + 1)
+    rows = tl.load(layer)
+    first = chunk * BLOCK_D
+    row = table + tl.load(layer + 5) * _COLUMNS
+    total = tl.zeros([BLOCK_D, R], COMPUTE)
+    for _ in range(tl.load(layer + 6)):
+        code = tl.load(row + 8)
+        if PRESENT & 1:
+            if code == 0:
+                total = _expand(total, row, rows, first, scratch, tl.float32, R, BLOCK_D, BLOCK_K)
+        if PRESENT & 2:
+            if code == 1:
+                total = _expand(total, row, rows, first, scratch, tl.float64, R, BLOCK_D, BLOCK_K)
+        if PRESENT & 4:
+            if code == 2:
+                total = _expand(total, row, rows, first, scratch, tl.bfloat16, R, BLOCK_D, BLOCK_K)
+        if PRESENT & 8:
+            if code == 3:
+                total = _expand(total, row, rows, first, scratch, tl.float16, R, BLOCK_D, BLOCK_K)
+        row += _COLUMNS
+    # x - x is 0 for what is finite, else NaN.
+    spoilt = tl.max(tl.max((total - total != 0.0).to(tl.int32), axis=1), axis=0)
+    tl.store(flags + tl.load(layer + 7) + chunk, spoilt)
+    _store_rows(scratch + tl.load(layer + 1), rows, first, total, R, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def copy_kernel(table, programs, scratch, rank, START: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_D rows of one layer's start, to the present value."""
+    VECTOR: tl.constexpr = 128 // START.primitive_bitwidth
+    program = tl.program_id(0).to(tl.int64)
+    layer = table + tl.load(programs + 2 * program) * _COLUMNS
+    first = tl.load(programs + 2 * program + 1) * BLOCK_D
+    rows = tl.load(layer)
+    row = table + tl.load(layer + 5) * _COLUMNS
+    start = tl.load(row + 4).to(tl.pointer_type(START))
+    tile = load_tile(start, tl.load(row + 7), first, rows, 0, rank, tl.load(row + 5), tl.load(row + 6), BLOCK_D, R, VECTOR)
+    _store_rows(scratch + tl.load(layer + 1), rows, first, tile.to(scratch.dtype.element_ty), R, BLOCK_D)
+
+
+@triton.jit
+def _any(flags, count):
+    found = tl.zeros([128], tl.int32)
+    for first in range(0, count, 128):
+        i = first + tl.arange(0, 128)
+        found = tl.maximum(found, tl.load(flags + i, mask=i < count, other=0))
+    return tl.max(found, axis=0)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def finish_kernel(table, programs, scratch, flags, rank, OUT: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_D rows of one side of one layer to the result; NaN, if anything in either side is not finite."""
+    program = tl.program_id(0).to(tl.int64)
+    layer = table + tl.load(programs + 2 * program) * _COLUMNS
+    first = tl.load(programs + 2 * program + 1) * BLOCK_D
+    rows = tl.load(layer)
+    spoilt = _any(flags + tl.load(layer + 7), tl.load(layer + 8)) + _any(flags + tl.load(layer + 9), tl.load(layer + 10))
+    tile = tl.where(spoilt > 0, float("nan"), _rows(scratch + tl.load(layer + 1), rows, first, R, BLOCK_D))
+    out = tl.load(layer + 2).to(tl.pointer_type(OUT))
+    store_tile(
+        out, rounded(tile.to(scratch.dtype.element_ty), OUT), first, rows, 0, rank, tl.load(layer + 3), tl.load(layer + 4), BLOCK_D, R
+    )
+
+
+class _Sizes:
+    """Tile sizes for one rank and dtype of the arithmetic."""
+
+    def __init__(self, rank: int, compute: torch.dtype) -> None:
+        self.R = padded_rank(rank)
+        double = compute == torch.float64
+        #: Columns of a term per program of the contraction and of the map (whose substitution holds whole rows).
+        self.BLOCK_K = 64 if self.R <= 16 else 1024 // self.R
+        #: Rows that a contraction takes at a time, and the inner dimension of the expansion.
+        self.INNER = 16 if double else 32
+        #: Rows of a layer per program of the expansion.
+        self.BLOCK_D = 32 if double or self.R > 16 else 64
+        self.warps = 4 if self.R <= 16 else 8
+
+
+def verify(
+    us: list[Tensor],
+    vs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    sweeps: int,
+    proximal: float,
+    u_first: bool,
+    out_us: list[Tensor],
+    out_vs: list[Tensor],
+) -> Verdict:
+    """Refuses ranks above 32 and other devices than a GPU."""
+    if us[0].shape[1] > _LARGEST_RANK:
+        return False, f"rank {us[0].shape[1]}: the kernels are checked for spilled registers up to {_LARGEST_RANK} only"
+    return device_verdict(us)
+
+
+def _layout(us: list[Tensor], vs: list[Tensor], lefts: list[Tensor], rights: list[Tensor | None], out_us: list[Tensor], out_vs: list[Tensor],
+            sizes: _Sizes) -> Layout:  # fmt: skip
+    """The terms for U and for V, layer by layer, then the layers' U and V; facts: words of scratch, of partial sums, programs of each of the four."""
+    count, r = len(us), sizes.R
+    per_layer = len(lefts) // count + 2
+    heights = [len(x) for x in (*us, *vs)]
+    blocks = [triton.cdiv(height, sizes.BLOCK_D) for height in heights]
+    flags, present = first_chunks(blocks), [r * first for first in first_chunks(heights)]
+    rows: list[list[int]] = []
+    programs: list[int] = []
+    scratch = partial = 0
+    for side, starts in enumerate((us, vs)):
+        maps, sums = r * sum(heights), 0
+        for i, start in enumerate(starts):
+            height, now = heights[(1 - side) * count + i], present[(1 - side) * count + i]
+
+            def add(kind: tl.constexpr, term: int, k: int, own: list[int], other: list[int], length: int, wide: bool) -> None:
+                nonlocal maps, sums
+                chunks = triton.cdiv(height, length)  # noqa: B023 (called in this turn of the loop only)
+                rows.append([int(kind.value), i, term, k, *own, maps, now, *other, height, length, chunks, sums, int(wide)])  # noqa: B023
+                programs.append(triton.cdiv(k, sizes.BLOCK_K) * chunks)
+                maps += k * r
+                sums += k * r * chunks
+
+            add(_START, 0, start.shape[1], [*_factor(start), _CODES[start.dtype]], [0] * 4, height, False)
+            for j, (left, right) in enumerate(zip(lefts[i::count], rights[i::count], strict=True)):
+                code = _CODES[left.dtype]
+                if right is None:
+                    add(_DENSE, j, height, [*_factor(left.mT if side else left), code], [0] * 4, height, False)
+                    continue
+                own, other = (right, left) if side else (left, right)
+                k = own.shape[1]
+                add(_PAIR, j, k, [*_factor(own), code], _factor(other), triton.cdiv(max(512, 4 * k), 64) * 64, k > _THIN)
+            add(_GRAM, 0, r, [0] * 5, [0, r, 1, 1], 512, False)
+        scratch, partial = max(scratch, maps), max(partial, sums)
+    ends = [sum(programs[: count * per_layer]), sum(programs)]
+    for place, (height, out) in enumerate(zip(heights, (*out_us, *out_vs), strict=True)):
+        across = (place + count) % (2 * count)
+        rows.append([height, present[place], out.data_ptr(), *out.stride(), place * per_layer, per_layer - 1, flags[place], blocks[place],
+                     flags[across], blocks[across], *[0] * 9])  # fmt: skip
+    ends += [ends[1] + sum(blocks[:count]), ends[1] + sum(blocks)]
+    return Layout(rows, programs + blocks, (scratch, partial, *ends))
+
+
+def _factor(x: Tensor) -> list[int]:
+    return [x.data_ptr(), *x.stride(), _mode(x)]
+
+
+@implements("grouped_lorsum", "triton", verify)
+def grouped_lorsum(
+    us: list[Tensor],
+    vs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    sweeps: int,
+    proximal: float,
+    u_first: bool,
+    out_us: list[Tensor],
+    out_vs: list[Tensor],
+) -> None:
+    """See the reference; 8K + 2 launches for K sweeps, nothing read on the host."""
+    count, rank, device = len(us), us[0].shape[1], us[0].device
+    if not rank:
+        return
+    compute, dtype = compute_dtype(us[0].dtype), us[0].dtype
+    sizes = _Sizes(rank, compute)
+    r = sizes.R
+    key = (*map(signature, (us, vs, lefts, [x for x in rights if x is not None], out_us, out_vs)), tuple(x is None for x in rights))
+    work = table("grouped_lorsum", device, key, lambda: _layout(us, vs, lefts, rights, out_us, out_vs, sizes))
+    scratch_size, partial_size, *ends = work.facts
+    programs = [work.chunks[2 * start : 2 * end] for start, end in zip((0, *ends), ends, strict=False)]
+    per_layer = len(lefts) // count + 2
+    if coefficients is None:
+        coefficients = torch.tensor(numbers, dtype=torch.float64, device=device)
+    coefficients = coefficients.contiguous()
+    scratch = torch.empty(scratch_size, dtype=compute, device=device)
+    partials, ridges, inverses = (torch.empty(size, dtype=torch.float64, device=device) for size in (partial_size, count * r, count * r))
+    grams, factors = torch.empty(2, count, r, r, dtype=torch.float64, device=device)
+    flags = torch.empty(ends[3] - ends[1], dtype=torch.int32, device=device)
+    relative = 4 * rank * torch.finfo(torch.float64).eps
+    if proximal == 0:
+        relative = max(relative, torch.finfo(compute).eps)
+    kinds = {"PRESENT": sum({1 << _CODES[x.dtype] for x in (us[0], *lefts[::count])}), "R": r}
+    with on_device(us[0]):
+        side = 0 if u_first else 1
+        launch(copy_kernel, (len(programs[3 - side]) // 2,), work.tensors, programs[3 - side], scratch, rank, START=TL_DTYPE[dtype], R=r,
+               BLOCK_D=sizes.BLOCK_D, num_warps=sizes.warps)  # fmt: skip
+        for _ in range(2 * sweeps):
+            grid = (len(programs[side]) // 2,)
+            launch(contract_kernel, grid, work.tensors, programs[side], scratch, partials, **kinds, BLOCK_D=sizes.INNER,
+                   BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps)  # fmt: skip
+            launch(factor_kernel, (count,), work.tensors[side * count * per_layer * int(_COLUMNS.value) :], partials, grams, factors, inverses,
+                   ridges, per_layer, float(proximal), float(relative), R=r, TILE=min(r, 32), num_warps=4 if r <= 32 else 8)  # fmt: skip
+            launch(map_kernel, grid, work.tensors, programs[side], scratch, partials, coefficients, factors, inverses, ridges, rank, count,
+                   R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
+            launch(expand_kernel, (len(programs[2 + side]) // 2,), work.tensors, programs[2 + side], scratch, flags, **kinds,
+                   BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER, num_warps=sizes.warps)  # fmt: skip
+            side = 1 - side
+        both = work.chunks[2 * ends[1] :]
+        launch(finish_kernel, (len(both) // 2,), work.tensors, both, scratch, flags, rank, OUT=TL_DTYPE[dtype], R=r, BLOCK_D=sizes.BLOCK_D,
+               num_warps=sizes.warps)  # fmt: skip
