@@ -1,0 +1,118 @@
+"""How an optimizer gets at the full gradients: the inputs X and the output gradients S of adapter layers, ours or another library's.
+
+Both are seen in the backward pass, by a node that has X among its saved tensors. So recomputed layers (activation checkpointing of either
+kind) are seen once, a forward pass without a backward pass leaves nothing behind, and a layer used several times is seen each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .full_gradient import FullGradient
+
+
+class Recorder:
+    """Receives X and S of one layer and adds them to ``gradient``.
+
+    A copy (``deepcopy`` or ``pickle``, of a model say) is switched off, so that copies of a model do not collect what nobody reads; an
+    optimizer that was copied together with its model switches its recorders on.
+
+    Attributes:
+        gradient: holds what was recorded.
+        scale: what G was multiplied by where S is seen: s behind ``lora_B`` of other libraries, 1 in our layers.
+        active: whether anything is recorded.
+        notify: called when something was.
+    """
+
+    def __init__(self, gradient: FullGradient, scale: float = 1.0) -> None:
+        self.gradient, self.scale, self.active = gradient, scale, True
+        self.pending: Tensor | None = None
+        self.notify: Callable[[], object] | None = None
+        self._task = -1
+
+    def __call__(self, x: Tensor, s: Tensor, begins: bool) -> None:
+        """``begins``: no ``.grad`` stands there yet. Then anything from an earlier backward pass is left over from an
+        accumulation that was dropped, by ``model.zero_grad()`` for instance."""
+        if not self.active:
+            return
+        task = torch._C._current_graph_task_id()
+        if begins and task != self._task:
+            self.gradient.clear()
+        elif self.notify is not None and not self.gradient.empty and task != self._task:
+            raise RuntimeError(
+                "OPLoRA: a second backward pass before step(), and overlap=True has already used the first one's gradient; accumulate "
+                "gradients with overlap=False"
+            )
+        self._task = task
+        self.gradient.add(x.reshape(-1, x.shape[-1]), s.reshape(-1, s.shape[-1]))
+        if self.notify is not None:
+            self.notify()
+
+    def clear(self) -> None:
+        self.pending = None
+        self.gradient.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self_without = {**self.__dict__, "pending": None, "notify": None, "active": False}
+        self_without["gradient"] = _emptied(self.gradient)
+        return self_without
+
+
+def _emptied(gradient: FullGradient) -> FullGradient:
+    twin = object.__new__(type(gradient))
+    twin.__dict__.update(gradient.__dict__)
+    if hasattr(twin, "probes"):
+        twin.probes.forget()
+    twin.clear()
+    return twin
+
+
+class _Watch(torch.autograd.Function):
+    """The identity on ``lora_B``'s output, with the adapter's input among its saved tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, recorder: Recorder, layer: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.recorder, ctx.layer = recorder, layer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        ctx.recorder(x.detach(), grad.detach(), ctx.layer.weight.grad is None)
+        return grad, None, None, None
+
+
+class _SeeInput:
+    """Forward hook of ``lora_A``: its input is the adapter's, behind the dropout. Held until ``lora_B``'s forward, which follows."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self.recorder.active:
+            self.recorder.pending = args[0] if torch.is_grad_enabled() else None
+
+
+class _SeeOutput:
+    """Forward hook of ``lora_B``."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        x, self.recorder.pending = self.recorder.pending, None
+        if x is None or not output.requires_grad:
+            return None
+        return _Watch.apply(output, x, self.recorder, module)
+
+
+def watch(a: nn.Module, b: nn.Module, recorder: Recorder) -> list[Any]:
+    """Let ``recorder`` see an adapter that calls the modules ``a`` and then ``b`` (PEFT's, torchtune's); returns the hooks' handles."""
+    return [a.register_forward_hook(_SeeInput(recorder)), b.register_forward_hook(_SeeOutput(recorder))]

@@ -1,0 +1,472 @@
+"""OPLoRA: the step that full training would take, projected onto rank r by alternating least squares."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
+from ..pairs import owners
+from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, state_dtype
+from .capture import Recorder, watch
+from .early import EarlyWork, start
+from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, random_matrix, widened
+from .ranks import damped, lorsum_over_ranks, ranks_of
+from .shards import KEEP_WHOLE
+
+MOMENTUM_MODES = ("lowrank", "projected", "naive")
+#: With overlap=True: how far from 1 the factor may be that was measured between the captured gradient and ``.grad``, by rounding.
+UNSCALED = 1e-2
+
+
+class OPLoRA(LowRankOptimizer):
+    """OPLoRA (Almansoori et al. 2025, Algorithm 1), with U = B, V = Aᵀ, G the gradient of the full weight, and K sweeps::
+
+        sUVᵀ ← LoRSum((1 - lr·weight_decay) sUVᵀ - lr (G + αM))        lr is a step length in weight space, whatever s
+        M ← LoRSum(αM + G)                                              tracked at rank ``momentum_rank``
+
+    LoRSum is :func:`~lowrank_kernels.ops.grouped_lorsum`: K times the best U for the V at hand, then the best V, each held near its start
+    by λ. As K grows this is the truncated SVD of the full step (SVDLoRA).
+
+    G is not in ``.grad``: the optimizer sees the inputs X and the output gradients S of the layers (``G = SᵀX``) in the backward
+    pass, by a slot of our layers or by hooks on other libraries'. A and B keep their ordinary ``.grad``, and what was done to it between
+    backward and ``step()``, unscaling and clipping by norms, is done to G: the factor is measured, layer by layer, as
+    ``c = ⟨∂B, s·GAᵀ⟩ / ‖s·GAᵀ‖²`` (by A's gradient where A = 0). If ∂B is no multiple of the captured ``s·GAᵀ``, or not finite, ``step()``
+    raises before it changes anything; that check is its one wait for the device.
+
+    Gradients add up over micro-batches until ``step()`` or ``zero_grad()``, which drop them. A step that ``GradScaler`` skips drops them by
+    ``zero_grad()``. A layer without gradient misses the step, its momentum too.
+
+    Data parallelism: each rank holds its own X and S, G is the mean over the ranks, and what is sent are the thin products GV and
+    GᵀU of each half sweep (the sketches, with ``gradient="sketch"``).
+
+    Args:
+        params, lr, maximize, scale, …: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with its default betas
+            and eps. Layers that are not ours need the model: as ``params``, or as ``model`` beside groups.
+        momentum: α of ``M ← αM + G``; 0 keeps no state for the factors.
+        weight_decay: decoupled, multiplied by lr; of ΔW as a whole, and of the rest. None: 0 for ΔW, AdamW's 0.01 for the rest.
+        sweeps: K ≥ 1. One or two are enough in the paper.
+        proximal: λ ≥ 0, absolute, in both solves of a sweep (the paper's 1e-3).
+        momentum_mode: "lowrank" (above); "projected" (LoFT), ``M ← (αM + G) A⁺A`` with the A at which G was taken; "naive", which keeps
+            ``M_U ← αM_U + GA⁺`` and takes ``M_U A`` for M with whatever A is by then.
+        momentum_rank: rank of M with "lowrank"; None: r. A layer that is smaller has its smaller width.
+        gradient: how G is held: "factors" (X and S, exact), "dense" (the sum, exact; smaller than the factors from
+            d_in·d_out/(d_in + d_out) tokens on, but a weight gradient's GEMM) or "sketch" (p(d_out + 2d_in) numbers, approximate; see
+            :class:`~lowrank_kernels.optim.full_gradient.Sketch` for its error).
+        sketch_width: p.
+        seed: of the sketches and of the first V of M.
+        model: the module whose layers are to be watched, when ``params`` are groups or tensors; not kept.
+        overlap: begin each layer's sweeps in the backward pass, as soon as its S is known: in a worker thread on a CPU, on a side
+            stream on a GPU, layer by layer and on copies of what a step changes; ``step()`` takes the results over. For one backward pass
+            a step and no clipping or scaling: these raise. The first step creates the state and is an ordinary one; so is one whose lr was
+            changed after the backward pass.
+        process_group: over which the gradients are averaged; None: the default group if ``torch.distributed`` is initialized; False: none.
+        lr_ratio, capturable: not supported.
+
+    State: of B ``momentum_u`` (d_out, momentum_rank), of A ``momentum_v`` (d_in, momentum_rank; not with "naive").
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float | None = None,
+        *,
+        sweeps: int = 2,
+        proximal: float = 1e-3,
+        momentum_mode: str = "lowrank",
+        momentum_rank: int | None = None,
+        gradient: str = "factors",
+        sketch_width: int = 64,
+        seed: int = 0,
+        model: nn.Module | None = None,
+        overlap: bool = False,
+        process_group: Any = None,
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        self._recorders: list[Recorder] = []
+        self._handles: list[Any] = []
+        self._seed = seed
+        self._probes: dict[int, Probes] = {}  # by group, whose steps they count
+        self._process_group, self._overlap = process_group, bool(overlap)
+        self._early: dict[int, EarlyWork] = {}
+        self._modules: dict[int, nn.Module] = {}
+        watched = params if isinstance(params, nn.Module) else model
+        if watched is not None:
+            # Parameters only: our layers' `weight` is W0 + ΔW, computed when it is read.
+            self._modules = {id(w): m for m in watched.modules() if (w := m._parameters.get("weight")) is not None}
+        method = {
+            "momentum": momentum,
+            "sweeps": sweeps,
+            "proximal": proximal,
+            "momentum_mode": momentum_mode,
+            "momentum_rank": momentum_rank,
+            "gradient": gradient,
+            "sketch_width": sketch_width,
+        }
+        super().__init__(params, lr, weight_decay=weight_decay, model=watched, method_defaults=method, **options)
+        self._modules = {}  # no module is kept
+        self._close_when_collected()
+
+    def _close_when_collected(self) -> None:
+        self._closing = weakref.finalize(self, _close, self._recorders, self._handles)
+        self._closing.atexit = False
+
+    def close(self) -> None:
+        """Take the hooks off the model and drop what they recorded; also done when the optimizer is garbage-collected."""
+        _close(self._recorders, self._handles)
+
+    # ---------------------------------------------------------------- arguments
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        name = type(self).__name__
+        super()._check_hyperparameters(group)
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
+        if isinstance(group["sweeps"], bool) or not isinstance(group["sweeps"], int) or group["sweeps"] < 1:
+            raise ValueError(f"{name}: sweeps must be an integer ≥ 1, got {group['sweeps']!r}: without a sweep nothing would be trained")
+        if not group["proximal"] >= 0:
+            raise ValueError(f"{name}: proximal must be ≥ 0, got {group['proximal']}")
+        for key, allowed in (("momentum_mode", MOMENTUM_MODES), ("gradient", KINDS)):
+            if group[key] not in allowed:
+                raise ValueError(f"{name}: {key} must be one of {', '.join(map(repr, allowed))}, got {group[key]!r}")
+        for key in ("momentum_rank", "sketch_width"):
+            value = group[key]
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: {key} must be an integer ≥ 1, got {value!r}")
+        if group["momentum_rank"] is not None and group["momentum_mode"] != "lowrank":
+            raise ValueError(f"{name}: momentum_rank is for momentum_mode='lowrank'; {group['momentum_mode']!r} has the factors' rank")
+        if group["lr_ratio"] != 1.0:
+            raise ValueError(f"{name}: lr_ratio is not supported: lr is the length of one step of ΔW, not of A and of B")
+        if group["capturable"]:
+            raise ValueError(f"{name}: capturable=True is not supported: a step reads on the host whether the gradients fit and are finite")
+
+    def _accept_pairs(self) -> None:
+        self._refuse_decoupled()
+        layers = owners()
+        for pair in self._pairs[len(self._recorders) :]:
+            group, partner = self._group(pair), self.param_groups[pair.b[0]]
+            different = [key for key in (*self.defaults, "factor_weight_decay") if key != "weight_decay" and group[key] != partner[key]]
+            if different:
+                raise ValueError(
+                    f"{type(self).__name__}: A and B of {pair.name} are in groups with different {', '.join(different)}; they move together"
+                )
+            a, b = self._at(pair.a), self._at(pair.b)
+            layer = layers.get(id(a))
+            recorder = Recorder(self._holder(pair.a[0]), 1.0 if layer is not None else pair.scale)
+            if layer is not None:
+                layer.capture = recorder  # type: ignore[assignment]
+            elif id(a) in self._modules and id(b) in self._modules:
+                self._handles += watch(self._modules[id(a)], self._modules[id(b)], recorder)
+            else:
+                raise ValueError(
+                    f"{type(self).__name__}: the layer of {pair.name} is not known from its parameters, and its inputs must be seen; "
+                    "pass the model, as params or as model="
+                )
+            self._notify(recorder, len(self._recorders))
+            self._recorders.append(recorder)
+
+    def _accept_sharded(self, pair: FactorPair) -> None:
+        raise RuntimeError(f"{type(self).__name__}: {pair.name} is sharded (a DTensor), and a sweep needs whole factors; {KEEP_WHOLE}")
+
+    def _holder(self, group_index: int) -> FullGradient:
+        group = self.param_groups[group_index]
+        if group["gradient"] == "sketch":
+            return Sketch(group["sketch_width"], self._probes.setdefault(group_index, Probes(self._seed)))
+        return Dense() if group["gradient"] == "dense" else Factors()
+
+    def _notify(self, recorder: Recorder, number: int) -> None:
+        if self._overlap:
+            itself = weakref.ref(self)  # a recorder does not keep the optimizer alive
+            recorder.notify = lambda: optimizer._start(number) if (optimizer := itself()) is not None else None
+
+    def _group(self, pair: FactorPair) -> dict[str, Any]:
+        return self.param_groups[pair.a[0]]
+
+    # ---------------------------------------------------------------- state
+
+    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
+        return {}  # A and B differ: see _create_state
+
+    def _momentum_shapes(self, pair: FactorPair) -> dict[Position, tuple[str, int, int]]:
+        """Of each factor with momentum: the state's name and shape."""
+        group, a, b = self._group(pair), self._at(pair.a), self._at(pair.b)
+        if not group["momentum"]:
+            return {}
+        rank = min(group["momentum_rank"] or len(a), len(b), a.shape[1])
+        shapes = {pair.b: ("momentum_u", len(b), rank)}
+        return shapes if group["momentum_mode"] == "naive" else {**shapes, pair.a: ("momentum_v", a.shape[1], rank)}
+
+    def _create_state(self) -> None:
+        super()._create_state()
+        for pair in self._pairs:
+            for position, (name, *shape) in self._momentum_shapes(pair).items():
+                p = self._at(position)
+                if p not in self.state or name in self.state[p]:
+                    continue
+                if name == "momentum_v":  # M = 0 by U = 0; zero factors would stay zero
+                    self.state[p][name] = random_matrix(p, self._seed, *shape) / shape[0] ** 0.5
+                else:
+                    self.state[p][name] = torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super()._check_state_dict(state_dict)
+        saved_groups = state_dict["param_groups"]
+        for pair in self._pairs:
+            for (g, i), (name, *shape) in self._momentum_shapes(pair).items():
+                value = state_dict["state"].get(saved_groups[g]["params"][i], {}).get(name)
+                if value is not None and list(value.shape) != shape:
+                    raise ValueError(
+                        f"{type(self).__name__}: {name} of {pair.name} has shape {tuple(value.shape)} in the checkpoint, "
+                        f"{tuple(shape)} here; was it saved with another rank or momentum_rank?"
+                    )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_recorders", "_handles", "_seed", "_probes", "_overlap")
+        group = self._process_group if isinstance(self._process_group, bool) else None  # a group belongs to its process
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "_process_group": group, "_modules": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._early = {}
+        for number, recorder in enumerate(self._recorders):
+            recorder.active = True
+            self._notify(recorder, number)
+        self._close_when_collected()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was captured is dropped too."""
+        super().zero_grad(set_to_none)
+        self._forget()
+
+    def _forget(self) -> None:
+        for work in self._early.values():
+            work.wait()
+        self._early.clear()
+        for recorder in self._recorders:
+            recorder.clear()
+        for group_index, probes in self._probes.items():
+            probes.step = int(self.param_groups[group_index]["step"])
+
+    # ---------------------------------------------------------------- the gradients of a step
+
+    def _before_update(self) -> None:
+        self._gradients = self._captured_gradients()
+        if self._overlap:
+            self._check_overlap(self._gradients)
+
+    def _captured_gradients(self) -> list[Gradients]:
+        """G of all layers that have one, in lists of what one call takes, and checked."""
+        active, ranks = [], ranks_of(self._process_group)
+        for pair, recorder in zip(self._pairs, self._recorders, strict=True):
+            grads = self._at(pair.a).grad, self._at(pair.b).grad
+            if grads[0] is None and grads[1] is None:
+                recorder.clear()
+            elif grads[0] is None or grads[1] is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: only one factor of {pair.name} has a gradient; a step moves both, so train both or freeze both"
+                )
+            elif recorder.gradient.empty and ranks is None and (grads[0].any() or grads[1].any()):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {pair.name} has a gradient, but no backward pass was seen since the last step() or "
+                    "zero_grad(). A gradient serves one step; the optimizer must be made before the forward pass; and the layer must "
+                    "be called (code that reads its weight instead goes unseen)"
+                )
+            else:
+                active.append(pair)
+        recorders = dict(zip(map(id, self._pairs), self._recorders, strict=True))
+        found = []
+        for alike in self._alike(active):
+            mine = [recorders[id(pair)] for pair in alike]
+            factors = [(self._at(pair.a).detach(), self._at(pair.b).detach()) for pair in alike]
+            held, scales = [recorder.gradient for recorder in mine], [recorder.scale for recorder in mine]
+            gradients = Gradients(alike, factors, held, scales, ranks)
+            gradients.measure([self._grad(pair.a) for pair in alike], [self._grad(pair.b) for pair in alike], type(self).__name__)
+            found.append(gradients)
+        return found
+
+    def _grad(self, position: Position) -> Tensor:
+        grad = self._at(position).grad
+        assert grad is not None
+        return grad
+
+    @torch.no_grad()
+    def clip_full_grad_norm_(self, max_norm: float, probes: int = 16) -> Tensor:
+        """``clip_grad_norm_`` with the full gradients of the adapted layers in place of their factors': every ``.grad`` in the optimizer
+        is multiplied by ``max_norm / norm`` if the norm is larger, which ``step()`` then does to G. Call it where ``clip_grad_norm_``
+        stands, behind ``scaler.unscale_``.
+
+        Args:
+            max_norm: the largest norm, positive.
+            probes: p; the norm is exact with ``gradient="dense"`` on one process, else estimated by a random matrix of p columns that
+                all ranks share, ``‖GΩ‖_F/√p``, whose relative standard error is at most 1/√(2p) for one layer, less for many
+                (``gradient="sketch"``: its own Ω, p = sketch_width).
+
+        Returns:
+            The norm before clipping, a tensor.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"{type(self).__name__}: max_norm must be positive, got {max_norm}")
+        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+            raise ValueError(f"{type(self).__name__}: probes must be an integer ≥ 1, got {probes!r}")
+        of_factors = {id(self._at(position)) for pair in self._pairs for position in (pair.a, pair.b)}
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seed = self._seed + 1 + int(self.param_groups[0]["step"])
+        squares = [g.squared_norms(probes, seed).sum() for g in self._captured_gradients()]
+        squares += [p.grad.double().square().sum() for p in params if id(p) not in of_factors]
+        device = params[0].device if params else torch.device("cpu")
+        norm = torch.stack([square.to(device) for square in squares]).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for p in params:
+            p.grad.mul_(factor.to(p.grad.device, p.grad.dtype))
+        return norm
+
+    # ---------------------------------------------------------------- the step
+
+    def _update(self) -> None:
+        for group_index, group in enumerate(self.param_groups):
+            rest = [i for i in range(len(group["params"])) if i not in self._factors[group_index]]
+            self._moment_step(group_index, rest)
+        for gradients in self._gradients:
+            if not self._commit(gradients):
+                self._step_pairs(gradients, *self._tensors(gradients.pairs))
+        self._gradients = []
+        self._forget()
+
+    def _tensors(self, pairs: list[FactorPair]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """What a step of these layers changes: A, B, and the factors of M as far as there are any."""
+        states = [(self.state[self._at(pair.b)], self.state[self._at(pair.a)]) for pair in pairs]
+        mus = [of_b["momentum_u"] for of_b, _ in states if "momentum_u" in of_b]
+        mvs = [of_a["momentum_v"] for _, of_a in states if "momentum_v" in of_a]
+        return [self._at(pair.a).detach() for pair in pairs], [self._at(pair.b).detach() for pair in pairs], mus, mvs
+
+    def _step_pairs(self, gradients: Gradients, a: list[Tensor], us: list[Tensor], mus: list[Tensor], mvs: list[Tensor]) -> None:
+        """One step of layers that agree in rank, dtype, device and groups, on the given tensors."""
+        pairs, group = gradients.pairs, self._group(gradients.pairs[0])
+        vs = [x.mT for x in a]
+        lr, momentum = group["lr"] * (-1.0 if group["maximize"] else 1.0), group["momentum"]
+        inverse_scales = torch.tensor([1.0 / pair.scale for pair in pairs], dtype=torch.float64, device=us[0].device)
+        steps = -lr * inverse_scales
+        kept = torch.ones_like(steps) - group["lr"] * group["factor_weight_decay"]
+        terms, coefficients = [(us, vs)], [kept]
+        if momentum:
+            terms.append((mus, vs if group["momentum_mode"] == "naive" else mvs))
+            coefficients.append(momentum * steps)
+            if group["momentum_mode"] != "lowrank":
+                new_momentum = self._projected_momentum(gradients, mus, mvs, vs)
+        self._lorsum((us, vs), terms, coefficients, gradients, steps)
+        if not momentum:
+            return
+        if group["momentum_mode"] != "lowrank":
+            torch._foreach_copy_([*mus, *mvs], new_momentum)
+            return
+        by_rank: defaultdict[int, list[int]] = defaultdict(list)
+        for index, mu in enumerate(mus):
+            by_rank[mu.shape[1]].append(index)
+        for members in by_rank.values():
+            some = gradients if len(members) == len(pairs) else gradients.of(members)
+            target = [mus[i] for i in members], [mvs[i] for i in members]
+            self._lorsum(target, [target], [torch.full_like(some.coefficients, momentum)], some, torch.ones_like(some.coefficients))
+
+    # ---------------------------------------------------------------- overlap with the backward pass
+
+    @torch.no_grad()
+    def _start(self, number: int) -> None:
+        """Begin the step of one layer, on copies, while the backward pass goes on; called when its gradient has come."""
+        pair, recorder = self._pairs[number], self._recorders[number]
+        group = self._group(pair)
+        if ranks_of(self._process_group) is not None:
+            raise RuntimeError(f"{type(self).__name__}: overlap=True is for one process; several ranks work with overlap=False")
+        if self._at(pair.b) not in self.state or self._at(pair.a) not in self.state:
+            return  # the first step creates the state
+        gradients = Gradients([pair], [(self._at(pair.a).detach(), self._at(pair.b).detach())], [recorder.gradient], [recorder.scale], None)
+        gradients.coefficients = torch.full((1,), 1.0 / recorder.scale, dtype=torch.float64, device=gradients.factors[0][0].device)
+        self._early[number] = start(lambda tensors: self._step_pairs(gradients, *tensors), self._tensors([pair]), group["lr"])
+
+    def _commit(self, gradients: Gradients) -> bool:
+        """Take over what was computed early, if it was for all of these layers, at this lr."""
+        numbers = {id(pair): number for number, pair in enumerate(self._pairs)} if self._early else {}
+        early = [self._early.get(numbers[id(pair)]) for pair in gradients.pairs] if self._early else [None]
+        lr = self._group(gradients.pairs[0])["lr"]
+        results = [None if work is None else work.result(lr) for work in early]
+        if any(result is None for result in results):
+            return False
+        targets = [x for pair in gradients.pairs for part in self._tensors([pair]) for x in part]
+        torch._foreach_copy_(targets, [x for result in results for part in result for x in part])  # type: ignore[union-attr]
+        return True
+
+    def _check_overlap(self, gradients: list[Gradients]) -> None:
+        for found in gradients:
+            for pair, c, m in zip(found.pairs, found.coefficients.tolist(), found.multipliers, strict=True):
+                if abs(c * m - 1.0) > UNSCALED:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: the gradient of {pair.name} was multiplied by {c * m:.4g} after the backward pass "
+                        "(clipping, GradScaler), in which overlap=True has already used it; nothing was changed. Use overlap=False"
+                    )
+
+    # ---------------------------------------------------------------- LoRSum
+
+    def _lorsum(self, targets: Any, terms: list[Any], coefficients: list[Tensor], gradients: Gradients, scaled: Tensor) -> None:
+        """``targets ← LoRSum(Σ coefficient·term + scaled·G)``."""
+        group = self._group(gradients.pairs[0])
+        of_gradient = scaled * gradients.coefficients
+        if gradients.local:
+            options = {"sweeps": group["sweeps"], "proximal": group["proximal"], "out": targets}
+            grouped_lorsum(targets, [*terms, gradients.term], [*coefficients, of_gradient], **options)
+        else:
+            lorsum_over_ranks(targets, terms, coefficients, gradients.times, of_gradient, group["sweeps"], group["proximal"])
+
+    def _projected_momentum(self, gradients: Gradients, mus: list[Tensor], mvs: list[Tensor], vs: list[Tensor]) -> list[Tensor]:
+        """``M_U = (αM + G) V (VᵀV)⁻¹`` and ``M_V = V``; or, "naive", ``M_U = αM_U + GV (VᵀV)⁻¹`` alone; with the V of this gradient."""
+        group, dtype = self._group(gradients.pairs[0]), gradients.dtype
+        naive = group["momentum_mode"] == "naive"
+        wide = widened(vs, dtype)
+        # GV is known from the measurement of c; as a dense term it is multiplied by the identity.
+        terms: list[Any] = [gradients.times_a()]
+        factors = [gradients.coefficients]
+        if not naive:
+            terms.append((mus, list(grouped_gram(wide, mvs, dtype=dtype))))
+            factors.append(torch.full_like(gradients.coefficients, group["momentum"]))
+        eye = torch.eye(wide[0].shape[1], dtype=dtype, device=wide[0].device)
+        products = grouped_lorsum_product(terms, [eye] * len(wide), factors)
+        grams, _ = damped(grouped_gram(wide, dtype=torch.float64), 0.0, dtype)
+        solved: list[Tensor] = grouped_solve(grams, products, side="right")  # type: ignore[assignment]
+        if not naive:
+            return [*solved, *torch._foreach_mul(wide, 1.0)]  # the factors are about to move
+        torch._foreach_add_(solved, mus, alpha=group["momentum"])
+        return solved
+
+    # ---------------------------------------------------------------- explain()
+
+    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        yield from super()._example_calls()
+        for alike in self._alike(self._pairs):
+            group = self._group(alike[0])
+            us, vs = [self._at(pair.b).detach() for pair in alike], [self._at(pair.a).detach().mT for pair in alike]
+            lefts, rights = [u.new_empty(len(u), 1) for u in us], [v.new_empty(len(v), 1) for v in vs]
+            coefficients = torch.ones(2, len(us), dtype=torch.float64, device=us[0].device)
+            sweeps = (group["sweeps"], float(group["proximal"]), True)
+            yield "grouped_lorsum", us[0].device.type, (us, vs, [*us, *lefts], [*vs, *rights], [], coefficients, *sweeps, us, vs)
+
+
+def _close(recorders: list[Recorder], handles: list[Any]) -> None:
+    mine = {id(recorder) for recorder in recorders}
+    for layer in owners().values():
+        if id(getattr(layer, "capture", None)) in mine:
+            layer.capture = None  # type: ignore[assignment]
+    for recorder in recorders:
+        recorder.active = False
+        recorder.clear()
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -1,0 +1,513 @@
+"""OPLoRA against its algorithm box, and the capture of full gradients under everything that training loops do to a backward pass."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import oplora_ranks
+import peft
+import pytest
+import torch
+from _models import batch, loss_of, pair_delta, trainable
+from _models import make_model as make_any_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import lowrank_kernels as lk
+from benchmarks.naive.oplora import OPLoRALayer
+from lowrank_kernels import LowRankLinear, OPLoRA, pairs
+from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, reconstruct
+
+LR = 0.05
+GRADIENTS = ("factors", "dense", "sketch")
+every_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
+every_road = pytest.mark.parametrize("road", ["ours", "peft"])
+
+
+def make_model(road: str, **options) -> nn.Module:
+    torch.manual_seed(0)  # half of PEFT's factors start at random
+    return make_any_model(road, **options)
+
+
+def make(params, **options) -> OPLoRA:
+    return OPLoRA(params, **{"lr": LR, "momentum": 0.8, **options})
+
+
+def deltas(model: nn.Module) -> list[Tensor]:
+    return [pair_delta(pair) for pair in pairs(model)]
+
+
+def assert_alike(model: nn.Module, other: nn.Module, tolerance: float) -> None:
+    for mine, theirs in zip(deltas(model), deltas(other), strict=True):
+        assert theirs.norm() > 1e-3
+        assert float((mine - theirs).norm() / theirs.norm()) <= tolerance
+
+
+def bases(model: nn.Module) -> list[nn.Linear]:
+    return [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
+
+
+def naive_gradients(model: nn.Module, layers: list[OPLoRALayer], step: int) -> list[tuple[Tensor, Tensor]]:
+    """(S, X) of every layer of :func:`make_model`'s network, by plain autograd through a dense network."""
+    x, y = batch(step)
+    seen = []
+    for index, (base, layer) in enumerate(zip(bases(model), layers, strict=True)):
+        output = x @ (base.weight + layer.delta_weight()).T + base.bias
+        output = output if output.requires_grad else output.requires_grad_()
+        output.retain_grad()
+        seen.append((output, x))
+        x = torch.tanh(output) if index < len(layers) - 1 else output
+    (x - y).square().mean().backward()
+    return [(output.grad, x.detach()) for output, x in seen]
+
+
+CASES = [
+    {},
+    {"momentum": 0.0, "sweeps": 1},
+    {"sweeps": 3, "proximal": 0.1, "weight_decay": 0.3},
+    {"momentum_rank": 5},
+    {"momentum_rank": 100, "sweeps": 1},
+    {"momentum_mode": "projected"},
+    {"momentum_mode": "naive", "lr": 0.02},
+]
+
+
+@every_road
+@every_gradient
+@pytest.mark.parametrize("options", CASES, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
+def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> None:
+    model = make_model(road)
+    # The sketch is as wide as the matrices: then it is exact.
+    optimizer = make(model, gradient=gradient, sketch_width=100, **options)
+    group, state = optimizer.param_groups[0], optimizer.state
+    optimizer._create_state()
+    layers = []
+    for pair in pairs(model):
+        start = state[pair.A]["momentum_v"].clone() if "momentum_v" in state[pair.A] else torch.zeros_like(pair.A.T)
+        keys = ("lr", "momentum", "sweeps", "proximal", "momentum_mode")
+        settings = {key: group[key] for key in keys} | {"weight_decay": group["factor_weight_decay"]}
+        layers.append(OPLoRALayer(pair.A.detach().clone(), pair.B.detach().clone(), pair.scale, momentum_start=start, **settings))
+    for step in range(50):
+        for layer, (s, x) in zip(layers, naive_gradients(model, layers, step), strict=True):
+            layer.step(s, x)
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    for delta, layer in zip(deltas(model), layers, strict=True):
+        expected = layer.delta_weight()
+        assert float((delta - expected).norm() / expected.norm()) <= 1e-9
+
+
+@every_road
+def test_the_step_does_not_depend_on_how_the_scale_is_split(road: str) -> None:
+    """s drops out of the step length: without λ, ΔW is the same for (s, B) and (s/10, 10 B), and from B = 0 for every s."""
+    models = [make_model(road, scale=scale) for scale in (0.7, 7.0)]
+    for model in models:
+        optimizer = make(model, proximal=0.0)
+        for step in range(10):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+    assert_alike(*models, 1e-8)
+
+
+class Shared(nn.Module):
+    """One adapted layer used twice in a forward pass, one not used, one whose output is not, rank-3 inputs, dropout if wanted."""
+
+    def __init__(self, road: str = "ours", dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.shared, self.unused, self.dangling = (nn.Linear(12, 12).double() for _ in range(4))
+        self.last = nn.Linear(12, 9).double()
+        names = ["first", "shared", "unused", "dangling", "last"]
+        if road == "ours":
+            lk.adapt(self, rank=3, target_modules=names, dropout=dropout)
+        else:
+            config = peft.LoraConfig(r=3, target_modules=names, lora_dropout=dropout)
+            peft.inject_adapter_in_model(config, self)
+        for pair in pairs(self):
+            pair.A.data = torch.randn(pair.A.shape, dtype=torch.float64) / 4
+            pair.B.data = torch.randn(pair.B.shape, dtype=torch.float64) / 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x.reshape(2, -1, 12)))
+        x = torch.tanh(self.shared(torch.tanh(self.shared(x))))
+        self.dangling(x)
+        return self.last(x).reshape(-1, 9)
+
+
+@every_road
+@every_gradient
+def test_micro_batches_add_up_exactly(gradient: str, road: str) -> None:
+    whole, parts = Shared(road), Shared(road)
+    optimizers = [make(model, gradient=gradient, sketch_width=3) for model in (whole, parts)]
+    for step in range(6):
+        x, y = batch(step, rows=32)
+        (whole(x) - y).square().mean().backward()
+        for part in range(4):
+            rows = slice(8 * part, 8 * part + 8)
+            ((parts(x[rows]) - y[rows]).square().mean() / 4).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_without_gradient_miss_the_step_and_shared_ones_count_twice() -> None:
+    model = Shared()
+    optimizer = make(model, proximal=0.0)
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch(0)
+    (model(x) - y).square().mean().backward()
+    recorders = dict(zip((p.name for p in optimizer._pairs), optimizer._recorders, strict=True))
+    assert sorted(len(r.gradient.pieces) for r in recorders.values()) == [0, 0, 1, 1, 2]
+    (found,) = optimizer._captured_gradients()
+    torch.testing.assert_close(found.coefficients, torch.ones(3, dtype=torch.float64))
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        moved = not torch.equal(value, before[name])
+        assert moved == ("lora_" in name and not name.startswith(("unused", "dangling"))), name
+
+
+@every_road
+@every_gradient
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_what_is_captured_is_the_gradient_of_the_adapters(gradient: str, road: str, dropout: float) -> None:
+    """``∂A = s BᵀG`` and ``∂B = s G Aᵀ`` behind dropout, at any scale of the loss."""
+    model = Shared(road, dropout).train()
+    optimizer = make(model, gradient=gradient, sketch_width=100)
+    x, y = batch(0)
+    ((model(x) - y).square().mean() * 1024).backward()
+    for pair in pairs(model):
+        if pair.A.grad is not None:
+            pair.A.grad /= 1024
+            pair.B.grad /= 1024
+    (found,) = optimizer._captured_gradients()
+    ga, gtb = found.times([p.A.detach().T for p in map(_pair_of(model), found.pairs)]), found.times([b for _, b in found.factors], True)
+    for index, (a, b) in enumerate(zip(ga, gtb, strict=True)):
+        pair = _pair_of(model)(found.pairs[index])
+        c = found.coefficients[index] * pair.scale
+        torch.testing.assert_close(c * a, pair.B.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(c * b.T, pair.A.grad, rtol=1e-9, atol=1e-12)
+
+
+def _pair_of(model: nn.Module):
+    by_name = {pair.name: pair for pair in pairs(model)}
+    return lambda pair: by_name[pair.name]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@every_gradient
+def test_checkpointing_over_hooks_changes_nothing(gradient: str, reentrant: bool) -> None:
+    plain, recomputed = make_model("peft"), make_model("peft")
+    optimizers = [make(model, gradient=gradient, sketch_width=4) for model in (plain, recomputed)]
+    for step in range(4):
+        loss_of(plain, step).backward()
+        x, y = batch(step)
+        (checkpoint(recomputed, x.requires_grad_(), use_reentrant=reentrant) - y).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), recomputed.parameters(), strict=True))
+
+
+@every_road
+@every_gradient
+def test_grad_scaler_changes_nothing_and_skips_overflows(gradient: str, road: str) -> None:
+    plain, scaled = make_model(road, dtype=torch.float32), make_model(road, dtype=torch.float32)
+    optimizers = [make(model, gradient=gradient, sketch_width=4) for model in (plain, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+    for step in range(12):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        if step == 5:  # an overflow: this step must not be taken, nor leave anything behind
+            before = deltas(scaled)
+            (scaler.scale(loss_of(scaled, step, torch.float32)) * float("inf")).backward()
+            scaler.step(optimizers[1])
+            scaler.update()
+            assert all(torch.equal(p, q) for p, q in zip(before, deltas(scaled), strict=True))
+            scaled.zero_grad()  # Trainers call the model's
+        loss_of(plain, step, torch.float32).backward()
+        scaler.scale(loss_of(scaled, step, torch.float32)).backward()
+        optimizers[0].step()
+        scaler.step(optimizers[1])
+        scaler.update()
+    assert_alike(scaled, plain, 2e-4)
+
+
+@every_gradient
+@pytest.mark.parametrize("kind", ["factors", "full"])
+def test_clipping_scales_the_full_gradient(gradient: str, kind: str) -> None:
+    """A clipped step is the step at a smaller learning rate (without momentum; each step from the same start)."""
+    model, twin = make_model("ours"), make_model("ours")
+    options = {"momentum": 0.0, "gradient": gradient, "sketch_width": 100}
+    clipped = make(model, **options)
+    loss_of(model, 0).backward()
+    if kind == "factors":
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+    else:
+        norm = clipped.clip_full_grad_norm_(1e-2, probes=200)
+        layers = [OPLoRALayer(pair.A.detach(), pair.B.detach(), pair.scale, lr=1.0) for pair in pairs(model)]
+        exact = sum(float((s.T @ x).square().sum()) for s, x in naive_gradients(model, layers, 0)) ** 0.5
+        assert abs(float(norm) / exact - 1) < (1e-12 if gradient == "dense" else 0.2)
+    assert norm > 2e-2, "the test must clip"
+    clipped.step()
+    shorter = make(twin, **{**options, "lr": LR * 1e-2 / (float(norm) + 1e-6)})
+    loss_of(twin, 0).backward()
+    shorter.step()
+    for delta, expected in zip(deltas(model), deltas(twin), strict=True):
+        torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_sketch_is_exact_up_to_its_width_then_within_its_bound() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, s = (torch.randn(200, width, generator=generator, dtype=torch.float64) for width in (60, 80))
+    u, sigma, v = torch.linalg.svd(s.T @ x, full_matrices=False)
+    sigma = 2.0 ** -(torch.arange(60, dtype=torch.float64) / 4)
+    s, x = (u * sigma).T, v  # tokens = the singular directions
+
+    def error(width: int) -> float:
+        errors = []
+        for seed in range(8):
+            sketch = Sketch(width, Probes(seed))
+            for rows in (slice(0, 30), slice(30, 60)):
+                sketch.add(x[rows], s[rows])
+            (left,), (right,) = reconstruct([sketch])
+            errors.append(float((left @ right.T - s.T @ x).norm() ** 2))
+        return sum(errors) / len(errors)
+
+    assert error(60) < 1e-20
+    found = []
+    for width in (8, 16, 32):
+        bounds = [2 * (1 + rho / (width - rho - 1)) * float(sigma[rho:].square().sum()) for rho in range(width - 1)]
+        found.append(error(width))
+        assert found[-1] <= 1.5 * min(bounds)  # the bound is for the expectation
+    assert found[0] > 4 * found[1] > 16 * found[2]
+
+
+@every_road
+def test_nothing_is_kept_and_hooks_go_with_the_optimizer(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(road)
+    optimizer = make(model)
+    seen: list[weakref.ref] = []
+    add = Factors.add
+    monkeypatch.setattr(Factors, "add", lambda self, x, s: (seen.append(weakref.ref(s)), add(self, x, s))[1])
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        if step == 0:
+            optimizer.step()
+            assert all(recorder.gradient.empty for recorder in optimizer._recorders)
+    optimizer.zero_grad()
+    gc.collect()
+    assert len(seen) == 6 and all(reference() is None for reference in seen)
+    loss_of(model, 3)  # a forward pass alone leaves nothing
+    assert all(recorder.gradient.empty for recorder in optimizer._recorders)
+
+    recorders = optimizer._recorders
+    reference = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert reference() is None and not any(recorder.active for recorder in recorders)
+    assert all(getattr(layer, "capture", None) is None for layer in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+    optimizer = make(model)
+    optimizer.close()
+    loss_of(model, 0).backward()
+    assert all(recorder.gradient.empty for recorder in optimizer._recorders)
+    with pytest.raises(RuntimeError, match="no backward pass was seen"):
+        optimizer.step()
+
+
+@every_road
+def test_copies(road: str) -> None:
+    """A copied model alone records nothing; model and optimizer copied together go on alike."""
+    model = make_model(road)
+    optimizer = make(model)
+    alone = copy.deepcopy(model)
+    loss_of(alone, 0).backward()
+    layers = [m.capture for m in alone.modules() if isinstance(m, LowRankLinear)]
+    hooks = [hook.recorder for m in alone.modules() for hook in m._forward_hooks.values()]
+    assert all(recorder.gradient.empty for recorder in [*layers, *hooks]) and (layers or hooks)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for one, its in ((model, optimizer), (twin_model, twin)):
+        for step in range(4):
+            its.zero_grad()
+            loss_of(one, step).backward()
+            its.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin_model.parameters(), strict=True))
+
+
+def test_groups_with_the_model_beside_them() -> None:
+    model, twin = make_model("peft"), make_model("peft")
+    with pytest.raises(ValueError, match="pass the model"):
+        make(model.named_parameters(), scale=0.7)
+    grouped, plain = make([{"params": trainable(model)}], model=model), make(twin)
+    for one, optimizer in ((model, grouped), (twin, plain)):
+        loss_of(one, 0).backward()
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute something: no views, no allocations. One of ours is one here, and what it launches in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        view = any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
+        self.count += not view and not func.__name__.startswith(("empty", "new_empty", "detach"))
+        return func(*args, **(kwargs or {}))
+
+
+@every_gradient
+@pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_operators_of_a_step_do_not_depend_on_the_number_of_layers(gradient: str, mode: str, dtype: torch.dtype) -> None:
+    """The measurement of c and the clipping as well, torch's operators beside ours."""
+    counts = []
+    for layers in (6, 60):
+        model = lk.adapt(nn.Sequential(*(nn.Linear(12, 12, dtype=dtype) for _ in range(layers))), rank=3)
+        optimizer = make(model, gradient=gradient, sketch_width=4, momentum_mode=mode)
+        for _ in range(2):
+            optimizer.zero_grad()
+            sum(layer(torch.randn(5, 12, dtype=dtype)).square().sum() for layer in model).backward()
+            with Launches() as launches:
+                # As many scalings of .grad as parameters are the model's affair, not the optimizer's.
+                norms = [found.squared_norms(4, 1) for found in optimizer._captured_gradients()]
+                optimizer.step()
+        assert len(norms) == 1 and len(norms[0]) == layers
+        counts.append(launches.count)
+    assert counts[0] == counts[1], counts
+
+
+def test_refusals() -> None:
+    model = make_model("ours")
+    for bad, message in (
+        ({"sweeps": 0}, "sweeps must be an integer ≥ 1, got 0"),
+        ({"proximal": -1.0}, "proximal must be ≥ 0"),
+        ({"momentum": 1.0}, "Invalid momentum value"),
+        ({"momentum_mode": "adam"}, "momentum_mode must be one of"),
+        ({"gradient": "whole"}, "gradient must be one of"),
+        ({"momentum_rank": 0}, "momentum_rank must be an integer ≥ 1"),
+        ({"momentum_rank": 4, "momentum_mode": "naive"}, "momentum_rank is for"),
+        ({"sketch_width": 0}, "sketch_width must be"),
+        ({"lr_ratio": 2.0}, "lr_ratio is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(model, **bad)
+    with pytest.raises(ValueError, match="no pair of low-rank factors"):
+        make(nn.Linear(3, 3))
+    optimizer = make(model)
+    for bad in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="max_norm must be positive"):
+            optimizer.clip_full_grad_norm_(bad)
+    a, b = (next(p for n, p in model.named_parameters() if n == f"0.lora_{x}") for x in "AB")
+    with pytest.raises(ValueError, match="different lr"):
+        make([{"params": [a]}, {"params": [b], "lr": 1.0}])
+
+
+@every_gradient
+def test_a_step_that_makes_no_sense_changes_nothing(gradient: str) -> None:
+    model = make_model("ours")
+    optimizer = make(model, gradient=gradient, sketch_width=4)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+
+    def refused(message: str) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        optimizer.zero_grad()
+
+    refused("no backward pass was seen")  # a second step on the same gradient
+    (loss_of(model, 1) * float("nan")).backward()
+    refused("2|0|4.*not finite")
+    loss_of(model, 1).backward()
+    trainable(model)[1].grad.normal_()
+    refused("is not the gradient that was captured")
+    loss_of(model, 1).backward()
+    trainable(model)[1].grad = None
+    refused("only one factor")
+    optimizer.step()  # no gradient anywhere: nothing to do
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    loss_of(model, 1).backward()
+    optimizer.step()
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@every_road
+@every_gradient
+@pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
+def test_overlap_with_the_backward_pass_changes_nothing(mode: str, gradient: str, road: str) -> None:
+    plain, overlapped = Shared(road), Shared(road)
+    options = {"gradient": gradient, "sketch_width": 3, "momentum_mode": mode, "lr": 0.01}
+    optimizers = make(plain, **options), make(overlapped, overlap=True, **options)
+    for step in range(6):
+        for model, optimizer in zip((plain, overlapped), optimizers, strict=True):
+            optimizer.zero_grad()
+            x, y = batch(step)
+            (model(x) - y).square().mean().backward()
+            if step == 3:  # an lr that comes after the backward pass is the one that counts
+                optimizer.param_groups[0]["lr"] /= 2
+        assert len(optimizers[1]._early) == (3 if step else 0)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(plain.parameters(), overlapped.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+
+
+def test_overlap_refuses_what_it_cannot_do() -> None:
+    model = make_model("ours")
+    optimizer = make(model, overlap=True)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = deltas(model)
+    loss_of(model, 1).backward()
+    with pytest.raises(RuntimeError, match="second backward pass.*overlap=False"):
+        loss_of(model, 2).backward()
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(RuntimeError, match="Use overlap=False"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(before, deltas(model), strict=True))
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(before, deltas(model), strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    here = Path(__file__).parent
+    file = tmp_path_factory.mktemp("ranks") / "store"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(here / "oplora_ranks.py")]
+    processes = [subprocess.Popen([*command, str(rank), str(file)], env=environment) for rank in (0, 1)]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    return [torch.load(f"{file}.{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", oplora_ranks.CASES)
+def test_two_ranks_with_half_the_batch_are_one(case: str, two_ranks: list[dict]) -> None:
+    (zero, sent), (one, _) = (results[case] for results in two_ranks)
+    for mine, other, expected in zip(zero, one, oplora_ranks.train(case, 0, 1), strict=True):
+        assert torch.equal(mine, other), "the ranks drifted apart"
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+    # At most four columns of G or of Gᵀ (the norm's probe) for all layers; or the sketches, 4 and 9 columns.
+    heights, widths = (sum(shape[dim] for shape in oplora_ranks.SHAPES) for dim in (0, 1))
+    assert sent <= (4 * heights + 9 * widths if case == "sketch" else 4 * max(heights, widths))
