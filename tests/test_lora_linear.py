@@ -136,12 +136,14 @@ def test_gradcheck_and_opcheck(decoupled: bool) -> None:
     adapter = [t["x"], t["a"], t["b"]]
     assert torch.autograd.gradcheck(lambda x, a, b: ops.lora_linear(x, None, None, a, b, 0.5, q_a=t["q_a"], q_b=t["q_b"]), adapter)
     mask = torch.rand(4, 6) < 0.5
-    torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear, (*leaves, t["q_a"], t["q_b"], 0.5, mask, 0.5))
-    torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear, (t["x"], None, None, t["a"], t["b"], t["q_a"], t["q_b"], 0.5, None, 1.0))
+    torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear, (*leaves, t["q_a"], t["q_b"], 0.5, mask, 0.5, None))
+    torch.library.opcheck(
+        torch.ops.lowrank_kernels.lora_linear, (t["x"], None, None, t["a"], t["b"], t["q_a"], t["q_b"], 0.5, None, 1.0, None)
+    )
     grad, hidden = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
     x, weight, _, a, b = (leaf.detach() for leaf in leaves)
     for needs in ([True] * 5, [False, False, False, True, True], [True, False, False, False, False]):
-        args = (grad, x, weight, a, b, t["q_a"], t["q_b"], hidden, 0.5, mask, 0.5, needs)
+        args = (grad, x, weight, a, b, t["q_a"], t["q_b"], hidden, 0.5, mask, 0.5, [*needs, False], None)
         torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear_backward, args)
 
 

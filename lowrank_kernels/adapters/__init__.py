@@ -4,15 +4,19 @@ from .adapt import adapt
 from .io import adapter_state_dict, export_peft, load_adapter, load_adapter_state_dict, save_adapter
 from .layer import LowRankLinear
 from .merge import delta_weights, merge, unmerge
+from .starts import InitReport, initialize, lora_sb_init
 
 __all__ = [
+    "InitReport",
     "LowRankLinear",
     "adapt",
     "adapter_state_dict",
     "delta_weights",
     "export_peft",
+    "initialize",
     "load_adapter",
     "load_adapter_state_dict",
+    "lora_sb_init",
     "merge",
     "save_adapter",
     "unmerge",

@@ -15,12 +15,11 @@ from torch import nn
 from ..ops._library import FLOATING
 from ..pairs import pairs
 from ._model import check_model, clean_name, parallel_wrapper, replace_modules
-from .layer import LowRankLinear
+from .layer import METHODS, LowRankLinear
 
 ALL_LINEAR = "all-linear"
 #: Top-level names of classification heads in ``transformers``: a head starts at random and wants full training, not an adapter.
 _HEAD_NAMES = ("classifier", "score")
-_METHODS = ("lora", "sds")
 _RANK_SCALINGS = ("lora", "rslora")
 
 
@@ -37,15 +36,17 @@ def adapt(
 ) -> nn.Module:
     """Adapt the linear layers of ``model`` in place, freeze everything else, and return the model.
 
-    ``W = W0 + ΔW`` with ``ΔW = s·B A`` (LoRA), which starts at zero; the base weights are not touched, not copied, and
-    tied weights stay tied. Call it before the optimizer is made and before the model is wrapped for data parallelism.
+    ``W = W0 + ΔW`` with ``ΔW = s·B A`` (LoRA) or ``s·B R A`` (LoRA-XS), which starts at zero; the base weights are not touched, not
+    copied, and tied weights stay tied. Call it before the optimizer is made and before the model is wrapped for data parallelism.
 
     Args:
         model: any module whose targets are ``nn.Linear`` (quantized subclasses included).
         method: "lora"; or "sds", which adds the constant bases that ``SDSLoRA`` and ``ODLoRA`` need for
-            ``ΔW = s(Q_B A + B Q_Aᵀ)``. Until such an optimizer switches, both compute the same.
+            ``ΔW = s(Q_B A + B Q_Aᵀ)``. Until such an optimizer switches, both compute the same. "xs": ``ΔW = s·B R A`` of which only
+            R (r × r) trains, by ``LoRASB`` or ``AdamW``; :func:`~lowrank_kernels.lora_sb_init` or
+            :func:`~lowrank_kernels.initialize` must choose B and A first, which are zero until then.
         rank: r.
-        alpha: α. None means 8 for "lora" (PEFT's default) and 4 for "sds" (its paper's).
+        alpha: α. None means 8 for "lora" (PEFT's default) and 4 for "sds" (its paper's); for "xs" it means s = 1.
         rank_scaling: "lora", s = α/r; or "rslora", s = α/√r. None means "lora" for "lora" and "rslora" for "sds" (its paper's).
         target_modules: which layers. A list of names: layers that have one as their full name or as its last components
             (``"query"``, ``"attention.self.query"``). A string: a regular expression that the full name must match entirely. (Both are
@@ -54,7 +55,9 @@ def adapt(
         dropout: probability of dropping an entry of the adapters' input, in training mode.
         modules_to_save: modules to train in full, beside the adapters, a new classification head say; named like targets.
             They are never adapted, even when ``target_modules`` matches them.
-        dtype: of the factors; None means the base weight's, but fp32 for bf16, fp16 and quantized weights.
+        dtype: of the factors; None means the base weight's, but fp32 for bf16, fp16 and quantized weights. For "xs", whose factors
+            are constants, the dtype that the model computes in (what autocast casts to, if that is on): ``LoRASB`` corrects for the
+            rounding of the factors as they are stored. None is the base weight's dtype then; R itself is fp32 at least.
 
     Raises:
         TypeError, ValueError: an argument does not fit, nothing matches, something matched is not a ``nn.Linear``, a rank is
@@ -110,8 +113,8 @@ def check_unadapted(function: str, model: nn.Module) -> None:
 
 def check_settings(method: str, rank: int, dropout: float, dtype: torch.dtype | None) -> None:
     """Refuse adapter settings of a wrong type or out of range."""
-    if method not in _METHODS:
-        raise ValueError(f"adapt: method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"adapt: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if not isinstance(rank, Integral) or isinstance(rank, bool):
         raise TypeError(f"adapt: rank must be an integer, got {rank!r}")
     if rank < 1:
@@ -125,6 +128,7 @@ def check_settings(method: str, rank: int, dropout: float, dtype: torch.dtype | 
 
 
 def _scale(method: str, rank: int, alpha: float | None, rank_scaling: str | None) -> float:
+    scale_is_one = method == "xs" and alpha is None
     if alpha is None:
         alpha = 4.0 if method == "sds" else 8.0
     if rank_scaling is None:
@@ -135,7 +139,7 @@ def _scale(method: str, rank: int, alpha: float | None, rank_scaling: str | None
         raise ValueError(f"adapt: alpha must be positive and finite, got {alpha}")
     if rank_scaling not in _RANK_SCALINGS:
         raise ValueError(f"adapt: rank_scaling must be 'lora' (s = α/r) or 'rslora' (s = α/√r), got {rank_scaling!r}")
-    return float(alpha) / (rank if rank_scaling == "lora" else math.sqrt(rank))
+    return 1.0 if scale_is_one else float(alpha) / (rank if rank_scaling == "lora" else math.sqrt(rank))
 
 
 def _ends_with(name: str, suffixes: Iterable[str]) -> bool:

@@ -24,6 +24,7 @@ from ..ops import grouped_svd_product
 from ._model import adapted_layers, check_model, clean_name
 from .adapt import check_settings, check_unadapted, install
 from .layer import LowRankLinear
+from .starts import check_changeable
 
 FORMAT_VERSION = 1
 #: The one metadata key of our files; its value is JSON.
@@ -45,6 +46,11 @@ class LayerSettings:
     scale: float
     method: str
     dropout: float
+
+
+#: Factors that were subtracted from a base weight, with its settings: what a start consists of.
+START = ("start_A", "start_B")
+Starts = dict[str, tuple[Tensor, Tensor]]
 
 
 def _factor_tensors(layer: LowRankLinear) -> dict[str, Tensor]:
@@ -92,8 +98,9 @@ def _join(name: str, key: str) -> str:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What fine-tuning has made, and nothing of the base model: every adapter's factors (with its constant bases Q and
-    the decoupled flag), and the trainable parameters outside the adapters (``modules_to_save``) with their modules' buffers.
+    """What fine-tuning has made, and nothing of the base model: every adapter's factors (with its constant bases Q and the decoupled flag,
+    or with the factors that a start subtracted from W0), and the trainable parameters outside the adapters (``modules_to_save``) with
+    their modules' buffers.
 
     Names are those of the model before it was adapted and wrapped (by ``torch.compile``, DDP, checkpointing). Tensors are
     detached, not copied.
@@ -130,17 +137,50 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], stric
     """
     root = check_model("load_adapter_state_dict", model)
     layers = _require_adapters("load_adapter_state_dict", root)
+    _check_state("load_adapter_state_dict", state)
+    state, starts = _split_starts("load_adapter_state_dict", root, layers, state)
     incompatible, copies = _plan("load_adapter_state_dict", root, state, strict)
-    _copy(layers, copies)
+    _copy(layers, copies, starts)
     return incompatible
+
+
+def _check_state(function: str, state: object) -> None:
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise TypeError(f"{function}: state must map names to tensors, as adapter_state_dict returns it")
+
+
+def _split_starts(
+    function: str, root: nn.Module, layers: Mapping[str, LowRankLinear], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Starts]:
+    """``state`` without what these layers need not be given, and the starts that they must be given first.
+
+    A layer that was started already must have been started by the same factors: its base weight fits no others.
+    """
+    rest, starts = dict(state), {}
+    for name, layer in layers.items():
+        own = [x for x in (layer.start_A, layer.start_B) if x is not None]
+        a, b = (rest.get(_join(name, key)) for key in START)
+        if not own and a is not None and b is not None:
+            if (a.shape, b.shape) != (layer.lora_A.shape, layer.lora_B.shape) or layer.method != "lora":
+                raise ValueError(f"{function}: {name!r} cannot be started by factors of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+            starts[name] = (rest.pop(_join(name, START[0])), rest.pop(_join(name, START[1])))
+        elif (
+            own
+            and _join(name, "lora_A") in rest
+            and not all(x is not None and torch.equal(x.cpu(), mine.cpu()) for x, mine in zip((a, b), own, strict=True))
+        ):
+            raise ValueError(
+                f"{function}: {name!r} was started by other factors, and its base weight has been changed by them; "
+                "load the adapter over the original base model"
+            )
+    check_changeable(function, root, {name: layers[name] for name in starts})
+    return rest, starts
 
 
 def _plan(
     function: str, root: nn.Module, state: Mapping[str, Tensor], strict: bool
 ) -> tuple[IncompatibleKeys, list[tuple[Tensor, Tensor]]]:
     """Check ``state`` against the model; return what does not fit together and the pairs (of the model, of the file) to copy."""
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise TypeError(f"{function}: state must map names to tensors, as adapter_state_dict returns it")
     expected = _live_tensors(root)
     layers = adapted_layers(root)
     known = {_bare_name(name, layers): t for name, t in (*root.named_parameters(), *root.named_buffers())} | expected
@@ -172,7 +212,9 @@ def _some(names: list[str]) -> str:
 
 
 @torch.no_grad()
-def _copy(layers: Mapping[str, LowRankLinear], copies: list[tuple[Tensor, Tensor]]) -> None:
+def _copy(layers: Mapping[str, LowRankLinear], copies: list[tuple[Tensor, Tensor]], starts: Starts) -> None:
+    for name, (a, b) in starts.items():
+        layers[name].start_from(a, b)
     for target, source in copies:
         target.copy_(source)
     for layer in layers.values():
@@ -263,7 +305,7 @@ def _check_layer(name: str, layer: LayerSettings, state: Mapping[str, Tensor]) -
     check_settings(layer.method, layer.rank, layer.dropout, None)
     if not isinstance(layer.scale, float) or not math.isfinite(layer.scale):
         raise ValueError(f"{name} has the scale {layer.scale!r}")
-    kinds = ("lora_A", "lora_B") + (("q_a", "q_b", "is_decoupled") if layer.method == "sds" else ())
+    kinds = ("lora_A", "lora_B", *{"sds": ("q_a", "q_b", "is_decoupled"), "xs": ("lora_R",)}.get(layer.method, ()))
     for kind in kinds:
         if f"{name}.{kind}" not in state:
             raise ValueError(f"the tensor {name}.{kind} is missing")
@@ -279,7 +321,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
 
     A model without adapters is adapted as the file says (in place, as :func:`~lowrank_kernels.adapt` does, with the file's other
     trained parameters set trainable); an adapted one must have the file's layers, methods, ranks and scales. Outputs
-    afterwards are those of the saved model, bit for bit.
+    afterwards are those of the saved model, bit for bit. Where PiSSA or LoRA-GA started the saved model, the base weights are changed
+    again as they were then; so the model must have the original ones, or have been started by the same factors.
 
     Args:
         model: the base model, adapted or not.
@@ -295,7 +338,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     layers = adapted_layers(root)
     if layers:
         _check_same_settings(settings, layers, strict)
-        _copy(layers, _plan("load_adapter", root, state, strict)[1])
+        state, starts = _split_starts("load_adapter", root, layers, state)
+        _copy(layers, _plan("load_adapter", root, state, strict)[1], starts)
         return model
     check_unadapted("load_adapter", model)
     modules = {clean_name(name): module for name, module in root.named_modules()}
@@ -313,6 +357,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
             )
         new[name] = LowRankLinear(module, layer.rank, layer.scale, method=layer.method, dropout=layer.dropout, dtype=a.dtype)
         new[name].train(module.training)
+    state, starts = _split_starts("load_adapter", root, new, state)
     # The rest of the file is checked against the bare model (the names do not depend on the adapters), so that nothing
     # is changed before everything fits.
     factors = {_join(name, key): tensor for name, layer in new.items() for key, tensor in _factor_tensors(layer).items()}
@@ -331,7 +376,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     if unknown and strict:
         raise ValueError(f"load_adapter: the file has tensors that the model does not: {_some(unknown)}; pass strict=False to skip them")
     install(root, {id(modules[name]): layer for name, layer in new.items()}, [parameters[name] for name in others if name in parameters])
-    _copy(new, copies + [(target, state[name]) for name, target in factors.items()])
+    _copy(new, copies + [(target, state[name]) for name, target in factors.items()], starts)
     return model
 
 
@@ -361,9 +406,11 @@ def export_peft(
     ``peft.PeftModel.from_pretrained(base_model, folder)`` loads.
 
     A decoupled layer is the LoRA of rank 2r ``lora_A = [A; Q_Aᵀ]``, ``lora_B = [Q_B B]`` with ``lora_alpha = 2·r·s``, exactly (METHODS §1);
-    a plain one stays as it is. ``rank`` asks for at most that rank: a larger layer is replaced by its best approximation, the
-    truncated SVD of ΔW taken through the thin factors. Straight after a refresh of the bases a decoupled layer has
-    rank r, and its rank-r export is exact to rounding.
+    a plain one stays as it is; ``s·B R A`` becomes the plain ``s·(B R) A``, multiplied out in fp32 at least. One that PiSSA or LoRA-GA
+    started becomes the LoRA of rank 2r ``[A; A₀]``, ``[B −B₀]`` over the original W0, exactly: PEFT loads it over the base model as it is
+    published.
+    ``rank`` asks for at most that rank: a larger layer is replaced by its best approximation, the truncated SVD of ΔW through the thin
+    factors. Straight after a refresh of the bases a decoupled layer has rank r, and its rank-r export is exact to rounding.
 
     Args:
         model: adapted by :func:`~lowrank_kernels.adapt`; not changed.
@@ -417,6 +464,11 @@ def _peft_factors(layers: Mapping[str, LowRankLinear], rank: int | None) -> tupl
         a, b = layer.lora_A.detach(), layer.lora_B.detach()
         if layer.decoupled:
             a, b = torch.cat([a, layer.q_a]), torch.cat([layer.q_b, b], dim=1)
+        elif layer.method == "xs":
+            core = layer.lora_R.detach()
+            a, b = a.to(core.dtype), b.to(core.dtype) @ core
+        elif layer.start_A is not None and layer.start_B is not None:
+            a, b = torch.cat([a, layer.start_A]), torch.cat([b, -layer.start_B], dim=1)
         factors[name] = (a, b)
     errors = dict.fromkeys(layers, 0.0)
     groups: dict[tuple[int, torch.dtype, torch.device], list[str]] = {}

@@ -1,4 +1,4 @@
-"""``LowRankLinear``: a frozen ``nn.Linear`` with a plain or decoupled low-rank adapter."""
+"""``LowRankLinear``: a frozen ``nn.Linear`` with a low-rank adapter: plain, decoupled, or with constant factors around a trained core."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from ..ops import lora_linear
 from ..pairs import register_layer
+
+#: plain LoRA; decoupled (SDS-LoRA, OD-LoRA); constant factors around a trained core (LoRA-XS, LoRA-SB).
+METHODS = ("lora", "sds", "xs")
 
 
 def holds_matrix(base: nn.Linear) -> bool:
@@ -39,28 +42,40 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 
 class LowRankLinear(nn.Module):
-    """``y = base(x) + x̃ ΔWᵀ`` with ``ΔW = s·B A`` (LoRA) or ``ΔW = s(Q_B A + B Q_Aᵀ)`` (SDS-LoRA Eq. 5, after its warm-up).
+    """``y = base(x) + x̃ ΔWᵀ`` with ``ΔW = s·B A`` (LoRA), ``s(Q_B A + B Q_Aᵀ)`` (SDS-LoRA Eq. 5,
+    after its warm-up) or ``s·B R A`` (LoRA-XS).
 
     Parameters and buffers (the base layer's are frozen and stay its own):
         ``lora_A`` (r, d_in), ``lora_B`` (d_out, r): the trainable factors; A starts Kaiming-uniform, B at zero.
         ``q_a`` = Q_Aᵀ (r, d_in), ``q_b`` = Q_B (d_out, r), ``is_decoupled``: only with ``method="sds"``. They are part of the
         ``state_dict``; an optimizer (``SDSLoRA``, ``ODLoRA``) writes them.
+        ``lora_R`` (r, r): only with ``method="xs"``, and the only parameter then, fp32 at least; ``lora_A`` and ``lora_B`` are buffers. All
+        three are zero until ``lora_sb_init`` or ``initialize`` gives them values.
+        ``start_A``, ``start_B``: None; or, after :meth:`start_from` (PiSSA, LoRA-GA), copies of the factors as they were then. The base
+        weight holds ``W0 − s·B₀A₀`` from then on, and they are what tells it from W0.
 
     Args:
         base_layer: the layer to adapt; kept as it is. One that is not a plain ``nn.Linear`` (quantized, with hooks, …) is
             called as a module, and the adapter's part is added to what it returns.
         rank: r, at most ``min(d_in, d_out)``.
         scale: s.
-        method: "lora" or "sds".
+        method: "lora", "sds" or "xs".
         dropout: probability of dropping an entry of the adapter's input.
-        dtype: of the factors; None means the base weight's, but fp32 for bf16, fp16 and quantized weights.
+        dtype: of the factors; None means the base weight's, but fp32 for bf16, fp16 and quantized weights. Constant factors
+            ("xs") need no precision to be trained in: None is the base weight's dtype for them, and fp32 for quantized weights.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_R: nn.Parameter
+    start_A: Tensor | None
+    start_B: Tensor | None
     q_a: Tensor
     q_b: Tensor
     is_decoupled: Tensor
+    #: Set by optimizers that need the full gradient: called in the backward pass with the adapter's input (tokens, d_in), the gradient of
+    #: the layer's output (tokens, d_out), and whether this begins a new accumulation (``lora_B.grad is None``).
+    capture: Callable[[Tensor, Tensor, bool], None] | None = None
 
     def __init__(
         self,
@@ -73,8 +88,8 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if method not in ("lora", "sds"):
-            raise ValueError(f"LowRankLinear: method must be 'lora' or 'sds', got {method!r}")
+        if method not in METHODS:
+            raise ValueError(f"LowRankLinear: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
         d_in, d_out = base_layer.in_features, base_layer.out_features
         if not 1 <= rank <= min(d_in, d_out):
             raise ValueError(f"LowRankLinear: rank must be between 1 and {min(d_in, d_out)} for a {d_out} × {d_in} layer, got {rank}")
@@ -83,30 +98,68 @@ class LowRankLinear(nn.Module):
         weight = base_layer.weight
         if dtype is None:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            if method == "xs" and holds_matrix(base_layer):
+                dtype = weight.dtype
         self.base_layer = base_layer
         self.in_features, self.out_features = d_in, d_out
         self.rank, self.scale, self.method, self.dropout = rank, float(scale), method, float(dropout)
-        self.lora_A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.empty(d_out, rank, dtype=dtype, device=weight.device))
+        a, b = (torch.empty(shape, dtype=dtype, device=weight.device) for shape in ((rank, d_in), (d_out, rank)))
+        if method == "xs":
+            self.register_buffer("lora_A", a)
+            self.register_buffer("lora_B", b)
+            core_dtype = torch.promote_types(dtype, torch.float32)
+            self.lora_R = nn.Parameter(torch.empty(rank, rank, dtype=core_dtype, device=weight.device))
+        else:
+            self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
         if method == "sds":
             self.register_buffer("q_a", torch.zeros(rank, d_in, dtype=dtype, device=weight.device))
             self.register_buffer("q_b", torch.zeros(d_out, rank, dtype=dtype, device=weight.device))
             self.register_buffer("is_decoupled", torch.zeros((), dtype=torch.uint8, device=weight.device))
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
         self._decoupled = False
         self._merged = False
         self._merged_weight: Tensor | None = None
         self._merged_state: object = None
+        self._capture: Callable[[Tensor, Tensor], Tensor] | None = None
         self.reset_parameters()
         register_layer(self)
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform (as ``nn.Linear``), B zero, not decoupled: ΔW = 0."""
+        """A Kaiming-uniform (as ``nn.Linear``), B zero, not decoupled; with a core, everything zero; or the factors' start: ΔW = 0."""
+        if self.start_A is not None and self.start_B is not None:
+            with torch.no_grad():
+                self.lora_A.copy_(self.start_A)
+                self.lora_B.copy_(self.start_B)
+            return
+        if self.method == "xs":
+            for tensor in (self.lora_A, self.lora_B, self.lora_R):
+                nn.init.zeros_(tensor)
+            return
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.method == "sds":
             self.q_a.zero_()
             self.q_b.zero_()
             self.decoupled = False
+
+    @torch.no_grad()
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Set the factors to ``A₀`` (r, d_in) and ``B₀`` (d_out, r) and leave the output as it is: ``W0 ← W0 − s·B₀A₀``, in place.
+
+        The product of the factors as they are stored is subtracted in fp32 at least and rounded once to the weight's dtype, so that the
+        same factors give the same weight again when an adapter is loaded over W0.
+
+        Raises:
+            ValueError: not a plain LoRA over a floating-point matrix, or one that was started before.
+        """
+        if self.method != "lora" or not holds_matrix(self.base_layer) or self.start_A is not None:
+            raise ValueError("LowRankLinear: start_from needs plain LoRA over a floating-point weight that no start has changed yet")
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        weight, delta = self.base_layer.weight, self._delta_weight()
+        weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) - delta)
 
     @property
     def decoupled(self) -> bool:
@@ -116,7 +169,7 @@ class LowRankLinear(nn.Module):
     @decoupled.setter
     def decoupled(self, value: bool) -> None:
         if value and self.method != "sds":
-            raise ValueError("LowRankLinear: a layer adapted with method='lora' cannot be decoupled; use method='sds'")
+            raise ValueError(f"LowRankLinear: a layer adapted with method={self.method!r} cannot be decoupled; use method='sds'")
         if self.method == "sds":
             self.is_decoupled.fill_(value)
         self._decoupled = bool(value)
@@ -157,16 +210,23 @@ class LowRankLinear(nn.Module):
         return self.base_layer.bias
 
     def _delta_weight(self) -> Tensor:
+        """What the factors add to the base layer's weight as it is now."""
         dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
         if self._decoupled:
             return self.scale * (self.q_b.to(dtype) @ a + b @ self.q_a.to(dtype))
+        if self.method == "xs":
+            a = self.lora_R.to(dtype) @ a
         return self.scale * (b @ a)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """ΔW (d_out, d_in), computed and returned in fp32 (fp64 for fp64 factors), without gradient."""
-        return self._delta_weight()
+        """ΔW (d_out, d_in), computed and returned in fp32 (fp64 for fp64 factors), without gradient; ``s(B A − B₀A₀)`` after a start."""
+        if self.start_A is None or self.start_B is None:
+            return self._delta_weight()
+        dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        a, b = torch.cat([self.lora_A, self.start_A]).to(dtype), torch.cat([self.lora_B, -self.start_B], dim=1).to(dtype)
+        return self.scale * (b @ a)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -181,6 +241,8 @@ class LowRankLinear(nn.Module):
         tensors = [self.base_layer.weight, self.lora_A, self.lora_B]
         if self._decoupled:
             tensors += [self.q_a, self.q_b]
+        if self.method == "xs":
+            tensors.append(self.lora_R)
         state = (self.scale, *map(_state, tensors))
         if self._merged_weight is None or self._merged_state != state:
             self._merged_weight, self._merged_state = self.merged_weight(), state
@@ -188,24 +250,37 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
+        if self._capture is not None:
+            return self._capture(x, base(x))
+        core = self.lora_R if self.method == "xs" else None
         if self._merged and not self.training:
-            learning = torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad)
+            trained = (self.lora_A, self.lora_B) if core is None else (core,)
+            learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
             if not learning:
                 return nn.functional.linear(x, self._cached_weight(), base.bias)
         q_a, q_b = (self.q_a, self.q_b) if self._decoupled else (None, None)
         adapter = (self.lora_A, self.lora_B, self.scale)
+        options: dict[str, Any] = {"q_a": q_a, "q_b": q_b, "core": core, "dropout": self.dropout, "training": self.training}
+        if self.capture is not None:
+            options["capture"] = self._pass_on
         if is_plain(base):
-            return lora_linear(x, base.weight, base.bias, *adapter, q_a=q_a, q_b=q_b, dropout=self.dropout, training=self.training)
+            return lora_linear(x, base.weight, base.bias, *adapter, **options)
         y = base(x)
-        delta = lora_linear(x, None, None, *adapter, q_a=q_a, q_b=q_b, dropout=self.dropout, training=self.training)
+        delta = lora_linear(x, None, None, *adapter, **options)
         return y + delta.to(y.dtype)
+
+    def _pass_on(self, x: Tensor, grad: Tensor) -> None:
+        if self.capture is not None:
+            self.capture(x, grad, self.lora_B.grad is None)
 
     def extra_repr(self) -> str:
         state = f"decoupled={self._decoupled}, merged={self._merged}"
         return f"rank={self.rank}, scale={self.scale:g}, method={self.method!r}, dropout={self.dropout}, {state}"
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.start_A is None and f"{prefix}start_A" in state_dict:  # the base weight beside it has been changed
+            self.start_A, self.start_B = torch.empty_like(self.lora_A), torch.empty_like(self.lora_B)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.method == "sds" and not self.is_decoupled.is_meta:
             self._decoupled = bool(self.is_decoupled.item())
 
@@ -216,7 +291,7 @@ class LowRankLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A merged layer is saved with its factors and the flag; the sum of the weights is computed anew.
-        return self.__dict__ | {"_merged_weight": None, "_merged_state": None}
+        return self.__dict__ | {"_merged_weight": None, "_merged_state": None, "_capture": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # deepcopy and unpickling come through here and not through __init__.

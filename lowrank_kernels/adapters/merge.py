@@ -78,7 +78,8 @@ def delta_weights(model: nn.Module) -> dict[str, Tensor]:
     """ΔW of every adapted layer, ``{name: (d_out, d_in)}``, in fp32 at least, without gradient.
 
     Names are those of the model before it was adapted, for our adapters as for PEFT's, so that ``name + ".weight"`` is
-    the weight that ΔW is added to. A layer with several active adapters gets their sum, one with none a zero.
+    the weight that ΔW is added to (before :func:`~lowrank_kernels.initialize` changed it, if it did). A layer with several active
+    adapters gets their sum, one with none a zero.
 
     Raises:
         ValueError: the model has no adapters, or one whose update is not ``s·B A`` (PEFT's DoRA, say).

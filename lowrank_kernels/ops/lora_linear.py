@@ -1,14 +1,15 @@
-"""``lora_linear``: a frozen linear layer with a low-rank adapter, plain or decoupled, forward and backward."""
+"""``lora_linear``: a frozen linear layer with a low-rank adapter, plain, decoupled or with an r×r core, forward and backward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import FLOATING, LIBRARY, NAMESPACE, define, is_plain_eager, no_backward
+from ._library import FLOATING, LIBRARY, NAMESPACE, accumulation_dtype, define, is_plain_eager, no_backward
 
 
 def lora_linear(
@@ -21,13 +22,15 @@ def lora_linear(
     *,
     q_a: Tensor | None = None,
     q_b: Tensor | None = None,
+    core: Tensor | None = None,
     dropout: float = 0.0,
     training: bool = True,
+    capture: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """``y = x W0ᵀ + bias + x̃ ΔWᵀ`` with ``ΔW = s B A``, or decoupled ``ΔW = s (Q_B A + B Q_Aᵀ)`` (SDS-LoRA Eq. 5).
+    """``y = x W0ᵀ + bias + x̃ ΔWᵀ`` with ``ΔW = s B A``, decoupled ``s (Q_B A + B Q_Aᵀ)`` (SDS-LoRA Eq. 5), or ``s B R A`` (LoRA-XS).
 
     The decoupled layer is the rank-2r LoRA ``s [Q_B B] [A; Q_Aᵀ]`` with half of each factor frozen: Q_A and Q_B are
-    constants of the backward pass, ``∂A = s Q_Bᵀ G`` and ``∂B = s G Q_A`` (Eq. 6).
+    constants of the backward pass, ``∂A = s Q_Bᵀ G`` and ``∂B = s G Q_A`` (Eq. 6). With a core, ``∂R = s Bᵀ G Aᵀ`` (LoRA-SB Lemma 1).
 
     Args:
         x: (..., d_in); any number of leading dimensions.
@@ -38,19 +41,24 @@ def lora_linear(
         scale: s.
         q_a: Q_Aᵀ, (r, d_in) with orthonormal rows; with ``q_b`` makes the layer decoupled.
         q_b: Q_B, (d_out, r) with orthonormal columns.
+        core: R, (r, r); not together with q_a and q_b. It, the activations of width r on both sides of it and its gradient stay
+            in fp32 at least, whatever the dtype of x: the correction of LoRA-SB's Theorem 2 gains nothing on a rounded gradient.
         dropout: probability with which an entry of the adapter's input x̃ is dropped (the base sees x whole); the mask
             is drawn from torch's generator of the device, so checkpointing with ``preserve_rng_state`` repeats it.
         training: False switches dropout off.
+        capture: called in the backward pass, once for this forward call (recomputed or not), with what the full gradient
+            ``∂L/∂ΔW = Sᵀx̃`` is made of: x̃ (tokens, d_in) and S = ∂L/∂y (tokens, d_out). Not called where A wants no gradient.
+            It is a graph break for ``torch.compile``.
 
     Factors of another dtype than x are cast to it; their gradients come back in their own. Under ``torch.autocast``
     everything is cast as ``F.linear`` would cast it.
     No GEMM is done for a gradient that nobody asked for.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, or only one of q_a and q_b is given.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, only one of q_a and q_b is given, or a core with them.
     """
-    if not (_fits(x, weight, bias, a, b, q_a, q_b) and 0.0 <= dropout < 1.0):
-        _check(x, weight, bias, a, b, q_a, q_b, dropout)
+    if not (_fits(x, weight, bias, a, b, q_a, q_b, core) and 0.0 <= dropout < 1.0):
+        _check(x, weight, bias, a, b, q_a, q_b, core, dropout)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -58,23 +66,44 @@ def lora_linear(
     a, b = a.to(x.dtype), b.to(x.dtype)
     if q_a is not None and q_b is not None:
         q_a, q_b = q_a.detach().to(x.dtype), q_b.detach().to(x.dtype)
+    if core is not None:
+        core = core.to(accumulation_dtype(x.dtype))
     tokens = x.reshape(-1, x.shape[-1])
     mask = None
     if training and dropout > 0.0:
         mask = torch.empty(tokens.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout)
     keep = 1.0 - dropout if mask is not None else 1.0
-    call = _eager if is_plain_eager(tokens, weight, bias, a, b, q_a, q_b) else torch.ops.lowrank_kernels.lora_linear
-    y, _ = call(tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep)
+    arguments = (tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep, core)
+    if capture is not None and torch.is_grad_enabled():
+        y, _ = _captured(*arguments, capture)
+    elif is_plain_eager(tokens, weight, bias, a, b, q_a, q_b, core):
+        y, _ = _eager(*arguments)
+    else:
+        y, _ = torch.ops.lowrank_kernels.lora_linear(*arguments)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _eager(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in args[:5]):
-        return _LoraLinear.apply(*args)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*args[:5], args[10])):
+        return _LoraLinear.apply(*args, None)
     return _forward(*args)
 
 
-def _fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, q_a: Tensor | None, q_b: Tensor | None) -> bool:
+@torch.compiler.disable
+def _captured(*args: Any) -> tuple[Tensor, Tensor]:
+    return _LoraLinear.apply(*args)
+
+
+def _fits(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    core: Tensor | None,
+) -> bool:
     """The quick form of :func:`_check`, for every call: True for ordinary arguments, False for what deserves a closer look."""
     if x.ndim == 0 or a.ndim != 2 or b.ndim != 2 or (q_a is None) != (q_b is None):
         return False
@@ -89,6 +118,9 @@ def _fits(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: T
         base_fits = weight.shape == (b_shape[0], a_shape[1]) and weight.dtype == dtype and weight.device == device
         if bias is not None:
             base_fits = base_fits and bias.shape == b_shape[:1] and bias.dtype == dtype and bias.device == device
+    if core is not None:
+        fits = q_a is None and core.shape == (a_shape[0], a_shape[0]) and core.device == device and core.dtype in FLOATING
+        base_fits = base_fits and fits
     if q_a is None or q_b is None:
         return base_fits
     q_fit = q_a.shape == a_shape and q_b.shape == b_shape and q_a.device == device and q_b.device == device
@@ -103,9 +135,11 @@ def _check(
     b: Tensor,
     q_a: Tensor | None,
     q_b: Tensor | None,
+    core: Tensor | None,
     dropout: float,
 ) -> None:
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("a", a), ("b", b), ("q_a", q_a), ("q_b", q_b)):
+    given = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b, "q_a": q_a, "q_b": q_b, "core": core}
+    for name, tensor in given.items():
         if tensor is None:
             continue
         if tensor.dtype not in FLOATING:
@@ -117,8 +151,10 @@ def _check(
     d_in, rank, d_out = x.shape[-1], a.shape[0], b.shape[0]
     if (q_a is None) != (q_b is None):
         raise ValueError(f"lora_linear: q_a and q_b come together, got only {'q_a' if q_b is None else 'q_b'}")
+    if core is not None and q_a is not None:
+        raise ValueError("lora_linear: a core and the bases q_a, q_b exclude each other; pass one of them")
     expected = {"a": (a, (rank, d_in)), "b": (b, (d_out, rank)), "weight": (weight, (d_out, d_in)), "bias": (bias, (d_out,))}
-    expected |= {"q_a": (q_a, (rank, d_in)), "q_b": (q_b, (d_out, rank))}
+    expected |= {"q_a": (q_a, (rank, d_in)), "q_b": (q_b, (d_out, rank)), "core": (core, (rank, rank))}
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"lora_linear: {name} must be {shape} (x has d_in={d_in}, a has r={rank}), got {tuple(tensor.shape)}")
@@ -143,8 +179,9 @@ def _forward(
     scale: float,
     mask: Tensor | None,
     keep: float,
+    core: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return run("lora_linear", x.device.type, x, weight, bias, a, b, q_a, q_b, scale, mask, keep)
+    return run("lora_linear", x.device.type, x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core)
 
 
 def _backward(
@@ -160,25 +197,30 @@ def _backward(
     mask: Tensor | None,
     keep: float,
     needs: list[bool],
+    core: Tensor | None = None,
 ) -> list[Tensor]:
-    return run("lora_linear_backward", x.device.type, grad, x, weight, a, b, q_a, q_b, hidden, scale, mask, keep, needs)
+    return run("lora_linear_backward", x.device.type, grad, x, weight, a, b, q_a, q_b, hidden, scale, mask, keep, needs, core)
 
 
-def _forward_fake(x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+def _forward_fake(x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, q_a: Any, q_b: Any, scale: float, mask: Any, keep: float,
+                  core: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape[0], b.shape[0]), (x if core is None else core).new_empty(x.shape[0], a.shape[0])
 
 
 def _backward_fake(grad: Tensor, x: Tensor, weight: Any, a: Tensor, b: Tensor, q_a: Any, q_b: Any, hidden: Any, scale: float,
-                   mask: Any, keep: float, needs: list[bool]) -> list[Tensor]:  # fmt: skip
-    shapes = (x.shape, (b.shape[0], a.shape[1]), (b.shape[0],), a.shape, b.shape)
-    return [x.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+                   mask: Any, keep: float, needs: list[bool], core: Tensor | None = None) -> list[Tensor]:  # fmt: skip
+    # x itself comes without columns where no gradient reads it.
+    shapes = ((grad.shape[0], a.shape[1]), (b.shape[0], a.shape[1]), (b.shape[0],), a.shape, b.shape)
+    grads = [grad.new_empty(shape) for shape, needed in zip(shapes, needs, strict=False) if needed]
+    return [*grads, core.new_empty(core.shape)] if core is not None and any(needs[5:]) else grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, a, b, q_a, q_b, scale, mask, keep = inputs
+    x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core = inputs
     hidden = output[1]
     ctx.mark_non_differentiable(hidden)
     need_x, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
+    need_core = ctx.needs_input_grad[10]
     # Only what some requested gradient reads is kept alive until the backward pass.
     ctx.save_for_backward(
         x if need_a or need_weight else None,
@@ -187,24 +229,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         b,
         q_a,
         q_b,
-        hidden if need_b else None,
+        hidden if need_b or need_core else None,
         mask if need_x or need_a else None,
+        core,
     )
+    ctx.capture = None
     ctx.scale, ctx.keep, ctx.has_bias, ctx.has_weight, ctx.x_shape = scale, keep, bias is not None, weight is not None, x.shape
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, grad_hidden: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing refuses a second look
-    x, weight, a, b, q_a, q_b, hidden, mask = saved
-    needs = list(ctx.needs_input_grad[:5])
+    x, weight, a, b, q_a, q_b, hidden, mask, core = saved
+    needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[10]]
+    if ctx.capture is not None and needs[3]:
+        ctx.capture((x if mask is None else x * mask * (1.0 / ctx.keep)).detach(), grad.detach())
     x = grad.new_empty(ctx.x_shape[0], 0) if x is None else x
     hidden = grad.new_empty(0) if hidden is None else hidden
     # With a graph of the backward pass, or traced, the operation stands in it as a node (one that refuses a second derivative).
     as_node = torch.is_grad_enabled() or not is_plain_eager(grad, *saved)
     backward = torch.ops.lowrank_kernels.lora_linear_backward if as_node else _backward
-    grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs)
+    grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs, core)
     found = iter(grads)
-    return (*(next(found) if needed else None for needed in needs), None, None, None, None, None)
+    *of_inputs, of_core = (next(found) if needed else None for needed in needs)
+    return (*of_inputs, None, None, None, None, None, of_core)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -212,19 +259,22 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*args)
-        _setup_context(ctx, args, output)
+        *inputs, capture = args
+        output = _forward(*inputs)
+        _setup_context(ctx, tuple(inputs), output)
+        ctx.capture = capture
         ctx.set_materialize_grads(False)  # the gradient of the rank-r activation is never read
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_hidden: Tensor | None) -> tuple[Any, ...]:
-        return (None,) * 10 if grad is None else _autograd_backward(ctx, grad, grad_hidden)
+        return (None,) * 12 if grad is None else (*_autograd_backward(ctx, grad, grad_hidden), None)
 
 
 define(
     "lora_linear",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, Tensor? q_a, Tensor? q_b, float scale, Tensor? mask, float keep)"
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, Tensor? q_a, Tensor? q_b, float scale, Tensor? mask, float keep, "
+    "Tensor? core)"
     " -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -232,7 +282,7 @@ define(
 define(
     "lora_linear_backward",
     "(Tensor grad, Tensor x, Tensor? weight, Tensor a, Tensor b, Tensor? q_a, Tensor? q_b, Tensor hidden, float scale, "
-    "Tensor? mask, float keep, bool[] needs) -> Tensor[]",
+    "Tensor? mask, float keep, bool[] needs, Tensor? core) -> Tensor[]",
     _backward,
     _backward_fake,
 )

@@ -1,0 +1,94 @@
+"""PEFT layers that compute with our kernels, and the decoupled layer as a PEFT configuration. Needs ``peft``; imported on demand.
+
+Both go through PEFT's plug point for custom layers (``LoraConfig._register_custom_module``): the model is an ordinary ``PeftModel``, its
+files are ordinary LoRA files, and ``PeftModel.from_pretrained`` reads them without this package.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..ops import lora_linear
+from .layer import is_plain
+
+
+class KernelLinear(PeftLinear):
+    """PEFT's LoRA layer over an ``nn.Linear``; its forward is :func:`~lowrank_kernels.ops.lora_linear`, one differentiable operation.
+
+    What that operation does not express (several active adapters, DoRA and other variants, merged or disabled adapters, a bias of
+    ``lora_B``, per-sample adapter names, a base layer or factors with hooks) is computed by PEFT's own forward.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = self.active_adapters
+        base = self.base_layer
+        if (
+            self.disable_adapters
+            or self.merged
+            or args
+            or kwargs
+            or len(adapters) != 1
+            or adapters[0] not in self.lora_A
+            or adapters[0] in self.lora_variant
+            or self.lora_bias[adapters[0]]
+            or self.lora_A[adapters[0]]._forward_hooks  # OPLoRA watches these modules
+            or self.lora_B[adapters[0]]._forward_hooks
+            or not isinstance(base, nn.Linear)
+            or not is_plain(base)
+        ):
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = adapters
+        a, b = self.lora_A[adapter].get_parameter("weight"), self.lora_B[adapter].get_parameter("weight")
+        dropout = self.lora_dropout[adapter]
+        p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+        return lora_linear(x, base.weight, base.bias, a, b, self.scaling[adapter], dropout=p, training=self.training)
+
+
+def _kernel_linear(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
+    """A :class:`KernelLinear`; None hands the layer on to PEFT's own classes, as for quantized layers."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return KernelLinear(target, adapter_name, **kwargs) if isinstance(base, nn.Linear) and is_plain(base) else None
+
+
+def with_kernels(config: LoraConfig) -> LoraConfig:
+    """Let the layers that ``config`` makes over plain ``nn.Linear`` layers compute with our kernels; returns ``config``.
+
+    ``get_peft_model(model, with_kernels(LoraConfig(r=16)))``; with ``PeftModel.from_pretrained`` pass the configuration as ``config=``.
+    """
+    config._register_custom_module({nn.Linear: _kernel_linear})  # type: ignore[dict-item]
+    return config
+
+
+class DecoupledLoraConfig(LoraConfig):
+    """``LoraConfig`` for ``SDSLoRA`` and ``ODLoRA``: layers of PEFT's rank 2r that hold ``[A; Q_Aᵀ]`` and ``[Q_B B]`` (METHODS §1).
+
+    Saved, it is a plain ``LoraConfig(r=2*rank, lora_alpha=2*rank*s)``, and what is saved beside it a plain LoRA adapter that computes the
+    same without this package: the exact export is the file itself.
+
+    Args:
+        rank: r, the trained rank.
+        alpha: α.
+        rank_scaling: "rslora", s = α/√r (the papers'), or "lora", s = α/r.
+        options: everything else of ``LoraConfig``, except ``r``, ``lora_alpha``, ``use_rslora``, ``use_dora`` and ``init_lora_weights``.
+
+    Raises:
+        TypeError, ValueError: an argument that this configuration decides itself, or a bad rank or rule.
+    """
+
+    def __init__(self, rank: int = 8, alpha: float = 4.0, rank_scaling: str = "rslora", **options: Any) -> None:
+        decided = {"r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"} & set(options)
+        if decided:
+            raise TypeError(f"DecoupledLoraConfig: {', '.join(sorted(decided))} follow from rank, alpha and rank_scaling; leave them out")
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"DecoupledLoraConfig: rank must be a positive integer, got {rank!r}")
+        if rank_scaling not in ("lora", "rslora"):
+            raise ValueError(f"DecoupledLoraConfig: rank_scaling must be 'lora' (s = α/r) or 'rslora' (s = α/√r), got {rank_scaling!r}")
+        scale = alpha / (rank if rank_scaling == "lora" else math.sqrt(rank))
+        super().__init__(r=2 * rank, lora_alpha=2 * rank * scale, **options)  # type: ignore[arg-type]
+        with_kernels(self)

@@ -1,0 +1,566 @@
+"""Where adapters start: at LoRA-SB's first full fine-tuning step (``lora_sb_init``); at singular vectors of W0 or of its gradient
+(``initialize``)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import grouped_svd
+from ._model import adapted_layers, check_model, parallel_wrapper
+from .layer import LowRankLinear, holds_matrix
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+UPDATES = ("adam", "sgd")
+ACCUMULATORS = ("cpu", "device")
+#: The starts of :func:`initialize`, and the adapters that they are for.
+STARTS = {"svd": "xs", "pissa": "lora", "lora-ga": "lora"}
+#: What an adapter's ΔW is, for messages.
+_FORMS = {"xs": "s·B R A", "lora": "s·B A"}
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What a start cost and what it kept.
+
+    Attributes:
+        energy: ``‖X_r‖_F² / ‖X‖_F²`` of every layer: the share that the singular vectors taken hold of the matrix X they were taken from:
+            the update for LoRA-SB, W0 for "svd" and "pissa", the gradient (rank 2r) for "lora-ga".
+        samples: how many samples the gradients were taken from, on all ranks together; 0 where none are needed.
+        seconds: of the whole call; ``svd_seconds`` of it went into the truncated SVDs.
+        accumulator_bytes: the running sums of the gradients, which lived on ``accumulator_device``.
+        peak_memory_bytes: growth during the call of the peak of what the device had allocated (of the process's resident memory on a
+            CPU): 0 if an earlier peak was higher, None where the system does not tell.
+    """
+
+    energy: dict[str, float]
+    samples: int
+    seconds: float
+    svd_seconds: float
+    accumulator_bytes: int
+    accumulator_device: str
+    peak_memory_bytes: int | None
+
+    def __str__(self) -> str:
+        worst = min(self.energy, key=self.energy.__getitem__)
+        return (
+            f"{len(self.energy)} layers from {self.samples} samples in {self.seconds:.1f} s ({self.svd_seconds:.2f} s of SVDs), "
+            f"accumulators {self.accumulator_bytes / 2**20:.1f} MiB on {self.accumulator_device}; "
+            f"least energy {self.energy[worst]:.4f} in {worst}"
+        )
+
+
+def lora_sb_init(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction,
+    *,
+    lr: float,
+    update: str = "adam",
+    samples: int | None = None,
+    accumulate_on: str = "cpu",
+    oversample: int = 8,
+    iterations: int | None = None,
+    training: bool = False,
+    progress: bool = True,
+) -> InitReport:
+    """Start every ``ΔW = s·B R A`` of ``model`` at the best rank-r approximation of full fine-tuning's first step (LoRA-SB, Eq. 1, 2, 7).
+
+    ``ΔW_avg = −lr·sign(Σ ∇L(W0, x))`` (Adam's first step; for "sgd" ``−lr·mean ∇L``), truncated SVD ``U S Vᵀ``, ``B = U``, ``A = Vᵀ``,
+    ``R = diag(S)/s``. Gradients are those of W0: whatever the adapters held before is left out, and overwritten. ΔW is not subtracted from
+    W0; training starts one approximate step ahead. Call it before the optimizer is made.
+
+    One backward pass per batch. No gradient of the model is ever whole: each adapted layer forms ``∂yᵀ x`` when the backward pass comes by,
+    adds it to its sum and drops it. So frozen, quantized (the gradient is that of the dequantized weight) and tied weights (each use has
+    its own) need nothing special. Weights, ``requires_grad``, ``.grad``, training mode and torch's random state are afterwards what they
+    were, also when something fails half-way; then the adapters too.
+
+    Under ``torch.distributed`` every rank calls it with its own batches; sums are added over the ranks, and rank 0's factors are
+    everybody's. The model inside a DDP wrapper is called, not the wrapper.
+
+    Args:
+        model: adapted with ``method="xs"``.
+        batches: about a thousandth to a hundredth of the training data (the paper: 1/1000).
+        loss_fn: ``loss_fn(model, batch)`` → the scalar loss, a mean over the batch's samples.
+        lr: η, the learning rate that full fine-tuning would have; it sets the size of the start only.
+        update: "adam" or "sgd", whose first step is approximated.
+        samples: stop after the batch that completes so many samples (on this rank); None takes all batches. A batch counts as many as its
+            first tensor has rows, and weighs as many.
+        accumulate_on: where the sums of the gradients live, fp32 (fp64 for an fp64 model) and as large as the adapted weights: "cpu"; or
+            "device", faster for models that leave the room.
+        oversample, iterations: of :func:`lowrank_kernels.ops.grouped_svd`. The defaults keep 0.995 of the exact SVD's energy.
+        training: take the gradients in training mode, as transformers' gradient checkpointing needs; False: without dropout. Running
+            statistics of batch norms are as before in either case.
+        progress: show a bar if ``tqdm`` is installed.
+
+    Raises:
+        TypeError, ValueError: no adapters of method "xs", sharded weights, no batch, a loss that is not a finite scalar or depends on no
+            adapted layer, a layer that no gradient or a gradient that is not finite reached (named). Nothing was changed then.
+    """
+    root = check_model("lora_sb_init", model)
+    layers = _layers_of("lora_sb_init", model, "xs")
+    _check_positive("lora_sb_init", "lr", lr)
+    if update not in UPDATES:
+        raise ValueError(f"lora_sb_init: update must be one of {', '.join(map(repr, UPDATES))}, got {update!r}")
+    watch = _Watch(next(iter(layers.values())).lora_A.device)
+    gradients = _Gradients("lora_sb_init", layers, accumulate_on, samples)
+    gradients.sum_over(root, batches, loss_fn, training, progress)
+
+    def first_step(name: str) -> Tensor:
+        total = gradients.take(name)
+        return total.sign_().mul_(-lr) if update == "adam" else total.mul_(-lr / gradients.seen)
+
+    started = watch.seconds()
+    factors, energy = _truncate("lora_sb_init", layers, first_step, oversample, iterations)
+    for name, (u, s, v) in factors.items():
+        _write(layers[name], u, v, torch.diag(s / layers[name].scale))
+    return _report(energy, watch, started, gradients)
+
+
+def initialize(
+    model: nn.Module,
+    start: str = "svd",
+    *,
+    batches: Iterable[Any] | None = None,
+    loss_fn: LossFunction | None = None,
+    samples: int | None = None,
+    accumulate_on: str = "cpu",
+    gamma: float = 16.0,
+    oversample: int = 8,
+    iterations: int | None = None,
+    training: bool = False,
+    progress: bool = True,
+) -> InitReport:
+    """Start every adapter of ``model`` at singular vectors of its weight ``W0 = U S Vᵀ``, or of its gradient. The output stays as it is.
+
+    * "svd", for ``ΔW = s·B R A``: LoRA-XS's own start (Bałazy et al. 2024), ``B = U_r diag(S_r)``, ``A = V_rᵀ``. R, which there is Gaussian
+      with a standard deviation of 1e-5, is zero: ΔW = 0, its gradient is not, and nothing depends on a seed. Quantized weights are read
+      through their layer, column by column of the identity.
+    * "pissa", for ``ΔW = s·B A``: ``B₀ = U_r diag(S_r/s)^½``, ``A₀ = diag(S_r/s)^½ V_rᵀ`` (Meng et al. 2024, Eq. 2 and 3).
+    * "lora-ga", for ``ΔW = s·B A``: of the gradient ``∇L(W0) = U S Vᵀ`` over ``batches``, ``A₀ = c V_{1…r}ᵀ``, ``B₀ = c U_{r+1…2r}`` with
+      ``c = d_out^¼/√γ`` (Wang et al. 2024, Algorithm 1; meant for ``rank_scaling="rslora"``). The gradients are taken as in
+      :func:`lora_sb_init`, whose arguments of the same names these are.
+
+    The last two start at a product that is not zero, so **they change the base weights**, in place: ``W0 ← W0 − s·B₀A₀``, as PEFT does.
+    The layers keep B₀ and A₀. Hence an adapter file holds them, and :func:`~lowrank_kernels.load_adapter` loads it over the original base
+    model; :func:`~lowrank_kernels.delta_weights` and :func:`~lowrank_kernels.export_peft` are relative to the original W0. A weight that
+    cannot change, since it is quantized or shared with another module, is refused.
+
+    Args:
+        model: adapted with ``method="xs"`` for "svd", ``method="lora"`` for the others. Call it before the optimizer is made.
+        start: "svd", "pissa" or "lora-ga".
+        batches, loss_fn, samples, accumulate_on, training, progress: for "lora-ga" only.
+        gamma: γ of "lora-ga": larger starts smaller.
+        oversample, iterations: of :func:`lowrank_kernels.ops.grouped_svd`.
+
+    Raises:
+        TypeError, ValueError: no adapters of that method, an unknown start, weights that are sharded, not finite, quantized, shared, or
+            were changed by an earlier start, gradients as in :func:`lora_sb_init`, a rank too large. Nothing was changed then.
+    """
+    root = check_model("initialize", model)
+    if start not in STARTS:
+        raise ValueError(f"initialize: start must be one of {', '.join(map(repr, STARTS))}, got {start!r}; LoRA-SB's is lora_sb_init")
+    layers = _layers_of("initialize", model, STARTS[start])
+    if start != "svd":
+        check_changeable("initialize", root, layers)
+    if {batches is not None, loss_fn is not None} != {start == "lora-ga"}:
+        raise TypeError("initialize: 'lora-ga' needs batches= and loss_fn=, the other starts take neither")
+    _check_positive("initialize", "gamma", gamma)
+    watch = _Watch(next(iter(layers.values())).lora_A.device)
+    gradients: _Gradients | None = None
+    matrix: Callable[[str], Tensor] = partial(_finite_weight, layers)
+    factor = 1
+    if batches is not None and loss_fn is not None:
+        for name, layer in layers.items():
+            if 2 * layer.rank > min(layer.in_features, layer.out_features):
+                raise ValueError(f"initialize: 'lora-ga' takes 2r singular vectors, too many for {name!r} with r = {layer.rank}")
+        gradients = _Gradients("initialize", layers, accumulate_on, samples)
+        gradients.sum_over(root, batches, loss_fn, training, progress)
+        matrix, factor = gradients.take, 2
+    started = watch.seconds()
+    factors, energy = _truncate("initialize", layers, matrix, oversample, iterations, factor)
+    for name, (u, s, v) in factors.items():
+        layer = layers[name]
+        if start == "svd":
+            _write(layer, u * s, v, torch.zeros_like(layer.lora_R))
+        elif start == "pissa":
+            root_s = (s / layer.scale).sqrt()
+            layer.start_from((v * root_s).mT, u * root_s)
+        else:
+            c = layer.out_features**0.25 / math.sqrt(gamma)
+            layer.start_from(c * v[:, : layer.rank].mT, c * u[:, layer.rank :])
+    return _report(energy, watch, started, gradients)
+
+
+def _report(energy: dict[str, float], watch: _Watch, started: float, gradients: _Gradients | None) -> InitReport:
+    seconds = watch.seconds()
+    seen, held, where = (0, 0, str(watch.device)) if gradients is None else (gradients.seen, gradients.bytes, gradients.where)
+    return InitReport(energy, seen, seconds, seconds - started, held, where, watch.peak_growth())
+
+
+# -------------------------------------------------------------------------------------------------------------------- layers
+
+
+def _layers_of(function: str, model: nn.Module, method: str) -> dict[str, LowRankLinear]:
+    """The layers to start, none of them sharded or without memory."""
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.method == method}
+    if not layers:
+        raise ValueError(f"{function}: the model has no adapter ΔW = {_FORMS[method]}; adapt(model, method={method!r}, …) first")
+    wrapper = parallel_wrapper(model)
+    sharded = wrapper if wrapper is not None and "DistributedDataParallel" not in wrapper and wrapper != "DataParallel" else None
+    for name, layer in layers.items():
+        tensors = [*layer.parameters(), *layer.buffers()]
+        if sharded or any(type(tensor.data).__name__ == "DTensor" or type(tensor).__name__ == "DTensor" for tensor in tensors):
+            raise ValueError(
+                f"{function}: {name!r} is sharded ({sharded or 'DTensor'}), which is not supported; "
+                "start the model before it is sharded, or load factors that were saved by save_adapter"
+            )
+        if any(tensor.is_meta for tensor in tensors):
+            raise ValueError(f"{function}: {name!r} is on the meta device; materialize the model first")
+    return layers
+
+
+def check_changeable(function: str, root: nn.Module, layers: Mapping[str, LowRankLinear]) -> None:
+    """Refuse layers whose base weight ``W0 ← W0 − s·B₀A₀`` must not or cannot change.
+
+    Raises:
+        ValueError: it is no floating-point matrix (quantized), another module holds it too, or an earlier start has changed it.
+    """
+    if not layers:
+        return
+    uses = Counter(p.data_ptr() for module in root.modules() for p in module._parameters.values() if p is not None and not p.is_meta)
+    for name, layer in layers.items():
+        base = layer.base_layer
+        if layer.start_A is not None:
+            raise ValueError(f"{function}: an earlier start has changed the base weight of {name!r}; begin with a fresh base model")
+        if not holds_matrix(base):
+            raise ValueError(
+                f"{function}: this start changes base weights, and {name!r} has a {type(base.weight).__name__} of {base.weight.dtype}; "
+                "leave it out of target_modules, or start a model with floating-point weights and quantize it then"
+            )
+        if not base.weight.is_meta and uses[base.weight.data_ptr()] > 1:
+            raise ValueError(
+                f"{function}: this start changes base weights, and that of {name!r} is shared with another module; untie them "
+                "or leave it out of target_modules"
+            )
+        if not layer.scale > 0:
+            raise ValueError(f"{function}: the scale of {name!r} must be positive, got {layer.scale}")
+
+
+def _finite_weight(layers: Mapping[str, LowRankLinear], name: str) -> Tensor:
+    matrix = _base_weight(layers[name].base_layer)
+    if not (matrix.isfinite().all() and matrix.any()):
+        raise ValueError(f"initialize: the weight of {name!r} is zero or not finite")
+    return matrix
+
+
+@torch.no_grad()
+def _base_weight(base: nn.Linear) -> Tensor:
+    """W0 (d_out, d_in) in fp32 at least."""
+    if holds_matrix(base):
+        return base.weight.detach().to(torch.promote_types(base.weight.dtype, torch.float32))
+    out = base(torch.eye(base.in_features, device=base.weight.device))  # a quantized weight
+    return (out if base.bias is None else out - base.bias).to(torch.float32).mT.contiguous()
+
+
+@torch.no_grad()
+def _write(layer: LowRankLinear, b: Tensor, a_transposed: Tensor, core: Tensor) -> None:
+    layer.lora_B.copy_(b)
+    layer.lora_A.copy_(a_transposed.mT)
+    layer.lora_R.copy_(core)
+
+
+Triples = tuple[Tensor, Tensor, Tensor]
+
+
+@torch.no_grad()
+def _truncate(
+    function: str,
+    layers: Mapping[str, LowRankLinear],
+    matrix: Callable[[str], Tensor],
+    oversample: int,
+    iterations: int | None,
+    factor: int = 1,
+) -> tuple[dict[str, Triples], dict[str, float]]:
+    """Leading ``factor·r`` singular triples of ``matrix(name)`` for every layer (rank 0's), and the share of its energy that they hold.
+
+    Same-shaped layers go in one batch, but no batch is larger than the largest layer: that is the memory which the gradients needed.
+    """
+    if oversample < 0:
+        raise ValueError(f"{function}: oversample must be ≥ 0, got {oversample}")
+    if iterations is not None and iterations < 0:
+        raise ValueError(f"{function}: iterations must be ≥ 0 or None, got {iterations}")
+    largest = max(layer.in_features * layer.out_features for layer in layers.values())
+    alike: defaultdict[Any, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        alike[layer.out_features, layer.in_features, layer.rank, layer.lora_A.device, _wide(layer)].append(name)
+    factors: dict[str, Triples] = {}
+    energy: dict[str, float] = {}
+    for (d_out, d_in, rank, *_), names in alike.items():
+        count = max(1, largest // (d_out * d_in))
+        for chunk in (names[i : i + count] for i in range(0, len(names), count)):
+            matrices = [matrix(name) for name in chunk]
+            norms = torch.stack([x.norm() for x in matrices])
+            us, ss, vs = grouped_svd(matrices, factor * rank, oversample=oversample, iterations=iterations)
+            del matrices
+            shares = (ss.norm(dim=1) / norms).square().tolist()
+            factors |= dict(zip(chunk, zip(us, ss, vs, strict=True), strict=True))
+            energy |= dict(zip(chunk, shares, strict=True))
+    for triple in factors.values():
+        for tensor in triple:
+            _share(tensor)
+    return factors, {name: energy[name] for name in layers}
+
+
+def _wide(layer: LowRankLinear) -> torch.dtype:
+    """What sums and decompositions of the layer's matrices are computed in: fp32 at least."""
+    return torch.promote_types(layer.lora_A.dtype, torch.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------- gradients
+
+
+class _GradientSum:
+    """The running sum of one layer's gradients: fp32 at least."""
+
+    def __init__(self, layer: LowRankLinear, accumulate_on: str) -> None:
+        device = layer.lora_A.device if accumulate_on == "device" else torch.device("cpu")
+        self.total = torch.zeros(layer.out_features, layer.in_features, dtype=_wide(layer), device=device)
+        self.weight = 1
+        self.calls = 0
+
+    def add(self, grad: Tensor, x: Tensor) -> None:
+        """``∂yᵀ x`` of one backward pass through the layer, times the number of samples that its loss was the mean of."""
+        grad, x = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)
+        self.calls += 1
+        if self.total.dtype == grad.dtype and self.total.device == grad.device:
+            self.total.addmm_(grad.mT, x, alpha=self.weight)  # nothing but the sum itself is ever held
+        else:
+            self.total.add_((grad.mT @ x).to(self.total.device), alpha=self.weight)
+
+
+class _Capture(torch.autograd.Function):
+    """The identity on a layer's output y; its backward pass hands ``∂y`` and x to the layer's sum. The anchor makes y ask for one."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, gradient: _GradientSum) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.gradient = gradient
+        return y.clone()  # a view could not be changed in place, as `ReLU(inplace=True)` does
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.gradient.add(grad, x)
+        return grad, None, None, None
+
+
+def _capturing(gradient: _GradientSum) -> Callable[[Tensor, Tensor], Tensor]:
+    anchors: dict[torch.device, Tensor] = {}
+
+    def capture(x: Tensor, y: Tensor) -> Tensor:
+        anchor = anchors.setdefault(y.device, torch.zeros((), device=y.device, requires_grad=True))
+        return _Capture.apply(y, x.detach() if not x.requires_grad else x, anchor, gradient)
+
+    return capture
+
+
+@contextlib.contextmanager
+def _as_found(root: nn.Module, layers: Mapping[str, LowRankLinear], training: bool) -> Iterator[None]:
+    """What taking gradients switches, put back at the end: capture, training mode, requires_grad, statistics, random state."""
+    modes = [(module, module.training) for module in root.modules()]
+    asking = [(p, p.requires_grad) for p in root.parameters()]
+    norms = [module for module in root.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)] if training else []
+    devices = {p.device for p, _ in asking if p.device.type == "cuda"}
+    with (
+        torch.random.fork_rng(devices=sorted(device.index for device in devices)),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        try:
+            root.train(training)
+            for p, _ in asking:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for layer in layers.values():
+                layer._capture = None
+            for module, mode in modes:
+                module.training = mode
+            for p, asked in asking:
+                p.requires_grad_(asked)
+            with torch.no_grad():
+                for buffer, value in statistics:
+                    buffer.copy_(value)
+
+
+class _Gradients:
+    """The summed gradients of W0 for all layers, over all batches and ranks."""
+
+    def __init__(self, function: str, layers: Mapping[str, LowRankLinear], accumulate_on: str, samples: int | None) -> None:
+        if accumulate_on not in ACCUMULATORS:
+            raise ValueError(f"{function}: accumulate_on must be one of {', '.join(map(repr, ACCUMULATORS))}, got {accumulate_on!r}")
+        if samples is not None and not samples > 0:
+            raise ValueError(f"{function}: samples must be positive or None, got {samples}")
+        self.function, self.layers, self.samples, self.seen = function, layers, samples, 0
+        self._accumulate_on = accumulate_on
+        self._device = next(iter(layers.values())).lora_A.device
+        self.where = "cpu" if accumulate_on == "cpu" else str(self._device)
+        self.bytes = 0
+
+    def sum_over(self, root: nn.Module, batches: Iterable[Any], loss_fn: LossFunction, training: bool, progress: bool) -> None:
+        """Run the backward passes."""
+        function = self.function
+        if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+            raise TypeError(f"{function}: batches must be an iterable of batches, got one {type(batches).__name__}; wrap it in [ ]")
+        self._sums = {name: _GradientSum(layer, self._accumulate_on) for name, layer in self.layers.items()}
+        self.bytes = sum(gradient.total.nbytes for gradient in self._sums.values())
+        with _as_found(root, self.layers, training):
+            for name, layer in self.layers.items():
+                layer._capture = _capturing(self._sums[name])
+            for index, batch in enumerate(_with_progress(batches, progress)):
+                count = _sample_count(batch)
+                for gradient in self._sums.values():
+                    gradient.weight = count
+                loss = loss_fn(root, batch)
+                _check_loss(function, loss, index)
+                loss.backward()
+                del loss
+                self.seen += count
+                if self.samples is not None and self.seen >= self.samples:
+                    break
+        self.seen = _total(self.seen, self._device)
+        if not self.seen:
+            raise ValueError(f"{function}: batches is empty; pass at least one batch (a fresh iterator, if one was used up)")
+        untouched = [name for name in self.layers if _total(self._sums[name].calls, self._device) == 0]
+        if untouched:
+            raise ValueError(
+                f"{function}: no gradient reached {_some(untouched)}: the loss does not depend on it; leave it out of target_modules"
+            )
+
+    def take(self, name: str) -> Tensor:
+        """One layer's sum, on its device; its memory is the caller's now."""
+        total = _add_up(self._sums.pop(name).total.to(self.layers[name].lora_A.device))
+        if not total.isfinite().all():
+            raise ValueError(f"{self.function}: the gradient of {name!r} is not finite; look at the batches, or compute in a wider dtype")
+        if not total.any():
+            raise ValueError(f"{self.function}: no gradient reached {name!r}: it is zero in every entry; leave it out of target_modules")
+        return total
+
+
+def _check_loss(function: str, loss: Any, index: int) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"{function}: loss_fn must return a scalar tensor, the mean loss of the batch; it returned {what} for batch {index}"
+        )
+    if not loss.isfinite().item():
+        raise ValueError(f"{function}: the loss of batch {index} is {loss.item()}; it must be finite")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{function}: the loss of batch {index} depends on no adapted layer; "
+            "call the model that loss_fn is given, without torch.no_grad() or detach()"
+        )
+
+
+def _sample_count(batch: Any) -> int:
+    """Rows of the first tensor in a batch of nested sequences and mappings; 1 if there is none."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    parts: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
+    if isinstance(batch, (str, bytes)):
+        return 1
+    return next((_sample_count(part) for part in parts if isinstance(part, (Tensor, Mapping, Sequence))), 1)
+
+
+def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress or not _is_first_rank():
+        return batches
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return batches
+    return tqdm(batches, desc="gradients of W0", unit="batch")
+
+
+def _check_positive(function: str, name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be a number, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks, costs
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+
+
+def _is_first_rank() -> bool:
+    return _ranks() == 1 or torch.distributed.get_rank() == 0
+
+
+def _total(count: int, device: torch.device) -> int:
+    return count if _ranks() == 1 else int(_add_up(torch.tensor(count, dtype=torch.int64, device=device)))
+
+
+def _add_up(tensor: Tensor) -> Tensor:
+    """The sum over the ranks, in place."""
+    if _ranks() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def _share(tensor: Tensor) -> None:
+    """Rank 0's values for all ranks."""
+    if _ranks() > 1:
+        torch.distributed.broadcast(tensor, 0)
+
+
+class _Watch:
+    """Time and peak memory since it was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._start = time.perf_counter()
+        self._before, self._peak = self._memory()
+
+    def seconds(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self._start
+
+    def _memory(self) -> tuple[int | None, int | None]:
+        """What is allocated now, and the peak so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        if self.device.type != "cpu" or sys.platform == "win32":
+            return None, None
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+
+    def peak_growth(self) -> int | None:
+        peak = self._memory()[1]
+        if peak is None or self._before is None or self._peak is None:
+            return None
+        return peak - self._before if peak > self._peak else 0

@@ -1,0 +1,180 @@
+"""LoRA-SB (Ponkshe et al. 2024): training of the core R of ``ΔW = s·B R A`` by the optimal gradient of its Theorem 2."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..ops import grouped_gram
+from ..pairs import core_owners
+from .base import _FLAT, AdamWOptions, Core, LowRankOptimizer, ParamsT, is_sharded, moments, state_dtype
+from .preconditioned import symmetric_eigen
+from .shards import KEEP_WHOLE
+
+UPDATES = ("adam", "sgd")
+
+
+class LoRASB(LowRankOptimizer):
+    """AdamW or SGD on the cores R, with the gradient whose step ``s·B g A`` in weight space is closest to the full gradient G (Theorem 2)::
+
+        g = s⁻² (BᵀB)⁻¹ ∂R (AAᵀ)⁻¹,      ∂R = s·Bᵀ G Aᵀ
+
+    For orthonormal factors and s = 1 that is ∂R itself. Factors stored in bf16 are orthonormal to three digits only; the correction, from
+    the factors as they are stored, keeps the step optimal all the same (METHODS §2), because ∂R is summed in fp32. The inverse Gram
+    matrices are taken in fp64, once: the factors are constant (they are looked at again when something has written to them).
+
+    Under ``update="sgd"`` ΔW does not depend on s (Theorem 4), under "adam" it does, as with every method that normalizes the gradient of
+    its own parameters. The model is adapted with ``method="xs"`` and started by :func:`~lowrank_kernels.lora_sb_init`. Parameters that
+    are no cores (heads, norms) get AdamW in either case.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`. ``scale`` is not used:
+            s is read from the layers, which must live in this process since they hold A and B.
+        update: "adam"; or "sgd", which is ``torch.optim.SGD`` on g, with decoupled weight decay.
+        momentum: μ of ``m ← μ m + g``, for "sgd" only; 0 keeps no state for the cores.
+
+    Raises:
+        ValueError: no core among ``params``, arguments out of range; at a step, a core whose factors are zero or rank deficient.
+    """
+
+    trains_pairs, trains_cores = False, True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        *,
+        update: str = "adam",
+        momentum: float = 0.0,
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        self._inverses: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+        method = {"update": update, "momentum": momentum}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._inverses = {}  # not part of a copy or a checkpoint: made anew from the factors
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        if group["update"] not in UPDATES:
+            raise ValueError(f"{type(self).__name__}: update must be 'adam' or 'sgd', got {group['update']!r}")
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
+        if group["momentum"] and group["update"] == "adam":
+            raise ValueError(f"{type(self).__name__}: momentum is for update='sgd'; Adam's is betas[0]")
+
+    def _accept_as_given(self) -> None:
+        super()._accept_as_given()
+        for core in self._cores:
+            params = self.param_groups[core.position[0]]["params"]
+            if core.position[1] >= len(params) or params[core.position[1]].ndim != 2:
+                raise RuntimeError(f"{type(self).__name__}: {core.name} was a matrix and is none any more: {_FLAT}")
+            if is_sharded(params[core.position[1]]):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {core.name} is sharded (a DTensor), and a step needs the whole core; {KEEP_WHOLE}"
+                )
+
+    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
+        if group["update"] == "adam":
+            return super()._factor_state(group, part)
+        return moments(part, "exp_avg") if group["momentum"] else {}
+
+    def _update(self) -> None:
+        for group_index, group in enumerate(self.param_groups):
+            self._moment_step(group_index, [i for i in range(len(group["params"])) if i not in self._factors[group_index]])
+        for cores in self._alike_cores():
+            self._step_cores(cores)
+
+    def _alike_cores(self) -> Iterator[list[Core]]:
+        """The cores in lists of one device, dtype, rank and parameter group."""
+        buckets: defaultdict[Any, list[Core]] = defaultdict(list)
+        for core in self._cores:
+            r = self._at(core.position)
+            buckets[r.device, r.dtype, len(r), core.position[0]].append(core)
+        yield from buckets.values()
+
+    def _step_cores(self, cores: list[Core]) -> None:
+        group = self.param_groups[cores[0].position[0]]
+        left, right = self._inverse_grams(cores)
+        params = [self._at(core.position) for core in cores]
+        active = [i for i, p in enumerate(params) if p.grad is not None]
+        for i, core in enumerate(cores):
+            if params[i].grad is None:
+                self._miss(group, core.position[1])
+        if not active:
+            return
+        if len(active) < len(cores):
+            left, right = left[active], right[active]
+        # A two-sided map. One side could be a map of the moment step, but then the gradients would be stacked for the other all the same.
+        dtype = params[active[0]].dtype
+        grads = (left @ torch.stack([params[i].grad for i in active]).to(left.dtype) @ right).to(dtype)  # type: ignore[misc]
+        options: dict[str, Any] = {}
+        if group["update"] == "sgd":
+            # The moment step averages, m = μ m + (1-μ) g; SGD adds up. Dividing the step by 1-μ makes them equal.
+            keep = 1.0 - group["momentum"]
+            options = {
+                "betas": (group["momentum"], 0.0),
+                "bias_correction": False,
+                "lr": group["lr"] / keep,
+                "weight_decay": group["factor_weight_decay"] * keep,
+            }
+        members = [cores[i].position[1] for i in active]
+        self._adamw(cores[0].position[0], members, is_factor=True, is_second=False, grads=list(grads), **options)
+
+    def _inverse_grams(self, cores: list[Core]) -> tuple[Tensor, Tensor]:
+        """``s⁻²(BᵀB)⁻¹`` and ``(AAᵀ)⁻¹``, (N, r, r) each, in the dtype of the moments."""
+        live = core_owners()
+        layers: list[Any] = []
+        for core in cores:
+            layer = live.get(id(self._at(core.position)))
+            if layer is None:
+                raise ValueError(f"{type(self).__name__}: the layer of the core {core.name} is gone, and with it its factors A and B")
+            layers.append(layer)
+        factors = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
+        stamp = [(id(x), x._version, x.data_ptr()) for x in factors]
+        key = (cores[0].position[0], factors[0].device, len(factors[0]), self._at(cores[0].position).dtype)
+        if key not in self._inverses or self._inverses[key][0] != stamp:
+            scales = torch.tensor([core.scale**-2 for core in cores], dtype=torch.float64, device=factors[0].device)
+            left = _inverse([layer.lora_B for layer in layers], cores) * scales[:, None, None]
+            right = _inverse([layer.lora_A.mT for layer in layers], cores)
+            dtype = state_dtype(self._at(cores[0].position).dtype)
+            self._inverses[key] = (stamp, left.to(dtype), right.to(dtype))
+        return self._inverses[key][1:]
+
+    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        yield from super()._example_calls()
+        live = core_owners()
+        for cores in self._alike_cores():
+            tall = [live[id(self._at(core.position))].lora_B.detach() for core in cores]  # type: ignore[operator]
+            rank = tall[0].shape[1]
+            grams = torch.empty(len(tall), rank, rank, dtype=torch.float64, device=tall[0].device)
+            yield "grouped_gram", tall[0].device.type, (tall, None, grams)
+
+
+def _inverse(tall: list[Tensor], cores: list[Core]) -> Tensor:
+    """``(XᵀX)⁻¹`` of every factor X (d, r), in fp64."""
+    by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
+    for index, x in enumerate(tall):
+        by_dtype[x.dtype].append(index)
+    inverses = torch.empty(len(tall), tall[0].shape[1], tall[0].shape[1], dtype=torch.float64, device=tall[0].device)
+    for members in by_dtype.values():
+        values, vectors = symmetric_eigen(grouped_gram([tall[i] for i in members], dtype=torch.float64))
+        floor = values[:, -1] * values.shape[1] * torch.finfo(torch.float64).eps
+        for index, full_rank in zip(members, (values[:, 0] > floor).tolist(), strict=True):
+            if not full_rank:
+                raise ValueError(
+                    f"LoRASB: a constant factor of {cores[index].name} is zero, rank deficient or not finite, so that Theorem 2 has no "
+                    "unique answer; start the model by lora_sb_init or initialize(model, 'svd'), with a lower rank if need be"
+                )
+        inverses[members] = (vectors / values[:, None, :]) @ vectors.mT
+    return inverses

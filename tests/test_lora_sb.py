@@ -1,0 +1,758 @@
+"""LoRA-XS and LoRA-SB: the start, the paper's theorems, low precision, memory, and what must be as before afterwards."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_optimizers as contract
+import torch
+from _models import SHAPES, loss_of, make_model, pair_delta
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank_kernels as lk
+from benchmarks.naive.lora_sb import LoRASBLayer, lora_sb_start, optimal_gradient
+from lowrank_kernels import pairs
+
+
+def network(shapes=SHAPES, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
+    """A tanh network that is not adapted."""
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for d_out, d_in in shapes:
+        linear = nn.Linear(d_in, d_out, dtype=torch.float64)
+        linear.weight.data.copy_(torch.randn(d_out, d_in, generator=generator, dtype=torch.float64) / d_in**0.5)
+        linear.bias.data.copy_(torch.randn(d_out, generator=generator, dtype=torch.float64) / d_in**0.5)
+        layers += [linear.to(dtype), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def xs_model(road: str = "", *, rank: int = 3, scale: float = 0.7, dtype: torch.dtype = torch.float64, shapes=SHAPES, seed: int = 0):
+    """The contract's model, as LoRA-XS has it: orthonormal random factors and a random R."""
+    model = lk.adapt(network(shapes, dtype, seed), method="xs", rank=rank, alpha=scale * rank)
+    generator = torch.Generator().manual_seed(seed)
+    for pair in pairs(model):
+        for tensor in (pair.A.mT, pair.B):
+            tensor.copy_(torch.linalg.qr(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))[0])
+        pair.core.data.copy_(torch.randn(rank, rank, generator=generator, dtype=torch.float64) / 10)
+    return model
+
+
+def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def make_batches(count: int = 3, rows: int = 8, d_in: int = 12, d_out: int = 9, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(7)
+    f64 = {"generator": generator, "dtype": torch.float64}
+    return [(torch.randn(rows, d_in, **f64).to(dtype), torch.randn(rows, d_out, **f64).to(dtype)) for _ in range(count)]
+
+
+def full_gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """∇L(W0) of every Linear of a model that is not adapted."""
+    weights = {name: module.weight.requires_grad_() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return dict(zip(weights, torch.autograd.grad(mse(model, batch), list(weights.values())), strict=True))
+
+
+def init(model: nn.Module, batches, loss=mse, **options) -> lk.InitReport:
+    return lk.lora_sb_init(model, batches, loss, **{"lr": 0.1, "progress": False, **options})
+
+
+# ---------------------------------------------------------------------------------------------------------------- the contract
+
+
+@pytest.mark.parametrize("update", ["adam", "sgd", "sgd-momentum"])
+@pytest.mark.parametrize(
+    ("test", "arguments"),
+    [
+        (contract.test_state_is_created_by_the_first_step, {}),
+        (contract.test_checkpoint_probe_moves_nothing, {}),
+        (contract.test_low_precision_parameters_keep_float32_state_through_a_checkpoint, {}),
+        (contract.test_checkpoints_that_do_not_fit_are_refused_before_anything_changes, {}),
+        (contract.test_copies_of_model_and_optimizer_go_on_alike, {"copier": copy.deepcopy}),
+        (contract.test_add_param_group, {}),
+        (contract.test_activation_checkpointing_and_accumulation_change_nothing, {"reentrant": False}),
+        (contract.test_activation_checkpointing_and_accumulation_change_nothing, {"reentrant": True}),
+        (contract.test_resume_in_the_middle_bit_for_bit, {}),
+        (contract.test_capturable_and_tensor_lr_change_nothing, {}),
+        (contract.test_a_parameter_that_is_unfrozen_late_starts_anew, {}),
+        (contract.test_launches_do_not_depend_on_the_number_of_layers, {}),
+        (contract.test_adamws_checks, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_every_optimizer_promises(test, arguments, update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "make_model", xs_model)
+    method = {"update": update[:4].rstrip("-")} | ({"momentum": 0.5} if update == "sgd-momentum" else {})
+    if test is contract.test_adamws_checks and update == "adam":
+        method = {"update": "sgd"}  # with which a momentum out of range is what is wrong
+    test(lambda params, **k: lk.LoRASB(params, **{"lr": 1e-2, **method, **k}), **arguments)
+
+
+def test_groups_closures_and_schedulers() -> None:
+    model, twin = xs_model(), xs_model()
+    optimizer = lk.LoRASB([{"params": [(n, p)], "lr": 1e-2} for n, p in model.named_parameters() if p.requires_grad])
+    plain = lk.LoRASB(twin, lr=1e-2)
+    assert len(optimizer.param_groups) == 3, "the user's groups stay the user's groups"
+    schedulers = [torch.optim.lr_scheduler.LinearLR(each, total_iters=10) for each in (optimizer, plain)]
+    for step in range(15):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() > 0
+        contract.run(twin, plain, step, step + 1)
+        for scheduler in schedulers:
+            scheduler.step()
+    for p, q in zip(pairs(model), pairs(twin), strict=True):
+        torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-12, atol=0)
+
+
+def test_explain_names_the_core(capsys) -> None:
+    model = xs_model(dtype=torch.float32)
+    explanation = lk.explain(model, lk.LoRASB(model))
+    assert {c.operation for c in explanation.choices} >= {"lora_linear", "lora_linear_backward", "grouped_adamw_", "grouped_gram"}
+    assert "core" in capsys.readouterr().out
+
+
+def test_adamw_is_lora_xs_and_decays_no_core() -> None:
+    model = xs_model()
+    before = [pair.core.detach().clone() for pair in pairs(model)]
+    optimizer, reference = lk.AdamW(model), torch.optim.AdamW([nn.Parameter(r.clone()) for r in before], lr=1e-3, weight_decay=0.0)
+    loss_of(model, 0).backward()
+    for pair, p in zip(pairs(model), reference.param_groups[0]["params"], strict=True):
+        p.grad = pair.core.grad.clone()
+    optimizer.step(), reference.step()
+    for pair, p in zip(pairs(model), reference.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(pair.core, p, rtol=1e-12, atol=1e-14)
+
+
+def test_the_naive_twin_walks_the_same_way() -> None:
+    for update in ("adam", "sgd"):
+        model = xs_model()
+        for pair in pairs(model):  # neither orthonormal nor well conditioned
+            pair.B.mul_(torch.linspace(0.2, 3, 3, dtype=torch.float64))
+        twins = [LoRASBLayer(p.B.clone(), p.core.detach(), p.A.clone(), p.scale, lr=1e-2, update=update) for p in pairs(model)]
+        optimizer = lk.LoRASB(model, lr=1e-2, update=update)
+        for step in range(12):
+            optimizer.zero_grad()
+            weights = [layer.base_layer.weight for layer in model if isinstance(layer, lk.LowRankLinear)]
+            bare = network()
+            for module, weight, twin in zip(bare[::2], weights, twins, strict=True):
+                module.weight.data.copy_(weight + twin.delta_weight())
+            loss_of(bare, step).backward()
+            loss_of(model, step).backward()
+            optimizer.step()
+            for module, twin in zip(bare[::2], twins, strict=True):
+                twin.step(module.weight.grad)
+        for pair, twin in zip(pairs(model), twins, strict=True):
+            torch.testing.assert_close(pair_delta(pair), twin.delta_weight(), rtol=1e-9, atol=1e-11)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the adapter
+
+
+def test_the_layer_is_linear_with_the_sum_of_weights_and_exports_exactly(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    model = xs_model()
+    x = make_batches(1)[0][0]
+    bare = network()
+    for module, delta in zip(bare[::2], lk.delta_weights(model).values(), strict=True):
+        module.weight.data += delta
+    expected = bare(x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    model.eval()
+    merged = lk.merge(model)(x)
+    torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+    lk.unmerge(model)
+    errors = lk.export_peft(model, tmp_path / "peft")
+    assert set(errors.values()) == {0.0}
+    theirs = peft.PeftModel.from_pretrained(network(), str(tmp_path / "peft"), autocast_adapter_dtype=False)
+    assert theirs.peft_config["default"].r == 3
+    torch.testing.assert_close(theirs(x), expected, rtol=1e-10, atol=1e-11)
+    lk.save_adapter(model, tmp_path / "xs.safetensors")
+    loaded = lk.load_adapter(network(), tmp_path / "xs.safetensors").eval()
+    assert torch.equal(loaded(x), model(x))
+    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == ["0.lora_R", "2.lora_R", "4.lora_R"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_the_core_and_its_dtypes(dtype: torch.dtype) -> None:
+    model = xs_model(dtype=dtype, shapes=[(20, 12)])
+    layer = model[0]
+    wide = torch.promote_types(dtype, torch.float32)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == dtype and layer.lora_R.dtype == wide
+    assert "lora_A" in dict(layer.named_buffers())
+    x, y = make_batches(1, d_out=20, dtype=dtype)[0]
+    model(x).backward(y)
+    g = (y.double().mT @ x.double()) if dtype == torch.float64 else (y.to(wide).mT @ x.to(wide)).double()
+    exact = layer.scale * layer.lora_B.double().mT @ g @ layer.lora_A.double().mT
+    assert (layer.lora_R.grad.double() - exact).norm() <= 50 * torch.finfo(wide).eps * exact.norm()
+
+
+def test_scale_is_one_unless_asked_for() -> None:
+    assert lk.adapt(network(), method="xs", rank=2)[0].scale == 1.0
+    assert lk.adapt(network(), method="xs", rank=2, alpha=8)[0].scale == 4.0
+
+
+# --------------------------------------------------------------------------------------------------------------- the operation
+
+
+def operands(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    f64 = {"dtype": torch.float64}
+    shapes = {"x": (11, 13), "weight": (17, 13), "bias": (17,), "a": (3, 13), "b": (17, 3), "core": (3, 3)}
+    return {name: torch.randn(shape, **f64).to(dtype) for name, shape in shapes.items()}
+
+
+def layer_of(t: dict[str, Tensor], **options) -> Tensor:
+    return lk.ops.lora_linear(t["x"], t["weight"], t["bias"], t["a"], t["b"], 0.5, core=t["core"], **options)
+
+
+def test_the_core_in_gradcheck_opcheck_and_compile() -> None:
+    t = operands()
+    leaves = [tensor.requires_grad_() for tensor in t.values()]
+    assert torch.autograd.gradcheck(lambda *args: layer_of(dict(zip(t, args, strict=True))), leaves)
+    x, weight, _, a, b, core = (leaf.detach() for leaf in leaves)
+    mask = torch.rand(11, 13) < 0.5
+    torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear, (*leaves[:5], None, None, 0.5, mask, 0.5, leaves[5]))
+    grad, hidden = torch.randn(11, 17, dtype=torch.float64), torch.randn(11, 3, dtype=torch.float64)
+    for needs in ([True] * 6, [False] * 5 + [True], [True] + [False] * 5):
+        args = (grad, x, weight, a, b, None, None, hidden, 0.5, mask, 0.5, needs, core)
+        torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear_backward, args)
+    compiled = torch.compile(lambda *args: layer_of(dict(zip(t, args, strict=True))), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*leaves), layer_of(t))
+
+
+@pytest.mark.parametrize(("wanted", "count"), [(("x", "core"), 5), (("core",), 2), (("x",), 4)], ids=str)
+def test_no_product_for_a_gradient_that_nobody_asked_for(wanted: tuple[str, ...], count: int) -> None:
+    t = operands()
+    for name in wanted:
+        t[name].requires_grad_()
+    y = layer_of(t)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y.backward(torch.ones_like(y))
+    assert sum(event.name in ("aten::mm", "aten::addmm_") for event in profile.events()) == count
+    assert all((t[name].grad is not None) == (name in wanted) for name in t)
+
+
+def test_the_core_stays_wide_under_autocast_and_with_dropout() -> None:
+    t = operands(torch.float32)
+    core = t["core"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer_of(t)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and core.grad.dtype == torch.float32
+    narrow = {name: tensor.detach().bfloat16().float() for name, tensor in t.items()}
+    exact = 0.5 * narrow["b"].mT @ torch.ones(17, 11) @ narrow["x"] @ narrow["a"].mT
+    torch.testing.assert_close(core.grad, exact, rtol=1e-5, atol=1e-4)
+    torch.manual_seed(1)
+    dropped = layer_of(t, dropout=0.5)
+    torch.manual_seed(1)
+    mask = torch.empty(11, 13, dtype=torch.bool).bernoulli_(0.5)
+    expected = nn.functional.linear(t["x"], t["weight"], t["bias"]) + 0.5 * (t["x"] * mask * 2) @ (t["b"] @ core @ t["a"]).mT
+    torch.testing.assert_close(dropped, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_cores_are_refused() -> None:
+    t = operands()
+    for change, error, message in (
+        ({"core": torch.randn(3, 4)}, ValueError, r"core must be \(3, 3\)"),
+        ({"core": torch.zeros(3, 3, dtype=torch.int8)}, TypeError, "core has dtype torch.int8"),
+        ({"core": t["core"].to("meta")}, ValueError, "core is on meta"),
+    ):
+        with pytest.raises(error, match=message):
+            layer_of(t | change)
+    with pytest.raises(ValueError, match="exclude each other"):
+        layer_of(t, q_a=t["a"], q_b=t["b"])
+
+
+# ------------------------------------------------------------------------------------------------------------------- the start
+
+
+@pytest.mark.parametrize("update", ["adam", "sgd"])
+def test_the_start_is_the_definition_when_the_svd_is_exact(update: str) -> None:
+    model = lk.adapt(network(), method="xs", rank=3, alpha=6.0)
+    batches = make_batches()
+    gradients = [full_gradients(network(), batch) for batch in batches]
+    report = init(model, batches, update=update, oversample=20, iterations=4)
+    assert report.samples == 24
+    for pair in pairs(model):
+        g = [gradient[pair.name] for gradient in gradients]
+        b, r, a = lora_sb_start(g, 3, pair.scale, 0.1, update)
+        torch.testing.assert_close(pair.core.detach(), r, rtol=1e-9, atol=1e-12)
+        sign = (pair.B * b).sum(dim=0).sign()
+        torch.testing.assert_close(pair.B * sign, b, rtol=0, atol=1e-8)
+        torch.testing.assert_close(pair.A * sign[:, None], a, rtol=0, atol=1e-8)
+        step = sum(g).sign() if update == "adam" else sum(g)
+        share = (torch.linalg.svdvals(step)[:3].square().sum() / step.square().sum()).item()
+        assert report.energy[pair.name] == pytest.approx(share, rel=1e-9)
+
+
+def test_batches_weigh_as_many_as_they_have_samples_and_stop_at_samples() -> None:
+    x, y = make_batches(1, rows=12)[0]
+    whole, parts, first = (lk.adapt(network(), method="xs", rank=2) for _ in range(3))
+    init(whole, [(x, y)], update="sgd")
+    init(parts, [{"x": x[:9], "y": y[:9]}, {"x": x[9:], "y": y[9:]}], lambda m, b: mse(m, (b["x"], b["y"])), update="sgd")
+    report = init(first, [(x, y), (x * torch.nan, y)], update="sgd", samples=12)
+    assert report.samples == 12
+    for p, q, r in zip(pairs(whole), pairs(parts), pairs(first), strict=True):
+        torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-8, atol=1e-12)
+        assert torch.equal(pair_delta(p), pair_delta(r))
+
+
+class Shared(nn.Module):
+    """One layer that is called twice, two layers that share a weight, ``ReLU(inplace=True)`` on their outputs, recomputation."""
+
+    def __init__(self, recompute: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second, self.third = (nn.Linear(8, 8).double() for _ in range(3))
+        self.third.weight = self.second.weight
+        self.recompute = recompute
+
+    def part(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.third(torch.relu(self.second(self.first(x)))), inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.first(x), inplace=True)
+        if self.recompute is None:
+            return self.part(x)
+        return checkpoint(self.part, x.requires_grad_() if x.is_leaf else x, use_reentrant=self.recompute)
+
+
+@pytest.mark.parametrize("recompute", [None, False, True])
+def test_shared_layers_and_weights_and_recomputation(recompute: bool | None) -> None:
+    x, y = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
+    bare = Shared(None)
+    own = nn.Parameter(bare.third.weight.detach().clone())  # each use of the shared weight has its own gradient
+    bare.third.weight = own
+    (bare(x) - y).square().mean().backward()
+    model = lk.adapt(Shared(recompute), method="xs", rank=8)
+    init(model, [(x, y)], update="sgd", lr=1.0)
+    for name, delta in lk.delta_weights(model).items():
+        torch.testing.assert_close(delta, -getattr(bare, name).weight.grad, rtol=1e-7, atol=1e-10)
+    assert model.second.base_layer.weight is model.third.base_layer.weight
+
+
+class Quantized(nn.Linear):
+    """A layer whose weight is no floating-point parameter: int8 with one scale, and a forward of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, dtype=torch.float32)
+        self.step = linear.weight.detach().abs().max().float() / 127
+        self.weight = nn.Parameter((linear.weight.float() / self.step).round().to(torch.int8), requires_grad=False)
+        self.bias.data.copy_(linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.float() * self.step, self.bias)
+
+
+def test_quantized_weights_get_the_gradient_of_the_dequantized_weight() -> None:
+    bare = network(dtype=torch.float32)
+    model = nn.Sequential(*(Quantized(m) if isinstance(m, nn.Linear) else nn.Tanh() for m in bare))
+    for quantized, linear in zip(model[::2], bare[::2], strict=True):
+        linear.weight.data.copy_(quantized.weight.float() * quantized.step)
+    lk.adapt(model, method="xs", rank=9)
+    lk.initialize(model)
+    for layer, linear in zip(model[::2], bare[::2], strict=True):
+        singular = torch.linalg.svdvals(linear.weight)[:9].square().sum()
+        torch.testing.assert_close(layer.lora_B.square().sum(), singular, rtol=1e-4, atol=0)
+    batches = make_batches(2, dtype=torch.float32)
+    init(model, batches, update="sgd", lr=1.0)
+    gradients = [full_gradients(bare, batch) for batch in batches]
+    for name, delta in lk.delta_weights(model).items():
+        g = (gradients[0][name] + gradients[1][name]) / 2
+        u, s, vh = torch.linalg.svd(g, full_matrices=False)
+        torch.testing.assert_close(delta, -u[:, :9] * s[:9] @ vh[:9], rtol=1e-3, atol=1e-5 * float(s[0]))
+
+
+def test_everything_is_as_before_also_after_an_exception() -> None:
+    model = nn.Sequential(network(), nn.BatchNorm1d(9).double(), nn.Dropout(0.5))
+    lk.adapt(model[0], method="xs", rank=2)
+    model[2].eval()
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+    model[1].bias.requires_grad_(False)
+    init(model, make_batches(1))
+
+    def state() -> list[object]:
+        tensors = [t.clone() for t in model.state_dict().values()]
+        asks = [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+        return [tensors, asks, [m.training for m in model.modules()], torch.get_rng_state()]
+
+    def same(a: object, b: object) -> bool:
+        if isinstance(a, Tensor):
+            return torch.equal(a, b)
+        return all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+    def fails_late(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        torch.rand(3)
+        fails_late.calls += 1
+        if fails_late.calls == 3:
+            raise RuntimeError("half-way")
+        return mse(m, batch)
+
+    fails_late.calls = 0
+    before = state()
+    with pytest.raises(RuntimeError, match="half-way"):
+        init(model, make_batches(), fails_late, training=True)
+    assert same(state(), before)
+    outputs = model.eval()(make_batches(1)[0][0])
+    model.train(), model[2].eval()
+    init(model, make_batches(), lr=0.2, training=True)
+    after = state()
+    factors = [i for i, name in enumerate(model.state_dict()) if "lora_" in name]
+    assert all(same(a, b) for i, (a, b) in enumerate(zip(after[0], before[0], strict=True)) if i not in factors)
+    assert same(after[1:], before[1:])
+    assert not torch.equal(outputs, model.eval()(make_batches(1)[0][0])), "the adapter works again"
+
+
+def test_errors_change_nothing_and_say_what_to_do() -> None:
+    model = lk.adapt(network(), method="xs", rank=2)
+    model.unused = lk.LowRankLinear(nn.Linear(4, 4), 2, 1.0, method="xs")
+    model.forward = lambda x: nn.Sequential(*list(model)[:5])(x)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = make_batches()
+    for arguments, error, message in (
+        ((model, []), ValueError, "batches is empty"),
+        ((model, batches[0][0]), TypeError, r"wrap it in \[ \]"),
+        ((model, batches, lambda m, b: m(b[0])), ValueError, r"scalar tensor.*\(8, 9\)"),
+        ((model, batches, lambda m, b: 1.0), ValueError, "returned float"),
+        ((model, batches, lambda m, b: m(b[0]).sum() * torch.nan), ValueError, "loss of batch 0 is nan"),
+        ((model, batches, lambda m, b: m(b[0]).sum().detach()), ValueError, "depends on no adapted layer"),
+        ((model, batches), ValueError, "no gradient reached 'unused'"),
+        ((model, batches, lambda m, b: m(b[0]).sum() * 0 + m.unused(torch.zeros(1, 4)).sum()), ValueError, "zero in every entry"),
+        ((network(), batches), ValueError, "method='xs'"),
+    ):
+        with pytest.raises(error, match=message):
+            init(*arguments)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for option, message in (
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"update": "lion"}, "update must be"),
+        ({"accumulate_on": "gpu"}, "accumulate_on must be"),
+        ({"samples": 0}, "samples must be"),
+        ({"iterations": -1}, "iterations must be"),
+        ({"oversample": -1}, "oversample must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            init(lk.adapt(network(), method="xs", rank=2), batches, **option)
+    with pytest.raises(ValueError, match=r"rank 10 is too large for '4' \(9 × 15\)"):
+        lk.adapt(network(), method="xs", rank=10)
+    with pytest.raises(ValueError, match="start must be"):
+        lk.initialize(model, "random")
+    with pytest.raises(ValueError, match="no core lora_R"):
+        lk.LoRASB(make_model("ours"))
+    for optimizer_class in (lk.LoRASB, lk.AdamW):
+        fresh = lk.adapt(network(), method="xs", rank=2)
+        optimizer = optimizer_class(fresh)
+        loss_of(fresh, 0).backward()
+        with pytest.raises(ValueError, match="factors of 0 are zero"):
+            optimizer.step()
+    model = xs_model()
+    pairs(model)[1].B[:, 2] = pairs(model)[1].B[:, 0]
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match="factor of 2 is zero, rank deficient"):
+        lk.LoRASB(model).step()
+
+
+def test_sharded_models_are_refused() -> None:
+    model = lk.adapt(network(), method="xs", rank=2)
+
+    class DTensor(Tensor):
+        pass
+
+    model[0].base_layer.weight = nn.Parameter(model[0].base_layer.weight.detach().as_subclass(DTensor), requires_grad=False)
+    with pytest.raises(ValueError, match=r"'0' is sharded \(DTensor\)"):
+        init(model, make_batches())
+
+
+def test_svd_is_lora_xs_start() -> None:
+    model = lk.adapt(network(), method="xs", rank=3)
+    report = lk.initialize(model, "svd", oversample=20)
+    for pair, layer in zip(pairs(model), (m for m in model if isinstance(m, lk.LowRankLinear)), strict=True):
+        u, s, vh = torch.linalg.svd(layer.base_layer.weight, full_matrices=False)
+        torch.testing.assert_close(pair.B @ pair.A, u[:, :3] * s[:3] @ vh[:3], rtol=0, atol=1e-9)
+        assert not pair.core.any()
+        assert report.energy[pair.name] == pytest.approx((s[:3].square().sum() / s.square().sum()).item(), rel=1e-9)
+    loss_of(model, 0).backward()
+    assert all(pair.core.grad.any() for pair in pairs(model))
+
+
+def started(start: str, dtype: torch.dtype = torch.float64, **options) -> tuple[nn.Module, lk.InitReport]:
+    """A LoRA model at the start of that name."""
+    model = lk.adapt(network(dtype=dtype), rank=3, alpha=4.0, rank_scaling="rslora")
+    data = {"batches": make_batches(dtype=dtype), "loss_fn": mse} if start == "lora-ga" else {}
+    return model, lk.initialize(model, start, oversample=20, iterations=4, progress=False, **data, **options)
+
+
+STARTS = pytest.mark.parametrize("start", ["pissa", "lora-ga"])
+
+
+def test_pissa_and_lora_ga_are_their_definitions() -> None:
+    model, report = started("pissa")
+    for name, layer in ((str(i), model[i]) for i in (0, 2, 4)):
+        u, s, vh = torch.linalg.svd(network()[int(name)].weight, full_matrices=False)
+        torch.testing.assert_close(layer.scale * layer.lora_B @ layer.lora_A, u[:, :3] * s[:3] @ vh[:3], rtol=0, atol=1e-9)
+        for factor in (layer.lora_B, layer.lora_A.mT):  # both carry the root of the singular values
+            torch.testing.assert_close(factor.mT @ factor, torch.diag(s[:3] / layer.scale), rtol=0, atol=1e-9)
+        torch.testing.assert_close(layer.base_layer.weight, u[:, 3:] * s[3:] @ vh[3:], rtol=0, atol=1e-9)
+        assert report.energy[name] == pytest.approx((s[:3].square().sum() / s.square().sum()).item(), rel=1e-9)
+    model, report = started("lora-ga", gamma=4.0)
+    gradients = [full_gradients(network(), batch) for batch in make_batches()]
+    assert report.samples == 24 and report.accumulator_bytes == sum(layer.base_layer.weight.nbytes for layer in model[::2])
+    for name, layer in ((str(i), model[i]) for i in (0, 2, 4)):
+        u, s, vh = torch.linalg.svd(sum(g[name] for g in gradients), full_matrices=False)
+        c = layer.out_features**0.25 / 2
+        for mine, exact in ((layer.lora_A, vh[:3]), (layer.lora_B.mT, u[:, 3:6].mT)):
+            torch.testing.assert_close(mine.mT @ mine, c * c * exact.mT @ exact, rtol=0, atol=1e-7)
+        assert report.energy[name] == pytest.approx((s[:6].square().sum() / s.square().sum()).item(), rel=1e-9)
+
+
+@STARTS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_starts_leave_the_output_and_come_back_from_files(start: str, dtype: torch.dtype, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    eps = torch.finfo(dtype).eps
+    x, _ = make_batches(1, dtype=dtype)[0]
+    model, _ = started(start, dtype)
+    before = network(dtype=dtype)(x)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=40 * eps)
+    wide = 40 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert all(delta.abs().max() <= wide for delta in lk.delta_weights(model).values())
+
+    for pair in pairs(model):  # as if trained
+        for factor in (pair.A, pair.B):
+            factor.data += 0.05 * torch.randn_like(factor)
+    y = model(x)
+    assert (y - before).abs().max() > 2e-2
+    lk.save_adapter(model, tmp_path / "started.safetensors")
+    fresh = lk.load_adapter(network(dtype=dtype), tmp_path / "started.safetensors")
+    assert torch.equal(fresh(x), y), "a bare model"
+    adapted = lk.adapt(network(dtype=dtype), rank=3, alpha=4.0, rank_scaling="rslora")
+    assert torch.equal(lk.load_adapter(adapted, tmp_path / "started.safetensors")(x), y), "an adapted model"
+    again, _ = started(start, dtype)
+    lk.load_adapter_state_dict(again, lk.adapter_state_dict(model))
+    assert torch.equal(again(x), y), "a model that was started alike"
+    whole = lk.adapt(network(dtype=dtype, seed=1), rank=3, alpha=4.0, rank_scaling="rslora")
+    whole.load_state_dict(model.state_dict())
+    assert torch.equal(whole(x), y) and torch.equal(copy.deepcopy(model)(x), y), "the whole state"
+
+    # Relative to the weights before the start: the differences that leave fp32 products are those of the residual's rounding.
+    bare = network(dtype=dtype)
+    for module, delta in zip(bare[::2], lk.delta_weights(model).values(), strict=True):
+        module.weight.data = (module.weight.double() + delta.double()).to(dtype)
+    torch.testing.assert_close(bare(x), y, rtol=0, atol=60 * eps)
+    assert set(lk.export_peft(model, tmp_path / "peft").values()) == {0.0}
+    theirs = peft.PeftModel.from_pretrained(network(dtype=dtype), str(tmp_path / "peft"), autocast_adapter_dtype=dtype == torch.bfloat16)
+    assert theirs.peft_config["default"].r == 6
+    torch.testing.assert_close(theirs(x), y, rtol=0, atol=60 * eps)
+    deltas = lk.delta_weights(model)
+    for name, delta in lk.delta_weights(theirs).items():
+        torch.testing.assert_close(delta, deltas[name], rtol=0, atol=float(deltas[name].abs().max()) * wide)
+    merged = lk.merge(model.eval(), unload=True)
+    torch.testing.assert_close(merged(x), y, rtol=0, atol=60 * eps)
+
+
+def test_reset_parameters_goes_back_to_the_start() -> None:
+    model, _ = started("pissa")
+    x = make_batches(1)[0][0]
+    y = model(x)
+    contract.run(model, lk.AdamW(model, lr=1e-2), 0, 3)
+    for layer in model[::2]:
+        layer.reset_parameters()
+    assert torch.equal(model(x), y)
+
+
+def test_starts_refuse_what_they_cannot_change() -> None:
+    quantized = nn.Sequential(network(dtype=torch.float32), Quantized(nn.Linear(9, 9)))
+    tied = Shared(None)
+    sum_of = lambda m, b: m(b).sum()  # noqa: E731
+    for model, arguments, error, message in (
+        (lk.adapt(quantized, rank=2), {}, ValueError, "'1' has a Parameter of torch.int8"),
+        (lk.adapt(tied, rank=2), {}, ValueError, "'second' is shared with another module"),
+        (lk.adapt(network(), method="sds", rank=2), {}, ValueError, r"no adapter ΔW = s·B A; adapt\(model, method='lora'"),
+        (lk.adapt(network(), method="xs", rank=2), {}, ValueError, "method='lora'"),
+        (lk.adapt(network(), rank=2), {"batches": []}, TypeError, "the other starts take neither"),
+        (lk.adapt(network(), rank=2), {"start": "lora-ga"}, TypeError, "needs batches= and loss_fn="),
+        (lk.adapt(network(), rank=2), {"start": "lora-ga", "batches": [], "loss_fn": sum_of}, ValueError, "initialize: batches is empty"),
+        (lk.adapt(network(), rank=5), {"start": "lora-ga", "batches": [], "loss_fn": sum_of}, ValueError, "too many for '4' with r = 5"),
+        (lk.adapt(network(), rank=2), {"start": "lora-ga", "batches": [], "loss_fn": sum_of, "gamma": 0}, ValueError, "gamma must be"),
+    ):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(error, match=message):
+            lk.initialize(model, **{"start": "pissa", "progress": False, **arguments})
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model, _ = started("pissa")
+    with pytest.raises(ValueError, match="an earlier start has changed the base weight of '0'"):
+        lk.initialize(model, "pissa")
+    other, _ = started("lora-ga")
+    plain = lk.adapt(network(), rank=3, alpha=4.0, rank_scaling="rslora")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for state in (lk.adapter_state_dict(other), lk.adapter_state_dict(plain)):
+        with pytest.raises(ValueError, match="'0' was started by other factors"):
+            lk.load_adapter_state_dict(model, state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------------------- the theorems
+
+
+def test_theorem_2_is_the_least_squares_solution() -> None:
+    torch.manual_seed(0)
+    b, a, g = (torch.randn(shape, dtype=torch.float64) for shape in ((11, 3), (3, 8), (11, 8)))
+    scale = 0.3
+    ours = optimal_gradient(b, a, scale * b.mT @ g @ a.mT, scale)
+    dense = torch.linalg.lstsq(scale * torch.kron(b, a.mT.contiguous()), g.reshape(-1, 1)).solution.reshape(3, 3)
+    torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
+    # And that is the step that the optimizer takes.
+    model = lk.adapt(nn.Sequential(nn.Linear(8, 11, bias=False).double()), method="xs", rank=3, alpha=3 * scale)
+    (pair,) = pairs(model)
+    pair.A.copy_(a), pair.B.copy_(b)
+    optimizer = lk.LoRASB(model, lr=0.5, update="sgd")
+    model(torch.eye(8, dtype=torch.float64)).backward(g.mT)
+    optimizer.step()
+    torch.testing.assert_close(pair.core.detach(), -0.5 * dense, rtol=1e-10, atol=1e-12)
+
+
+def test_theorem_3_a_small_step_lowers_the_loss_by_the_inner_product() -> None:
+    model = xs_model()
+    optimizer = lk.LoRASB(model, lr=1e-6, update="sgd")
+    before = loss_of(model, 0)
+    before.backward()
+    predicted = sum((p.core.grad * optimal_gradient(p.B, p.A, p.core.grad, p.scale)).sum() for p in pairs(model))
+    optimizer.step()
+    fall = (before - loss_of(model, 0)).item()
+    assert predicted > 0 and fall == pytest.approx(1e-6 * predicted.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_theorem_4_the_trajectory_does_not_depend_on_s(momentum: float) -> None:
+    deltas = []
+    for scale in (0.1, 1.0, 10.0):
+        model = lk.adapt(network(), method="xs", rank=3, alpha=3 * scale)
+        init(model, make_batches(), lr=1e-2)
+        optimizer = lk.LoRASB(model, lr=0.05, update="sgd", momentum=momentum)
+        contract.run(model, optimizer, 0, 40)
+        deltas.append(lk.delta_weights(model))
+    for name, delta in deltas[1].items():
+        for other in (deltas[0], deltas[2]):
+            assert (other[name] - delta).norm() <= 1e-9 * delta.norm()
+
+
+def test_theorem_5_the_first_sgd_step_is_the_best_rank_r_approximation() -> None:
+    batch = make_batches(1)[0]
+    gradients = full_gradients(network(), batch)
+    model = lk.adapt(network(), method="xs", rank=3, alpha=1.5)
+    init(model, [batch], update="sgd", oversample=20)
+    for pair in pairs(model):
+        pair.core.data.zero_()
+    optimizer = lk.LoRASB(model, lr=0.3, update="sgd")
+    mse(model, batch).backward()
+    optimizer.step()
+    for name, delta in lk.delta_weights(model).items():
+        u, s, vh = torch.linalg.svd(gradients[name], full_matrices=False)
+        torch.testing.assert_close(delta, -0.3 * u[:, :3] * s[:3] @ vh[:3], rtol=0, atol=1e-8 * float(s[0]))
+
+
+def test_the_correction_keeps_bf16_factors_optimal() -> None:
+    """The equivalent gradient's distance to the best one, on the factors as they are stored: at least ten times smaller with correction."""
+    torch.manual_seed(0)
+    d, rank, tokens = 256, 16, 64
+    x, grad = torch.randn(tokens, d).bfloat16(), torch.randn(tokens, d).bfloat16()
+    g = grad.double().mT @ x.double()
+    model = lk.adapt(nn.Sequential(nn.Linear(d, d, bias=False).bfloat16()), method="xs", rank=rank)
+    (pair,) = pairs(model)
+    for factor in (pair.A.mT, pair.B):
+        factor.copy_(torch.linalg.qr(torch.randn(d, rank))[0])
+    optimizer = lk.LoRASB(model, lr=1.0, update="sgd")
+    model(x).backward(grad)
+    plain = pair.core.grad.double()
+    optimizer.step()
+    b, a = pair.B.double(), pair.A.double()
+    best = b @ torch.linalg.solve(b.mT @ b, b.mT @ g @ a.mT) @ torch.linalg.inv(a @ a.mT) @ a
+    corrected, uncorrected = ((b @ r @ a - best).norm() / best.norm() for r in (-pair.core.detach().double(), plain))
+    assert pair.A.dtype == torch.bfloat16 and uncorrected > 1e-4
+    assert corrected < 0.1 * uncorrected and corrected < 3e-6, (corrected, uncorrected)
+
+
+# --------------------------------------------------------------------------------------------------------------------- memory
+
+
+def peak_allocated(function) -> int:
+    """The largest sum of live CPU allocations during ``function``, from the profiler's allocation events, beyond what lived before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    live = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("d", [256, pytest.param(1024, marks=pytest.mark.large)])
+def test_memory_of_the_start_is_one_layers_gradient_and_the_accumulator(d: int) -> None:
+    """A LoRA step holds its activations; the start must hold no more than those, the stated accumulator and 1.2 times the largest layer."""
+    depth, tokens, rank = 12, 512, 8
+    shapes = [(d, d)] * depth
+    x, y = torch.randn(tokens, d), torch.randn(tokens, d)
+
+    def step(model: nn.Module) -> None:
+        mse(model, (x, y)).backward()
+
+    lora = lk.adapt(network(shapes, torch.float32), rank=rank)
+    step(lora)
+    lora.zero_grad()
+    training = peak_allocated(lambda: step(lora))
+    model = lk.adapt(network(shapes, torch.float32), method="xs", rank=rank)
+    reports: list[lk.InitReport] = []
+    extra = peak_allocated(lambda: reports.append(init(model, [(x, y)]))) - training
+    assert reports[0].accumulator_bytes == depth * d * d * 4
+    assert extra <= 1.2 * d * d * 4 + reports[0].accumulator_bytes, (extra, training)
+
+
+# ------------------------------------------------------------------------------------------------------------------ distributed
+
+
+#: One rank, in a process of its own that imports nothing but the package.
+RANK = """
+import sys, torch
+import lowrank_kernels as lk
+from torch import nn
+rank, folder = int(sys.argv[1]), sys.argv[2]
+store = torch.distributed.FileStore(folder + "/store", 2)
+torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+model, batches = torch.load(folder + "/input.pt", weights_only=False)
+torch.manual_seed(rank)
+wrapped = nn.parallel.DistributedDataParallel(model)
+loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+report = lk.lora_sb_init(wrapped, batches[rank::2], loss, lr=0.1, update="sgd", progress=False)
+torch.save((report.samples, model.state_dict()), f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not torch.distributed.is_available(), reason="needs gloo")
+def test_two_ranks_average_gradients_and_have_identical_factors(tmp_path) -> None:
+    alone, together = (lk.adapt(network(), method="xs", rank=2) for _ in range(2))
+    torch.save((together, make_batches(3)), tmp_path / "input.pt")
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [sys.executable, "-c", RANK]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]  # two batches here, one there
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    (samples, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert samples == 24
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    init(alone, make_batches(3), update="sgd")
+    together.load_state_dict(first)
+    for name, delta in lk.delta_weights(alone).items():
+        torch.testing.assert_close(lk.delta_weights(together)[name], delta, rtol=1e-8, atol=1e-12)
