@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The factors of one adapted layer, ``ΔW = scale · B @ A`` (decoupled layers add their frozen halves).
+    """The factors of one adapted layer, ``ΔW = scale · B @ A`` (decoupled layers add their frozen halves; see ``core``).
 
     Attributes:
         name: the layer's name in the model (with ``.{adapter}`` behind it where a layer has several adapters).
@@ -21,6 +21,7 @@ class Pair:
         B: (d_out, r).
         scale: s, as the module applies it; None when only names were known.
         layer: the module that owns the factors; None when only names were known.
+        core: R (r, r) of ``ΔW = scale · B @ R @ A``, which is then what trains: A and B are constants. None otherwise.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Pair:
     B: Tensor
     scale: float | None
     layer: nn.Module | None = None
+    core: Tensor | None = None
 
 
 @runtime_checkable
@@ -50,6 +52,17 @@ def register_layer(layer: nn.Module) -> None:
 def owners() -> dict[int, nn.Module]:
     """``id(lora_A) → layer`` of every live layer of ours, read anew, since frameworks swap parameters."""
     return {id(layer.lora_A): layer for layer in _live_layers}
+
+
+def core_owners() -> dict[int, nn.Module]:
+    """``id(lora_R) → layer`` of every live layer of ours that has a core; as :func:`owners`."""
+    return {id(layer.lora_R): layer for layer in _live_layers if "lora_R" in layer._parameters}
+
+
+def own_pair(name: str, layer: HoldsPair) -> Pair:
+    """The pair of one of our layers."""
+    assert isinstance(layer, nn.Module)
+    return Pair(name, layer.lora_A, layer.lora_B, layer.scale, layer, layer._parameters.get("lora_R"))
 
 
 _FACTOR_NAME = re.compile(r"^(?P<stem>.*?\.?)(?P<factor>lora_A|lora_B|lora_a|lora_b)(?P<adapter>\.[^.]+)??(?P<leaf>\.weight)?$")
@@ -98,7 +111,7 @@ def _module_scale(layer: nn.Module, adapter: str) -> float | None:
 
 def _layer_pairs(name: str, layer: nn.Module) -> Iterator[Pair]:
     if isinstance(layer, HoldsPair) and layer in _live_layers:
-        yield Pair(name, layer.lora_A, layer.lora_B, layer.scale, layer)
+        yield own_pair(name, layer)
         return
     for a_name, b_name in (("lora_A", "lora_B"), ("lora_a", "lora_b")):
         a, b = getattr(layer, a_name, None), getattr(layer, b_name, None)
@@ -126,3 +139,22 @@ def pairs(model: nn.Module) -> list[Pair]:
         for pair in _layer_pairs(name, module):
             found.setdefault((id(pair.A), id(pair.B)), pair)
     return list(found.values())
+
+
+def shard_placement(model: nn.Module) -> Callable[[nn.Parameter], Any]:
+    """``shard_placement_fn`` for FSDP2: every A (r, d_in) is sharded along d_in, everything else along its first dimension (FSDP2's rule).
+
+    ``placement = shard_placement(model)``, and then ``fully_shard(block, shard_placement_fn=placement)`` for every block and the model.
+    Gram matrices then cost one all-reduce of r×r sums. FSDP2 asks that d_in be divisible by the number of ranks.
+    """
+    from torch.distributed.tensor import Shard
+
+    found = [weakref.ref(pair.A) for pair in pairs(model)]
+    first_factors = {id(ref()): ref for ref in found}
+
+    def placement(parameter: nn.Parameter) -> Any:
+        # By reference: sharding frees parameters while it goes on, and a new one may get the id of an old one.
+        ref = first_factors.get(id(parameter))
+        return Shard(1) if ref is not None and ref() is parameter else None
+
+    return placement

@@ -29,6 +29,9 @@ OPTIMIZERS = {
     "ScaledAdamW": lambda params, **k: lk.ScaledAdamW(params, **{"lr": 1e-2, **k}),
     "LoRAPro": lambda params, **k: lk.LoRAPro(params, **{"lr": 1e-2, **k}),
     "LoRARITE": lambda params, **k: lk.LoRARITE(params, **{"lr": 1e-2, **k}),
+    "OPLoRA": lambda params, **k: lk.OPLoRA(params, **{"lr": 1e-2, **k}),
+    "OPLoRA-dense-projected": lambda params, **k: lk.OPLoRA(params, **{"lr": 1e-2, "gradient": "dense", "momentum_mode": "projected", **k}),
+    "OPLoRA-sketch": lambda params, **k: lk.OPLoRA(params, **{"lr": 1e-2, "gradient": "sketch", "sketch_width": 4, **k}),
 }
 every_optimizer = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
@@ -276,6 +279,7 @@ def test_a_parameter_that_is_unfrozen_late_starts_anew(build) -> None:
     for step in range(9):
         run(model, optimizer, step, step + 1)
     head.requires_grad_(True)
+    optimizer.zero_grad()
     before, lr = head.weight.detach().clone(), optimizer.param_groups[0]["lr"]
     head.weight.grad = torch.randn_like(head.weight).sign()
     optimizer.step()
@@ -350,6 +354,8 @@ def test_explain_names_a_backend_and_a_reason_for_every_operation(build, capsys)
     explanation = lk.explain(model, build(model))
     assert {c.operation for c in explanation.choices} >= {"lora_linear", "lora_linear_backward", "grouped_adamw_"}
     assert all(c.backend in c.reasons and all(c.reasons.values()) for c in explanation.choices)
+    assert "native" in explanation.unavailable or any(line.startswith("cusolver") for line in explanation.libraries)
+    assert all(line in str(explanation) for line in explanation.libraries)
     assert str(explanation) in capsys.readouterr().out
     with pytest.raises(TypeError, match="one of lowrank_kernels"):
         lk.explain(model, torch.optim.AdamW(trainable(model)))

@@ -4,8 +4,24 @@ from .adamw import AdamW
 from .altlora import AltLoRA, AltLoRAPlus
 from .lora_pro import LoRAPro
 from .lora_rite import LoRARITE
+from .lora_sb import LoRASB
 from .od_lora import ODLoRA
+from .oplora import OPLoRA
 from .scaled import ScaledAdamW, ScaledGD
 from .sds_lora import SDSLoRA
+from .shards import average_gradients
 
-__all__ = ["AdamW", "AltLoRA", "AltLoRAPlus", "LoRAPro", "LoRARITE", "ODLoRA", "SDSLoRA", "ScaledAdamW", "ScaledGD"]
+__all__ = [
+    "AdamW",
+    "AltLoRA",
+    "AltLoRAPlus",
+    "LoRAPro",
+    "LoRARITE",
+    "LoRASB",
+    "ODLoRA",
+    "OPLoRA",
+    "SDSLoRA",
+    "ScaledAdamW",
+    "ScaledGD",
+    "average_gradients",
+]

@@ -9,7 +9,9 @@ class AdamW(LowRankOptimizer):
     """AdamW (Loshchilov & Hutter), grouped: one launch for all parameters of a group.
 
     A drop-in for ``torch.optim.AdamW`` with fp32 state for bf16 and fp16 parameters. The default weight decay is 0 for
-    the low-rank factors it finds and AdamW's 0.01 for everything else. See :class:`LowRankOptimizer` for the arguments.
+    the low-rank factors it finds and AdamW's 0.01 for everything else.
+    On a model adapted with ``method="xs"`` this is LoRA-XS. See :class:`LowRankOptimizer` for the arguments.
     """
 
     requires_pairs = False
+    trains_cores = True

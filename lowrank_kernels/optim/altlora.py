@@ -39,6 +39,8 @@ class AltLoRA(PreconditionedOptimizer):
     State of a factor: ``exp_avg`` and ``transport`` (r, r).
     """
 
+    factors_share_steps = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -64,14 +66,6 @@ class AltLoRA(PreconditionedOptimizer):
         """How the moment step differs from AdamW's."""
         return {"betas": (group["momentum"], 0.0), "bias_correction": False}
 
-    def _accept_pairs(self) -> None:
-        super()._accept_pairs()
-        for pair in self._pairs:
-            if self.param_groups[pair.a[0]]["turn"] != self.param_groups[pair.b[0]]["turn"]:
-                raise ValueError(
-                    f"{type(self).__name__}: A and B of {pair.name} were added at different steps; add both in one add_param_group"
-                )
-
     def _updates_due(self, group_index: int, index: int) -> int | Tensor:
         group = self.param_groups[group_index]
         if index not in self._factors[group_index] or group["order"] == "joint":
@@ -91,25 +85,24 @@ class AltLoRA(PreconditionedOptimizer):
         active = {side: self._with_gradient(pairs, side) for side in turn}
         # Jacobi: every preconditioner from the factors as they were.
         inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in turn if active[side]}
+        transports = {side: self._stacked_state(active[side], side, "transport") for side in inverses}
         new_grams: dict[str, Tensor] = {}
         for side, inverse in inverses.items():
-            transport = torch.stack(self._small_state(active[side], side, "transport"))
             new_grams[side] = inverse.new_empty(len(inverse), 2, *inverse.shape[1:])
             self._step_side(
                 active[side],
                 side,
-                grad_maps=inverse / pairs[0].scale ** 2,
-                momentum_maps=transport if side == "A" else transport.mT,
+                grad_maps=inverse if pairs[0].scale == 1 else inverse / pairs[0].scale ** 2,
+                momentum_maps=transports[side] if side == "A" else transports[side].mT,
                 new_grams=new_grams[side],
                 **self._moments(self._group(pairs, side)),
             )
-        for side in inverses:
-            transports = self._small_state(active[side], side, "transport")
+        for side, transport in transports.items():
             # Made on the device: a step that is being captured must not copy from the host.
-            identity = torch.eye(len(transports[0]), dtype=transports[0].dtype, device=transports[0].device)
-            torch._foreach_copy_(transports, [identity] * len(transports))
+            identity = torch.eye(transport.shape[1], dtype=transport.dtype, device=transport.device)
+            self._write_stacked_state(active[side], side, "transport", transport, identity)
         for side, grams in new_grams.items():
-            self._carry_momentum(active[side], OTHER[side], grams)
+            self._carry_momentum(active[side], OTHER[side], self._over_shards(grams, active[side], side))
         if group["freeze_idle"]:
             self._freeze_idle(pairs, next_turn)
 
@@ -123,10 +116,17 @@ class AltLoRA(PreconditionedOptimizer):
 
     def _carry_momentum(self, pairs: list[FactorPair], side: str, grams: Tensor) -> None:
         """After the other side's update: ``C ← (XᵀX + δI)⁻¹ (XᵀX_old) C`` (of B's momentum the transpose is kept)."""
-        transports = self._small_state(pairs, side, "transport")
-        carried = grams[:, 1] @ torch.stack(transports).to(grams.dtype)
+        transport = self._stacked_state(pairs, side, "transport")
+        carried = grams[:, 1] @ transport.to(grams.dtype)
         aligned = grouped_solve(grams[:, 0].contiguous(), carried, self._group(pairs, side)["damping"])
-        torch._foreach_copy_(transports, list(aligned))
+        assert isinstance(aligned, Tensor)
+        self._write_stacked_state(pairs, side, "transport", transport, aligned)
+
+    def _after_undo(self) -> None:
+        for pair in self._pairs:
+            group = self.param_groups[pair.a[0]]
+            if group["freeze_idle"]:
+                self._freeze_idle([pair], ORDERS[group["order"]][group["turn"]])
 
     def _freeze_idle(self, pairs: list[FactorPair], next_turn: str) -> None:
         for pair in pairs:

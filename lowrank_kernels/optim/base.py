@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from ..backends.registry import call_counts
 from ..ops import grouped_adamw_
-from ..pairs import Pair, is_adapter_parameter, owners, pairs, pairs_by_name
+from ..pairs import Pair, core_owners, is_adapter_parameter, own_pair, owners, pairs, pairs_by_name
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module
 
@@ -24,6 +26,20 @@ Position: TypeAlias = tuple[int, int]
 
 #: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).
 REST_WEIGHT_DECAY = 1e-2
+
+#: All parameters are trained as a whole.
+NO_PARTS: Mapping[int, tuple[slice, ...]] = {}
+#: What may happen when a gradient is infinite or NaN.
+NONFINITE_GRADS = ("keep", "skip", "raise")
+
+#: Types of tensors that are their own memory; FSDP2's DTensor is none.
+PLAIN = frozenset({Tensor, nn.Parameter})
+
+#: What is read of every parameter in every step, by ``map``.
+_grad, _dtype, _is_sparse, _get_device = attrgetter("grad"), attrgetter("dtype"), attrgetter("is_sparse"), Tensor.get_device
+
+#: Operations that make new tensors only. A step that failed before any other one began has changed nothing.
+_PURE_OPERATIONS = frozenset({"lora_linear", "lora_linear_backward", "grouped_gram", "grouped_solve"})
 
 
 @dataclass(frozen=True)
@@ -44,14 +60,76 @@ class FactorPair:
     holds_bases: bool
 
 
+@dataclass(frozen=True)
+class Core:
+    """Where the trained core R (r, r) of one ``ΔW = s·B R A`` stands in ``param_groups``."""
+
+    name: str
+    scale: float
+    position: Position
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Optimizer state is fp32 for bf16, fp16 and fp32 parameters, fp64 for fp64 ones."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def moments(like: Tensor, *names: str) -> dict[str, Tensor]:
-    """Zero moments of a parameter."""
+    """Zero moments of a parameter, sharded as it is."""
+    if type(like) not in PLAIN:  # a DTensor
+        return {name: torch.zeros_like(like, dtype=state_dtype(like.dtype)) for name in names}
     return {name: torch.zeros(like.shape, dtype=state_dtype(like.dtype), device=like.device) for name in names}
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 makes parameters."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def local_parts(tensors: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of the tensors; plain ones are themselves."""
+    if PLAIN.issuperset(map(type, tensors)):
+        return tensors
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+
+def shard_dims(tensor: Tensor) -> list[tuple[int, int]]:
+    """``(mesh dimension, tensor dimension)`` of every sharding of a DTensor; empty for a plain or replicated tensor."""
+    if not is_sharded(tensor):
+        return []
+    return [(i, x.dim) for i, x in enumerate(tensor.placements) if x.is_shard()]  # type: ignore[attr-defined]
+
+
+def shard_group(tensor: Tensor) -> Any:
+    """The process group over which a DTensor is sharded (along one mesh dimension), None for a plain or replicated tensor."""
+    dims = shard_dims(tensor)
+    return tensor.device_mesh.get_group(dims[0][0]) if dims else None  # type: ignore[attr-defined]
+
+
+_FLAT = (
+    "FSDP1 (FullyShardedDataParallel) and DeepSpeed ZeRO flatten parameters, and a factor that is no matrix cannot be paired; "
+    "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
+)
+
+
+def _writes_begun() -> int:
+    """How many calls of operations that write into their arguments this process has begun."""
+    return sum(count for (operation, _), count in call_counts().items() if operation not in _PURE_OPERATIONS)
+
+
+def first_nonfinite(grads: list[Tensor]) -> int | None:
+    """The index of the first gradient that is not finite, None if all are; one wait for the device per device."""
+    by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
+    for index, grad in enumerate(grads):
+        if grad.numel():
+            by_device[grad.device].append(index)
+    found = []
+    for indices in by_device.values():
+        # The largest absolute value is finite if and only if all are, and no dtype overflows on the way.
+        finite = torch.stack(torch._foreach_norm([grads[i] for i in indices], float("inf"))).isfinite()
+        if not finite.all():
+            found.append(indices[int((~finite).nonzero()[0])])
+    return min(found, default=None)
 
 
 class AdamWOptions(TypedDict, total=False):
@@ -64,6 +142,8 @@ class AdamWOptions(TypedDict, total=False):
     fused: bool | None
     scale: float | None
     lr_ratio: float
+    nonfinite_grads: str
+    atomic: bool
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -84,6 +164,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         foreach, fused: accepted as ``torch.optim.AdamW`` accepts them; there is one, fused, implementation.
         scale: s of every pair whose module is not known (only tensors or names were given).
         lr_ratio: the learning rate of every B over that of its A (LoRA+, Hayou et al. 2024); 1 is AdamW's.
+        nonfinite_grads: what a step does that meets an infinite or NaN gradient: "keep" computes with it, as torch does, and looks at
+            nothing; "skip" changes nothing, neither parameters nor state nor counters, counts it in ``skipped_steps``, and warns the
+            first time; "raise" raises ``FloatingPointError`` with the parameter's name, everything unchanged. Both read one flag from
+            the device, which ``capturable`` forbids. With sharded parameters all ranks decide alike.
+        atomic: keep a copy of parameters and state during the step, and put it back if the step raises (out of memory, an interrupt).
+            Without it, a step that fails before it has written anything leaves everything as it was, too; one that fails later leaves
+            an optimizer that refuses ``step()`` and ``state_dict()`` until a checkpoint is loaded.
 
     State, one dictionary per parameter, tensors only, created by the first ``step()``: ``exp_avg`` and ``exp_avg_sq``
     in fp32 (fp64 for fp64 parameters). The step counter is one per group, ``group["step"]`` (a device tensor when
@@ -92,6 +179,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     #: A method that makes no sense without pairs refuses parameters in which there are none.
     requires_pairs = True
+    #: Whose turn it is, or which phase: where the step decides about a pair, A and B must count the same steps.
+    factors_share_steps = False
+    #: What a method trains as factors: pairs (A, B), cores R between constant factors. Others get AdamW with the rest.
+    trains_pairs, trains_cores = True, False
 
     def __init__(
         self,
@@ -109,6 +200,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         fused: bool | None = None,
         scale: float | None = None,
         lr_ratio: float = 1.0,
+        nonfinite_grads: str = "keep",
+        atomic: bool = False,
+        model: nn.Module | None = None,
         method_defaults: dict[str, Any] | None = None,
     ) -> None:
         name = type(self).__name__
@@ -121,12 +215,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for key, value in (("scale", scale), ("lr_ratio", lr_ratio)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: {key} must be positive, got {value}")
+        if nonfinite_grads not in NONFINITE_GRADS:
+            raise ValueError(f"{name}: nonfinite_grads must be 'keep', 'skip' or 'raise', got {nonfinite_grads!r}")
+        if capturable and (nonfinite_grads != "keep" or atomic):
+            raise ValueError(
+                f"{name}: capturable=True takes neither nonfinite_grads={nonfinite_grads!r} nor atomic: both wait for the device"
+            )
+        self._nonfinite_grads, self._atomic = nonfinite_grads, bool(atomic)
+        #: How many steps ``nonfinite_grads="skip"`` has left out in this process.
+        self.skipped_steps = 0
+        #: Why this optimizer cannot go on: a step failed half-way.
+        self._torn: str | None = None
         self._pairs: list[FactorPair] = []
+        self._cores: list[Core] = []
         self._factors: list[frozenset[int]] = []
         self._second_factors: list[frozenset[int]] = []
         self._scale = scale
         self._constructed = False
-        known = pairs(params) if isinstance(params, nn.Module) else []
+        model = params if isinstance(params, nn.Module) else model
+        known = [] if model is None else pairs(model)
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -149,6 +256,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _groups_of(self, params: ParamsT) -> list[Any]:
         name = type(self).__name__
         if isinstance(params, nn.Module):
+            flat = next((m for m in params.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
+            if flat is not None:
+                raise ValueError(f"{name}: {_FLAT}")
             trainable = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
             if not trainable:
                 raise ValueError(f"{name}: the model has no parameter with requires_grad=True; adapt(model, …) first")
@@ -190,32 +300,53 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         What is new, and may be worth a notice, are the groups from ``since_group`` on.
         """
-        taken = {position for pair in self._pairs for position in (pair.a, pair.b)}
+        taken = {position for pair in self._pairs for position in (pair.a, pair.b)} | {core.position for core in self._cores}
         positions = {
             id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"]) if (g, i) not in taken
         }
         named: list[tuple[str, Tensor]] = []
         for group in self.param_groups:
             named += zip(group.get("param_names", ()), group["params"], strict=False)
-        ours = [Pair("", layer.lora_A, layer.lora_B, layer.scale, layer) for layer in owners().values()]  # type: ignore[arg-type]
+        ours = [own_pair("", layer) for layer in owners().values()]  # type: ignore[arg-type]
         unknown_scale = False
         for pair in [*known, *ours, *pairs_by_name(named)]:
+            if pair.core is not None:
+                position = positions.get(id(pair.core))
+                if position is not None and self.trains_cores:
+                    assert pair.scale is not None
+                    self._cores.append(Core(pair.name or self._name_at(position), pair.scale, position))
+                    del positions[id(pair.core)]
+                continue
+            if not self.trains_pairs:
+                continue
             a, b = positions.get(id(pair.A)), positions.get(id(pair.B))
             if a is None or b is None:
                 continue
             scale = pair.scale if pair.scale is not None else self._scale
             unknown_scale |= scale is None
-            holds_bases = hasattr(pair.layer, "q_a")
-            self._pairs.append(FactorPair(pair.name or self._name_at(a), 1.0 if scale is None else scale, a, b, holds_bases))
+            holds_bases, name = hasattr(pair.layer, "q_a"), pair.name or self._name_at(a)
+            if self.factors_share_steps and self.param_groups[a[0]]["step"] != self.param_groups[b[0]]["step"]:
+                raise ValueError(f"{type(self).__name__}: A and B of {name} were added at different steps; add both in one add_param_group")
+            self._pairs.append(FactorPair(name, 1.0 if scale is None else scale, a, b, holds_bases))
             del positions[id(pair.A)], positions[id(pair.B)]
         name = type(self).__name__
-        if self.requires_pairs and not self._pairs:
+        if any(type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param") for group in self.param_groups for p in group["params"]):
+            raise ValueError(f"{name}: {_FLAT}")
+        if any("_fsdp_wrapped_module" in n or "_flat_param" in n for n, _ in named):
+            raise ValueError(f"{name}: {_FLAT}")
+        if self.requires_pairs and not (self._pairs or self._cores):
+            if not self.trains_pairs:
+                raise ValueError(
+                    f"{name}: found no core lora_R among the {sum(len(g['params']) for g in self.param_groups)} parameters; "
+                    "adapt the model with method='xs', and pass it or its parameters"
+                )
             raise ValueError(
                 f"{name}: found no pair of low-rank factors among the {sum(len(g['params']) for g in self.param_groups)} parameters. "
                 "Pass the adapted model itself, or model.named_parameters() with names such as '….lora_A[.adapter].weight' and "
                 "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt"
             )
         positions_of_factors = [position for pair in self._pairs for position in (pair.a, pair.b)]
+        positions_of_factors += [core.position for core in self._cores]
         groups = range(len(self.param_groups))
         self._factors = [frozenset(i for g, i in positions_of_factors if g == index) for index in groups]
         self._second_factors = [frozenset(pair.b[1] for pair in self._pairs if pair.b[0] == index) for index in groups]
@@ -238,8 +369,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         ]
         if left:
             warnings.warn(
-                f"{type(self).__name__}: {len(left)} adapter parameter(s) are no pair of matrices (embeddings, convolutions, DoRA's "
-                f"magnitudes, lone factors) and get AdamW: {', '.join(left[:4])}{', …' if len(left) > 4 else ''}",
+                f"{type(self).__name__}: {len(left)} adapter parameter(s) are no {'pair of matrices' if self.trains_pairs else 'cores'} "
+                f"(embeddings, convolutions, DoRA's magnitudes, lone factors) and get AdamW: "
+                f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}",
                 stacklevel=5,
             )
 
@@ -248,8 +380,30 @@ class LowRankOptimizer(torch.optim.Optimizer):
         names = group.get("param_names")
         return names[position[1]] if names else f"param_groups[{position[0]}][{position[1]}]"
 
+    def _accept_as_given(self) -> None:
+        """Refuse parameters that a framework has flattened or sharded in a way that the method cannot train. Before the first step."""
+        for pair in self._pairs:
+            for position in (pair.a, pair.b):
+                params = self.param_groups[position[0]]["params"]
+                if position[1] >= len(params) or params[position[1]].ndim != 2:
+                    raise RuntimeError(f"{type(self).__name__}: {pair.name} was a pair of matrices and is none any more: {_FLAT}")
+            if is_sharded(self._at(pair.a)) or is_sharded(self._at(pair.b)):
+                self._accept_sharded(pair)
+
+    def _accept_sharded(self, pair: FactorPair) -> None:
+        """Refuse a pair of DTensors. Here: AdamW's arithmetic is elementwise, any sharding will do."""
+
     def _accept_pairs(self) -> None:
         """A method refuses here the pairs that it cannot train; called whenever pairs were found."""
+
+    def _refuse_decoupled(self) -> None:
+        layers = owners()
+        for pair in self._pairs:
+            if pair.holds_bases and getattr(layers.get(id(self._at(pair.a))), "decoupled", False):
+                raise ValueError(
+                    f"{type(self).__name__}: {pair.name} is decoupled, ΔW = s(Q_B A + B Q_Aᵀ); this method trains plain LoRA, "
+                    "ΔW = sBA. Train it with SDSLoRA, or adapt the model with method='lora'"
+                )
 
     def _at(self, position: Position) -> Tensor:
         return self.param_groups[position[0]]["params"][position[1]]
@@ -261,16 +415,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[list[FactorPair]]:
         """The pairs in lists of one device, dtype, rank and parameter groups: what one call of an operation takes."""
         buckets: defaultdict[Any, list[FactorPair]] = defaultdict(list)
+        groups = [group["params"] for group in self.param_groups]
         for pair in pairs:
-            a = self._at(pair.a)
-            buckets[a.device, a.dtype, self._rank(pair), pair.a[0], pair.b[0]].append(pair)
+            (group_a, index), (group_b, _) = pair.a, pair.b
+            a = groups[group_a][index]
+            mesh = None if type(a) in PLAIN else getattr(a, "device_mesh", None)
+            buckets[a.device, a.dtype, self._rank(pair), group_a, group_b, mesh].append(pair)
         yield from buckets.values()
 
     # ---------------------------------------------------------------- the step
 
+    # Traced, the counters and schedules would be guards, one compilation for each of their values; the work is in few large operations.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; the whole schedule of the method lives here.
+        """One step; the whole schedule of the method lives here. In a function that ``torch.compile`` compiles it runs outside the graph.
 
         Args:
             closure: re-evaluates the model and returns the loss (optional).
@@ -284,12 +443,85 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if not self.state and self._is_probe():
             self._create_state()
             return loss
+        self._refuse_if_torn("step()")
+        if self._nonfinite_grads != "keep" and self._skips_nonfinite():
+            return loss
+        if not self.state:
+            self._accept_as_given()
+        if self._cores and not self.state:
+            self._check_cores()
         self._before_update()
         self._create_state()
-        for group in self.param_groups:
-            group["step"] += 1
-        self._update()
+        # The shallow copies hold what the host counts; what the device counts is counted back.
+        before = [{**group, "missed": dict(group["missed"])} for group in self.param_groups]
+        copies = [(tensor, tensor.clone()) for tensor in self._written()] if self._atomic else None
+        begun = _writes_begun()
+        try:
+            for group in self.param_groups:
+                group["step"] += 1
+            self._update()
+        except BaseException as error:
+            self._undo(before, copies, begun, error)
+            raise
         return loss
+
+    def _skips_nonfinite(self) -> bool:
+        """Whether this step is to be left out for a gradient that is not finite.
+
+        Raises:
+            FloatingPointError: if that is what was asked for.
+        """
+        named = [
+            (self._name_at((g, i)), p.grad)
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        grads = [grad for _, grad in named]
+        bad = first_nonfinite(local_parts(grads))
+        groups = {id(group): group for grad in grads if (group := shard_group(grad)) is not None}
+        if groups:  # one decision for all ranks: each sees its own shards only
+            flag = torch.tensor(float(bad is not None), device=grads[0].device)
+            for group in groups.values():
+                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=group)
+            bad = -1 if bad is None and flag else bad
+        if bad is None:
+            return False
+        which = f"the gradient of {named[bad][0]}" if bad >= 0 else "a gradient on another rank"
+        if self._nonfinite_grads == "raise":
+            raise FloatingPointError(f"{type(self).__name__}: {which} is infinite or NaN; nothing was changed")
+        if not self.skipped_steps:
+            warnings.warn(f"{type(self).__name__}: {which} is infinite or NaN; such steps are skipped", stacklevel=5)
+        self.skipped_steps += 1
+        return True
+
+    def _refuse_if_torn(self, what: str) -> None:
+        if self._torn is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: {what} after a step that failed half-way ({self._torn}): some parameters are updated, others not. "
+                "Load a checkpoint of model and optimizer; atomic=True keeps a copy during each step and undoes one that fails"
+            )
+
+    def _written(self) -> list[Tensor]:
+        """All tensors that a step may write, apart from the counters."""
+        params = [p for group in self.param_groups for p in group["params"] if p in self.state]
+        return [*params, *(value for p in params for value in self.state[p].values())]
+
+    def _undo(self, before: list[dict[str, Any]], copies: list[tuple[Tensor, Tensor]] | None, begun: int, error: BaseException) -> None:
+        """After a step that raised: counters as before, tensors too if there are copies; else note whether some may be written."""
+        for group, old in zip(self.param_groups, before, strict=True):
+            if isinstance(old["step"], Tensor) and group["step"] is old["step"]:
+                old["step"].sub_(1)  # counted up in place
+            group.update(old)
+        if copies is not None:
+            for tensor, copy in copies:
+                tensor.copy_(copy)
+        elif _writes_begun() != begun:
+            self._torn = f"{type(error).__name__}: {error}"
+        self._after_undo()
+
+    def _after_undo(self) -> None:
+        """What a method keeps elsewhere and derives from counters and tensors is derived anew here."""
 
     def _is_probe(self) -> bool:
         """Whether this is ``torch.distributed.checkpoint`` asking for empty state: lr 0 and all gradients zero."""
@@ -297,6 +529,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return False
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         return bool(grads) and not any(grad.any() for grad in grads)
+
+    def _check_cores(self) -> None:
+        """Refuse cores between zero factors, which would never get a gradient."""
+        layers = core_owners()
+        for core in self._cores:
+            layer = layers.get(id(self._at(core.position)))
+            if layer is not None and not (layer.lora_A.any() and layer.lora_B.any()):  # type: ignore[operator]
+                raise ValueError(
+                    f"{type(self).__name__}: the constant factors of {core.name} are zero, so its core cannot learn; "
+                    "call lora_sb_init(model, …) or initialize(model, 'svd') first, or load a checkpoint"
+                )
 
     def _before_update(self) -> None:
         """Checks that must fail before anything has changed."""
@@ -340,16 +583,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """AdamW on those parameters of the group (all, if not told) that have a gradient: one call per device, dtype and kind."""
         group, factors = self.param_groups[group_index], self._factors[group_index]
         second = self._second_factors[group_index] if group["lr_ratio"] != 1.0 else ()
-        params = group["params"]
-        buckets: defaultdict[tuple[bool, bool, int, torch.dtype], list[int]] = defaultdict(list)
-        for index in range(len(params)) if indices is None else indices:
-            p = params[index]
-            if p.grad is None:
+        params, parts = group["params"], self._trained_parts(group_index)
+        indices = range(len(params)) if indices is None else list(indices)
+        if len(indices) != len(params):
+            params = [params[index] for index in indices]
+        # One pass by map per property: with so many small tensors, what a loop does for each is most of the step's time.
+        kinds = (map(factors.__contains__, indices), map(second.__contains__, indices), map(_get_device, params), map(_dtype, params))
+        keys = zip(*kinds, strict=True)
+        buckets: defaultdict[tuple[bool, bool, int, torch.dtype], tuple[list[int], list[Tensor], list[Tensor]]]
+        buckets = defaultdict(lambda: ([], [], []))
+        for index, p, grad, key in zip(indices, params, map(_grad, params), keys, strict=True):
+            if grad is None:
                 self._miss(group, index)
             else:
-                buckets[index in factors, index in second, p.get_device(), p.dtype].append(index)
-        for (is_factor, is_second, _, _), members in buckets.items():
-            self._adamw(group_index, members, is_factor=is_factor, is_second=is_second)
+                members, stepped, grads = buckets[key]
+                members.append(index)
+                stepped.append(p)
+                grads.append(grad)
+        for (is_factor, is_second, _, _), (members, stepped, grads) in buckets.items():
+            self._adamw(group_index, members, is_factor=is_factor, is_second=is_second, params=stepped, grads=grads, parts=parts)
 
     def _miss(self, group: dict[str, Any], index: int) -> None:
         """Note that a parameter does not take this step: its bias correction lags behind by one."""
@@ -361,13 +613,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """The learning rate of a group, or of the Bs in it."""
         return group["lr"] * group["lr_ratio"] if is_second and group["lr_ratio"] != 1.0 else group["lr"]
 
-    def _adamw(self, group_index: int, members: list[int], *, is_factor: bool, is_second: bool, **options: Any) -> None:
-        """One call of ``grouped_adamw_`` on parameters that all have a gradient; ``options`` replace what AdamW would pass."""
-        group, parts = self.param_groups[group_index], self._trained_parts(group_index)
-        params = [group["params"][index] for index in members]
-        grads = [p.grad for p in params]
-        states = [self.state[p] for p in params]
-        if any(grad.is_sparse for grad in grads):
+    def _adamw(
+        self,
+        group_index: int,
+        members: list[int],
+        *,
+        is_factor: bool,
+        is_second: bool,
+        params: list[Tensor] | None = None,
+        grads: list[Tensor] | None = None,
+        parts: Mapping[int, tuple[slice, ...]] = NO_PARTS,
+        **options: Any,
+    ) -> None:
+        """One call of ``grouped_adamw_`` on parameters (and gradients, where the caller has read them) of which ``parts`` are trained;
+        ``options`` replace what AdamW would pass."""
+        group = self.param_groups[group_index]
+        params = [group["params"][index] for index in members] if params is None else params
+        grads = list(map(_grad, params)) if grads is None else grads
+        states = list(map(self.state.__getitem__, params))
+        if any(map(_is_sparse, grads)):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         if parts:
             slices = [parts.get(index) for index in members]
@@ -384,7 +648,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "maximize": group["maximize"],
             "check": False,
         }
-        exp_avgs, exp_avg_sqs = ([s[key] for s in states if key in s] for key in ("exp_avg", "exp_avg_sq"))
+        exp_avgs, exp_avg_sqs = (local_parts([s[key] for s in states if key in s]) for key in ("exp_avg", "exp_avg_sq"))
+        params, grads = local_parts(params), local_parts(grads)
         grouped_adamw_(params, grads, exp_avgs, exp_avg_sqs, **{**arguments, **options})
 
     def _clear_factor_state(self, cleared: list[FactorPair]) -> None:
@@ -397,6 +662,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- saving, loading, copying
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's.
+
+        Raises:
+            RuntimeError: a step failed half-way; what would be saved is of two different moments.
+        """
+        self._refuse_if_torn("state_dict()")
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps the dtype it was saved in (torch casts it down to the parameter's).
 
@@ -406,6 +680,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._check_state_dict(state_dict)
         saved_state = state_dict["state"]
         super().load_state_dict(state_dict)
+        self._torn = None
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if isinstance(group["step"], Tensor):
                 group["step"] = group["step"].to(group["params"][0].device)
@@ -433,6 +708,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for position, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
                 shape = (p[parts[position]] if position in parts else p).shape
                 for state_name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor) and state_name.startswith("exp_avg") and is_sharded(value) != is_sharded(p):
+                        raise ValueError(
+                            f"{name}: {state_name} of {self._name_at((index, position))} is a {type(value).__name__} in the checkpoint, "
+                            f"its parameter a {type(p).__name__}; load it by torch.distributed.checkpoint's set_optimizer_state_dict"
+                        )
                     if state_name in ("exp_avg", "exp_avg_sq") and value.shape != shape:
                         raise ValueError(
                             f"{name}: {state_name} of {self._name_at((index, position))} has shape {tuple(value.shape)} in the "
@@ -440,7 +720,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                         )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_pairs", "_factors", "_second_factors", "_scale", "_constructed")
+        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_scale", "_constructed")
+        kept = (*pairing, "_nonfinite_grads", "_atomic", "skipped_steps", "_torn")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     # ---------------------------------------------------------------- explain()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners
-from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, state_dtype
+from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, is_sharded, shard_dims, state_dtype
+from .shards import KEEP_WHOLE, assign, gathered
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 
@@ -65,6 +66,8 @@ class DecoupledOptimizer(LowRankOptimizer):
         refresh_every: n; a uniform schedule (after main steps n, 2n, …) in place of the phased one.
         basis: "qr" or "polar", how a refresh makes the bases.
     """
+
+    factors_share_steps = True
 
     def __init__(
         self,
@@ -148,7 +151,8 @@ class DecoupledOptimizer(LowRankOptimizer):
         for pairs in self._alike(due):
             views = [self._views(pair, layers, decoupled=True) for pair in pairs]
             bases = [v.q_a.mT for v in views] + [v.q_b for v in views]
-            factors = [v.a.mT for v in views] + [v.b for v in views]
+            whole = gathered([v.a for v in views] + [v.b for v in views])
+            factors = [a.mT for a in whole[: len(views)]] + whole[len(views) :]
             if self.param_groups[pairs[0].a[0]]["basis"] == "polar":
                 grouped_polar(factors, out=bases)
             else:
@@ -160,8 +164,8 @@ class DecoupledOptimizer(LowRankOptimizer):
         (The papers take the SVD of ΔW itself and divide by 2s: s cancels.) Exact where ΔW has rank r, as after plain LoRA.
         """
         for new, u, sigma, v in self._truncated_svds(due):
-            new.a.copy_(sigma[:, None] / 2 * v.mT)
-            new.b.copy_(u * (sigma / 2))
+            assign(new.a, sigma[:, None] / 2 * v.mT)
+            assign(new.b, u * (sigma / 2))
         self._clear_factor_state(due)
 
     def _restart(self, due: list[FactorPair]) -> None:
@@ -179,11 +183,11 @@ class DecoupledOptimizer(LowRankOptimizer):
             group = self.param_groups[pairs[0].a[0]]
             decoupled = self._is_decoupled(group, group["step"] - 1)
             old = [self._views(pair, layers, decoupled) for pair in pairs]
+            whole = gathered([v.a for v in old] + [v.b for v in old])
+            lefts, rights = whole[len(old) :], [a.mT for a in whole[: len(old)]]
             if decoupled:
-                lefts = [torch.cat([v.q_b, v.b], dim=1) for v in old]
-                rights = [torch.cat([v.a, v.q_a]).mT for v in old]
-            else:
-                lefts, rights = [v.b for v in old], [v.a.mT for v in old]
+                lefts = [torch.cat([v.q_b, b], dim=1) for v, b in zip(old, lefts, strict=True)]
+                rights = [torch.cat([a, v.q_a.mT], dim=1) for v, a in zip(old, rights, strict=True)]
             us, ss, vs = grouped_svd_product(lefts, rights, self._rank(pairs[0]))
             for pair, u, sigma, v in zip(pairs, us, ss, vs, strict=True):
                 new = self._views(pair, layers, decoupled=True)
@@ -252,13 +256,24 @@ class DecoupledOptimizer(LowRankOptimizer):
             if position[0] == group_index
         }
 
+    def _accept_sharded(self, pair: FactorPair) -> None:
+        # The bases are whole on every rank, and are made from factors that are gathered when that is due, as FSDP2 itself does in every
+        # forward pass.
+        name = type(self).__name__
+        if not pair.holds_bases:
+            raise RuntimeError(
+                f"{name}: {pair.name} is sharded (a DTensor) and a plain LoRA layer of twice the rank, of which the idle half's gradient "
+                f"cannot be held back under FSDP2. Adapt the model with method='sds'; or {KEEP_WHOLE}"
+            )
+        for factor in (self._at(pair.a), self._at(pair.b)):
+            if is_sharded(factor) and len(shard_dims(factor)) > 1:
+                raise RuntimeError(f"{name}: {pair.name} is sharded along several mesh dimensions; {KEEP_WHOLE}")
+
     def _accept_pairs(self) -> None:
         self._moment_checked = False
         name = type(self).__name__
         for pair in self._pairs:
             a, b = self._at(pair.a), self._at(pair.b)
-            if self.param_groups[pair.a[0]]["step"] != self.param_groups[pair.b[0]]["step"]:
-                raise ValueError(f"{name}: A and B of {pair.name} were added at different steps; add both in one add_param_group")
             if not pair.holds_bases and a.shape[0] % 2:
                 raise ValueError(
                     f"{name}: {pair.name} is a plain LoRA layer of rank {a.shape[0]}; half of each factor becomes the frozen basis, so "
@@ -293,6 +308,19 @@ class DecoupledOptimizer(LowRankOptimizer):
                 handle = parameter.register_hook(zero_idle_half)
                 weakref.finalize(self, handle.remove)
                 self._idle_hooks[position] = (weakref.ref(parameter), handle)
+
+    def _written(self) -> list[Tensor]:
+        layers = owners()
+        held = [layers[id(self._at(pair.a))] for pair in self._pairs if pair.holds_bases]
+        return [*super()._written(), *(buffer for layer in held for buffer in layer.buffers(recurse=False))]
+
+    def _after_undo(self) -> None:
+        layers = owners()
+        for pair in self._pairs:
+            layer = layers.get(id(self._at(pair.a)))
+            if pair.holds_bases and layer is not None:
+                layer.decoupled = bool(layer.is_decoupled.item())  # type: ignore[assignment,operator]
+        self._moment_checked = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -63,22 +63,22 @@ class LoRAPro(PreconditionedOptimizer):
                     self._miss(self._group([pair], side), self._position(pair, side)[1])
         if not pairs:
             return
-        inverse_b, inverse_a = self._inverse_grams(pairs, "B"), self._inverse_grams(pairs, "A")
+        gram_b, gram_a = self._grams(pairs, "B"), self._grams(pairs, "A")
+        inverse_b, inverse_a = self._inverse_grams(pairs, "B", gram_b), self._inverse_grams(pairs, "A", gram_a)
         s = pairs[0].scale ** -2
         sign = -1.0 if group["maximize"] else 1.0
         map_a = s * inverse_b
         # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself.
         overlap_b = grouped_gram(self._tall(pairs, "B"), self._tall_grads(pairs, "B"), dtype=torch.float64)
+        self._over_shards(overlap_b, pairs, "B")
         x = torch.zeros_like(inverse_a)
         if group["sylvester"]:
             overlap_a = grouped_gram(self._tall_grads(pairs, "A"), self._tall(pairs, "A"), dtype=torch.float64)
-            x = _solve_sylvester(self._grams(pairs, "B"), self._grams(pairs, "A"), -map_a @ overlap_a)
+            self._over_shards(overlap_a, pairs, "A")
+            x = _solve_sylvester(gram_b, gram_a, -map_a @ overlap_a)
         # The maps of the factors themselves come from the gradients: they change sign with them.
         self._step_side(pairs, "A", grad_maps=map_a, param_maps=sign * x)
         self._step_side(pairs, "B", grad_maps=s * inverse_a, param_maps=-sign * (s * inverse_b @ overlap_b @ inverse_a + x))
-
-    def _grams(self, pairs: list[FactorPair], side: str) -> Tensor:
-        return grouped_gram(self._tall(pairs, side), dtype=torch.float64)
 
 
 def _solve_sylvester(left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:

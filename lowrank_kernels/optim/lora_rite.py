@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops import grouped_gram, grouped_qr
 from .base import AdamWOptions, FactorPair, ParamsT, moments, state_dtype
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer, symmetric_eigen
+from .shards import KEEP_WHOLE
 
 
 class LoRARITE(PreconditionedOptimizer):
@@ -53,6 +54,9 @@ class LoRARITE(PreconditionedOptimizer):
                 f"{type(self).__name__}: capturable=True is not supported: every step calls torch.linalg.eigh, "
                 "which waits for the device and cannot be captured"
             )
+
+    def _accept_sharded(self, pair: FactorPair) -> None:
+        raise RuntimeError(f"LoRARITE: {pair.name} is sharded (a DTensor), and each step takes the QR of whole factors; {KEEP_WHOLE}")
 
     def _create_state(self) -> None:
         super()._create_state()

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_gram, grouped_solve
-from ..pairs import owners
-from .base import FactorPair, LowRankOptimizer, Position, state_dtype
+from .base import FactorPair, LowRankOptimizer, Position, is_sharded, local_parts, shard_dims, shard_group, state_dtype
 
 #: Absolute damping δ of every Gram matrix. `python -m benchmarks.damping` is the experiment behind the number, on factors with singular
 #: values down to 1e-6 and on LoRA's own start: at 1e-7 and below runs of ScaledGD and LoRA-RITE blow up, at 1e-6 none does, but four
@@ -43,17 +42,14 @@ class PreconditionedOptimizer(LowRankOptimizer):
             raise ValueError(f"{type(self).__name__}: damping must be ≥ 0, got {group['damping']}")
 
     def _accept_pairs(self) -> None:
-        layers = owners()
-        for pair in self._pairs:
-            if pair.holds_bases and getattr(layers.get(id(self._at(pair.a))), "decoupled", False):
-                raise ValueError(
-                    f"{type(self).__name__}: {pair.name} is decoupled, ΔW = s(Q_B A + B Q_Aᵀ); this method trains plain LoRA, "
-                    "ΔW = sBA. Train it with SDSLoRA, or adapt the model with method='lora'"
-                )
+        self._refuse_decoupled()
 
     def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[list[FactorPair]]:
         """As the base class has it, and of one scale, which then is a number and not a tensor to be sent to the device."""
         for alike in super()._alike(pairs):
+            if len({pair.scale for pair in alike}) == 1:
+                yield alike
+                continue
             by_scale: defaultdict[float, list[FactorPair]] = defaultdict(list)
             for pair in alike:
                 by_scale[pair.scale].append(pair)
@@ -61,8 +57,8 @@ class PreconditionedOptimizer(LowRankOptimizer):
 
     def _update(self) -> None:
         for group_index, group in enumerate(self.param_groups):
-            rest = [i for i in range(len(group["params"])) if i not in self._factors[group_index]]
-            self._moment_step(group_index, rest)
+            if len(self._factors[group_index]) < len(group["params"]):
+                self._moment_step(group_index, [i for i in range(len(group["params"])) if i not in self._factors[group_index]])
         for pairs in self._alike(self._pairs):
             self._step_pairs(pairs)
 
@@ -83,12 +79,12 @@ class PreconditionedOptimizer(LowRankOptimizer):
 
     def _tall_grads(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
         """The gradients, as :meth:`_tall` has the factors; every factor must have one."""
-        grads = [factor.grad for factor in self._factors_of(pairs, side) if factor.grad is not None]
+        grads = local_parts([factor.grad for factor in self._factors_of(pairs, side) if factor.grad is not None])
         return [grad.mT for grad in grads] if side == "A" else grads
 
     def _tall(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
         """The factors as tall matrices: Aᵀ (d_in, r) without a copy, B (d_out, r)."""
-        factors = self._factors_of(pairs, side)
+        factors = local_parts(self._factors_of(pairs, side))
         return [a.mT for a in factors] if side == "A" else factors
 
     def _with_gradient(self, pairs: list[FactorPair], side: str) -> list[FactorPair]:
@@ -101,26 +97,71 @@ class PreconditionedOptimizer(LowRankOptimizer):
                 self._miss(group, self._position(pair, side)[1])
         return active
 
-    def _inverse_grams(self, pairs: list[FactorPair], side: str) -> Tensor:
-        """``(XᵀX + δI)⁻¹`` (N, r, r) in fp64 of the factors of this side, X being Aᵀ or B."""
-        grams = grouped_gram(self._tall(pairs, side), dtype=torch.float64)
+    def _grams(self, pairs: list[FactorPair], side: str) -> Tensor:
+        """``XᵀX`` (N, r, r) in fp64 of the factors of this side, X being Aᵀ or B."""
+        return self._over_shards(grouped_gram(self._tall(pairs, side), dtype=torch.float64), pairs, side)
+
+    def _inverse_grams(self, pairs: list[FactorPair], side: str, grams: Tensor | None = None) -> Tensor:
+        """``(XᵀX + δI)⁻¹`` (N, r, r) in fp64; ``grams`` where they are known."""
+        grams = self._grams(pairs, side) if grams is None else grams
         identity = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device).expand_as(grams)
         inverse = grouped_solve(grams, identity, self._group(pairs, side)["damping"])
         assert isinstance(inverse, Tensor)
         return inverse
 
+    def _over_shards(self, sums: Tensor, pairs: list[FactorPair], side: str) -> Tensor:
+        """``sums`` over the long dimension of factors of a side; where that is sharded (FSDP2), the sum of all ranks' sums, in place."""
+        group = shard_group(self._factors_of(pairs, side)[0])
+        if group is not None:
+            torch.distributed.all_reduce(sums, group=group)
+        return sums
+
+    def _accept_sharded(self, pair: FactorPair) -> None:
+        if not (is_sharded(self._at(pair.a)) and is_sharded(self._at(pair.b))):
+            raise RuntimeError(f"{type(self).__name__}: of {pair.name} one factor is a DTensor and the other is not; shard both or none")
+        placements = {side: shard_dims(self._at(self._position(pair, side))) for side in "AB"}
+        for side, dims in placements.items():
+            long_dim = 1 - RANK_DIM[side]
+            if len(dims) > 1 or any(dim != long_dim for _, dim in dims):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {side} of {pair.name} is sharded along dimension {dims[0][1]}; Gram matrices need it whole "
+                    "along r: shard A (r, d_in) along d_in and B (d_out, r) along d_out, "
+                    "fully_shard(…, shard_placement_fn=lowrank_kernels.shard_placement(model))"
+                )
+
     def _step_side(self, pairs: list[FactorPair], side: str, *, new_grams: Tensor | None = None, **options: Any) -> None:
         """The moment step of all factors of one side, with the maps in ``options`` (in any float dtype)."""
         dtype = state_dtype(self._at(pairs[0].a).dtype)
         maps = {key: value.to(dtype) if key.endswith("_maps") and value is not None else value for key, value in options.items()}
-        members = [self._position(pair, side)[1] for pair in pairs]
+        members = [pair.a[1] for pair in pairs] if side == "A" else [pair.b[1] for pair in pairs]
         dims = [RANK_DIM[side]] * len(pairs)
         group_index = self._position(pairs[0], side)[0]
         self._adamw(group_index, members, is_factor=True, is_second=side == "B", rank_dims=dims, new_grams=new_grams, **maps)
 
-    def _small_state(self, pairs: list[FactorPair], side: str, key: str) -> list[Tensor]:
-        """The r×r state of this name of all factors of a side."""
-        return [self.state[factor][key] for factor in self._factors_of(pairs, side)]
+    def _stacked_state(self, pairs: list[FactorPair], side: str, key: str) -> Tensor:
+        """The r×r state of this name of all factors of a side as one (N, r, r) tensor; :meth:`_write_stacked_state` writes it.
+
+        The state of each factor is a view of it, made when the factors step together for the first time (after loading, or in other
+        company, again), so that nothing is gathered and scattered. Where CUDA graphs hold addresses, each keeps its own memory.
+        """
+        states = [self.state[factor] for factor in self._factors_of(pairs, side)]
+        values = [state[key] for state in states]
+        base = values[0]._base
+        if base is not None and base.shape[0] == len(values):
+            first, step = base.data_ptr(), base.stride(0) * base.element_size()
+            if [value.data_ptr() for value in values] == list(range(first, first + len(values) * step, step)):
+                return base
+        stacked = torch.stack(values)
+        if not self._group(pairs, side)["capturable"]:
+            for state, view in zip(states, stacked, strict=True):
+                state[key] = view
+        return stacked
+
+    def _write_stacked_state(self, pairs: list[FactorPair], side: str, key: str, stacked: Tensor, value: Tensor) -> None:
+        """``value`` (that can be broadcast) into ``stacked``, which came from :meth:`_stacked_state`, and so into the state."""
+        stacked.copy_(value)
+        if self._group(pairs, side)["capturable"]:
+            torch._foreach_copy_([self.state[factor][key] for factor in self._factors_of(pairs, side)], list(stacked.unbind()))
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()

@@ -1,0 +1,93 @@
+"""FSDP2's parameters: whole matrices from shards and back, and gradients of parameters that are kept whole beside sharded ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from .base import is_sharded, shard_dims, shard_group
+from .ranks import ranks_of
+
+#: How to train, under FSDP2, factors that a method needs whole.
+KEEP_WHOLE = (
+    "use DDP, or keep the factors whole: fully_shard(…, ignored_params={the adapters' parameters}), and call "
+    "lowrank_kernels.average_gradients(model) before step(), since FSDP2 does not average the gradients of what it ignores"
+)
+
+
+def gathered(tensors: list[Tensor]) -> list[Tensor]:
+    """The whole of every tensor, on every rank; plain ones are themselves. One all-gather per group, dtype and device.
+
+    Each is sharded along at most one mesh dimension, in ``torch.chunk``'s pieces; what is sent are these, padded to the first one's size.
+    """
+    found = list(tensors)
+    alike: defaultdict[Any, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            if shard_dims(tensor):
+                alike[shard_group(tensor), tensor.dtype, tensor.device].append(index)
+            else:
+                found[index] = tensor.to_local()  # type: ignore[attr-defined]
+    for (group, dtype, device), members in alike.items():
+        ranks, pieces, sizes = distributed.get_world_size(group), [], []
+        for index in members:
+            ((_, dim),) = shard_dims(tensors[index])
+            local = tensors[index].to_local().movedim(dim, 0)  # type: ignore[attr-defined]
+            rows = -(-tensors[index].shape[dim] // ranks)
+            piece = torch.zeros(rows, *local.shape[1:], dtype=dtype, device=device)
+            piece[: len(local)] = local
+            pieces.append(piece)
+            sizes.append(piece.numel())
+        mine = torch.cat([piece.reshape(-1) for piece in pieces])
+        everybodys = mine.new_empty(ranks * len(mine))
+        distributed.all_gather_into_tensor(everybodys, mine, group=group)
+        for index, piece, parts in zip(members, pieces, everybodys.view(ranks, -1).split(sizes, dim=1), strict=True):
+            ((_, dim),) = shard_dims(tensors[index])
+            # Only the last piece that holds anything is short, so the padding is all at the end.
+            joined = parts.reshape(-1, *piece.shape[1:])[: tensors[index].shape[dim]]
+            found[index] = joined.movedim(0, dim)
+    return found
+
+
+def assign(target: Tensor, value: Tensor) -> None:
+    """``target ← value``, a whole matrix that every rank has; a sharded target takes its part. Nothing is communicated."""
+    if is_sharded(target):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = target.device_mesh  # type: ignore[attr-defined]
+        copies = DTensor.from_local(value.to(target.dtype), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        value = copies.redistribute(mesh, target.placements)  # type: ignore[attr-defined]
+    target.copy_(value)
+
+
+@torch.no_grad()
+def average_gradients(params: nn.Module | Iterable[Tensor], process_group: Any = None) -> None:
+    """Replace ``.grad`` of every plain parameter that is trained by its mean over the ranks, in one all-reduce per dtype and device.
+
+    For parameters that FSDP2 was told to leave whole (``fully_shard(…, ignored_params=…)``): it does not average their gradients. Those
+    of sharded parameters, which it does average, are left alone. Call it once per step, after the last backward pass and before clipping.
+
+    Args:
+        params: a model, or parameters; the same ones in the same order on every rank. One without gradient on this rank counts as zero,
+            one without gradient on any rank stays so.
+        process_group: None is the default group. Without ``torch.distributed``, or alone in the group, nothing happens.
+    """
+    ranks = ranks_of(process_group)
+    if ranks is None:
+        return
+    alike: defaultdict[Any, list[Tensor]] = defaultdict(list)
+    for p in params.parameters() if isinstance(params, nn.Module) else params:
+        if p.requires_grad and not is_sharded(p):
+            alike[p.dtype, p.device].append(p)
+    for members in alike.values():
+        used = torch.tensor([float(p.grad is not None) for p in members], dtype=members[0].dtype, device=members[0].device)
+        *means, used = ranks.mean([*(torch.zeros_like(p) if p.grad is None else p.grad for p in members), used])
+        for index, (p, mean) in enumerate(zip(members, means, strict=True)):
+            if p.grad is not None:
+                p.grad.copy_(mean)
+            elif used[index]:
+                p.grad = mean.clone()

@@ -1,0 +1,80 @@
+"""Processes that form a process group (gloo) and run functions for the tests; they are started once and serve all of them."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+#: Seconds that a rank waits for the others, who may still be importing.
+TIMEOUT = 40
+
+
+def _serve(rank: int, world: int, port: int, tasks: Any, answers: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    # Short: a rank that raises leaves the others waiting.
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
+    while (task := tasks.get()) is not None:
+        function, arguments = task
+        try:
+            answers.put((rank, function(rank, world, *arguments), None))
+        except BaseException:
+            answers.put((rank, None, traceback.format_exc()))
+    torch.distributed.destroy_process_group()
+
+
+class Ranks:
+    """``ranks(function, *arguments, world=2)`` runs ``function(rank, world, *arguments)`` on every rank; returns the results by rank."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, tuple[list[Any], list[Any], Any]] = {}
+
+    def _group(self, world: int) -> tuple[list[Any], list[Any], Any]:
+        if world not in self._groups:
+            with socket.socket() as found:
+                found.bind(("127.0.0.1", 0))
+                port = found.getsockname()[1]
+            context = mp.get_context("spawn")
+            tasks, answers = [context.Queue() for _ in range(world)], context.Queue()
+            arguments = [(rank, world, port, tasks[rank], answers) for rank in range(world)]
+            processes = [context.Process(target=_serve, args=a, daemon=True) for a in arguments]
+            for process in processes:
+                process.start()
+            self._groups[world] = processes, tasks, answers
+        return self._groups[world]
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
+        processes, tasks, answers = self._group(world)
+        for inbox in tasks:
+            inbox.put((function, arguments))
+        results: dict[int, Any] = {}
+        for _ in processes:
+            try:
+                rank, result, error = answers.get(timeout=2 * TIMEOUT)
+            except queue.Empty:
+                rank, result, error = -1, None, "no answer"
+            if error:  # the others may be waiting for it: end them all, the next call starts new ones
+                for process in processes:
+                    process.kill()
+                del self._groups[world]
+                raise AssertionError(f"rank {rank}: {error}")
+            results[rank] = result
+        return [results[rank] for rank in range(world)]
+
+    def close(self) -> None:
+        """End the processes."""
+        for processes, tasks, _ in self._groups.values():
+            for inbox in tasks:
+                inbox.put(None)
+            for process in processes:
+                process.join(timeout=20)
+                if process.is_alive():
+                    process.kill()

@@ -1,0 +1,84 @@
+"""docs/stacks.md: its snippets run, its table is the matrix."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_matrix  # noqa: F401 (registers the features)
+import torch
+from _matrix import FEATURES, TARGETS, Net
+from _ranks import Ranks
+from features_frameworks import Rows, WithLoss
+from torch import nn
+
+import lowrank_kernels as lk
+
+PAGE = (Path(__file__).parents[2] / "docs" / "stacks.md").read_text(encoding="utf-8")
+SNIPPETS = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, re.DOTALL))
+
+
+def adapted() -> nn.Module:
+    """What the page calls ``model``."""
+    torch.manual_seed(0)
+    return WithLoss(lk.adapt(Net(), rank=2, target_modules=TARGETS, modules_to_save=["head"]))
+
+
+def run(name: str) -> dict[str, Any]:
+    """Execute a snippet with the names that the page takes for granted; returns its names."""
+    model = adapted()
+    names: dict[str, Any] = {
+        "model": model,
+        "base_model": Net(),
+        "layers": [model.inner.up, model.inner.middle, model.inner.down],
+        "train_dataset": Rows(),
+        "loader": torch.utils.data.DataLoader(Rows(), batch_size=4),
+    }
+    exec(compile(SNIPPETS[name], f"docs/stacks.md ({name})", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.large if n in ("trainer", "lightning") else ()) for n in SNIPPETS if not n.startswith("fsdp2")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_snippet(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "lightning":
+        pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    names = run(name)
+    if name in ("accelerate", "lightning", "trainer"):
+        factors = [p for n, p in names["model"].named_parameters() if n.endswith("lora_B")]
+        assert factors and all(p.detach().any() for p in factors), "the snippet trained nothing"
+
+
+def run_on_rank(rank: int, world: int, name: str) -> bool:
+    torch.set_default_device("cpu")
+    names = run(name)
+    model, optimizer = names["model"], names["optimizer"]
+    batch = next(iter(names["loader"]))
+    for _ in range(2 if name == "fsdp2" else 0):
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        optimizer.step()
+    factors = [p for n, p in model.named_parameters() if n.endswith("lora_B")]
+    return all((p.full_tensor() if hasattr(p, "full_tensor") else p.detach()).any().item() for p in factors)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_whole"])
+def test_fsdp2_snippet(name: str, ranks: Ranks) -> None:
+    assert ranks(run_on_rank, name) == [True, True]
+
+
+def test_every_snippet_is_named() -> None:
+    assert PAGE.count("```python") == len(SNIPPETS)
+
+
+def test_the_table_is_the_matrix() -> None:
+    table = PAGE.split("| what | optimizers |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert table == [feature.row for feature in FEATURES.values()], "\n".join(feature.row for feature in FEATURES.values())
