@@ -1,0 +1,23 @@
+"""``python -m lowrank_kernels.diagnostics plot run.csv``: the papers' figures from what a probe has recorded."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .plot import plot
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lowrank_kernels.diagnostics", description=__doc__)
+    command = parser.add_subparsers(dest="command", required=True).add_parser("plot", help="draw Figures 1, 3, 4, 5 and the spectra")
+    command.add_argument("csv", nargs="+", type=Path, help="files written by FullGradientProbe(csv=…); their runs are compared")
+    command.add_argument("--output", type=Path, help="folder for the PNG files (default: beside the first CSV)")
+    command.add_argument("--window", type=int, default=5, help="curves are means over so many measured steps")
+    args = parser.parse_args(argv)
+    for path in plot(args.csv, args.output or args.csv[0].parent, args.window):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

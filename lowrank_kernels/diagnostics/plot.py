@@ -1,0 +1,119 @@
+"""The papers' figures from the CSV of a :class:`FullGradientProbe` (numbering of SDS-LoRA)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .record import Row, layer_means, read
+
+#: File name → title, and panels: (title, label of the y axis, [(measure, style, note)]).
+FIGURES: dict[str, tuple[str, list[tuple[str, str, list[tuple[str, str, str]]]]]] = {
+    "figure1": (
+        "Anisotropic gradient scaling (Figure 1)",
+        [
+            (f"∇{side.upper()}", "effective rank", [(f"rank_grad_{side}", "-", ""), (f"rank_grad_{side}_unscaled", ":", "without σ")])
+            for side in "ab"
+        ]
+        + [("G and G̃", "cosine", [("alignment", "-", ""), ("alignment_unscaled", ":", "without σ")])],
+    ),
+    "figure3": (
+        "Convergence and alignment (Figure 3)",
+        [("(a)", "training loss", [("loss", "-", "")]), ("(b)", "cos(G, G̃)", [("alignment", "-", "")])],
+    ),
+    "figure4": (
+        "Change of the bases at a refresh (Figure 4)",
+        [(f"Q_{side.upper()}", "cosine of old and new", [(f"drift_{side}", "-", "")]) for side in "ab"],
+    ),
+    "figure5": (
+        "Stable rank of the factors (Figure 5)",
+        [(side.upper(), "stable rank", [(f"stable_rank_{side}", "-", "")]) for side in "ab"],
+    ),
+}
+
+
+def curves(rows: list[Row]) -> dict[str, dict[int, dict[str, float]]]:
+    """Means over the layers: run → step → measure."""
+    found: defaultdict[str, defaultdict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["run"]][row["step"]].append(row)
+    return {run: {step: layer_means(members) for step, members in sorted(steps.items())} for run, steps in found.items()}
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    """Mean over the last ``window`` values."""
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+
+
+def plot(paths: Sequence[str | Path], output: str | Path, window: int = 5, labels: dict[str, str] | None = None) -> list[Path]:
+    """Draw Figures 1, 3, 4 and 5, and the spectra of ΔW, of all runs in the CSV files, one PNG a figure.
+
+    Args:
+        paths: files that probes have written.
+        output: a folder.
+        window: curves are means over so many measured steps (OD-LoRA's figures take 5).
+        labels: names of runs for the legend.
+
+    Returns:
+        The files; a figure of which nothing was recorded is left out.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("diagnostics: plots need the package matplotlib: pip install matplotlib") from error
+    rows = [row for path in paths for row in read(path)]
+    means, names = curves(rows), labels or {}
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+
+    def save(figure: Any, name: str) -> None:
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+        plt.close(figure)
+
+    for name, (title, panels) in FIGURES.items():
+        if not any(key in values for steps in means.values() for values in steps.values() for _, _, lines in panels for key, *_ in lines):
+            continue
+        figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained", squeeze=False)
+        figure.suptitle(title)
+        for axes, (heading, label, lines) in zip(all_axes[0], panels, strict=True):
+            for index, (run, steps) in enumerate(means.items()):
+                for key, style, note in lines:
+                    points = [(step, values[key]) for step, values in steps.items() if key in values]
+                    if points:
+                        text = ", ".join(filter(None, (names.get(run, run), note)))
+                        axes.plot([s for s, _ in points], smooth([v for _, v in points], window), style, color=f"C{index}", label=text)
+            axes.set(title=heading, xlabel="step", ylabel=label)
+            axes.grid(alpha=0.3)
+        handles, texts = all_axes[0][-1].get_legend_handles_labels()
+        if handles:
+            all_axes[0][-1].legend(handles, texts, fontsize="x-small")
+        save(figure, name)
+    spectra = {run: _last_spectrum(rows, run) for run in means}
+    if any(spectra.values()):
+        figure, axes = plt.subplots(figsize=(5, 3.8), layout="constrained")
+        for index, (run, values) in enumerate(spectra.items()):
+            if values:
+                axes.semilogy(range(1, len(values) + 1), values, "o-", markersize=3, color=f"C{index}", label=names.get(run, run))
+        axes.set(title="Spectrum of ΔW at the last measured step", xlabel="index", ylabel="singular value, mean over the layers")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+        save(figure, "spectrum")
+    return written
+
+
+def _last_spectrum(rows: list[Row], run: str) -> list[float]:
+    own = [row for row in rows if row["run"] == run and row.get("spectrum")]
+    if not own:
+        return []
+    last = max(row["step"] for row in own)
+    spectra = [row["spectrum"] for row in own if row["step"] == last]
+    width = max(map(len, spectra))
+    means = [sum(s[i] for s in spectra if i < len(s)) / sum(i < len(s) for s in spectra) for i in range(width)]
+    return [value for value in means if value > 1e-12 * means[0]]

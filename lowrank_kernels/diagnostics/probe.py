@@ -1,0 +1,336 @@
+"""``FullGradientProbe``: the full gradient of every adapted layer, measured in the backward pass and released at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..pairs import Pair, pairs
+from .measures import (
+    RULE_OF,
+    Projections,
+    alignment,
+    delta_spectrum,
+    effective_rank,
+    frames,
+    gradient_ranks,
+    rule,
+    stable_rank,
+    stable_ranks,
+    subspace_drift,
+)
+from .record import Recorder, Row
+
+
+class FullGradientProbe:
+    """Measures, layer by layer, how the low-rank gradient relates to the full one (figures of SDS-LoRA and OD-LoRA).
+
+    As a context around one training step, or, with nothing to change in the loop, as a callback::
+
+        probe = FullGradientProbe(model, every=10, csv="run.csv")
+        for batch in batches:
+            with probe:                      # off, this compares two integers
+                loss = model(batch).loss
+                loss.backward()
+                optimizer.step()             # inside, if the drift of Q is wanted
+            optimizer.zero_grad()
+        # or, once:  probe.attach(optimizer)
+
+    While a step is measured, the frozen base weights ask for their gradient; autograd gives G of one layer, the probe takes two thin
+    products of it and drops it before the next layer's comes. So the memory is that of one layer's gradient and of one set of bases;
+    the time is that of the weight gradients which frozen layers save, up to half as much again as the linear layers take, and of
+    two thin products a layer. Steps in between cost nothing: no hook, no requires_grad.
+
+    Several backward passes in one step (gradient accumulation) are averaged; under data parallelism each rank sees the gradient of
+    its own shard.
+
+    Measures of a layer, all of the same batch and of the factors as they were in the forward pass:
+        ``alignment``: cos(G, G̃), and ``alignment_unscaled``, what it would be if the singular values of the same subspaces were
+        left out (Figures 1(b), 3(b)); ``rank_grad_a``, ``rank_grad_b``: effective ranks of ∇A and ∇B, and ``…_unscaled`` (Figure 1(a));
+        ``stable_rank_a``, ``stable_rank_b`` (Figure 5); ``drift_a``, ``drift_b``: cosine of Q_A, Q_B before and after, NaN where the
+        step changed no basis (Figure 4); ``delta_effective_rank``, ``delta_stable_rank`` and ``spectrum``, the singular values of ΔW.
+        ``gradient_norm`` is ‖G‖_F.
+
+    Args:
+        model: with adapters of this package, PEFT or torchtune.
+        method: a key of ``diagnostics.RULES``; None: that of the attached optimizer, else "sds" for decoupled layers,
+            "lora-xs" for those with a core R, "lora" for others.
+            With "sds" the rank-2r layers of other libraries are read as ``[Q_B B] [A; Q_Aᵀ]``.
+        damping: δ of the preconditioned family.
+        ratio: learning rate of B over that of A (LoRA+).
+        every: measure the first step and then each ``every``-th.
+        csv: a file to append to.
+        run: the name of this run in the file; several runs in one file are compared by ``plot``.
+        tensorboard: a folder for TensorBoard (layer means), if that is installed.
+
+    Attributes:
+        step: steps seen so far; set it when a run is resumed.
+        rows: what was measured, one dictionary a layer and step.
+
+    Raises:
+        ValueError: no adapted layer, an unknown method, or a base weight that has no gradient (quantized).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        method: str | None = None,
+        damping: float = 0.0,
+        ratio: float = 1.0,
+        every: int = 1,
+        csv: str | Path | None = None,
+        run: str = "run",
+        tensorboard: str | Path | None = None,
+    ) -> None:
+        if method is not None:
+            rule(method)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"FullGradientProbe: every must be a positive integer, got {every!r}")
+        if not pairs(model):
+            raise ValueError("FullGradientProbe: found no pair of low-rank factors in the model; adapt(model, …) first")
+        self.model, self.method, self.damping, self.ratio, self.every = model, method, float(damping), float(ratio), every
+        self.step = 0
+        self._recorder = Recorder(csv, run, tensorboard)
+        self._armed: _Measurement | None = None
+        for pair in pairs(model):
+            _base_weight(pair)
+
+    @property
+    def rows(self) -> list[Row]:
+        return self._recorder.rows
+
+    # ---------------------------------------------------------------- context manager
+
+    def __enter__(self) -> FullGradientProbe:
+        self._begin()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._end(failed=kind is not None)
+
+    def log(self, **values: float) -> None:
+        """Record numbers of the whole model (``loss=…``) at the present step."""
+        self._recorder.write([{"step": self.step, "layer": "", **values}])
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> FullGradientProbe:
+        """Take the method, δ and LoRA+'s ratio from an optimizer, unless they were given."""
+        group = optimizer.param_groups[0]
+        if self.method is None:
+            self.method = RULE_OF.get(type(optimizer).__name__)
+        self.damping = self.damping or float(group.get("damping", 0.0))
+        self.ratio = float(group.get("lr_ratio", 1.0)) if self.ratio == 1.0 else self.ratio
+        return self
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> FullGradientProbe:
+        """:meth:`adopt` it, and measure around its steps from now on, with no other change of the training loop; :meth:`detach` ends it."""
+        self.adopt(optimizer)
+
+        def next_step(*_: Any) -> None:
+            self._end()
+            self._begin()
+
+        self._handle = optimizer.register_step_post_hook(next_step)
+        self._begin()
+        return self
+
+    def detach(self) -> None:
+        """Stop; the step that has begun is not measured."""
+        self._handle.remove()
+        self._end(failed=True)
+
+    # ---------------------------------------------------------------- one step
+
+    def _begin(self) -> None:
+        self.step += 1
+        if (self.step - 1) % self.every == 0:
+            self._armed = _Measurement(self.model, self.method, self.damping, self.ratio)
+
+    def _end(self, *, failed: bool = False) -> None:
+        if self._armed is None:
+            return
+        measurement, self._armed = self._armed, None
+        measurement.disarm()
+        if failed:
+            return
+        rows = [{"step": self.step, **row} for row in measurement.rows()]
+        if not rows:
+            warnings.warn(
+                "FullGradientProbe: no gradient of an adapted layer came in a step that was to be measured; the forward pass must run "
+                "after the probe has begun (inside `with probe:`)",
+                stacklevel=3,
+            )
+        self._recorder.write(rows)
+
+
+class _Measurement:
+    """One measured step: hooks on the base weights, what they gather, and the rows made of it."""
+
+    def __init__(self, model: nn.Module, method: str | None, damping: float, ratio: float) -> None:
+        self.damping, self.ratio = damping, ratio
+        self.seen: defaultdict[int, list[Projections]] = defaultdict(list)
+        self.layers = [_Layer(pair, method) for pair in pairs(model)]
+        self.frames: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        #: Stable ranks of A and B and the spectrum of ΔW; taken now, since the step may change the factors before they are written down.
+        self.state: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.buckets: defaultdict[Any, list[int]] = defaultdict(list)
+        for index, layer in enumerate(self.layers):
+            self.buckets[layer.method, layer.through_b.shape[1], layer.through_b.dtype, layer.through_b.device].append(index)
+        for members in self.buckets.values():
+            count, layers = len(members), [self.layers[i] for i in members]
+            found = frames([layer.through_b for layer in layers] + [layer.through_a for layer in layers])
+            ranks = stable_ranks([layer.a.mT for layer in layers] + [layer.b for layer in layers])
+            spectra = _spectra(layers)
+            for k, i in enumerate(members):
+                self.frames[i] = (found.bases[k], found.bases[count + k], found.sigma[k], found.sigma[count + k])
+                self.state[i] = (ranks[k], ranks[count + k], spectra[k])
+        self.bases = {i: [q.clone() for q in layer.bases] for i, layer in enumerate(self.layers) if layer.bases is not None}
+        self.handles: list[Any] = []
+        self.was_frozen: list[Tensor] = []
+        on_weight: defaultdict[int, list[int]] = defaultdict(list)
+        for index, layer in enumerate(self.layers):
+            on_weight[id(layer.weight)].append(index)
+        for indices in on_weight.values():
+            self._hook(self.layers[indices[0]].weight, indices)
+
+    def _hook(self, weight: Tensor, indices: list[int]) -> None:
+        frozen = not weight.requires_grad
+        if frozen:
+            weight.requires_grad_(True)
+            self.was_frozen.append(weight)
+
+        def measure(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            for i in indices:
+                g = gradient.mT if self.layers[i].transposed else gradient
+                self.seen[i].append(Projections.of(g.detach(), *self.frames[i][:2]))
+            if frozen:
+                parameter.grad = None
+
+        self.handles.append(weight.register_post_accumulate_grad_hook(measure))
+
+    def disarm(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for weight in self.was_frozen:
+            weight.requires_grad_(False)
+            weight.grad = None
+
+    @torch.no_grad()
+    def rows(self) -> list[Row]:
+        return [
+            row for (method, *_), members in self.buckets.items() for row in self._rows_of(method, [i for i in members if self.seen[i]])
+        ]
+
+    def _rows_of(self, method: str, members: list[int]) -> list[Row]:
+        members = [i for i in members if self.seen[i]]
+        if not members:
+            return []
+        layers = [self.layers[i] for i in members]
+        columns: dict[str, Tensor] = {}
+        passes = max(len(self.seen[i]) for i in members)
+        gathered: defaultdict[str, list[Tensor]] = defaultdict(list)
+        sigma_b, sigma_a = (torch.stack([self.frames[i][k] for i in members]) for k in (2, 3))
+        for k in range(passes):
+            p = Projections.concatenate([self.seen[i][min(k, len(self.seen[i]) - 1)] for i in members])
+            one = torch.ones_like(sigma_b)
+            gathered["alignment"].append(alignment(p, sigma_b, sigma_a, method, self.damping, self.ratio))
+            gathered["alignment_unscaled"].append(alignment(p, one * (sigma_b > 0), one * (sigma_a > 0), method))
+            for suffix, scaled in (("", True), ("_unscaled", False)):
+                a, b = gradient_ranks(p, sigma_b, sigma_a, method, self.damping, scaled=scaled)
+                gathered["rank_grad_a" + suffix].append(a)
+                gathered["rank_grad_b" + suffix].append(b)
+            gathered["gradient_norm"].append(p.norm2.sqrt())
+        for key, values in gathered.items():
+            columns[key] = torch.stack(values).nanmean(dim=0)
+        columns["stable_rank_a"], columns["stable_rank_b"], spectra = (torch.stack([self.state[i][k] for i in members]) for k in range(3))
+        for side, key in enumerate(("drift_b", "drift_a")):
+            now = [layer.bases[side] for layer in layers if layer.bases is not None]
+            if now:  # a bucket is of one method: all decoupled or none
+                old = [self.bases[i][side] for i in members]
+                same = torch.tensor([torch.equal(o, n) for o, n in zip(old, now, strict=True)], device=now[0].device)
+                columns[key] = torch.where(same, torch.nan, subspace_drift(now, old))
+        columns["delta_effective_rank"], columns["delta_stable_rank"] = effective_rank(spectra), stable_rank(spectra)
+        table = {key: values.tolist() for key, values in columns.items()}
+        return [
+            {"layer": layer.name, "method": method, **{key: values[n] for key, values in table.items()}, "spectrum": spectrum}
+            for n, (layer, spectrum) in enumerate(zip(layers, spectra.tolist(), strict=True))
+        ]
+
+
+def _spectra(layers: list[_Layer]) -> Tensor:
+    lefts, rights = [layer.delta_left() for layer in layers], [layer.delta_right() for layer in layers]
+    scales = torch.tensor([layer.scale for layer in layers], dtype=torch.float64, device=lefts[0].device)
+    return scales[:, None] * delta_spectrum(lefts, rights)
+
+
+@runtime_checkable
+class _HoldsBases(Protocol):
+    """A layer that can be decoupled: what one adapted with ``method="sds"`` looks like from here."""
+
+    decoupled: bool
+    q_a: Tensor
+    q_b: Tensor
+
+
+class _Layer:
+    """A pair as it is now: its trained factors a (r, d_in) and b (d_out, r), and the tall factors through which its gradient passes."""
+
+    def __init__(self, pair: Pair, method: str | None) -> None:
+        self.name, self.scale = pair.name, 1.0 if pair.scale is None else pair.scale
+        self.weight, self.transposed = _base_weight(pair)
+        self.a, self.b = pair.A.detach(), pair.B.detach()
+        #: Q_B (d_out, r) and Q_A (d_in, r) of a decoupled layer.
+        self.bases: tuple[Tensor, Tensor] | None = None
+        if isinstance(pair.layer, _HoldsBases):
+            if pair.layer.decoupled:
+                self.bases = pair.layer.q_b, pair.layer.q_a.mT
+        elif method == "sds":
+            self._split()
+        self.through_b, self.through_a = (self.b, self.a.mT) if self.bases is None else self.bases
+        # Before its bases exist a decoupled method is plain LoRA.
+        #: R (r, r) of ΔW = sBRA (LoRA-XS, LoRA-SB).
+        core = getattr(pair.layer, "lora_R", None)
+        self.core = core.detach().to(self.b.dtype) if isinstance(core, Tensor) else None
+        own = "sds" if self.bases is not None else "lora" if self.core is None else "lora-xs"
+        self.method = own if method in (None, "sds") else str(method)
+        if self.bases is not None and self.method != "sds":
+            raise ValueError(f"FullGradientProbe: {self.name} is decoupled; its method is 'sds', got {method!r}")
+
+    def _split(self) -> None:
+        """The halves of an unmodified rank-2r layer, ``[Q_B B] [A; Q_Aᵀ]`` (decoupled) or ``[B 0] [A; …]`` (plain, as it starts)."""
+        rank = self.a.shape[0] // 2
+        tail = self.a[rank:].double()
+        identity = torch.eye(rank, dtype=tail.dtype, device=tail.device)
+        if torch.linalg.matrix_norm(tail @ tail.mT - identity) < 1e-2:  # a random half is far from orthonormal
+            self.bases, self.b = (self.b[:, :rank], self.a[rank:].mT), self.b[:, rank:]
+        else:
+            self.b = self.b[:, :rank]
+        self.a = self.a[:rank]
+
+    def delta_left(self) -> Tensor:
+        if self.core is not None:
+            return self.b @ self.core
+        return self.b if self.bases is None else torch.cat([self.bases[0], self.b], dim=1)
+
+    def delta_right(self) -> Tensor:
+        return self.a.mT if self.bases is None else torch.cat([self.a.mT, self.bases[1]], dim=1)
+
+
+def _base_weight(pair: Pair) -> tuple[Tensor, bool]:
+    """The frozen weight of a pair's layer, and whether it is stored (d_in, d_out), as in GPT-2's ``Conv1D``."""
+    base = getattr(pair.layer, "base_layer", pair.layer)
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        state = "quantized" if isinstance(weight, Tensor) else "missing"
+        raise ValueError(
+            f"FullGradientProbe: {pair.name}: its base weight is {state}, and autograd gives it no gradient; "
+            "load the model in a floating-point dtype to look at its gradients"
+        )
+    return weight, bool(getattr(pair.layer, "fan_in_fan_out", False))
