@@ -4,16 +4,22 @@
 #     bash benchmarks/gpu_session.sh [folder for logs and figures; default: $OUT, else benchmarks/results/gpu]
 #
 # Needs: Python with torch (CUDA) and triton, pybind11, pytest, a C++ compiler; no network. Nothing stops at a part that
-# fails; the summary says how each one ended. Knobs: PYTHON, MODEL_SHAPES, RANKS, DTYPES, SECONDS_PER_CASE.
+# fails; the summary says how each one ended. Knobs: PYTHON, MODEL_SHAPES, RANKS, DTYPES, SECONDS_PER_CASE, and for a rehearsal
+# without a GPU: DEVICE=cpu TESTS=tests/test_benchmarks.py MODEL_SHAPES=minilm BIG_SHAPES=minilm TOKENS=64 RANKS=8 DTYPES=float32
+# SECONDS_PER_CASE=0.1 bash benchmarks/gpu_session.sh /tmp/rehearsal
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${1:-${OUT:-benchmarks/results/gpu}}
-MODEL_SHAPES=${MODEL_SHAPES:-minilm,roberta-base,llama-1b,llama3-8b}
+DEVICE=${DEVICE:-cuda}
+MODEL_SHAPES=${MODEL_SHAPES:-roberta-base,llama3-8b}
+BIG_SHAPES=${BIG_SHAPES:-llama3-8b}
+TOKENS=${TOKENS:-8192}
 RANKS=${RANKS:-16,64}
 DTYPES=${DTYPES:-float32,bfloat16}
-SECONDS_PER_CASE=${SECONDS_PER_CASE:-1.5}
+SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
+TESTS=${TESTS:-tests}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 LOWRANK_KERNELS_REQUIRE_NATIVE=1
 summary=()
@@ -30,7 +36,7 @@ part() {  # part NAME SECONDS COMMAND...: run with a time limit, log to $OUT/NAM
 }
 
 {
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  [ "$DEVICE" = cpu ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   "$PYTHON" -c 'import sys, torch, triton; print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__)'
 } 2>&1 | tee "$OUT/machine.txt"
 
@@ -45,21 +51,36 @@ case $OUT in /*) ;; *) OUT=$PWD/$OUT ;; esac
 cd "$elsewhere" || exit 1
 export PYTHONPATH=$elsewhere
 
-part tests 240 "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider tests
-part bench 140 "$PYTHON" -m benchmarks --device cuda --model-shapes "$MODEL_SHAPES" --rank "$RANKS" --dtype "$DTYPES" \
-  --seconds "$SECONDS_PER_CASE" --out "$OUT/cuda.csv"
-if command -v ncu >/dev/null; then
+# The limits add up to nine minutes: 90 + 75 + 75 + 145 + 40 + 40 + 35 + 25 + 15. What matters most comes first: each part writes its rows as
+# it goes, and one that runs out of time has those before.
+bench() {  # bench NAME SECONDS OPTIONS...: some suites, into $OUT/$DEVICE.csv
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$PYTHON" -m benchmarks --device "$DEVICE" --tokens "$TOKENS" --out "$OUT/$DEVICE.csv" "$@"
+}
+bench forward 75 --suite forward --model-shapes "$BIG_SHAPES" --rank 16 --dtype "${DTYPES##*,}" --seconds "$SECONDS_PER_CASE" --compile-seconds 15
+bench operations 75 --suite linalg,optimizer --model-shapes "$MODEL_SHAPES" --rank "$RANKS" --dtype "$DTYPES" \
+  --seconds "$SECONDS_PER_CASE" --compile-seconds 0
+part tests 145 "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider --deselect tests/test_triton_aot.py "$TESTS"
+bench step 40 --suite step --model-shapes "$BIG_SHAPES" --rank 16 --dtype "${DTYPES##*,}" --seconds "$SECONDS_PER_CASE"
+bench scaling 40 --suite scaling,memory --model-shapes "$BIG_SHAPES" --rank 16 --dtype float32 --seconds "$SECONDS_PER_CASE"
+bench init 35 --suite init --model-shapes "$BIG_SHAPES" --rank 16 --dtype float32 --seconds "$SECONDS_PER_CASE"
+if [ "$DEVICE" = cuda ] && command -v ncu >/dev/null; then
   # Our kernels by exclusion of torch's: Triton names them after their functions.
-  part profile 60 ncu --clock-control none --kill yes --launch-count 12 \
+  part profile 25 ncu --clock-control none --kill yes --launch-count 12 \
     --kernel-name 'regex:^(?!.*(elementwise|reduce|distribution|gemm|cutlass|nvjet|fill|copy|spin)).*_kernel$' \
     --section SpeedOfLight --section LaunchStats --section MemoryWorkloadAnalysis \
-    "$PYTHON" -m benchmarks --device cuda --model-shapes llama3-8b --rank 16 --seconds 0 --provider ours-triton --out "$elsewhere/profile.csv"
+    "$PYTHON" -m benchmarks --device cuda --suite forward,linalg,optimizer --model-shapes llama3-8b --rank 16 --dtype bfloat16 \
+    --tokens "$TOKENS" --seconds 0 --compile-seconds 0 --provider ours-triton --out "$elsewhere/profile.csv"
 else
   summary+=("profile    no ncu here")
 fi
+part plots 15 "$PYTHON" -m benchmarks plot "$OUT/$DEVICE.csv"
 
 echo
-grep -h "┃\|│" "$OUT/bench.log" | cut -c1-150 | tail -n 60
+for name in forward operations step scaling init; do
+  grep -h "│" "$OUT/$name.log" | grep -E "naive|ours-(triton|native|optimizer|AdamW|SDSLoRA|AltLoRAPlus)|torch-|frozen|peft" | cut -c1-140 | tail -n 24
+done
 echo
 cat "$OUT/machine.txt"
 printf '%s\n' "${summary[@]}"

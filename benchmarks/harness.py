@@ -38,12 +38,14 @@ class Trial:
         check: after the very first ``run()``: (error against fp64, tolerance).
         context: entered around each turn, outside of the clock (to force a backend).
         ours: whether the launches of this package are to be counted.
+        state: after the first ``run()``: how many bytes are kept from call to call (of an optimizer).
     """
 
     run: Callable[[], object]
     check: Callable[[], tuple[float, float]]
     context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     ours: bool = False
+    state: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Case:
         tensors: how many tensors (or matrices) the call is about.
         providers: name → builder; the baseline is called "naive". Every builder makes the same inputs anew.
         rival: the provider that is the best one can have without this package.
+        flops: of the matrix products that cannot be avoided; 0 where memory is the limit.
+        tokens: rows of the activations, where there are any.
     """
 
     op: str
@@ -68,6 +72,8 @@ class Case:
     tensors: int
     providers: Mapping[str, Callable[[], Trial]]
     rival: str = "naive"
+    flops: int = 0
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -252,7 +258,7 @@ def run_case(case: Case, ceilings: Ceilings, budget: Budget, providers: Sequence
             continue
         rows[name] = row = Row(
             case.op, name, case.shapes, case.rank, str(case.dtype).removeprefix("torch."), case.device.type,
-            device_name(case.device), torch.get_num_threads(), tensors=case.tensors, bytes=case.bytes,
+            device_name(case.device), torch.get_num_threads(), case.tokens, tensors=case.tensors, bytes=case.bytes, flops=case.flops,
             copy_gb_s=ceilings.copy_bandwidth / 1e9, gemm_gflop_s=ceilings.gemm_flops / 1e9,
             torch=torch.__version__, triton=_triton_version(), python=platform.python_version(), date=date.today().isoformat(),
         )  # fmt: skip
@@ -263,8 +269,12 @@ def run_case(case: Case, ceilings: Ceilings, budget: Budget, providers: Sequence
                 trial.run()
                 row.launches = launch_count() - launches if trial.ours else None
                 row.error, row.tolerance = trial.check()
+                row.state_mib = trial.state() / 2**20 if trial.state else None
         except BackendError as error:
             row.note = f"not available: {error}"
+            continue
+        except (RuntimeError, NotImplementedError) as error:  # torch's own, out of memory too: it must not end the run
+            row.note = f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             continue
         if not passes(row.error, row.tolerance):
             row.note = f"wrong: error {row.error:.3g} exceeds {row.tolerance:.3g}"
@@ -291,5 +301,6 @@ def _fill_times(row: Row, times: Times, name: str, rival: str, ceilings: Ceiling
         if baseline in times:
             pairs = zip(main, times[baseline]["main"], strict=True)
             setattr(row, attribute, statistics.median(own / other for own, other in pairs))
-    assert row.bytes is not None
-    row.copy_share = row.bytes / (1e-3 * row.median_ms) / ceilings.copy_bandwidth
+    assert row.bytes is not None and row.flops is not None
+    floors = (row.bytes / ceilings.copy_bandwidth, row.flops / ceilings.gemm_flops)
+    row.copy_share, row.roofline_share = floors[0] / (1e-3 * row.median_ms), max(floors) / (1e-3 * row.median_ms)

@@ -15,15 +15,20 @@ class Row:
 
     Attributes:
         shapes: model and layers, such as "minilm/qv".
+        tokens: rows of the activations, where there are any.
         median_ms, p20_ms, p80_ms: wall time on a CPU; on a GPU device time between events, the queue being full.
         graph_ms: median time of a replayed CUDA graph.
         wall_ms: median wall time of an eager call on a GPU, synchronized.
         ratio_to_naive: median over the rounds of this provider's time by that of "naive" in the same round.
         ratio_to_rival: the same by the best that one can have without this package (torch-fused, torch-batched).
         bytes: what must move between memory and processor if everything is read and written once.
+        flops: floating-point operations of the matrix products that cannot be avoided (0: bound by memory).
         copy_share: bytes / median time, as a share of the copy bandwidth measured in the same run.
+        roofline_share: the time that bytes and flops would take at the rates measured in the same run, the longer of the two,
+            by the median time: 1 is the roofline.
         launches: kernel launches and calls into compiled code, for our own providers.
         peak_mib: peak of the temporary memory that torch allocated during the call.
+        state_mib: what an optimizer keeps beside the factors: its state, and the buffers of the adapted layers.
         error, tolerance: against fp64; a row with error > tolerance has no times.
         note: why there is no time.
     """
@@ -36,6 +41,7 @@ class Row:
     device: str
     device_name: str
     threads: int
+    tokens: int | None = None
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
@@ -46,11 +52,14 @@ class Row:
     rounds: int | None = None
     tensors: int | None = None
     bytes: int | None = None
+    flops: int | None = None
     copy_share: float | None = None
+    roofline_share: float | None = None
     copy_gb_s: float | None = None
     gemm_gflop_s: float | None = None
     launches: int | None = None
     peak_mib: float | None = None
+    state_mib: float | None = None
     error: float | None = None
     tolerance: float | None = None
     note: str = ""
@@ -61,7 +70,7 @@ class Row:
 
 
 #: Rows that agree in these replace each other.
-KEY = ("op", "provider", "shapes", "rank", "dtype", "device", "device_name", "threads")
+KEY = ("op", "provider", "shapes", "rank", "dtype", "device", "device_name", "threads", "tokens")
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
@@ -69,6 +78,16 @@ def _as_text(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def as_text(row: Row) -> dict[str, str]:
+    """A row as it stands in the file."""
+    return {name: _as_text(value) for name, value in asdict(row).items()}
+
+
+def as_float(text: str) -> float | None:
+    """A number of the file; None where there is none."""
+    return float(text) if text else None
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -83,7 +102,7 @@ def upsert(path: Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` into ``path``: a row replaces the one with the same key where that stands, new ones go to the end."""
     table = {tuple(row.get(name, "") for name in KEY): row for row in read(path)}
     for row in rows:
-        text = {name: _as_text(value) for name, value in asdict(row).items()}
+        text = as_text(row)
         table[tuple(text[name] for name in KEY)] = text
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")

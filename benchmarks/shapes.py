@@ -38,6 +38,9 @@ MODELS = {
     "llama-1b": _gated(16, 2048, query=2048, key_value=512, inner=8192),  # Llama 3.2 1B
     "llama3-8b": _gated(32, 4096, query=4096, key_value=1024, inner=14336),
 }
+#: Layers so small that a step on them costs little but host time.
+SMALL = {count: f"small-{count}" for count in (6, 60, 200, 600)}
+MODELS |= {name: Model(count, {"linear": (32, 32)}) for count, name in SMALL.items()}
 
 #: Which layers are adapted.
 CHOICES: dict[str, tuple[str, ...] | None] = {"all": None, "qv": ("q", "v")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from rich.table import Table
@@ -18,18 +18,28 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
 
 
+def render_slopes(slopes: Mapping[str, float]) -> Table:
+    """Host time per layer, and its ratio to torch's fused AdamW."""
+    table = Table(title="Host time of a step per layer: slope over 6 … 600 small layers")
+    for column in ("provider", "µs", "× torch-fused"):
+        table.add_column(column, justify="left" if column == "provider" else "right")
+    for name, slope in slopes.items():
+        table.add_row(name, f"{slope:.2f}", f"{slope / slopes['torch-fused']:.2f}" if "torch-fused" in slopes else "")
+    return table
+
+
 def render(rows: Sequence[Row]) -> Table:
     """One line per row, one block per case; on a GPU with replay and wall times beside the device time."""
     cuda = any(row.device == "cuda" for row in rows)
     table = Table(title="Times in ms; device time on a GPU" if cuda else "Times in ms (wall), interleaved")
     left = ("case", "provider")
-    columns = ["case", "provider", "median", "p20–p80", "× naive", "× rival", "copy share", "launches", "peak MiB", "error"]
+    columns = ["case", "provider", "median", "p20–p80", "× naive", "× rival", "roofline", "launches", "peak MiB", "state", "error"]
     if cuda:
         columns[4:4] = ["graph", "wall"]
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", no_wrap=column != "case")
-    for case, group in groupby(rows, key=lambda row: (row.op, row.shapes, row.rank, row.dtype)):
-        title = f"{case[0]}\n{case[1]} r={case[2]} {case[3]}"
+    for case, group in groupby(rows, key=lambda row: (row.op, row.shapes, row.rank, row.dtype, row.tokens)):
+        title = f"{case[0]}\n{case[1]} r={case[2]} {case[3]}" + (f" {case[4]} tokens" if case[4] else "")
         for row in group:
             cells = [_number(row.median_ms), f"{_number(row.p20_ms)}–{_number(row.p80_ms)}"]
             if row.median_ms is None:
@@ -39,10 +49,10 @@ def render(rows: Sequence[Row]) -> Table:
             cells += [
                 _number(row.ratio_to_naive),
                 _number(row.ratio_to_rival),
-                _share(row.copy_share),
+                _share(row.roofline_share),
                 "" if row.launches is None else str(row.launches),
             ]
-            table.add_row(title, row.provider, *cells, _number(row.peak_mib), _number(row.error, 2))
+            table.add_row(title, row.provider, *cells, _number(row.peak_mib), _number(row.state_mib), _number(row.error, 2))
             title = ""
         table.add_section()
     return table

@@ -399,8 +399,8 @@ def test_what_has_no_kernel_says_why(device: torch.device, operation: str) -> No
 
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("rank, tokens", [(1, 70), (8, 530), (33, 40), (128, 40), (4, 0)])
-@pytest.mark.parametrize("decoupled, dropout", [(False, False), (True, True)])
-def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens: int, decoupled: bool, dropout: bool) -> None:
+@pytest.mark.parametrize("kind, dropout", [("plain", False), ("decoupled", True), ("core", True)])
+def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens: int, kind: str, dropout: bool) -> None:
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
 
@@ -408,23 +408,32 @@ def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens
     for base in (True, False):
         x, grad, a, b = make(d_in, tokens).mT, make(tokens, d_out), make(rank, d_in), make(d_out, rank)
         weight, bias = (make(d_out, d_in), make(d_out)) if base else (None, None)
-        q_a, q_b = (make(rank, d_in), make(d_out, rank)) if decoupled else (None, None)
+        q_a, q_b = (make(rank, d_in), make(d_out, rank)) if kind == "decoupled" else (None, None)
+        wide_core = torch.randn(rank, rank, dtype=torch.float64, device=device) if kind == "core" else None
+        core = None if wide_core is None else wide_core.to(torch.promote_types(dtype, torch.float32))
         mask, keep = (torch.rand(tokens, d_in, device=device) > 0.3, 0.7) if dropout else (None, 1.0)
         narrow = (x, weight, bias, a, b, q_a, q_b)
         exact = tuple(None if t is None else t.double() for t in narrow)
         tail = (0.7, mask, keep)
-        outs = [f(*data, *tail) for f, data in ((lora_linear.lora_linear, narrow), (reference.lora_linear.lora_linear, narrow),
-                                                (reference.lora_linear.lora_linear, exact))]  # fmt: skip
+        cores = (core, core, None if core is None else core.double())
+        outs = [f(*data, *tail, c) for (f, data), c in zip(((lora_linear.lora_linear, narrow), (reference.lora_linear.lora_linear, narrow),
+                                                (reference.lora_linear.lora_linear, exact)), cores, strict=True)]  # fmt: skip
         for out, theirs, truth in zip(*outs, strict=True):
             assert_accurate(out, theirs, truth, "forward")
-        for needs in ([True, base, base, True, True], [False, False, False, True, False], [True, False, False, False, False], [False] * 5):
+        has_core = core is not None
+        for needs in (
+            [True, base, base, True, True, has_core],
+            [False, False, False, True, False, False],
+            [True, False, False, False, False, has_core],
+            [False] * 5 + [has_core],
+        ):
             grads = []
-            for f, (xx, w, _, aa, bb, qa, qb), g, hidden in (
-                (lora_linear.lora_linear_backward, narrow, grad, outs[1][1]),
-                (reference.lora_linear.lora_linear_backward, narrow, grad, outs[1][1]),
-                (reference.lora_linear.lora_linear_backward, exact, grad.double(), outs[2][1]),
+            for f, (xx, w, _, aa, bb, qa, qb), g, hidden, c in (
+                (lora_linear.lora_linear_backward, narrow, grad, outs[1][1], cores[0]),
+                (reference.lora_linear.lora_linear_backward, narrow, grad, outs[1][1], cores[1]),
+                (reference.lora_linear.lora_linear_backward, exact, grad.double(), outs[2][1], cores[2]),
             ):
-                grads.append(f(g, xx, w, aa, bb, qa, qb, hidden, *tail, needs))
+                grads.append(f(g, xx, w, aa, bb, qa, qb, hidden, *tail, needs, c))
             assert len(grads[0]) == sum(needs)
             for out, theirs, truth in zip(*grads, strict=True):
                 assert out.shape == truth.shape

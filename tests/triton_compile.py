@@ -4,7 +4,8 @@
 
 calls the backend's host functions on CPU tensors with the launch replaced by a recorder, compiles each distinct
 recorded configuration for every ARCH (80, 90, 100) and prints one JSON line for each cubin: kernel, case, architecture,
-registers, stack bytes (spills), local bytes, shared bytes, whether "tf32" stands in the TTIR.
+registers, stack bytes (spills), local bytes, shared bytes, matrix instructions, widths of loads and stores, whether "tf32"
+stands in the TTIR, Triton's version. Without arguments it prints the names of the groups.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowrank_kernels.backends.triton import _launch, adamw, gram, lora_linear, polar, qr, solve, svd_product
+from benchmarks.kernels import instructions
+from lowrank_kernels.backends.triton import _launch, adamw, gram, lora_linear, lorsum, polar, qr, solve, svd_product
 
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
          torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8"}  # fmt: skip
@@ -88,14 +90,24 @@ def lora_case(rank: int, dtype: torch.dtype, decoupled: bool = True, dropout: bo
     lora_linear.lora_linear_backward(grad, x, weight, a, b, q_a, q_b, hidden, 1.0, mask, 0.9, [True, False, False, True, True])
 
 
+def core_case(rank: int, dtype: torch.dtype) -> None:
+    """The projections that multiply by the core too; what follows them are the kernels of plain LoRA."""
+    x, a, core = torch.zeros(1024, 64, dtype=dtype), torch.zeros(rank, 64, dtype=dtype), torch.zeros(rank, rank, dtype=wide(dtype))
+    lora_linear._project(x, None, 1.0, a.mT, None, True, mix=core.mT)
+    lora_linear._project(x, None, 1.0, a.mT.contiguous(), None, False, mix=core)
+
+
+def lorsum_case(rank: int, dtype: torch.dtype) -> None:
+    us, vs, dense = [torch.zeros(256, rank, dtype=dtype)], [torch.zeros(rank, 192, dtype=dtype).mT], [torch.zeros(256, 192, dtype=dtype)]
+    lorsum.grouped_lorsum(us, vs, [*us, *dense], [*vs, None], [1.0, 0.1], None, 2, 1e-3, True, us, vs)
+
+
 #: The cases of each group: a group is one subprocess of the test.
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "qr": {
         "r16 fp32": lambda: qr_case(16, torch.float32),
-        "r32 fp32": lambda: qr_case(32, torch.float32),
         "r64 fp32": lambda: qr_case(64, torch.float32),
         "r128 fp32": lambda: qr_case(128, torch.float32),
-        "r64 fp64": lambda: qr_case(64, torch.float64),
     },
     "svd": {
         "r16 fp32": lambda: svd_case(16, torch.float32),
@@ -111,9 +123,15 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "solve r128 fp64": lambda: solve_case(128, torch.float64, torch.float64),
         "polar r64": lambda: polar_case(64, torch.float32),
     },
+    "lorsum": {
+        "r16 bf16": lambda: lorsum_case(16, torch.bfloat16),
+        "r32 fp32": lambda: lorsum_case(32, torch.float32),
+    },
     "lora_linear": {
         "r16 bf16": lambda: lora_case(16, torch.bfloat16, dropout=True),
         "r128 fp32": lambda: lora_case(128, torch.float32),
+        "core r16 bf16": lambda: core_case(16, torch.bfloat16),
+        "core r128 fp32": lambda: core_case(128, torch.float32),
     },
     "adamw": {
         "fp32": lambda: adamw_case(torch.float32),
@@ -132,13 +150,15 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
 #: What a group leaves to another one.
 _QR = {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel"}
 ELSEWHERE = {"svd": _QR, "small": {*_QR, "jacobi_kernel"}, "adamw": {"partial_gram_kernel", "sum_chunks_kernel"}}
-#: Cases that are not compiled for every architecture: some 115 cubins in all.
+#: Cases that are not compiled for every architecture: some 119 cubins in all.
 ONLY: dict[tuple[str, str], tuple[int, ...]] = {
-    ("qr", "r32 fp32"): (90,),
     ("qr", "r64 fp32"): (90,),
     ("qr", "r128 fp32"): (90,),
-    ("qr", "r64 fp64"): (80, 90),
     ("lora_linear", "r128 fp32"): (90,),
+    ("lora_linear", "core r16 bf16"): (90,),
+    ("lora_linear", "core r128 fp32"): (90,),
+    ("lorsum", "r16 bf16"): (80,),
+    ("lorsum", "r32 fp32"): (90,),
     ("small", "gram r32 fp32"): (90,),
     ("small", "gram r128 fp32"): (90,),
     ("small", "gram r128 fp64"): (90,),
@@ -171,7 +191,7 @@ def record(case: Callable[[], None]) -> list[Recorded]:
 
 
 def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
-    """The compiler's input for a recorded launch: types as the launch would infer them, aligned pointers."""
+    """The compiler's input for a recorded launch: types and specializations (1, multiples of 16) as the launch would infer them."""
     compile_options = {key: options.pop(key) for key in list(options) if key not in kernel.arg_names}
     names = list(inspect.signature(kernel.fn).parameters)
     values = dict(zip(names, args, strict=False)) | options
@@ -183,24 +203,30 @@ def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple
         elif isinstance(value, Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif parameter.annotation_type:
-            signature[name] = parameter.annotation_type
+        elif isinstance(value, int) and value == 1 and not (parameter.do_not_specialize or parameter.annotation_type):
+            signature[name], constants[name] = "constexpr", value
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
+            aligned = isinstance(value, int) and value % 16 == 0
+            if aligned and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+                attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), {"enable_fp_fusion": True, **compile_options}
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack, local and shared memory of a cubin, by Triton's own cuobjdump."""
+def resources(cubin: bytes) -> dict[str, Any]:
+    """Registers, stack, local memory and instructions of a cubin, by Triton's own tools."""
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    environment = os.environ | {"PATH": os.pathsep.join([tools, os.environ.get("PATH", "")])}  # cuobjdump calls nvdisasm
+    command = [os.path.join(tools, "cuobjdump"), "--dump-resource-usage", "--dump-sass"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found: dict[str, int] = {}
-    for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text):
-        found[key.lower()] = max(int(value), found.get(key.lower(), 0))
-    return found
+        text = subprocess.run([*command, file.name], capture_output=True, text=True, check=True, env=environment).stdout
+    found: dict[str, Any] = {"registers": 0, "stack": 0, "local": 0}
+    for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text):
+        name = "registers" if key == "REG" else key.lower()
+        found[name] = max(int(value), found[name])
+    return found | instructions(text)
 
 
 def reports(group: str, architectures: list[int]) -> Iterator[dict[str, Any]]:
@@ -217,12 +243,15 @@ def reports(group: str, architectures: list[int]) -> Iterator[dict[str, Any]]:
             seen.add(identity)
             for architecture in ONLY.get((group, case), architectures):
                 compiled = triton.compile(src, target=GPUTarget("cuda", architecture, 32), options=compile_options)
-                ptx = compiled.asm["ptx"]
                 yield {"kernel": kernel.fn.__name__, "case": case, "arch": architecture, **resources(compiled.asm["cubin"]),
-                       "tf32": "tf32" in compiled.asm["ttir"], "vector": bool(re.search(r"ld\.global\.v[24]", ptx))}  # fmt: skip
+                       "shared": compiled.metadata.shared, "tf32": "tf32" in compiled.asm["ttir"],
+                       "triton": triton.__version__}  # fmt: skip
 
 
 if __name__ == "__main__":
     assert not _launch.INTERPRET
+    if len(sys.argv) == 1:
+        print(*GROUPS)
+        sys.exit()
     for report in reports(sys.argv[1], [int(a) for a in sys.argv[2:]]):
         print(json.dumps(report), flush=True)

@@ -41,7 +41,7 @@ class _Layer:
 
     def inverse(self, gram: Tensor) -> Tensor:
         """``(gram + δI)⁻¹``."""
-        return torch.linalg.inv(gram + self.damping * torch.eye(len(gram), dtype=gram.dtype))
+        return torch.linalg.inv(gram + self.damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
     def adamw(self, name: str, gradient: Tensor) -> None:
         """AdamW on one factor, with its own count of updates."""
@@ -60,7 +60,7 @@ class AltLoRALayer(_Layer):
     def __init__(self, *args: object, order: str = "B", plus: bool = False, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.order, self.plus = order, plus
-        rank = torch.eye(len(self.A), dtype=self.A.dtype)
+        rank = torch.eye(len(self.A), dtype=self.A.dtype, device=self.A.device)
         # How the momentum of A is carried from the column space of the B it was aligned with to that of the current B.
         self.transport = {"A": rank.clone(), "B": rank.clone()}
 
@@ -77,9 +77,9 @@ class AltLoRALayer(_Layer):
             inverse = self.inverse(old_A @ old_A.T)
             self.update("B", grad_B @ inverse / self.s**2, self.M["B"] @ self.transport["B"])
         if a_turn and grad_A is not None:
-            self.transport["A"] = torch.eye(len(self.A), dtype=self.A.dtype)
+            self.transport["A"] = torch.eye(len(self.A), dtype=self.A.dtype, device=self.A.device)
         if b_turn and grad_B is not None:
-            self.transport["B"] = torch.eye(len(self.A), dtype=self.A.dtype)
+            self.transport["B"] = torch.eye(len(self.A), dtype=self.A.dtype, device=self.A.device)
         if b_turn and grad_B is not None:
             self.transport["A"] = self.inverse(self.B.T @ self.B) @ (self.B.T @ old_B) @ self.transport["A"]
         if a_turn and grad_A is not None:
@@ -139,7 +139,7 @@ class LoRAProLayer(_Layer):
         g_A = inverse_B @ grad_A / self.s**2
         g_B = (grad_B - B @ (inverse_B @ (B.T @ grad_B))) @ inverse_A / self.s**2
         if self.sylvester:
-            rank = torch.eye(len(A), dtype=A.dtype)
+            rank = torch.eye(len(A), dtype=A.dtype, device=A.device)
             system = torch.kron(B.T @ B, rank) + torch.kron(rank, A @ A.T)  # row-major vec: (BᵀB)X + X(AAᵀ)
             X = torch.linalg.solve(system, -(g_A @ A.T).flatten()).view_as(rank)
             g_A, g_B = g_A + X @ A, g_B - B @ X
@@ -159,7 +159,7 @@ class LoRARITELayer(_Layer):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        rank = torch.zeros(len(self.A), len(self.A), dtype=self.A.dtype)
+        rank = torch.zeros(len(self.A), len(self.A), dtype=self.A.dtype, device=self.A.device)
         self.basis: dict[str, Tensor | None] = {"A": None, "B": None}
         self.second = {"A": rank.clone(), "B": rank.clone()}
         self.escaped = {"A": 0.0, "B": 0.0}
@@ -178,18 +178,18 @@ class LoRARITELayer(_Layer):
         beta1, beta2 = self.betas
         Q, R = positive_qr(other)
         if self.damping:
-            _, R = positive_qr(torch.cat([R, self.damping**0.5 * torch.eye(len(R), dtype=R.dtype)]))
+            _, R = positive_qr(torch.cat([R, self.damping**0.5 * torch.eye(len(R), dtype=R.dtype, device=R.device)]))
         X = torch.linalg.solve(R.T, gradient)
         previous = self.basis[name]
-        change = torch.eye(len(R), dtype=R.dtype) if previous is None else Q.T @ previous
+        change = torch.eye(len(R), dtype=R.dtype, device=R.device) if previous is None else Q.T @ previous
         V_before = change @ self.second[name] @ change.T
         lost = (torch.linalg.eigvalsh(self.second[name]) - torch.linalg.eigvalsh(V_before)).abs().max()
         self.escaped[name] = beta2 * (self.escaped[name] + float(lost))
         self.second[name] = beta2 * V_before + (1 - beta2) * X @ X.T
         self.updates[name] += 1
         t = self.updates[name]
-        V = (self.second[name] + self.escaped[name] * torch.eye(len(R), dtype=R.dtype)) / (1 - beta2**t)
-        values, vectors = torch.linalg.eigh(V + self.eps * torch.eye(len(R), dtype=R.dtype))
+        V = (self.second[name] + self.escaped[name] * torch.eye(len(R), dtype=R.dtype, device=R.device)) / (1 - beta2**t)
+        values, vectors = torch.linalg.eigh(V + self.eps * torch.eye(len(R), dtype=R.dtype, device=R.device))
         X = vectors @ torch.diag(values.rsqrt()) @ vectors.T @ X
         self.M[name] = beta1 * change @ self.M[name] + (1 - beta1) * X
         self.basis[name] = Q

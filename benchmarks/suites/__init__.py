@@ -17,13 +17,20 @@ from ..shapes import Shape, layers
 
 @dataclass(frozen=True)
 class Setting:
-    """What a suite makes its cases for."""
+    """What a suite makes its cases for.
+
+    Attributes:
+        tokens: rows of the activations, in suites that have any.
+        compile_seconds: how long ``torch.compile`` may take; 0 leaves that provider out.
+    """
 
     model: str
     choice: str
     rank: int
     dtype: torch.dtype
     device: torch.device
+    tokens: int = 256
+    compile_seconds: float = 0.0
 
     @property
     def shapes(self) -> str:
@@ -46,13 +53,17 @@ class Setting:
 
 
 SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {}
+#: Those whose cases do not depend on the model and the rank: once for each dtype is enough.
+WITHOUT_MODEL: set[str] = set()
 
 
-def suite(name: str) -> Callable[[Callable[[Setting], Iterator[Case]]], Callable[[Setting], Iterator[Case]]]:
+def suite(name: str, per_model: bool = True) -> Callable[[Callable[[Setting], Iterator[Case]]], Callable[[Setting], Iterator[Case]]]:
     """Register the decorated function as the suite ``name``."""
 
     def register(function: Callable[[Setting], Iterator[Case]]) -> Callable[[Setting], Iterator[Case]]:
         SUITES[name] = function
+        if not per_model:
+            WITHOUT_MODEL.add(name)
         return function
 
     return register
@@ -63,4 +74,4 @@ def on(backend: str) -> Callable[[], AbstractContextManager[object]]:
     return contextlib.nullcontext if backend == "auto" else lambda: force(backend)
 
 
-from . import linalg, optimizer  # noqa: E402, F401  (they register themselves)
+from . import forward, init, linalg, memory, optimizer, scaling, step  # noqa: E402, F401  (they register themselves)

@@ -16,6 +16,7 @@ from lowrank_kernels.ops import grouped_adamw_
 from lowrank_kernels.optim.preconditioned import DEFAULT_DAMPING
 
 from ..harness import Case, Trial, worst
+from ..methods import adapted_layers
 from ..naive import SDSLoRALayer, adamw_
 from ..naive.preconditioned import AltLoRALayer
 from . import Setting, on, suite
@@ -185,17 +186,7 @@ def after_one_sds_step(factors: Factors) -> list[Tensor]:
 
 def sds(backend: str, factors: Factors, judge: Judge) -> Trial:
     """``SDSLoRA.step()`` on one backend, with a refresh in every step."""
-    layers = nn.ModuleList()
-    for (A, B, grad_A, grad_B), (q_a, q_b) in zip(factors.layers(), bases(factors), strict=True):
-        base = nn.Linear(1, 1, bias=False)
-        base.in_features, base.out_features = A.shape[1], B.shape[0]
-        base.weight = nn.Parameter(A.new_zeros(1).expand(B.shape[0], A.shape[1]), requires_grad=False)  # a step does not read it
-        layer = lrk.LowRankLinear(base, A.shape[0], 1.0, method="sds", dtype=A.dtype)
-        layer.lora_A.data, layer.lora_B.data, layer.decoupled = A, B, True
-        layer.q_a.copy_(q_a.mT)
-        layer.q_b.copy_(q_b)
-        layer.lora_A.grad, layer.lora_B.grad = grad_A, grad_B
-        layers.append(layer)
+    layers = adapted_layers(factors.layers(), bases(factors))
     step = lrk.SDSLoRA(layers, warmup_steps=0, refresh_every=1, **HYPERPARAMETERS).step
 
     def judged() -> tuple[float, float]:

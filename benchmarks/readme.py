@@ -1,0 +1,102 @@
+"""``python -m benchmarks readme``: write the benchmark tables of README.md from ``benchmarks/results/cpu.csv``.
+
+They stand between two comments; everything else of the README is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .results import as_float, read
+from .suites.scaling import OP, host_time_per_layer
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks readme` -->", "<!-- /benchmarks -->"
+#: (shapes, rank) that the tables show.
+CASES = (("minilm/all", "8"), ("roberta-base/all", "16"))
+#: op → (what it is called, the yardstick's name, yardstick, ours)
+OPERATIONS = {
+    "grouped_adamw_": ("AdamW `step()`", "torch's fused AdamW", "torch-fused", "ours-optimizer"),
+    "sds_lora_refresh_step": ("SDS-LoRA `step()` with a refresh", "torch's fused AdamW", "torch-fused-adamw", "ours-optimizer"),
+    "altlora_plus_step": ("AltLoRA+ `step()`", "torch's fused AdamW", "torch-fused-adamw", "ours-optimizer"),
+    "training_step": ("whole training step, SDS-LoRA", "PEFT LoRA + fused AdamW", "peft-torch-fused", "ours-SDSLoRA"),
+    "decoupled_linear_forward_backward": ("decoupled layer, forward + backward", "frozen layer alone", "frozen-linear", "ours-reference"),
+    "grouped_qr": ("`grouped_qr` (sign-aligned)", "stacked torch", "torch-batched", "ours-native"),
+    "reparametrize": ("`grouped_svd_product`", "stacked torch", "torch-batched", "ours-native"),
+    "lora_sb_init": ("`grouped_svd` (one block)", "`torch.svd_lowrank`", "torch-svd-lowrank", "ours-native"),
+}
+
+
+def _number(text: str) -> str:
+    value = as_float(text)
+    return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def render(rows: list[dict[str, str]]) -> str:
+    """The tables as Markdown: of the float32 rows with the largest number of threads of one processor."""
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    if not rows:
+        return ""
+    threads = max(int(row["threads"]) for row in rows)
+    rows = [row for row in rows if int(row["threads"]) == threads]
+    found = {(row["op"], row["shapes"], row["rank"], row["provider"]): row for row in rows}
+    newest = max(rows, key=lambda row: row["date"])
+    lines = [
+        f"{newest['device_name']}, {threads} threads, torch {newest['torch'].split('+')[0]}, fp32, {newest['date']}. "
+        "Median ms; in brackets × the yardstick:",
+        "",
+        "| one call for all layers | shapes | naive per-layer | yardstick | ours |",
+        "|---|---|---|---|---|",
+    ]
+    for op, (title, rival_title, rival, ours) in OPERATIONS.items():
+        for shapes, rank in CASES:
+            naive, yardstick, mine = (found.get((op, shapes, rank, provider)) for provider in ("naive", rival, ours))
+            if mine is None or yardstick is None or naive is None or not mine["median_ms"] or not yardstick["median_ms"]:
+                continue
+            ratio = as_float(mine["ratio_to_rival"])
+            case = f"{shapes.removesuffix('/all')}, r = {rank}" + (f", {mine['tokens']} tokens" if mine.get("tokens") else "")
+            lines.append(
+                f"| {title} | {case} | {_number(naive['median_ms'])} | {rival_title} {_number(yardstick['median_ms'])} "
+                f"| **{_number(mine['median_ms'])}** ({ratio:.2f} ×) |"
+            )
+    slopes = host_time_per_layer(row for row in rows if row["op"] == OP)
+    if "torch-fused" in slopes:
+        lines += [
+            "",
+            "Host time of a step per layer (slope over 6 … 600 layers of 32 × 32, r = 4), µs; in brackets × torch's fused AdamW:",
+            "",
+            "| " + " | ".join(name.removeprefix("ours-") for name in slopes) + " |",
+            "|" + "---|" * len(slopes),
+            "| " + " | ".join(f"{slope:.1f} ({slope / slopes['torch-fused']:.2f} ×)" for slope in slopes.values()) + " |",
+        ]
+    return "\n".join(lines)
+
+
+def replace_block(text: str, block: str) -> str:
+    """``text`` with ``block`` between the two comments.
+
+    Raises:
+        ValueError: the comments are not there, once each and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise ValueError(f"need the lines {BEGIN!r} and {END!r} once each, in this order")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "cpu.csv")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the README says something else")
+    args = parser.parse_args(argv)
+    text = args.readme.read_text(encoding="utf-8")
+    new = replace_block(text, render(read(args.results)))
+    if args.check:
+        return int(new != text)
+    args.readme.write_text(new, encoding="utf-8")
+    return 0

@@ -1,0 +1,211 @@
+"""Adapted linear layers, forward and forward + backward: all layers of one block, plain and decoupled.
+
+The floor is the frozen layers alone. The backward pass is that of a layer in the middle of a model: ∂x, ∂A and ∂B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lowrank_kernels.ops import lora_linear
+
+from ..compiled import compiled
+from ..harness import Case, Trial, worst
+from ..shapes import MODELS, layers
+from . import Setting, on, suite
+
+SCALE = 0.5
+
+
+@dataclass
+class Layer:
+    """x (n, d_in), W (d_out, d_in), A (r, d_in), B (d_out, r), Q_Aᵀ as A or None, Q_B as B or None, and ∂y (n, d_out)."""
+
+    x: Tensor
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    q_a: Tensor | None
+    q_b: Tensor | None
+    grad: Tensor
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        """In another dtype, elsewhere in memory (W only if it must be), with gradients wanted."""
+        copies = [None if t is None else t.to(dtype, copy=True) for t in (self.a, self.b, self.q_a, self.q_b)]
+        a, b, q_a, q_b = copies
+        assert a is not None and b is not None
+        x, grad = self.x.to(dtype, copy=True), self.grad.to(dtype)
+        return Layer(x.requires_grad_(), self.weight.to(dtype), a.requires_grad_(), b.requires_grad_(), q_a, q_b, grad)
+
+    @property
+    def wanted(self) -> list[Tensor]:
+        return [self.x, self.a, self.b]
+
+
+def make_block(setting: Setting, decoupled: bool) -> list[Layer]:
+    """Gaussian layers of one block; the adapter's part is about as large as the frozen one."""
+    generator = setting.generator()
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=setting.device) / shape[-1] ** 0.5).to(setting.dtype)
+
+    rank, tokens, block = setting.rank, setting.tokens, []
+    for d_out, d_in in setting.layers[: len(setting.layers) // MODELS[setting.model].blocks]:
+        q_a, q_b = (draw(rank, d_in), draw(d_out, rank)) if decoupled else (None, None)
+        x, grad = draw(tokens, d_in) * d_in**0.5, draw(tokens, d_out) * d_out**0.5
+        block.append(Layer(x, draw(d_out, d_in), draw(rank, d_in), draw(d_out, rank), q_a, q_b, grad))
+    return block
+
+
+Forward = Callable[[Layer], Tensor]
+
+
+def frozen(layer: Layer) -> Tensor:
+    return linear(layer.x, layer.weight)
+
+
+def naive(layer: Layer) -> Tensor:
+    """What a user writes."""
+    y = linear(layer.x, layer.weight)
+    if layer.q_a is None or layer.q_b is None:
+        return y + SCALE * linear(linear(layer.x, layer.a), layer.b)
+    return y + SCALE * (linear(linear(layer.x, layer.a), layer.q_b) + linear(linear(layer.x, layer.q_a), layer.b))
+
+
+def ours(layer: Layer) -> Tensor:
+    return lora_linear(layer.x, layer.weight, None, layer.a, layer.b, SCALE, q_a=layer.q_a, q_b=layer.q_b)
+
+
+def results(forward: Forward, block: list[Layer], backward: bool) -> list[Tensor | None]:
+    """The outputs, and with ``backward`` ∂x, ∂A and ∂B of all layers."""
+    if not backward:
+        with torch.no_grad():
+            return [forward(layer) for layer in block]
+    ys = [forward(layer) for layer in block]
+    wanted = [tensor for layer in block for tensor in layer.wanted]
+    return [*ys, *torch.autograd.grad(ys, wanted, [layer.grad for layer in block], allow_unused=True)]
+
+
+class Judge:
+    """DESIGN's tolerance for kernels, against ``forward`` in fp64."""
+
+    def __init__(self, block: list[Layer], backward: bool, forward: Forward = naive) -> None:
+        self.exact = results(forward, [layer.to(torch.float64) for layer in block], backward)
+        own = results(forward, [layer.to(layer.x.dtype) for layer in block], backward)
+        eps = torch.finfo(block[0].x.dtype).eps
+        self.tolerances = [
+            0.0 if e is None or m is None else 2 * (m.double() - e).abs().max().item() + 8 * eps * e.abs().max().item()
+            for e, m in zip(self.exact, own, strict=True)
+        ]
+
+    def __call__(self, found: list[Tensor | None]) -> tuple[float, float]:
+        rows = zip(found, self.exact, self.tolerances, strict=True)
+        return worst([((f.double() - e).abs().max().item(), t) for f, e, t in rows if f is not None and e is not None])
+
+
+def trial(forward: Forward, block: list[Layer], backward: bool, judge: Judge, backend: str = "auto", is_ours: bool = False) -> Trial:
+    mine, found = [layer.to(layer.x.dtype) for layer in block], []
+
+    def run() -> None:
+        found[:] = results(forward, mine, backward)
+
+    return Trial(run, lambda: judge(found), on(backend), ours=is_ours)
+
+
+def compiled_trial(block: list[Layer], backward: bool, judge: Judge, seconds: float) -> Trial:
+    """The naive forward of the whole block as one compiled graph."""
+    mine, found = [layer.to(layer.x.dtype) for layer in block], []
+    inputs = [(layer.x, layer.weight, layer.a, layer.b, layer.q_a, layer.q_b, layer.grad) for layer in mine]
+
+    def run(forward: Callable[..., list[Tensor]]) -> None:
+        if backward:
+            ys = forward(inputs)
+            found[:] = [*ys, *torch.autograd.grad(ys, [t for layer in mine for t in layer.wanted], [layer.grad for layer in mine])]
+        else:
+            with torch.no_grad():
+                found[:] = forward(inputs)
+
+    call = compiled(lambda tensors: [naive(Layer(*one)) for one in tensors], seconds, run)
+    return Trial(lambda: run(call), lambda: judge(found))
+
+
+def peft_trial(block: list[Layer], backward: bool, judge: Judge) -> Trial:
+    """PEFT's own layer; decoupled: an unmodified one of rank 2r, whose constant halves get their gradients all the same."""
+    from peft import LoraConfig, get_peft_model
+
+    mine, found = [layer.to(layer.x.dtype) for layer in block], []
+    rank, decoupled = mine[0].a.shape[0], mine[0].q_a is not None
+    base = nn.Sequential()
+    for layer in mine:
+        module = nn.Linear(1, 1, bias=False)
+        module.in_features, module.out_features = layer.weight.shape[1], layer.weight.shape[0]
+        module.weight = nn.Parameter(layer.weight, requires_grad=False)
+        base.append(module)
+    total = 2 * rank if decoupled else rank
+    # PEFT declares α an int, and only divides it.
+    config = LoraConfig(r=total, lora_alpha=total * SCALE, target_modules=[str(i) for i in range(len(mine))])  # type: ignore[arg-type]
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    modules = [model.base_model.model[i] for i in range(len(mine))]
+    factors = [(module.lora_A["default"].weight, module.lora_B["default"].weight) for module in modules]
+    for (a, b), layer in zip(factors, mine, strict=True):
+        a.data = layer.a.detach() if layer.q_a is None else torch.cat([layer.a.detach(), layer.q_a])
+        b.data = layer.b.detach() if layer.q_b is None else torch.cat([layer.q_b, layer.b.detach()], dim=1)
+
+    def run() -> None:
+        if not backward:
+            with torch.no_grad():
+                found[:] = [module(layer.x) for module, layer in zip(modules, mine, strict=True)]
+            return
+        ys = [module(layer.x) for module, layer in zip(modules, mine, strict=True)]
+        wanted = [tensor for layer, pair in zip(mine, factors, strict=True) for tensor in (layer.x, *pair)]
+        grads = torch.autograd.grad(ys, wanted, [layer.grad for layer in mine])
+        trained = [g if i % 3 == 0 else g[:rank] if i % 3 == 1 else g[:, total - rank :] for i, g in enumerate(grads)]
+        found[:] = [*ys, *trained]
+
+    return Trial(run, lambda: judge(found))
+
+
+@suite("forward")
+def cases(setting: Setting) -> Iterator[Case]:
+    """Forward, and forward + backward, of the plain and of the decoupled layer."""
+    elements = {"weight": sum(d_out * d_in for d_out, d_in in _block(setting)), "both": sum(map(sum, _block(setting)))}
+    for decoupled in (False, True):
+        block = make_block(setting, decoupled)
+        for backward in (False, True):
+            judge, floor = Judge(block, backward), Judge(block, backward, frozen)
+            arguments = (block, backward, judge)
+            providers: dict[str, Callable[[], Trial]] = {
+                "naive": partial(trial, naive, *arguments),
+                "frozen-linear": partial(trial, frozen, block, backward, floor),
+                "peft": partial(peft_trial, *arguments),
+                **({"torch-compile": partial(compiled_trial, *arguments, setting.compile_seconds)} if setting.compile_seconds else {}),
+                **{f"ours-{name}": partial(trial, ours, *arguments, name, True) for name in setting.backends if name != "native"},
+            }
+            passes, factors = (2 if backward else 1), 2 if decoupled else 1
+            # x, W, y and the factors once; with the backward pass ∂y, W, x, ∂x once more, and the trained factors' gradients.
+            moved = passes * (setting.tokens * elements["both"] + elements["weight"] + factors * setting.rank * elements["both"])
+            # Each factor is one product forward and one for ∂x; each trained one is another for its own gradient.
+            rank_r = (factors * passes + (1 if backward else 0)) * setting.rank * elements["both"]
+            yield Case(
+                op=("decoupled_linear" if decoupled else "lora_linear") + ("_forward_backward" if backward else "_forward"),
+                shapes=setting.shapes,
+                rank=setting.rank,
+                dtype=setting.dtype,
+                device=setting.device,
+                bytes=moved * setting.dtype.itemsize,
+                tensors=len(block),
+                providers=providers,
+                rival="frozen-linear",
+                flops=2 * setting.tokens * (passes * elements["weight"] + rank_r),
+                tokens=setting.tokens,
+            )
+
+
+def _block(setting: Setting) -> list[tuple[int, int]]:
+    return layers(setting.model, setting.choice)[: len(setting.layers) // MODELS[setting.model].blocks]
