@@ -2,20 +2,23 @@
 
 from . import ops
 from .adapters import (
+    InitReport,
     LowRankLinear,
     adapt,
     adapter_state_dict,
     delta_weights,
     export_peft,
+    initialize,
     load_adapter,
     load_adapter_state_dict,
+    lora_sb_init,
     merge,
     save_adapter,
     unmerge,
 )
 from .explain import explain
-from .optim import AdamW, AltLoRA, AltLoRAPlus, LoRAPro, LoRARITE, ODLoRA, ScaledAdamW, ScaledGD, SDSLoRA
-from .pairs import Pair, pairs
+from .optim import AdamW, AltLoRA, AltLoRAPlus, LoRAPro, LoRARITE, LoRASB, ODLoRA, OPLoRA, ScaledAdamW, ScaledGD, SDSLoRA, average_gradients
+from .pairs import Pair, pairs, shard_placement
 
 __version__ = "0.1.0"
 
@@ -23,10 +26,13 @@ __all__ = [
     "AdamW",
     "AltLoRA",
     "AltLoRAPlus",
+    "InitReport",
     "LoRAPro",
     "LoRARITE",
+    "LoRASB",
     "LowRankLinear",
     "ODLoRA",
+    "OPLoRA",
     "Pair",
     "SDSLoRA",
     "ScaledAdamW",
@@ -34,14 +40,18 @@ __all__ = [
     "__version__",
     "adapt",
     "adapter_state_dict",
+    "average_gradients",
     "delta_weights",
     "explain",
     "export_peft",
+    "initialize",
     "load_adapter",
     "load_adapter_state_dict",
+    "lora_sb_init",
     "merge",
     "ops",
     "pairs",
     "save_adapter",
+    "shard_placement",
     "unmerge",
 ]

@@ -1,4 +1,4 @@
-"""Linear layer with a (decoupled) low-rank adapter: the specification of ``lora_linear`` forward and backward."""
+"""Linear layer with a low-rank adapter (plain, decoupled, with an r×r core): the specification of ``lora_linear`` and its backward."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ def lora_linear(
     scale: float,
     mask: Tensor | None,
     keep: float,
+    core: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y = x W0ᵀ + bias + s·(x̃ Aᵀ Q_Bᵀ + x̃ Q_A Bᵀ)`` for x (tokens, d_in); plain LoRA: ``s·x̃ Aᵀ Bᵀ``.
+    """``y = x W0ᵀ + bias + s·(x̃ Aᵀ Q_Bᵀ + x̃ Q_A Bᵀ)`` for x (tokens, d_in); plain LoRA: ``s·x̃ Aᵀ Bᵀ``; with a core R: ``s·x̃ Aᵀ Rᵀ Bᵀ``.
 
-    Returns y and the rank-r activation that the gradient of B needs: ``x̃ Q_A`` (decoupled) or ``x̃ Aᵀ`` (plain).
+    Returns y and the rank-r activation that the gradient of B (or R) needs: ``x̃ Q_A`` (decoupled) or ``x̃ Aᵀ`` (plain, core).
+    With a core that activation and the core are fp32 at least: their product over the tokens is all that R learns from.
     """
     x_adapter = dropped(x, mask, keep)
-    if q_a is None or q_b is None:
+    if core is not None:
+        hidden = x_adapter.to(core.dtype) @ a.to(core.dtype).mT
+        update, up = (hidden @ core.mT).to(x.dtype), b
+    elif q_a is None or q_b is None:
         hidden = x_adapter @ a.mT
         update, up = hidden, b
     else:
@@ -62,16 +67,26 @@ def lora_linear_backward(
     mask: Tensor | None,
     keep: float,
     needs: list[bool],
+    core: Tensor | None = None,
 ) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, of (x, weight, bias, A, B), in this order; no GEMM for any other.
+    """The gradients that ``needs`` asks for, of (x, weight, bias, A, B) and, with a core, R, in this order; no GEMM for any other.
 
-    Decoupled: ``∂A = s (∂y Q_B)ᵀ x̃``, ``∂B = s ∂yᵀ (x̃ Q_A)``: Q_A and Q_B are constants (METHODS §1).
+    Decoupled: ``∂A = s (∂y Q_B)ᵀ x̃``, ``∂B = s ∂yᵀ (x̃ Q_A)``: Q_A and Q_B are constants (METHODS §1). With a core:
+    ``∂R = s (∂y B)ᵀ (x̃ Aᵀ)`` in the core's dtype, and what plain LoRA has with BR in B's place, or RA in A's.
     """
-    need_x, need_weight, need_bias, need_a, need_b = needs
+    need_x, need_weight, need_bias, need_a, need_b, *need_more = needs
+    need_core = any(need_more)
     decoupled = q_a is not None and q_b is not None
     rank = a.shape[0]
     out: list[Tensor] = []
-    if need_x and decoupled:
+    if core is not None:
+        if need_x or need_a or need_core:
+            on_b = grad.to(core.dtype) @ b.to(core.dtype)
+        if need_x or need_a:
+            projected = through_a = (on_b @ core).to(grad.dtype)
+            down = a
+        core_hidden, hidden = hidden, (hidden @ core.mT).to(grad.dtype) if need_b else hidden
+    elif need_x and decoupled:
         assert q_a is not None and q_b is not None
         projected = grad @ torch.cat([q_b, b], dim=1)
         through_a, down = projected[:, :rank], torch.cat([a, q_a])
@@ -92,4 +107,6 @@ def lora_linear_backward(
         out.append((through_a * scale).mT @ dropped(x, mask, keep))
     if need_b:
         out.append(grad.mT @ (hidden * scale))
+    if need_core:
+        out.append((on_b * scale).mT @ core_hidden)
     return out

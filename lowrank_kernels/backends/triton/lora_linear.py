@@ -8,6 +8,9 @@ Floor of the adapter's part, with b bytes an element and t tokens: forward ``b·
 ``b·t·(d_out + 2·d_in)`` for P and ∂x, ``b·t·d_in`` for ∂A, ``b·t·d_out`` for ∂B; factors and activations of width r are small.
 
 fp32 inputs multiply in fp32 (``input_precision="ieee"``, on CUDA cores), never in tf32; bf16 and fp16 use tensor cores with fp32 sums.
+With a core R the projections are kept in fp32 (``H = x̃ Aᵀ``, ``P = ∂y B``: what ``∂R = s PᵀH`` sums) and multiplied by R in the same launch,
+while they are in registers; H Rᵀ and P R then go on in the dtype of x, as plain LoRA's activations do.
+
 The interpreter's ``tl.dot`` is wrong for bf16 (Triton 3.9), so there operands are widened first.
 """
 
@@ -48,9 +51,13 @@ def _load_factor(pointer, d, k, length, rank, stride_d, stride_k, BY_RANK: tl.co
 
 @triton.jit(do_not_specialize=["tokens", "factor"])
 def project_kernel(x, mask, first, second, out_first, out_second, tokens, length, rank, x_t, x_d, first_d, first_k, second_d, second_k,
-                   factor: tl.float64, MASKED: tl.constexpr, TWO: tl.constexpr, BY_RANK: tl.constexpr, COMPUTE: tl.constexpr,
-                   UPCAST: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """``factor · (mask∘x) F₁`` and, TWO, ``… F₂`` in one read of x (tokens, length); F (length, r) by strides."""
+                   factor: tl.float64, MASKED: tl.constexpr, TWO: tl.constexpr, MIXED: tl.constexpr, BY_RANK: tl.constexpr,
+                   COMPUTE: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+                   BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """``factor · (mask∘x) F₁`` and, TWO, ``… F₂`` in one read of x (tokens, length); F (length, r) by strides.
+
+    MIXED: ``second`` is (r, r), and the second result is the first one times it.
+    """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, R)
     rows = t.to(tl.int64)[:, None]
@@ -70,6 +77,17 @@ def project_kernel(x, mask, first, second, out_first, out_second, tokens, length
     tl.store(out_first + target, (total * scalar(factor, COMPUTE)).to(out_first.dtype.element_ty), mask=inside)
     if TWO:
         tl.store(out_second + target, (other * scalar(factor, COMPUTE)).to(out_second.dtype.element_ty), mask=inside)
+    if MIXED:
+        total *= scalar(factor, COMPUTE)
+        for start in range(0, R, BLOCK_K):
+            n = start + tl.arange(0, BLOCK_K)
+            mix = tl.load(second + k[:, None] * second_d + n[None, :] * second_k, mask=(k[:, None] < rank) & (n[None, :] < rank), other=0.0)
+            mixed = tl.dot(total, mix, input_precision="ieee", out_dtype=COMPUTE)
+            tl.store(
+                out_second + rows * rank + n[None, :],
+                mixed.to(out_second.dtype.element_ty),
+                mask=(t[:, None] < tokens) & (n[None, :] < rank),
+            )
 
 
 @triton.jit(do_not_specialize=["tokens", "factor"])
@@ -142,7 +160,7 @@ class _Kinds:
         self.BLOCK_D = 64 if self.R <= 64 else 32
         if wide:
             self.BLOCK_D = 32 if self.R <= 64 else 16
-        if self.R > 64 and wide:
+        if self.R > 64 and dtype == torch.float64:
             self.BLOCK_T = 16
         self.warps = 8
         self.options = {
@@ -156,19 +174,23 @@ class _Kinds:
 
 
 def _project(
-    x: Tensor, mask: Tensor | None, keep: float, first: Tensor, second: Tensor | None, by_rank: bool
+    x: Tensor, mask: Tensor | None, keep: float, first: Tensor, second: Tensor | None, by_rank: bool, mix: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``x̃ F₁`` and ``x̃ F₂``, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``)."""
+    """``x̃ F₁`` and ``x̃ F₂``, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``).
+
+    With ``mix`` (r, r) instead of F₂: ``x̃ F₁`` in the dtype of ``mix``, and ``x̃ F₁ · mix`` in that of x.
+    """
     tokens, length = x.shape
     rank = first.shape[1]
     kinds = _Kinds(rank, x.dtype)
-    out = x.new_empty(tokens, rank)
+    out = x.new_empty(tokens, rank, dtype=x.dtype if mix is None else mix.dtype)
+    second = second if mix is None else mix
     other = None if second is None else x.new_empty(tokens, rank)
     if tokens:
         launch(project_kernel, (triton.cdiv(tokens, kinds.BLOCK_T),), x, x if mask is None else mask, first, first if second is None else second,
                out, out if other is None else other, tokens, length, rank, *x.stride(), *first.stride(),
-               *(first if second is None else second).stride(), 1.0 / keep, MASKED=mask is not None, TWO=second is not None,
-               BY_RANK=by_rank, **kinds.options)  # fmt: skip
+               *(first if second is None else second).stride(), 1.0 / keep, MASKED=mask is not None,
+               TWO=second is not None and mix is None, MIXED=mix is not None, BY_RANK=by_rank, BLOCK_K=min(32, kinds.R), **kinds.options)  # fmt: skip
     return out, other
 
 
@@ -220,6 +242,7 @@ def verify(
     scale: float,
     mask: Tensor | None,
     keep: float,
+    core: Tensor | None = None,
 ) -> Verdict:
     """Refuses ranks above 128, mixed dtypes, and other devices than a GPU."""
     return _verify(x, (weight, bias, a, b, q_a, q_b), a.shape[0])
@@ -237,6 +260,7 @@ def lora_linear(
     scale: float,
     mask: Tensor | None,
     keep: float,
+    core: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two launches and one cuBLAS GEMM; see the module's text, and the reference for the formula."""
     decoupled = q_a is not None and q_b is not None
@@ -245,6 +269,8 @@ def lora_linear(
             assert q_a is not None and q_b is not None
             first, hidden = _project(x, mask, keep, a.mT, q_a.mT, True)
             assert hidden is not None
+        elif core is not None:
+            hidden, first = _project(x, mask, keep, a.mT, None, True, mix=core.mT)
         else:
             first, _ = _project(x, mask, keep, a.mT, None, True)
             hidden = first
@@ -270,9 +296,10 @@ def verify_backward(
     mask: Tensor | None,
     keep: float,
     needs: list[bool],
+    core: Tensor | None = None,
 ) -> Verdict:
     """Refuses ranks above 128, mixed dtypes, and other devices than a GPU."""
-    return _verify(grad, (x, weight, a, b, q_a, q_b, hidden), a.shape[0])
+    return _verify(grad, (x, weight, a, b, q_a, q_b, hidden if core is None else None), a.shape[0])
 
 
 @implements("lora_linear_backward", "triton", verify_backward)
@@ -289,13 +316,18 @@ def lora_linear_backward(
     mask: Tensor | None,
     keep: float,
     needs: list[bool],
+    core: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, and no product for any other; see the reference for the formulas."""
-    need_x, need_weight, need_bias, need_a, need_b = needs
+    need_x, need_weight, need_bias, need_a, need_b, *need_more = needs
+    need_core = any(need_more)
     out: list[Tensor] = []
     with on_device(grad):
         if need_x and q_a is not None and q_b is not None:
             through_a, through_b = _project(grad, None, 1.0, q_b, b, False)
+        elif core is not None and (need_x or need_a or need_core):
+            on_b, through_a = _project(grad, None, 1.0, b, None, False, mix=core)
+            through_b = None
         elif need_x or need_a:
             through_a, through_b = _project(grad, None, 1.0, b if q_b is None else q_b, None, False)
         if need_x:
@@ -312,5 +344,8 @@ def lora_linear_backward(
             out.append(_token_sum(through_a, x, mask, scale / keep, grad.new_empty(rank, d_in), 1, d_in))
         if need_b:
             d_out, rank = b.shape
-            out.append(_token_sum(hidden, grad, None, scale, grad.new_empty(d_out, rank), rank, 1))
+            on_a = hidden if core is None else (hidden @ core.mT).to(grad.dtype)
+            out.append(_token_sum(on_a, grad, None, scale, grad.new_empty(d_out, rank), rank, 1))
+        if need_core:
+            out.append(_token_sum(on_b, hidden, None, scale, torch.empty_like(core), 1, len(core)))
     return out
