@@ -1,13 +1,23 @@
 """Shared by all tests. Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before its import."""
 
 import os
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in a test whichever tests ran before it."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(scope="session")
