@@ -689,7 +689,7 @@ def _work_in_child(results: multiprocessing.Queue, x: Tensor) -> None:
         qs, rs = ops.grouped_qr([x] * 8)
         p, zero = x.clone(), torch.zeros_like(x)
         ops.grouped_adamw_([p], [x], [zero], [zero.clone()], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
-    results.put(((qs[0].mT @ qs[0] - torch.eye(8)).abs().max().item(), (qs[0] @ rs[0] - x).abs().max().item()))
+    results.put((qs[0].numpy(), rs[0].numpy()))  # torch's own products may wait for ever in a forked child
 
 
 def test_forked_child(threads: None) -> None:
@@ -701,11 +701,11 @@ def test_forked_child(threads: None) -> None:
     child = context.Process(target=_work_in_child, args=(results, x))
     child.start()
     try:
-        orthogonality, residual = results.get(timeout=60)
+        q, r = map(torch.from_numpy, results.get(timeout=60))
     finally:
         child.kill()
         child.join()
-    assert orthogonality < 1e-5 and residual < 1e-4
+    assert (q.mT @ q - torch.eye(8)).abs().max() < 1e-5 and (q @ r - x).abs().max() < 1e-4
 
 
 def test_refusals_name_the_reason() -> None:
