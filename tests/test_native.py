@@ -724,10 +724,21 @@ def test_refusals_name_the_reason() -> None:
 
 
 def test_tables_are_checked() -> None:
+    u = torch.randn(8, 4)
     with pytest.raises(ValueError, match="sections"):
-        _csrc.qr(2, array("q", [0] * 10), 0, 8, 0, 1)
-    with pytest.raises(ValueError, match="without memory"):
-        _csrc.qr(1, array("q", [0, 0, 0, 8, 8, 1, 8, 1, 8, 1]), 0, 8, 0, 1)
+        _csrc.svd_product(2, array("q", [0] * 10), 0, 4, 2, u.data_ptr(), 1)
+
+
+def test_lists_are_checked() -> None:
+    x, rs = torch.randn(9, 4), torch.empty(1, 4, 4)
+    empty = torch.empty(9, 4, device="meta")
+    for wrong, said in (([x[:3]], "not tall"), ([x[0]], "no matrix"), ([x, x], "different lengths"), ([empty], "strided|memory")):
+        with pytest.raises(ValueError, match=said):
+            _csrc.qr(wrong, 0, None, 0, [x], 0, 0, 4, rs.data_ptr(), 1)
+    with pytest.raises(ValueError, match="do not fit"):
+        _csrc.qr([x], 0, None, 0, [x[:8]], 0, 0, 4, rs.data_ptr(), 1)
+    with pytest.raises(ValueError, match="another size"):
+        _csrc.adamw([x], [x[:8]], [], [], [], [], 0, 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True, False, 0, 0, 0, 0, 0, 0, False, 1)
 
 
 def test_a_missing_extension_is_reported_once_with_its_cause() -> None:

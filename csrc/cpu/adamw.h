@@ -197,6 +197,19 @@ void adamw_mapped_in_panels(const AdamWScalars& scalars, const AdamWItem& item, 
   }
 }
 
+// Asks for n elements to be brought into the second-level cache.
+template <class T>
+LOWRANK_INLINE void prefetch(const T* p, int64_t n) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+#else
+  (void)p, (void)n;
+#endif
+}
+
+// Rows of a tall factor that are stepped at a time where Grams are formed: whole blocks of map_rows, of 12 or of 8.
+constexpr int64_t kPieceRows = 48;
+
 // The same for a factor that may stay where it is, Gram products summed up in A. `rows` are whole vectors of a wide
 // one.
 template <class T, class A, bool kTall>
@@ -220,10 +233,11 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
   const T* direction_map = prepare(item.direction_map, maps + 3 * r * r);
   const T sign = scalars.maximize ? T(-1) : T(1), shrink = static_cast<T>(1 - scalars.lr * scalars.weight_decay);
 
-  for (int64_t begin = 0; begin < rows; begin += height) {
-    const int64_t n = rows - begin < height ? rows - begin : height;
-    // A block is `runs` runs of `length` elements, which are so far apart in x, in g, in the moments and in scratch.
-    const int64_t runs = kTall ? 1 : r, length = kTall ? n * r : n, start = (first + begin) * (kTall ? r : 1);
+  // Rows [from, from + n): everything but the Grams, for which new and old rows are left behind the first `at` of their
+  // blocks.
+  const auto step_rows = [&](int64_t from, int64_t n, int64_t at) {
+    // They are `runs` runs of `length` elements, which are so far apart in x, in g, in the moments and in scratch.
+    const int64_t runs = kTall ? 1 : r, length = kTall ? n * r : n, start = (first + from) * (kTall ? r : 1);
     const int64_t x_pitch = item.param.row_stride, g_pitch = item.grad.row_stride, m_pitch = item.columns;
     T *x = static_cast<T*>(item.param.data) + start, *g = static_cast<T*>(item.grad.data) + start;
     T *m = item.m ? static_cast<T*>(item.m) + start : nullptr, *v = item.v ? static_cast<T*>(item.v) + start : nullptr;
@@ -242,6 +256,14 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
         }
       }
     };
+    // Beside Grams four arrays are no streams that a processor sees by itself: what comes next is asked for.
+    const int64_t next = !grams ? 0 : (rows - from - n < n ? rows - from - n : n) * (kTall ? r : 1);
+    for (int64_t k = 0; k < runs && next > 0; ++k) {
+      prefetch(g + k * g_pitch + length, next);
+      prefetch(x + k * x_pitch + length, next);
+      if (m) prefetch(m + k * m_pitch + length, next);
+      if (v) prefetch(v + k * m_pitch + length, next);
+    }
     const T *gradient = g, *momentum = m;
     int64_t gradient_pitch = g_pitch, momentum_pitch = m_pitch;
     if (grad_map) apply(grad_map, g, g_pitch, mapped_g), gradient = mapped_g, gradient_pitch = height;
@@ -255,7 +277,7 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
       gradient = mapped_g, gradient_pitch = height;
     }
     if (m && momentum_map) apply(momentum_map, m, m_pitch, mapped_m), momentum = mapped_m, momentum_pitch = height;
-    if (grams) copy(old_x);
+    if (grams) copy(old_x + at * r);
     for (int64_t k = 0; k < runs; ++k) {
       T *m_run = m ? m + k * m_pitch : nullptr, *v_run = v ? v + k * m_pitch : nullptr, *x_run = x + k * x_pitch;
       const T *g_run = gradient + k * gradient_pitch, *aligned = m ? momentum + k * momentum_pitch : nullptr;
@@ -275,8 +297,13 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
         }
       }
     }
+    if (grams) copy(new_x + at * r);
+  };
+  for (int64_t begin = 0; begin < rows; begin += height) {
+    const int64_t n = rows - begin < height ? rows - begin : height;
+    const int64_t piece = kTall && grams && n > kPieceRows ? kPieceRows : n;
+    for (int64_t at = 0; at < n; at += piece) step_rows(begin + at, n - at < piece ? n - at : piece, at);
     if (!grams) continue;
-    copy(new_x);
     if constexpr (kTall) {
       add_grams_of_rows(static_cast<const A*>(new_x), static_cast<const A*>(old_x), n, r, grams);
     } else {

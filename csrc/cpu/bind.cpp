@@ -1,11 +1,11 @@
-// What the CPU code offers to Python. Tensors come as lists, read by their own methods (tensors.h), or as tables: int64
-// buffers (array.array("q")), one section of n numbers per column.
+// What the CPU code offers to Python. Tensors come as lists, read here (tensors.h), or as tables: int64 buffers
+// (array.array("q")), one section of n numbers per column.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/grouped.h"
@@ -54,12 +54,57 @@ void check_rank(int64_t r) {
   if (r < 0 || r > kMaxRank) throw std::invalid_argument("the rank must be at most " + std::to_string(kMaxRank));
 }
 
-// Whether all tensors of a list are contiguous.
-bool contiguous(const py::list& tensors) {
-  const TensorMethods& methods = TensorMethods::get();
-  for (const py::handle tensor : tensors)
-    if (!methods.is_contiguous(tensor.ptr())) return false;
-  return true;
+// Matrices of `columns` columns: a list of tensors, of which the first `transposed` are stored as their transposes, or
+// one stacked tensor (n, rows, columns), of which all or none are.
+class Matrices {
+ public:
+  Matrices(const char* what, const py::handle& tensors, int64_t transposed) : transposed_(transposed) {
+    const TensorReader& reader = TensorReader::get();
+    if (PyList_Check(tensors.ptr())) {
+      infos_.reserve(static_cast<size_t>(PyList_GET_SIZE(tensors.ptr())));
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+        infos_.push_back(reader.read(PyList_GET_ITEM(tensors.ptr(), i)));
+        if (infos_.back().ndim != 2) throw std::invalid_argument(std::string(what) + ": a tensor that is no matrix");
+      }
+      return;
+    }
+    TensorInfo one = reader.read(tensors.ptr());
+    if (one.ndim != 3) throw std::invalid_argument(std::string(what) + ": a stack must have 3 dimensions");
+    const int64_t count = one.sizes[0], step = one.strides[0] * element_size(dtype_of(one.dtype));
+    one.ndim = 2;
+    for (int d = 0; d < 2; ++d) one.sizes[d] = one.sizes[d + 1], one.strides[d] = one.strides[d + 1];
+    infos_.assign(static_cast<size_t>(count), one);
+    for (int64_t i = 0; i < count; ++i) infos_[i].address = static_cast<char*>(one.data()) + i * step;
+  }
+
+  int64_t size() const { return static_cast<int64_t>(infos_.size()); }
+  int64_t rows(int64_t i) const { return infos_[i].rows(i < transposed_); }
+  // The i-th one, which must have this shape.
+  View view(const char* what, int64_t i, int64_t rows, int64_t columns) const {
+    const TensorInfo& info = infos_[i];
+    if (info.rows(i < transposed_) != rows || info.columns(i < transposed_) != columns)
+      throw std::invalid_argument(std::string(what) + ": matrices that do not fit each other");
+    return info.matrix(i < transposed_);
+  }
+
+ private:
+  std::vector<TensorInfo> infos_;
+  int64_t transposed_;
+};
+
+void check_sizes(const char* what, bool fit) {
+  if (!fit) throw std::invalid_argument(std::string(what) + ": lists of different lengths");
+}
+
+// The first tensor that is neither contiguous nor a matrix, or that cannot be read; -1 if there is none.
+int64_t first_irregular(const py::list& tensors) {
+  const TensorReader& reader = TensorReader::get();
+  TensorInfo info;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!reader.try_read(PyList_GET_ITEM(tensors.ptr(), i), &info) || !(info.ndim == 2 || info.is_contiguous()))
+      return static_cast<int64_t>(i);
+  }
+  return -1;
 }
 
 // Lists of tensors: params, grads, moments (or empty); lists of int: missed steps, which dimension is r (or empty). The
@@ -78,7 +123,7 @@ void adamw(const py::list& params, const py::list& grads, const py::list& exp_av
   const bool mapped = grad_maps || momentum_maps || param_maps || direction_maps || new_grams;
   if (mapped && (rank_dims.empty() || r < 0)) throw std::invalid_argument("grouped_adamw: maps without a rank");
   if (mapped) check_rank(r);
-  const TensorMethods& tensors = TensorMethods::get();
+  const TensorReader& reader = TensorReader::get();
   const auto item_of = [](const py::list& list, size_t i) { return PyList_GET_ITEM(list.ptr(), i); };
   const auto number = [&](const py::list& list, size_t i) {
     return list.empty() ? 0 : PyLong_AsLongLong(item_of(list, i));
@@ -87,25 +132,29 @@ void adamw(const py::list& params, const py::list& grads, const py::list& exp_av
   double steps_known = -1, correction1 = 1, correction2 = 1;
   for (size_t i = 0; i < n; ++i) {
     AdamWItem& item = items[i];
-    PyObject *param = item_of(params, i), *grad = item_of(grads, i);
-    const int64_t elements = tensors.elements(param);
+    const TensorInfo param = reader.read(item_of(params, i)), grad = reader.read(item_of(grads, i));
+    const int64_t elements = param.elements();
+    if (grad.elements() != elements) throw std::invalid_argument("grouped_adamw: a gradient of another size");
     item.rank_dim = static_cast<int>(number(rank_dims, i));
-    item.param.data = tensors.data(param, elements);
-    item.grad.data = tensors.data(grad, elements);
-    if (tensors.is_contiguous(param) && tensors.is_contiguous(grad)) {
+    item.param.data = param.data();
+    item.grad.data = grad.data();
+    if (param.is_contiguous() && grad.is_contiguous()) {
       // Without maps a row of numbers; with maps a matrix of which one dimension is r.
       const int64_t rest = r > 0 ? elements / r : 0;
       item.rows = !mapped ? 1 : item.rank_dim == 1 ? rest : r;
       item.columns = !mapped ? elements : item.rank_dim == 1 ? r : rest;
       item.param.row_stride = item.grad.row_stride = item.columns;
       item.param.column_stride = item.grad.column_stride = 1;
+    } else if (param.ndim == 2 && grad.ndim == 2) {
+      item.rows = param.rows(false);
+      item.columns = param.columns(false);
+      item.param = param.matrix(false);
+      item.grad = grad.matrix(false);
     } else {
-      std::tie(item.rows, item.columns) = tensors.shape(param);
-      std::tie(item.param.row_stride, item.param.column_stride) = tensors.strides(param);
-      std::tie(item.grad.row_stride, item.grad.column_stride) = tensors.strides(grad);
+      throw std::invalid_argument("grouped_adamw: a tensor that is neither contiguous nor a matrix");
     }
-    if (!exp_avgs.empty()) item.m = tensors.data(item_of(exp_avgs, i), elements);
-    if (!exp_avg_sqs.empty()) item.v = tensors.data(item_of(exp_avg_sqs, i), elements);
+    if (!exp_avgs.empty()) item.m = reader.read(item_of(exp_avgs, i)).data();
+    if (!exp_avg_sqs.empty()) item.v = reader.read(item_of(exp_avg_sqs, i)).data();
     const double steps = step - static_cast<double>(number(missed, i));
     if (bias_correction && steps != steps_known) {
       correction1 = 1 - std::pow(beta1, steps);
@@ -131,24 +180,28 @@ void adamw(const py::list& params, const py::list& grads, const py::list& exp_av
   grouped_adamw(scalars, items.data(), static_cast<int64_t>(n), threads);
 }
 
-// Sections: x, previous (0: none), q, rows, row and column strides of x, of previous, of q. R is (n, r, r), contiguous.
-void qr(int64_t n, const py::buffer& table_buffer, int dtype, int64_t r, intptr_t rs, int threads) {
-  const Table table("grouped_qr", table_buffer, 10, n);
+// x, previous (or None) and q, and how many of each are stored transposed. R is (n, r, r), contiguous.
+void qr(const py::list& xs, int64_t x_transposed, const py::object& previous, int64_t previous_transposed,
+        const py::list& qs, int64_t q_transposed, int dtype, int64_t r, intptr_t rs, int threads) {
+  const char* const what = "grouped_qr";
   const DType type = dtype_of(dtype);
   const int64_t size = type == DType::kFloat64 ? 8 : 4;
   check_rank(r);
-  std::vector<QrItem> items(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
+  const Matrices x(what, xs, x_transposed), q(what, qs, q_transposed);
+  const Matrices old(what, previous.is_none() ? py::object(py::list()) : previous, previous_transposed);
+  check_sizes(what, q.size() == x.size() && (previous.is_none() || old.size() == x.size()));
+  std::vector<QrItem> items(static_cast<size_t>(x.size()));
+  for (int64_t i = 0; i < x.size(); ++i) {
     QrItem& item = items[i];
-    item.rows = table.at(3, i);
+    item.rows = x.rows(i);
     if (item.rows < r) throw std::invalid_argument("grouped_qr: a matrix is not tall");
-    item.x = {table.data(0, i, item.rows * r), table.at(4, i), table.at(5, i)};
-    item.previous = {table.address(1, i), table.at(6, i), table.at(7, i)};
-    item.q = {table.data(2, i, item.rows * r), table.at(8, i), table.at(9, i)};
+    item.x = x.view(what, i, item.rows, r);
+    if (!previous.is_none()) item.previous = old.view(what, i, item.rows, r);
+    item.q = q.view(what, i, item.rows, r);
     item.r = reinterpret_cast<void*>(rs + i * r * r * size);
   }
   const py::gil_scoped_release released;
-  grouped_qr(type, items.data(), n, r, threads);
+  grouped_qr(type, items.data(), x.size(), r, threads);
 }
 
 // Sections: left, right, u, v, their rows (left, right), and row and column strides of left, right, u, v. S is (n,
@@ -177,56 +230,64 @@ void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k
   grouped_svd_product(type, items.data(), n, k, rank, threads);
 }
 
-// Sections: x, y (0: none), rows, row and column strides of x, of y. The Grams are (n, r, k), contiguous.
-void gram(int64_t n, const py::buffer& table_buffer, int dtype, bool wide, int64_t r, int64_t k, intptr_t grams,
-          int threads) {
-  const Table table("grouped_gram", table_buffer, 7, n);
+// x and y (or None), and how many of each are stored transposed. The Grams are (n, r, k), contiguous.
+void gram(const py::list& xs, int64_t x_transposed, const py::object& ys, int64_t y_transposed, int dtype, bool wide,
+          int64_t r, int64_t k, intptr_t grams, int threads) {
+  const char* const what = "grouped_gram";
   check_rank(r);
   check_rank(k);
-  std::vector<GramItem> items(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
+  const Matrices x(what, xs, x_transposed), y(what, ys.is_none() ? py::object(py::list()) : ys, y_transposed);
+  check_sizes(what, ys.is_none() || x.size() == y.size());
+  std::vector<GramItem> items(static_cast<size_t>(x.size()));
+  for (int64_t i = 0; i < x.size(); ++i) {
     GramItem& item = items[i];
-    item.rows = table.at(2, i);
-    item.x = {table.data(0, i, item.rows * r), table.at(3, i), table.at(4, i)};
-    item.y = {table.address(1, i), table.at(5, i), table.at(6, i)};
+    item.rows = x.rows(i);
+    item.x = x.view(what, i, item.rows, r);
+    if (!ys.is_none()) item.y = y.view(what, i, item.rows, k);
     item.gram = reinterpret_cast<void*>(grams + i * r * k * (wide ? 8 : 4));
   }
   const py::gil_scoped_release released;
-  grouped_gram(dtype_of(dtype), wide, items.data(), n, r, k, threads);
+  grouped_gram(dtype_of(dtype), wide, items.data(), x.size(), r, k, threads);
 }
 
-// Sections: rhs, out, rows, row and column strides of rhs, of out, all as tall matrices. The Grams are (n, r, r),
+// Right-hand sides and where the results go, lists or stacks; `left`: both as transposes. The Grams are (n, r, r),
 // contiguous.
-void solve(int64_t n, const py::buffer& table_buffer, int dtype, bool wide, int64_t r, intptr_t grams, double damping,
-           int threads) {
-  const Table table("grouped_solve", table_buffer, 7, n);
+void solve(const py::object& rhs, const py::object& out, bool left, int dtype, bool wide, int64_t r, intptr_t grams,
+           double damping, int threads) {
+  const char* const what = "grouped_solve";
   check_rank(r);
-  std::vector<SolveItem> items(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
+  const int64_t transposed = left ? std::numeric_limits<int64_t>::max() : 0;
+  const Matrices sides(what, rhs, transposed), results(what, out, transposed);
+  check_sizes(what, sides.size() == results.size());
+  std::vector<SolveItem> items(static_cast<size_t>(sides.size()));
+  for (int64_t i = 0; i < sides.size(); ++i) {
     SolveItem& item = items[i];
-    item.rows = table.at(2, i);
-    item.rhs = {table.data(0, i, item.rows * r), table.at(3, i), table.at(4, i)};
-    item.out = {table.data(1, i, item.rows * r), table.at(5, i), table.at(6, i)};
+    item.rows = sides.rows(i);
+    item.rhs = sides.view(what, i, item.rows, r);
+    item.out = results.view(what, i, item.rows, r);
     item.gram = reinterpret_cast<const void*>(grams + i * r * r * (wide ? 8 : 4));
   }
   const py::gil_scoped_release released;
-  grouped_solve(dtype_of(dtype), wide, items.data(), n, r, damping, threads);
+  grouped_solve(dtype_of(dtype), wide, items.data(), sides.size(), r, damping, threads);
 }
 
-// Sections: x, out, rows, row and column strides of x, of out.
-void polar(int64_t n, const py::buffer& table_buffer, int dtype, int64_t r, int threads) {
-  const Table table("grouped_polar", table_buffer, 7, n);
+// x and out, and how many of each are stored transposed.
+void polar(const py::list& xs, int64_t x_transposed, const py::list& outs, int64_t out_transposed, int dtype, int64_t r,
+           int threads) {
+  const char* const what = "grouped_polar";
   check_rank(r);
-  std::vector<PolarItem> items(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
+  const Matrices x(what, xs, x_transposed), out(what, outs, out_transposed);
+  check_sizes(what, x.size() == out.size());
+  std::vector<PolarItem> items(static_cast<size_t>(x.size()));
+  for (int64_t i = 0; i < x.size(); ++i) {
     PolarItem& item = items[i];
-    item.rows = table.at(2, i);
+    item.rows = x.rows(i);
     if (item.rows < r) throw std::invalid_argument("grouped_polar: a matrix is not tall");
-    item.x = {table.data(0, i, item.rows * r), table.at(3, i), table.at(4, i)};
-    item.out = {table.data(1, i, item.rows * r), table.at(5, i), table.at(6, i)};
+    item.x = x.view(what, i, item.rows, r);
+    item.out = out.view(what, i, item.rows, r);
   }
   const py::gil_scoped_release released;
-  grouped_polar(dtype_of(dtype), items.data(), n, r, threads);
+  grouped_polar(dtype_of(dtype), items.data(), x.size(), r, threads);
 }
 
 // Sections of the layers: u, v, out_u, out_v, d_out, d_in, row and column strides of u, v, out_u, out_v. Of the terms,
@@ -266,10 +327,14 @@ void lorsum(int64_t n, const py::buffer& layer_buffer, int64_t terms, const py::
 
 }  // namespace
 
+void bind_lists(py::module_& m);  // lists.cpp
+
 void bind_cpu(py::module_& m) {
   watch_for_fork();
+  bind_lists(m);
   m.def("adamw", &adamw, "One AdamW step of a list of parameters, in place.");
-  m.def("contiguous", &contiguous, "Whether all tensors of a list are contiguous.");
+  m.def("first_irregular", &first_irregular,
+        "The first tensor of a list that is neither contiguous nor a matrix; -1 if there is none.");
   m.def("qr", &qr, "Thin QR of a list of tall matrices.");
   m.def("svd_product", &svd_product, "Truncated SVD of a list of products of thin factors.");
   m.def("gram", &gram, "Gram and cross-Gram matrices of a list of thin matrices.");

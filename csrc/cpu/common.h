@@ -29,6 +29,8 @@ namespace lowrank {
 // The codes that Python passes. Narrow types are stored as 16 bits and computed in float.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
+constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 struct BFloat16 {
   uint16_t bits;
 };

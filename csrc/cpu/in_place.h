@@ -103,8 +103,10 @@ LOWRANK_INLINE void gram_rows_block(const A* x, const A* const* y, int64_t rows,
   using P = Part<A, W>;
   typename P::Vector sum[I][V] = {};
   for (int64_t k = 0; k < rows; ++k) {
+    LOWRANK_UNROLL
     for (int v = 0; v < V; ++v) {
       const typename P::Vector b = P::load(y[v] + k * r);
+      LOWRANK_UNROLL
       for (int i = 0; i < I; ++i) sum[i][v] += P::splat(x[k * r + i]) * b;
     }
   }

@@ -1,5 +1,6 @@
-// What a Python tensor says of itself. The extension knows nothing of torch's C++ ABI: it calls the methods that Python
-// code would call, once per tensor and without the lists, integers and loops of Python in between.
+// What a Python tensor says of itself. The extension knows nothing of torch's C++ ABI: it asks through DLPack's
+// exchange table, a C ABI that torch puts on its tensor type since 2.10, and of older ones by the methods that Python
+// code would call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,68 +13,172 @@
 
 namespace lowrank {
 
-class TensorMethods {
- public:
-  using Two = std::pair<int64_t, int64_t>;
+// As DLPack 1.x lays it out (github.com/dmlc/dlpack, include/dlpack/dlpack.h).
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t type, index;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLExchangeTable {
+  struct {
+    uint32_t major, minor;
+  } version;
+  DLExchangeTable* previous;
+  void *allocate, *managed_from_tensor, *tensor_from_managed;
+  int (*describe)(void* tensor, DLTensor* out);  // -1 with a Python error set if it cannot
+  void* current_stream;
+};
 
-  // torch is imported long before; the references are never given back, so that nothing runs when Python shuts down.
-  static const TensorMethods& get() {
-    static const TensorMethods* methods = new TensorMethods();
-    return *methods;
+// A strided tensor of at most kDimensions dimensions; nothing is owned.
+struct TensorInfo {
+  static constexpr int kDimensions = 8;
+  void* address = nullptr;
+  int dtype = -1;  // of DType, -1 for any other
+  int device_type = 0, device_index = 0;
+  int ndim = 0;
+  int64_t sizes[kDimensions] = {}, strides[kDimensions] = {};
+
+  int64_t elements() const {
+    int64_t count = 1;
+    for (int d = 0; d < ndim; ++d) count *= sizes[d];
+    return count;
   }
-
-  void* address(PyObject* tensor) const {
-    const pybind11::object value = call(data_ptr_, tensor);
-    void* address = PyLong_AsVoidPtr(value.ptr());
-    if (address == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
+  bool is_like(const TensorInfo& other) const {
+    return dtype == other.dtype && device_type == other.device_type && device_index == other.device_index;
+  }
+  bool is_contiguous() const {
+    int64_t expected = 1;
+    for (int d = ndim - 1; d >= 0; --d) {
+      if (sizes[d] == 0) return true;
+      if (sizes[d] != 1 && strides[d] != expected) return false;
+      expected *= sizes[d];
+    }
+    return true;
+  }
+  // Fake and distributed tensors answer 0, which must not be read.
+  void* data() const {
+    if (address == nullptr && elements() > 0)
+      throw std::invalid_argument("a tensor without memory (fake, meta or distributed)");
     return address;
   }
+  // As a matrix, or as the transpose of one.
+  View matrix(bool transposed) const { return {data(), strides[transposed ? 1 : 0], strides[transposed ? 0 : 1]}; }
+  int64_t rows(bool transposed) const { return sizes[transposed ? 1 : 0]; }
+  int64_t columns(bool transposed) const { return sizes[transposed ? 0 : 1]; }
+};
 
-  // The address of something with `elements` elements: fake and distributed tensors answer 0, which must not be read.
-  void* data(PyObject* tensor, int64_t elements) const {
-    void* p = address(tensor);
-    if (p == nullptr && elements > 0)
-      throw std::invalid_argument("a tensor without memory (fake, meta or distributed)");
-    return p;
+class TensorReader {
+ public:
+  // torch is imported long before; the references are never given back, so that nothing runs when Python shuts down.
+  static const TensorReader& get() {
+    static const TensorReader* reader = new TensorReader();
+    return *reader;
   }
 
-  int64_t elements(PyObject* tensor) const { return integer(call(numel_, tensor).ptr()); }
+  // Whether it is a tensor that is its own memory: no subclass but Parameter.
+  bool is_plain(PyObject* object) const {
+    return Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
+  }
 
-  bool is_contiguous(PyObject* tensor) const { return call(is_contiguous_, tensor).ptr() == Py_True; }
+  // False, without a Python error, for what is no strided tensor.
+  bool try_read(PyObject* tensor, TensorInfo* out) const {
+    if (table_ ? describe(tensor, out) : ask(tensor, out)) return true;
+    PyErr_Clear();
+    return false;
+  }
 
-  // Rows and columns of a matrix, or its two strides.
-  Two shape(PyObject* tensor) const { return two(call(size_, tensor)); }
-  Two strides(PyObject* tensor) const { return two(call(stride_, tensor)); }
+  TensorInfo read(PyObject* tensor) const {
+    TensorInfo info;
+    if (!try_read(tensor, &info)) throw std::invalid_argument("not a strided tensor of at most 8 dimensions");
+    return info;
+  }
+
+  // .grad; throws what Python would.
+  pybind11::object grad(PyObject* tensor) const {
+    if (!PyType_IsSubtype(Py_TYPE(tensor), tensor_type_)) throw pybind11::type_error("a parameter that is no tensor");
+    PyObject* value = grad_->d_getset->get(tensor, grad_->d_getset->closure);
+    if (value == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(value);
+  }
 
  private:
-  TensorMethods() {
-    const pybind11::object type = pybind11::module_::import("torch").attr("Tensor");
-    data_ptr_ = pybind11::object(type.attr("data_ptr")).release().ptr();
-    numel_ = pybind11::object(type.attr("numel")).release().ptr();
-    is_contiguous_ = pybind11::object(type.attr("is_contiguous")).release().ptr();
-    stride_ = pybind11::object(type.attr("stride")).release().ptr();
-    size_ = pybind11::object(type.attr("size")).release().ptr();
+  TensorReader() {
+    const pybind11::module_ torch = pybind11::module_::import("torch");
+    const pybind11::object type = torch.attr("Tensor");
+    tensor_type_ = reinterpret_cast<PyTypeObject*>(keep(type));
+    parameter_type_ = reinterpret_cast<PyTypeObject*>(keep(torch.attr("nn").attr("Parameter")));
+    grad_ = reinterpret_cast<PyGetSetDescrObject*>(keep(type.attr("grad")));
+    if (pybind11::hasattr(type, "__dlpack_c_exchange_api__")) {
+      const pybind11::object capsule = type.attr("__dlpack_c_exchange_api__");
+      table_ = static_cast<const DLExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+      if (table_ == nullptr) PyErr_Clear();
+      while (table_ != nullptr && table_->version.major != 1) table_ = table_->previous;
+      if (table_ != nullptr && table_->describe == nullptr) table_ = nullptr;
+    }
+    const char* const names[] = {"float32", "float64", "bfloat16", "float16"};  // as in DType
+    for (int i = 0; i < 4; ++i) dtypes_[i] = keep(torch.attr(names[i]));
+    data_ptr_ = keep(type.attr("data_ptr"));
+    size_ = keep(type.attr("size"));
+    stride_ = keep(type.attr("stride"));
+    get_device_ = keep(type.attr("get_device"));
+    dtype_name_ = keep(pybind11::str("dtype"));
   }
 
-  static pybind11::object call(PyObject* method, PyObject* tensor) {
-    PyObject* result = PyObject_CallOneArg(method, tensor);
-    if (result == nullptr) throw pybind11::error_already_set();
-    return pybind11::reinterpret_steal<pybind11::object>(result);
+  static PyObject* keep(const pybind11::object& object) { return pybind11::object(object).release().ptr(); }
+
+  bool describe(PyObject* tensor, TensorInfo* out) const {
+    DLTensor found;
+    if (!PyType_IsSubtype(Py_TYPE(tensor), tensor_type_) || table_->describe(tensor, &found) != 0) return false;
+    if (found.ndim > TensorInfo::kDimensions) return false;
+    constexpr uint8_t kFloat = 2, kBfloat = 4;
+    const auto is = [&](uint8_t code, int bits) { return found.dtype.code == code && found.dtype.bits == bits; };
+    out->dtype = is(kFloat, 32) ? 0 : is(kFloat, 64) ? 1 : is(kBfloat, 16) ? 2 : is(kFloat, 16) ? 3 : -1;
+    out->address = static_cast<char*>(found.data) + found.byte_offset;
+    out->device_type = found.device.type;
+    out->device_index = found.device.index;
+    out->ndim = found.ndim;
+    for (int d = 0; d < found.ndim; ++d) {
+      out->sizes[d] = found.shape[d];
+      out->strides[d] = found.strides[d];
+    }
+    return true;
   }
 
-  static int64_t integer(PyObject* number) {
-    const long long value = PyLong_AsLongLong(number);
-    if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
-    return value;
+  bool ask(PyObject* tensor, TensorInfo* out) const {
+    if (!PyType_IsSubtype(Py_TYPE(tensor), tensor_type_)) return false;
+    const auto call = [&](PyObject* method) {
+      return pybind11::reinterpret_steal<pybind11::object>(PyObject_CallOneArg(method, tensor));
+    };
+    const auto address = call(data_ptr_), sizes = call(size_), strides = call(stride_), device = call(get_device_);
+    const auto dtype = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor, dtype_name_));
+    if (!address || !sizes || !strides || !device || !dtype) return false;
+    out->ndim = static_cast<int>(PyTuple_GET_SIZE(sizes.ptr()));
+    if (out->ndim > TensorInfo::kDimensions) return false;
+    for (int d = 0; d < out->ndim; ++d) {
+      out->sizes[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), d));
+      out->strides[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), d));
+    }
+    out->dtype = -1;
+    for (int i = 0; i < 4; ++i)
+      if (dtype.ptr() == dtypes_[i]) out->dtype = i;
+    out->address = PyLong_AsVoidPtr(address.ptr());
+    out->device_index = static_cast<int>(PyLong_AsLongLong(device.ptr()));
+    out->device_type = out->device_index < 0 ? 1 : 2;
+    return !PyErr_Occurred();
   }
 
-  static Two two(const pybind11::object& pair) {
-    if (!PyTuple_Check(pair.ptr()) || PyTuple_GET_SIZE(pair.ptr()) != 2)
-      throw std::invalid_argument("a tensor that is neither contiguous nor a matrix");
-    return {integer(PyTuple_GET_ITEM(pair.ptr(), 0)), integer(PyTuple_GET_ITEM(pair.ptr(), 1))};
-  }
-
-  PyObject *data_ptr_, *numel_, *is_contiguous_, *stride_, *size_;
+  const DLExchangeTable* table_ = nullptr;
+  PyTypeObject *tensor_type_, *parameter_type_;
+  PyGetSetDescrObject* grad_;
+  PyObject *data_ptr_, *size_, *stride_, *get_device_, *dtype_name_, *dtypes_[4];
 };
 
 }  // namespace lowrank

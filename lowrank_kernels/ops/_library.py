@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends.lists import FLOATING, Tall, alike, plain
+
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-
-#: dtypes of factors, gradients and activations; what is narrower than fp32 is computed in fp32.
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def define(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -36,18 +34,32 @@ def no_backward(name: str, why: str) -> None:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
+def _eager() -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def is_plain_eager(*tensors: Tensor | None) -> bool:
     """Whether nothing needs an operation as a node: no compiler, no dispatch mode, no functorch transform, no tensor subclass.
 
     Then the same implementations are called without the dispatcher, whose Python road costs more than a small operation.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and _PLAIN.issuperset(map(type, tensors))
-        and tensors[0].device.type != "meta"  # type: ignore[union-attr]
-    )
+    return _eager() and _PLAIN.issuperset(map(type, tensors)) and tensors[0].device.type != "meta"  # type: ignore[union-attr]
+
+
+def are_plain_eager(first: Sequence[Tensor], *others: Sequence[Tensor] | None) -> bool:
+    """:func:`is_plain_eager` of whole lists; the first one is not empty."""
+    return _eager() and first[0].device.type != "meta" and all(map(plain, (first, *(other for other in others if other is not None))))
+
+
+def for_eager(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The list as backends get it: :class:`Tall` where compiled code may read it, else a list of tensors."""
+    if isinstance(tensors, Tall) and tensors and tensors.stored[0].device.type == "cpu":
+        return tensors
+    return list(tensors)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,26 +67,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _all_alike(tensors: Sequence[Tensor], like: Tensor | None, ndim: int | None) -> bool:
-    """The checks of :func:`check_list` in few Python operations per tensor; what fails here is explained there."""
-    if not tensors:
-        return True
-    like = tensors[0] if like is None else like
-    try:
-        dtype, device = like.dtype, like.device
-        for tensor in tensors:
-            if tensor.dtype is not dtype or tensor.device != device or (ndim is not None and tensor.ndim != ndim):
-                return False
-    except AttributeError:
-        return False
-    return dtype in FLOATING and all(map(isinstance, tensors, repeat(Tensor)))
-
-
 def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like: Tensor | None = None, ndim: int | None = 2) -> None:
     """Refuse a list whose tensors are not strided, floating, of one dtype and on one device (those of ``like``, if given)."""
-    if isinstance(tensors, Tensor) or not isinstance(tensors, (list, tuple)):
+    if not isinstance(tensors, (list, tuple, Tall)):
         raise TypeError(f"{operation}: {argument} must be a list of tensors, got {type(tensors).__name__}; wrap it in [ ]")
-    if _all_alike(tensors, like, ndim):
+    if alike(tensors, like, ndim):  # what fails here is explained below
         return
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):

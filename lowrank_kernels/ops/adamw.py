@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import accumulation_dtype, check_list, check_same_length, define, is_plain_eager
+from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define
 
 _NAME = "grouped_adamw_"
-_dtype = attrgetter("dtype")
 
 
 def grouped_adamw_(
@@ -62,8 +60,8 @@ def grouped_adamw_(
             B (d, r), mapped as ``g P``.
         new_grams: (N, 2, r, r), fp32 or fp64, written: the Gram matrix of the new factor and its cross-Gram with the old one,
             ``XᵀX`` and ``XᵀX_old`` for B, ``XXᵀ`` and ``XX_oldᵀ`` for A, formed in the same pass while the old factor is known.
-        check: False is for callers that made the state and the maps themselves, as our optimizers did: only what a gradient can
-            get wrong (dtype and size) is looked at then.
+        check: False is for callers that made the state and the maps themselves and have seen that the gradients fit
+            (``lists.match``), as our optimizers do.
 
     Raises:
         TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
@@ -71,7 +69,7 @@ def grouped_adamw_(
     if not params:
         return
     maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
-    if check or not _same_sizes(params, grads):
+    if check:
         _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, new_grams, rank_dims)
     arguments = (
         list(params),
@@ -95,16 +93,10 @@ def grouped_adamw_(
         bias_correction,
         maximize,
     )
-    if is_plain_eager(*params, *grads):
+    if are_plain_eager(params, grads):
         _grouped_adamw_(*arguments)
     else:
         torch.ops.lowrank_kernels.grouped_adamw_(*arguments)
-
-
-def _same_sizes(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """What must hold for every gradient, whoever calls: the dtype and the size of its parameter."""
-    # By map, not in a loop: this runs for every parameter in every step.
-    return set(map(_dtype, grads)) == {params[0].dtype} and list(map(Tensor.numel, params)) == list(map(Tensor.numel, grads))
 
 
 def _check(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends.lists import sizes
 from ..backends.registry import run
-from ._library import accumulation_dtype, check_list, check_same_length, define, is_plain_eager, no_backward
+from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, no_backward
 
 
 def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -30,31 +31,35 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     """
     check_list("grouped_gram", "xs", xs)
     for name, factors in (("xs", xs), ("ys", ys or ())):
-        columns = [factor.shape[1] for factor in factors]
-        for index in (i for i, width in enumerate(columns) if width != columns[0]):
+        columns = sizes(factors, 1)
+        if columns and columns.count(columns[0]) < len(columns):
+            index = next(i for i, width in enumerate(columns) if width != columns[0])
             raise ValueError(f"grouped_gram: {name}[{index}] has {columns[index]} columns, {name}[0] has {columns[0]}")
     if ys is not None:
         check_same_length("grouped_gram", xs=xs, ys=ys)
         check_list("grouped_gram", "ys", ys, like=xs[0] if xs else None)
-        for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
-            if x.shape[0] != y.shape[0]:
-                raise ValueError(f"grouped_gram: xs[{index}] has {x.shape[0]} rows, ys[{index}] has {y.shape[0]}")
+        heights, others = sizes(xs, 0), sizes(ys, 0)
+        if heights != others:
+            index = next(i for i, (height, other) in enumerate(zip(heights, others, strict=True)) if height != other)
+            raise ValueError(f"grouped_gram: xs[{index}] has {heights[index]} rows, ys[{index}] has {others[index]}")
     natural = accumulation_dtype(xs[0].dtype) if xs else torch.float32
     if dtype not in (None, torch.float32, torch.float64) or (natural == torch.float64 and dtype == torch.float32):
         raise TypeError(f"grouped_gram: dtype must be torch.float64{'' if natural == torch.float64 else ' or torch.float32'}, got {dtype}")
-    xs, ys, double = list(xs), None if ys is None else list(ys), torch.float64 in (dtype, natural)
-    eager = bool(xs) and not torch.is_grad_enabled() and is_plain_eager(*xs, *(ys or ()))
-    return (_grouped_gram if eager else torch.ops.lowrank_kernels.grouped_gram)(xs, ys, double)
+    double = torch.float64 in (dtype, natural)
+    if xs and not torch.is_grad_enabled() and are_plain_eager(xs, ys):
+        return _grouped_gram(for_eager(xs), None if ys is None else for_eager(ys), double)
+    return torch.ops.lowrank_kernels.grouped_gram(list(xs), None if ys is None else list(ys), double)
 
 
-def _empty_result(xs: list[Tensor], ys: list[Tensor] | None, double: bool) -> Tensor:
+def _empty_result(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: bool) -> Tensor:
     dtype = torch.float64 if double or (xs and xs[0].dtype == torch.float64) else torch.float32
     if not xs:
         return torch.empty(0, 0, 0, dtype=dtype)
-    return xs[0].new_empty(len(xs), xs[0].shape[1], (xs if ys is None else ys)[0].shape[1], dtype=dtype)
+    first, second = xs[0], (xs if ys is None else ys)[0]
+    return torch.empty(len(xs), first.shape[1], second.shape[1], dtype=dtype, device=first.device)
 
 
-def _grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, double: bool) -> Tensor:
+def _grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: bool) -> Tensor:
     grams = _empty_result(xs, ys, double)
     if xs:
         run("grouped_gram", xs[0].device.type, xs, ys, grams)

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends.lists import Tall, as_stored, signature, sizes
 from ..backends.registry import run
-from ._library import accumulation_dtype, check_list, check_same_length, define, is_plain_eager, no_backward
+from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, no_backward
+
+_ops = torch.ops.lowrank_kernels
 
 
 def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequence[Tensor] | None) -> None:
     check_list("grouped_qr", "xs", xs)
-    shapes = [x.shape for x in xs]
-    for index, (rows, rank) in enumerate(shapes):
-        if rank != shapes[0][1]:
-            raise ValueError(f"grouped_qr: xs[{index}] has rank {rank}, xs[0] has {shapes[0][1]}; call once per rank")
-        if rows < rank:
-            raise ValueError(f"grouped_qr: xs[{index}] must be tall, got {(rows, rank)}; pass its transpose (`.mT`, no copy)")
+    heights, ranks = sizes(xs, 0), sizes(xs, 1)
+    if xs and (ranks.count(ranks[0]) < len(ranks) or min(heights) < ranks[0]):
+        for index, shape in enumerate(zip(heights, ranks, strict=True)):
+            if shape[1] != ranks[0]:
+                raise ValueError(f"grouped_qr: xs[{index}] has rank {shape[1]}, xs[0] has {ranks[0]}; call once per rank")
+            if shape[0] < shape[1]:
+                raise ValueError(f"grouped_qr: xs[{index}] must be tall, got {shape}; pass its transpose (`.mT`, no copy)")
+    expected = signature(xs)
     for name, others in (("previous", previous), ("out", out)):
         if others is None:
             continue
         check_same_length("grouped_qr", xs=xs, **{name: others})
+        if others is xs or (name == "out" and others is previous) or (expected is not None and signature(others) == expected):
+            continue
         check_list("grouped_qr", name, others, like=xs[0] if xs else None)
-        if others is xs or (name == "out" and others is previous):
-            continue
-        if [other.shape for other in others] == shapes:
-            continue
-        for index, (shape, other) in enumerate(zip(shapes, others, strict=True)):
+        for index, (shape, other) in enumerate(zip(zip(heights, ranks, strict=True), others, strict=True)):
             if other.shape != shape:
-                raise ValueError(f"grouped_qr: {name}[{index}] has shape {tuple(other.shape)}, xs[{index}] has {tuple(shape)}")
+                raise ValueError(f"grouped_qr: {name}[{index}] has shape {tuple(other.shape)}, xs[{index}] has {shape}")
 
 
 def grouped_qr(
@@ -60,33 +64,39 @@ def grouped_qr(
     The result is a constant for autograd (Q is one in every method); its backward says so.
     """
     _check(xs, previous, out)
-    xs, previous = list(xs), None if previous is None else list(previous)
-    eager = bool(xs) and is_plain_eager(*xs, *(previous or ()), *(out or ())) and not torch.is_grad_enabled()
+    eager = bool(xs) and not torch.is_grad_enabled() and are_plain_eager(xs, previous, out)
+    listed: Any = for_eager if eager else list
+    xs, previous = listed(xs), None if previous is None else listed(previous)
     if out is None:
-        return _grouped_qr(xs, previous) if eager else torch.ops.lowrank_kernels.grouped_qr(xs, previous)
-    rank = xs[0].shape[1] if xs else 0
-    rs = torch.empty(len(xs), rank, rank, dtype=accumulation_dtype(xs[0].dtype), device=xs[0].device) if xs else torch.empty(0, 0, 0)
-    if xs:
-        (_grouped_qr_out if eager else torch.ops.lowrank_kernels.grouped_qr_out)(xs, previous, list(out), rs)
-        torch.autograd.graph.increment_version(list(out))
-    return list(out), rs
-
-
-def _empty_results(xs: list[Tensor], previous: list[Tensor] | None) -> tuple[list[Tensor], Tensor]:
+        return (_grouped_qr if eager else _ops.grouped_qr)(xs, previous)
     if not xs:
         return [], torch.empty(0, 0, 0)
-    rank = xs[0].shape[1]
-    return [torch.empty_like(x) for x in xs], xs[0].new_empty(len(xs), rank, rank, dtype=accumulation_dtype(xs[0].dtype))
+    targets, rs = listed(out), _empty_rs(xs)
+    (_grouped_qr_out if eager else _ops.grouped_qr_out)(xs, previous, targets, rs)
+    torch.autograd.graph.increment_version(as_stored(targets)[0])
+    return (targets if isinstance(out, Tall) else list(out)), rs
 
 
-def _grouped_qr(xs: list[Tensor], previous: list[Tensor] | None) -> tuple[list[Tensor], Tensor]:
+def _empty_rs(xs: Sequence[Tensor]) -> Tensor:
+    first = xs[0]
+    rank = first.shape[1]
+    return torch.empty(len(xs), rank, rank, dtype=accumulation_dtype(first.dtype), device=first.device)
+
+
+def _empty_results(xs: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:
+    if not xs:
+        return [], torch.empty(0, 0, 0)
+    return [torch.empty_like(x) for x in xs], _empty_rs(xs)
+
+
+def _grouped_qr(xs: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:
     qs, rs = _empty_results(xs, previous)
     if xs:
         run("grouped_qr", xs[0].device.type, xs, previous, qs, rs)
     return qs, rs
 
 
-def _grouped_qr_out(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor) -> None:
+def _grouped_qr_out(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor) -> None:
     run("grouped_qr", xs[0].device.type, xs, previous, qs, rs)
 
 

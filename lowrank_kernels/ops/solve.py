@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends.lists import sizes
 from ..backends.registry import run
-from ._library import FLOATING, check_list, define, is_plain_eager, no_backward
+from ._library import FLOATING, are_plain_eager, check_list, define, is_plain_eager, no_backward
 
 
 def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float = 0.0, *, side: str = "left") -> list[Tensor] | Tensor:
@@ -41,14 +42,14 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
     if isinstance(rhs, Tensor):
         if rhs.ndim != 3:
             raise ValueError(f"{name}: a stacked rhs must have 3 dimensions, got {tuple(rhs.shape)}")
-        samples: Sequence[Tensor] = list(rhs[:1])  # all are like the first
+        samples: Sequence[Tensor] = [rhs[0]] if len(rhs) else []  # all are like the first
     else:
         check_list(name, "rhs", rhs)
         samples = rhs
     if len(rhs) != len(grams):
         raise ValueError(f"{name}: got {len(grams)} Grams and {len(rhs)} right-hand sides")
     rank, dim = grams.shape[1], 0 if left else 1
-    for index, width in enumerate([matrix.shape[dim] for matrix in samples]):
+    for index, width in enumerate(sizes(samples, dim)):
         if width != rank:
             raise ValueError(
                 f"{name}: rhs[{index}] of shape {tuple(samples[index].shape)} does not fit {rank} × {rank} Grams from the {side}"
@@ -58,7 +59,7 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
     if isinstance(rhs, Tensor):
         eager = not torch.is_grad_enabled() and is_plain_eager(grams, rhs)
         return (_grouped_solve_stacked if eager else torch.ops.lowrank_kernels.grouped_solve_stacked)(grams, rhs, float(damping), left)
-    eager = not torch.is_grad_enabled() and is_plain_eager(grams, *rhs)
+    eager = not torch.is_grad_enabled() and are_plain_eager([grams], rhs)
     return (_grouped_solve if eager else torch.ops.lowrank_kernels.grouped_solve)(grams, list(rhs), float(damping), left)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_solve
-from .base import AdamWOptions, FactorPair, ParamsT, moments, state_dtype
+from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, moments, state_dtype
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
@@ -78,7 +78,7 @@ class AltLoRA(PreconditionedOptimizer):
         for group in self.param_groups:
             group["turn"] = 1 - group["turn"]
 
-    def _step_pairs(self, pairs: list[FactorPair]) -> None:
+    def _step_pairs(self, pairs: LikePairs) -> None:
         group = self._group(pairs, "A")
         turns = ORDERS[group["order"]]
         turn, next_turn = turns[group["turn"]], turns[1 - group["turn"]]
@@ -114,7 +114,7 @@ class AltLoRA(PreconditionedOptimizer):
                 "the host, and a replayed CUDA graph would repeat one factor's turn for ever"
             )
 
-    def _carry_momentum(self, pairs: list[FactorPair], side: str, grams: Tensor) -> None:
+    def _carry_momentum(self, pairs: LikePairs, side: str, grams: Tensor) -> None:
         """After the other side's update: ``C ← (XᵀX + δI)⁻¹ (XᵀX_old) C`` (of B's momentum the transpose is kept)."""
         transport = self._stacked_state(pairs, side, "transport")
         carried = grams[:, 1] @ transport.to(grams.dtype)

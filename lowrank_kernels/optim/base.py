@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypedDict
 import torch
 from torch import Tensor, nn
 
+from ..backends.lists import PLAIN, column, gradients, match, plain, signature, states
 from ..backends.registry import call_counts
 from ..ops import grouped_adamw_
 from ..pairs import Pair, core_owners, is_adapter_parameter, own_pair, owners, pairs, pairs_by_name
@@ -32,11 +33,7 @@ NO_PARTS: Mapping[int, tuple[slice, ...]] = {}
 #: What may happen when a gradient is infinite or NaN.
 NONFINITE_GRADS = ("keep", "skip", "raise")
 
-#: Types of tensors that are their own memory; FSDP2's DTensor is none.
-PLAIN = frozenset({Tensor, nn.Parameter})
-
-#: What is read of every parameter in every step, by ``map``.
-_grad, _dtype, _is_sparse, _get_device = attrgetter("grad"), attrgetter("dtype"), attrgetter("is_sparse"), Tensor.get_device
+_grad, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
 
 #: Operations that make new tensors only. A step that failed before any other one began has changed nothing.
 _PURE_OPERATIONS = frozenset({"lora_linear", "lora_linear_backward", "grouped_gram", "grouped_solve"})
@@ -58,6 +55,14 @@ class FactorPair:
     a: Position
     b: Position
     holds_bases: bool
+
+
+class LikePairs(list[FactorPair]):
+    """Pairs of one device, dtype, rank and parameter groups; ``indices`` are their factors' places within the groups, by side."""
+
+    def __init__(self, pairs: Iterable[FactorPair]) -> None:
+        super().__init__(pairs)
+        self.indices = {"A": [pair.a[1] for pair in self], "B": [pair.b[1] for pair in self]}
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,12 @@ def moments(like: Tensor, *names: str) -> dict[str, Tensor]:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, as FSDP2 makes parameters."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+    return type(tensor) not in PLAIN and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def local_parts(tensors: list[Tensor]) -> list[Tensor]:
     """What this rank holds of the tensors; plain ones are themselves."""
-    if PLAIN.issuperset(map(type, tensors)):
+    if plain(tensors):
         return tensors
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
@@ -183,6 +188,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     factors_share_steps = False
     #: What a method trains as factors: pairs (A, B), cores R between constant factors. Others get AdamW with the rest.
     trains_pairs, trains_cores = True, False
+    #: The pairs as :meth:`_alike` has them, and of which parameters.
+    _buckets: tuple[object, list[LikePairs]] = (None, [])
 
     def __init__(
         self,
@@ -230,6 +237,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._cores: list[Core] = []
         self._factors: list[frozenset[int]] = []
         self._second_factors: list[frozenset[int]] = []
+        self._kinds: list[dict[bool, list[tuple[bool, bool, list[int]]]]] = []
         self._scale = scale
         self._constructed = False
         model = params if isinstance(params, nn.Module) else model
@@ -350,6 +358,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         groups = range(len(self.param_groups))
         self._factors = [frozenset(i for g, i in positions_of_factors if g == index) for index in groups]
         self._second_factors = [frozenset(pair.b[1] for pair in self._pairs if pair.b[0] == index) for index in groups]
+        self._kinds = [{own_lr: self._by_kind(index, own_lr) for own_lr in (False, True)} for index in groups]
+        self._buckets = (None, [])
         self._accept_pairs()
         if unknown_scale and self.requires_pairs:
             warnings.warn(
@@ -358,6 +368,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             )
         if self.requires_pairs:
             self._notice_unpaired(range(since_group, len(self.param_groups)))
+
+    def _by_kind(self, group_index: int, second_has_own_lr: bool, among: Iterable[int] | None = None) -> list[tuple[bool, bool, list[int]]]:
+        """``(factors?, Bs with an lr of their own?, indices)`` of the parameters of a group that agree in both."""
+        factors, second = self._factors[group_index], self._second_factors[group_index]
+        kinds: defaultdict[tuple[bool, bool], list[int]] = defaultdict(list)
+        for index in range(len(self.param_groups[group_index]["params"])) if among is None else among:
+            kinds[index in factors, second_has_own_lr and index in second].append(index)
+        return [(*kind, members) for kind, members in kinds.items()]
 
     def _notice_unpaired(self, groups: Iterable[int]) -> None:
         """Say once, by name, which adapter parameters the method does not reach."""
@@ -412,7 +430,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """The trained rank r."""
         return self._at(pair.a).shape[0]
 
-    def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[list[FactorPair]]:
+    def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[LikePairs]:
         """The pairs in lists of one device, dtype, rank and parameter groups: what one call of an operation takes."""
         buckets: defaultdict[Any, list[FactorPair]] = defaultdict(list)
         groups = [group["params"] for group in self.param_groups]
@@ -421,7 +439,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             a = groups[group_a][index]
             mesh = None if type(a) in PLAIN else getattr(a, "device_mesh", None)
             buckets[a.device, a.dtype, self._rank(pair), group_a, group_b, mesh].append(pair)
-        yield from buckets.values()
+        yield from map(LikePairs, buckets.values())
+
+    def _all_alike(self) -> list[LikePairs]:
+        """:meth:`_alike` of all pairs; kept from step to step while the parameters' dtypes, devices and shapes stay as they are."""
+        seen = [signature(group["params"]) for group in self.param_groups]
+        if None in seen or seen != self._buckets[0]:
+            self._buckets = (seen, list(self._alike(self._pairs)))
+        return self._buckets[1]
 
     # ---------------------------------------------------------------- the step
 
@@ -581,27 +606,24 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _moment_step(self, group_index: int, indices: Iterable[int] | None = None) -> None:
         """AdamW on those parameters of the group (all, if not told) that have a gradient: one call per device, dtype and kind."""
-        group, factors = self.param_groups[group_index], self._factors[group_index]
-        second = self._second_factors[group_index] if group["lr_ratio"] != 1.0 else ()
-        params, parts = group["params"], self._trained_parts(group_index)
-        indices = range(len(params)) if indices is None else list(indices)
-        if len(indices) != len(params):
-            params = [params[index] for index in indices]
-        # One pass by map per property: with so many small tensors, what a loop does for each is most of the step's time.
-        kinds = (map(factors.__contains__, indices), map(second.__contains__, indices), map(_get_device, params), map(_dtype, params))
-        keys = zip(*kinds, strict=True)
-        buckets: defaultdict[tuple[bool, bool, int, torch.dtype], tuple[list[int], list[Tensor], list[Tensor]]]
-        buckets = defaultdict(lambda: ([], [], []))
-        for index, p, grad, key in zip(indices, params, map(_grad, params), keys, strict=True):
-            if grad is None:
+        group, parts = self.param_groups[group_index], self._trained_parts(group_index)
+        own_lr = group["lr_ratio"] != 1.0
+        kinds = self._kinds[group_index][own_lr] if indices is None else self._by_kind(group_index, own_lr, indices)
+        for is_factor, is_second, of_kind in kinds:
+            members, params, grads, idle = gradients(group["params"], of_kind)
+            for index in idle:
                 self._miss(group, index)
+            fit = match(params, grads)
+            if fit:
+                buckets = [(members, params, grads)] if members else []
             else:
-                members, stepped, grads = buckets[key]
-                members.append(index)
-                stepped.append(p)
-                grads.append(grad)
-        for (is_factor, is_second, _, _), (members, stepped, grads) in buckets.items():
-            self._adamw(group_index, members, is_factor=is_factor, is_second=is_second, params=stepped, grads=grads, parts=parts)
+                by_place: defaultdict[Any, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+                for found in zip(members, params, grads, strict=True):
+                    by_place[found[1].device, found[1].dtype].append(found)
+                buckets = [tuple(map(list, zip(*bucket, strict=True))) for bucket in by_place.values()]  # type: ignore[misc]
+            for members, params, grads in buckets:
+                kind = {"is_factor": is_factor, "is_second": is_second}
+                self._adamw(group_index, members, **kind, params=params, grads=grads, parts=parts, fit=fit)
 
     def _miss(self, group: dict[str, Any], index: int) -> None:
         """Note that a parameter does not take this step: its bias correction lags behind by one."""
@@ -623,15 +645,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
         params: list[Tensor] | None = None,
         grads: list[Tensor] | None = None,
         parts: Mapping[int, tuple[slice, ...]] = NO_PARTS,
+        fit: bool = False,
         **options: Any,
     ) -> None:
         """One call of ``grouped_adamw_`` on parameters (and gradients, where the caller has read them) of which ``parts`` are trained;
-        ``options`` replace what AdamW would pass."""
+        ``fit``: the gradients are known to fit; ``options`` replace what AdamW would pass."""
         group = self.param_groups[group_index]
         params = [group["params"][index] for index in members] if params is None else params
         grads = list(map(_grad, params)) if grads is None else grads
-        states = list(map(self.state.__getitem__, params))
-        if any(map(_is_sparse, grads)):
+        of_params = states(self.state, params)
+        fit = fit or match(params, grads)
+        if not fit and any(map(_is_sparse, grads)):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         if parts:
             slices = [parts.get(index) for index in members]
@@ -646,9 +670,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "step": self._updates_due(group_index, members[0]),
             "missed": missed if any(missed) else (),
             "maximize": group["maximize"],
-            "check": False,
+            "check": not fit,
         }
-        exp_avgs, exp_avg_sqs = (local_parts([s[key] for s in states if key in s]) for key in ("exp_avg", "exp_avg_sq"))
+        exp_avgs, exp_avg_sqs = (local_parts(column(of_params, key)) for key in ("exp_avg", "exp_avg_sq"))
         params, grads = local_parts(params), local_parts(grads)
         grouped_adamw_(params, grads, exp_avgs, exp_avg_sqs, **{**arguments, **options})
 
@@ -720,7 +744,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                         )
 
     def __getstate__(self) -> dict[str, Any]:
-        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_scale", "_constructed")
+        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_kinds", "_scale", "_constructed")
         kept = (*pairing, "_nonfinite_grads", "_atomic", "skipped_steps", "_torn")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 

@@ -7,14 +7,13 @@ library, ``s [Q_B B] [A; Q_Aᵀ]``, of which the optimizer trains one half and o
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias, Unpack
+from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from ..backends.lists import Tall
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners
 from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, is_sharded, shard_dims, state_dtype
@@ -23,8 +22,7 @@ from .shards import KEEP_WHOLE, assign, gathered
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 
 
-@dataclass(frozen=True)
-class DecoupledFactors:
+class DecoupledFactors(NamedTuple):
     """Views of one pair's factors: ``ΔW = s(q_b @ a + b @ q_a)``, or ``s·b @ a`` while it is plain LoRA.
 
     a: A (r, d_in); b: B (d_out, r); q_a: Q_Aᵀ (r, d_in); q_b: Q_B (d_out, r).
@@ -135,28 +133,25 @@ class DecoupledOptimizer(LowRankOptimizer):
         for group in self.param_groups:
             t = group["step"] - group["start_steps"]
             actions.append(self._start_action(group, group["step"]) if t <= 0 else self._main_action(group, t))
-        due: defaultdict[Action, list[FactorPair]] = defaultdict(list)
-        if any(actions):
-            for pair in self._pairs:
-                action = actions[pair.a[0]]
-                if action is not None:
-                    due[action].append(pair)
-        for action, affected in due.items():
-            action(affected)
+        for action in filter(None, dict.fromkeys(actions)):
+            action([pair for pair in self._pairs if actions[pair.a[0]] == action])
             self._moment_checked = False
 
     def _refresh(self, due: list[FactorPair]) -> None:
         """Bases of the factors' ranges anew: ``Aᵀ = Q_A R_A``, ``B = Q_B R_B`` with the signs of the old bases, or polar factors."""
-        layers = owners()
-        for pairs in self._alike(due):
-            views = [self._views(pair, layers, decoupled=True) for pair in pairs]
-            bases = [v.q_a.mT for v in views] + [v.q_b for v in views]
-            whole = gathered([v.a for v in views] + [v.b for v in views])
-            factors = [a.mT for a in whole[: len(views)]] + whole[len(views) :]
+        for pairs in self._all_alike() if len(due) == len(self._pairs) else self._alike(due):
+            factors, bases = self._tall(pairs)
             if self.param_groups[pairs[0].a[0]]["basis"] == "polar":
                 grouped_polar(factors, out=bases)
             else:
                 grouped_qr(factors, previous=bases, out=bases)
+
+    def _tall(self, pairs: list[FactorPair]) -> tuple[Tall, Tall]:
+        """Of decoupled pairs Aᵀ and B (d, r), whole ones of sharded factors, and Q_A and Q_B."""
+        layers = owners()
+        views = [self._views(pair, layers, decoupled=True) for pair in pairs]
+        whole = gathered([v.a for v in views] + [v.b for v in views])
+        return Tall(whole, len(views)), Tall([v.q_a for v in views] + [v.q_b for v in views], len(views))
 
     def _reparametrize(self, due: list[FactorPair]) -> None:
         """``ΔW ≈ sUΣVᵀ`` of rank r; ``A = ΣVᵀ/2``, ``B = UΣ/2``, ``Q_A = V``, ``Q_B = U``: Eq. 8 of SDS-LoRA, Eq. 5 of OD-LoRA.
@@ -235,8 +230,8 @@ class DecoupledOptimizer(LowRankOptimizer):
     def _views(self, pair: FactorPair, layers: dict[int, nn.Module], decoupled: bool) -> DecoupledFactors:
         a, b = self._at(pair.a), self._at(pair.b)
         if pair.holds_bases:
-            layer = layers[id(a)]
-            return DecoupledFactors(a, b, layer.q_a, layer.q_b)  # type: ignore[arg-type]
+            bases = layers[id(a)]._buffers
+            return DecoupledFactors(a, b, bases["q_a"], bases["q_b"])  # type: ignore[arg-type]
         rank = self._rank(pair)
         trained = _half(False, rank, decoupled, idle=False)
         return DecoupledFactors(a[:rank], b[trained], a[rank:], b[:, :rank])
@@ -330,13 +325,11 @@ class DecoupledOptimizer(LowRankOptimizer):
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
-        layers = owners()
         for pairs in self._alike(self._pairs):
-            views = [self._views(pair, layers, decoupled=True) for pair in pairs]
-            device, rank, count = views[0].a.device, views[0].a.shape[0], len(views)
-            factors, bases = [v.a.mT for v in views] + [v.b for v in views], [v.q_a.mT for v in views] + [v.q_b for v in views]
+            factors, bases = map(list, self._tall(pairs))
+            device, rank, count = factors[0].device, factors[0].shape[1], len(pairs)
             rs, ss = (
-                torch.empty(shape, dtype=state_dtype(views[0].a.dtype), device=device) for shape in ((2 * count, rank, rank), (count, rank))
+                torch.empty(shape, dtype=state_dtype(factors[0].dtype), device=device) for shape in ((2 * count, rank, rank), (count, rank))
             )
             yield "grouped_qr", device.type, (factors, bases, bases, rs)
             yield "grouped_svd_product", device.type, (factors[count:], factors[:count], bases[count:], ss, bases[:count])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_gram
-from .base import AdamWOptions, FactorPair, ParamsT
+from .base import AdamWOptions, LikePairs, ParamsT
 from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer, symmetric_eigen
 
 
@@ -52,15 +52,16 @@ class LoRAPro(PreconditionedOptimizer):
                 "which waits for the device and cannot be captured"
             )
 
-    def _step_pairs(self, pairs: list[FactorPair]) -> None:
+    def _step_pairs(self, pairs: LikePairs) -> None:
         group = self._group(pairs, "A")
         with_a, with_b = self._with_gradient(pairs, "A"), self._with_gradient(pairs, "B")
-        both = set(with_a) & set(with_b)  # the adjusted gradients need both
-        pairs = [pair for pair in with_a if pair in both]
-        for side, present in (("A", with_a), ("B", with_b)):
-            for pair in present:
-                if pair not in both:
-                    self._miss(self._group([pair], side), self._position(pair, side)[1])
+        if with_a is not pairs or with_b is not pairs:  # the adjusted gradients need both
+            both = set(with_a) & set(with_b)
+            pairs = LikePairs(pair for pair in with_a if pair in both)
+            for side, present in (("A", with_a), ("B", with_b)):
+                for pair in present:
+                    if pair not in both:
+                        self._miss(self._group(present, side), self._position(pair, side)[1])
         if not pairs:
             return
         gram_b, gram_a = self._grams(pairs, "B"), self._grams(pairs, "A")

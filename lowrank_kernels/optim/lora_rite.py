@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_gram, grouped_qr
-from .base import AdamWOptions, FactorPair, ParamsT, moments, state_dtype
+from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, moments, state_dtype
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer, symmetric_eigen
 from .shards import KEEP_WHOLE
 
@@ -71,7 +71,7 @@ class LoRARITE(PreconditionedOptimizer):
         second = torch.zeros(rank, rank, dtype=dtype, device=part.device)
         return {**moments(part, "exp_avg"), "second": second, "escaped": second.new_zeros(())}
 
-    def _step_pairs(self, pairs: list[FactorPair]) -> None:
+    def _step_pairs(self, pairs: LikePairs) -> None:
         active = {side: self._with_gradient(pairs, side) for side in "AB"}
         maps = {side: self._maps(active[side], side) for side in "AB" if active[side]}
         for side, (grad_maps, momentum_maps, direction_maps) in maps.items():
@@ -86,7 +86,7 @@ class LoRARITE(PreconditionedOptimizer):
                 bias_correction=False,
             )
 
-    def _maps(self, pairs: list[FactorPair], side: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _maps(self, pairs: LikePairs, side: str) -> tuple[Tensor, Tensor, Tensor]:
         """``(V̂ + ρ̂I + eps I)^{-1/2} R⁻ᵀ``, Π and R⁻¹ (each (N, r, r), fp64) for the factors of a side; moves V, ρ and Q."""
         group, states = self._group(pairs, side), [self.state[factor] for factor in self._factors_of(pairs, side)]
         (_, beta2), device = group["betas"], self._at(pairs[0].a).device

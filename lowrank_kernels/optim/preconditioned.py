@@ -7,14 +7,15 @@ The Gram matrices are accumulated and solved in fp64: they square the condition 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends.lists import Tall, column, consecutive, gradients, states
 from ..ops import grouped_gram, grouped_solve
-from .base import FactorPair, LowRankOptimizer, Position, is_sharded, local_parts, shard_dims, shard_group, state_dtype
+from .base import FactorPair, LikePairs, LowRankOptimizer, Position, is_sharded, local_parts, shard_dims, shard_group, state_dtype
 
 #: Absolute damping δ of every Gram matrix. `python -m benchmarks.damping` is the experiment behind the number, on factors with singular
 #: values down to 1e-6 and on LoRA's own start: at 1e-7 and below runs of ScaledGD and LoRA-RITE blow up, at 1e-6 none does, but four
@@ -44,7 +45,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _accept_pairs(self) -> None:
         self._refuse_decoupled()
 
-    def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[list[FactorPair]]:
+    def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[LikePairs]:
         """As the base class has it, and of one scale, which then is a number and not a tensor to be sent to the device."""
         for alike in super()._alike(pairs):
             if len({pair.scale for pair in alike}) == 1:
@@ -53,16 +54,17 @@ class PreconditionedOptimizer(LowRankOptimizer):
             by_scale: defaultdict[float, list[FactorPair]] = defaultdict(list)
             for pair in alike:
                 by_scale[pair.scale].append(pair)
-            yield from by_scale.values()
+            yield from map(LikePairs, by_scale.values())
 
     def _update(self) -> None:
-        for group_index, group in enumerate(self.param_groups):
-            if len(self._factors[group_index]) < len(group["params"]):
-                self._moment_step(group_index, [i for i in range(len(group["params"])) if i not in self._factors[group_index]])
-        for pairs in self._alike(self._pairs):
+        for group_index, kinds in enumerate(self._kinds):
+            for is_factor, _, members in kinds[False]:
+                if not is_factor:
+                    self._moment_step(group_index, members)
+        for pairs in self._all_alike():
             self._step_pairs(pairs)
 
-    def _step_pairs(self, pairs: list[FactorPair]) -> None:
+    def _step_pairs(self, pairs: LikePairs) -> None:
         """One step of pairs that agree in everything but their widths: rank, scale, dtype, device, groups."""
         raise NotImplementedError
 
@@ -70,38 +72,39 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _position(pair: FactorPair, side: str) -> Position:
         return pair.a if side == "A" else pair.b
 
-    def _group(self, pairs: list[FactorPair], side: str) -> dict[str, Any]:
+    def _group(self, pairs: LikePairs, side: str) -> dict[str, Any]:
         return self.param_groups[self._position(pairs[0], side)[0]]
 
-    def _factors_of(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
+    def _factors_of(self, pairs: LikePairs, side: str) -> list[Tensor]:
         params = self._group(pairs, side)["params"] if pairs else []  # like pairs share their groups
-        return [params[pair.a[1]] for pair in pairs] if side == "A" else [params[pair.b[1]] for pair in pairs]
+        return [params[index] for index in pairs.indices[side]]
 
-    def _tall_grads(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
+    def _tall_grads(self, pairs: LikePairs, side: str) -> Sequence[Tensor]:
         """The gradients, as :meth:`_tall` has the factors; every factor must have one."""
-        grads = local_parts([factor.grad for factor in self._factors_of(pairs, side) if factor.grad is not None])
-        return [grad.mT for grad in grads] if side == "A" else grads
+        _, _, grads, _ = gradients(self._group(pairs, side)["params"], pairs.indices[side])
+        return Tall(local_parts(grads)) if side == "A" else local_parts(grads)
 
-    def _tall(self, pairs: list[FactorPair], side: str) -> list[Tensor]:
+    def _tall(self, pairs: LikePairs, side: str) -> Sequence[Tensor]:
         """The factors as tall matrices: Aᵀ (d_in, r) without a copy, B (d_out, r)."""
         factors = local_parts(self._factors_of(pairs, side))
-        return [a.mT for a in factors] if side == "A" else factors
+        return Tall(factors) if side == "A" else factors
 
-    def _with_gradient(self, pairs: list[FactorPair], side: str) -> list[FactorPair]:
+    def _with_gradient(self, pairs: LikePairs, side: str) -> LikePairs:
         """The pairs whose factor of this side has a gradient; the others' factors miss the step."""
-        active, group = [], self._group(pairs, side)
-        for pair, factor in zip(pairs, self._factors_of(pairs, side), strict=True):
-            if factor.grad is not None:
-                active.append(pair)
-            else:
-                self._miss(group, self._position(pair, side)[1])
-        return active
+        group = self._group(pairs, side)
+        _, _, _, idle = gradients(group["params"], pairs.indices[side])
+        if not idle:
+            return pairs
+        missing = set(idle)
+        for index in missing:
+            self._miss(group, index)
+        return LikePairs(pair for pair in pairs if self._position(pair, side)[1] not in missing)
 
-    def _grams(self, pairs: list[FactorPair], side: str) -> Tensor:
+    def _grams(self, pairs: LikePairs, side: str) -> Tensor:
         """``XᵀX`` (N, r, r) in fp64 of the factors of this side, X being Aᵀ or B."""
         return self._over_shards(grouped_gram(self._tall(pairs, side), dtype=torch.float64), pairs, side)
 
-    def _inverse_grams(self, pairs: list[FactorPair], side: str, grams: Tensor | None = None) -> Tensor:
+    def _inverse_grams(self, pairs: LikePairs, side: str, grams: Tensor | None = None) -> Tensor:
         """``(XᵀX + δI)⁻¹`` (N, r, r) in fp64; ``grams`` where they are known."""
         grams = self._grams(pairs, side) if grams is None else grams
         identity = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device).expand_as(grams)
@@ -109,9 +112,9 @@ class PreconditionedOptimizer(LowRankOptimizer):
         assert isinstance(inverse, Tensor)
         return inverse
 
-    def _over_shards(self, sums: Tensor, pairs: list[FactorPair], side: str) -> Tensor:
+    def _over_shards(self, sums: Tensor, pairs: LikePairs, side: str) -> Tensor:
         """``sums`` over the long dimension of factors of a side; where that is sharded (FSDP2), the sum of all ranks' sums, in place."""
-        group = shard_group(self._factors_of(pairs, side)[0])
+        group = shard_group(self._at(self._position(pairs[0], side)))
         if group is not None:
             torch.distributed.all_reduce(sums, group=group)
         return sums
@@ -129,35 +132,32 @@ class PreconditionedOptimizer(LowRankOptimizer):
                     "fully_shard(…, shard_placement_fn=lowrank_kernels.shard_placement(model))"
                 )
 
-    def _step_side(self, pairs: list[FactorPair], side: str, *, new_grams: Tensor | None = None, **options: Any) -> None:
+    def _step_side(self, pairs: LikePairs, side: str, *, new_grams: Tensor | None = None, **options: Any) -> None:
         """The moment step of all factors of one side, with the maps in ``options`` (in any float dtype)."""
         dtype = state_dtype(self._at(pairs[0].a).dtype)
         maps = {key: value.to(dtype) if key.endswith("_maps") and value is not None else value for key, value in options.items()}
-        members = [pair.a[1] for pair in pairs] if side == "A" else [pair.b[1] for pair in pairs]
-        dims = [RANK_DIM[side]] * len(pairs)
+        members, dims = pairs.indices[side], [RANK_DIM[side]] * len(pairs)
         group_index = self._position(pairs[0], side)[0]
         self._adamw(group_index, members, is_factor=True, is_second=side == "B", rank_dims=dims, new_grams=new_grams, **maps)
 
-    def _stacked_state(self, pairs: list[FactorPair], side: str, key: str) -> Tensor:
+    def _stacked_state(self, pairs: LikePairs, side: str, key: str) -> Tensor:
         """The r×r state of this name of all factors of a side as one (N, r, r) tensor; :meth:`_write_stacked_state` writes it.
 
         The state of each factor is a view of it, made when the factors step together for the first time (after loading, or in other
         company, again), so that nothing is gathered and scattered. Where CUDA graphs hold addresses, each keeps its own memory.
         """
-        states = [self.state[factor] for factor in self._factors_of(pairs, side)]
-        values = [state[key] for state in states]
+        of_factors = states(self.state, self._factors_of(pairs, side))
+        values = column(of_factors, key)
         base = values[0]._base
-        if base is not None and base.shape[0] == len(values):
-            first, step = base.data_ptr(), base.stride(0) * base.element_size()
-            if [value.data_ptr() for value in values] == list(range(first, first + len(values) * step, step)):
-                return base
+        if base is not None and base.shape[0] == len(values) and base.data_ptr() == values[0].data_ptr() and consecutive(values):
+            return base
         stacked = torch.stack(values)
         if not self._group(pairs, side)["capturable"]:
-            for state, view in zip(states, stacked, strict=True):
+            for state, view in zip(of_factors, stacked, strict=True):
                 state[key] = view
         return stacked
 
-    def _write_stacked_state(self, pairs: list[FactorPair], side: str, key: str, stacked: Tensor, value: Tensor) -> None:
+    def _write_stacked_state(self, pairs: LikePairs, side: str, key: str, stacked: Tensor, value: Tensor) -> None:
         """``value`` (that can be broadcast) into ``stacked``, which came from :meth:`_stacked_state`, and so into the state."""
         stacked.copy_(value)
         if self._group(pairs, side)["capturable"]:

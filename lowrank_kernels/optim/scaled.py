@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from .base import AdamWOptions, FactorPair, ParamsT, moments
+from .base import AdamWOptions, LikePairs, ParamsT, moments
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 
 
@@ -37,7 +37,7 @@ class ScaledAdamW(PreconditionedOptimizer):
         """How the moment step of a side differs from AdamW's."""
         return {}
 
-    def _step_pairs(self, pairs: list[FactorPair]) -> None:
+    def _step_pairs(self, pairs: LikePairs) -> None:
         active = {side: self._with_gradient(pairs, side) for side in "AB"}
         inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in "AB" if active[side]}
         for side, inverse in inverses.items():

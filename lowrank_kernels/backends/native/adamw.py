@@ -28,11 +28,10 @@ def verify(
     if reason is not None:
         return False, reason
     for name, tensors in (("params", params), ("grads", grads)):
-        if _csrc.contiguous(tensors):
-            continue
-        for index, tensor in enumerate(tensors):
-            if not tensor.is_contiguous() and tensor.ndim != 2:
-                return False, f"{name}[{index}] has strides {tensor.stride()}: tensors that are not matrices must be contiguous"
+        index = _csrc.first_irregular(tensors)
+        if index >= 0:
+            shape, strides = tuple(tensors[index].shape), tensors[index].stride()
+            return False, f"{name}[{index}] has strides {strides}, shape {shape}: tensors that are not matrices must be contiguous"
     small = (grad_maps, momentum_maps, param_maps, direction_maps, new_grams)
     if rank_dims and any(value is not None for value in small) and params[0].shape[rank_dims[0]] > MAX_RANK:
         return False, f"maps or Grams of rank {params[0].shape[rank_dims[0]]}: the compiled code stops at {MAX_RANK}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..lists import as_stored
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
+from ._common import DTYPE_CODES, MAX_RANK, refuse_device
 
 
-def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor) -> tuple[bool, str]:
+def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to 128 columns."""
     reason = refuse_device(xs[0])
     if reason is not None:
@@ -24,17 +27,10 @@ def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor) -> tuple[bo
 
 
 @implements("grouped_gram", "native", verify)
-def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor) -> None:
+def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor) -> None:
     """See the reference."""
-    n = len(xs)
-    x_strides = strides(xs)
-    rows = table(
-        addresses(xs),
-        (0,) * n if ys is None else addresses(ys),
-        [x.shape[0] for x in xs],
-        *x_strides,
-        *(x_strides if ys is None else strides(ys)),
-    )
     count_launch()
     wide, (_, r, k) = grams.dtype == torch.float64, grams.shape
-    _csrc.gram(n, rows, DTYPE_CODES[xs[0].dtype], wide, r, k, grams.data_ptr(), torch.get_num_threads())
+    y_list = (None, 0) if ys is None else as_stored(ys)
+    code = DTYPE_CODES[xs[0].dtype]
+    _csrc.gram(*as_stored(xs), *y_list, code, wide, r, k, grams.data_ptr(), torch.get_num_threads())

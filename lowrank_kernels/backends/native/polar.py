@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..lists import as_stored
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
+from ._common import DTYPE_CODES, MAX_RANK, refuse_device
 
 
-def verify(xs: list[Tensor], out: list[Tensor]) -> tuple[bool, str]:
+def verify(xs: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to rank 128."""
     reason = refuse_device(xs[0])
     if reason is not None:
@@ -21,8 +24,8 @@ def verify(xs: list[Tensor], out: list[Tensor]) -> tuple[bool, str]:
 
 
 @implements("grouped_polar", "native", verify)
-def grouped_polar(xs: list[Tensor], out: list[Tensor]) -> None:
+def grouped_polar(xs: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """See the reference."""
-    rows = table(addresses(xs), addresses(out), [x.shape[0] for x in xs], *strides(xs), *strides(out))
     count_launch()
-    _csrc.polar(len(xs), rows, DTYPE_CODES[xs[0].dtype], xs[0].shape[1], torch.get_num_threads())
+    first = xs[0]
+    _csrc.polar(*as_stored(xs), *as_stored(out), DTYPE_CODES[first.dtype], first.shape[1], torch.get_num_threads())

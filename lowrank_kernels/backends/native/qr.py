@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..lists import as_stored
 from ..registry import count_launch, implements
 from . import _csrc, cuda_qr
-from ._common import DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
+from ._common import DTYPE_CODES, MAX_RANK, refuse_device
 
 
-def verify(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor) -> tuple[bool, str]:
+def verify(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to rank 128; CUDA ones where cuSOLVER and cuBLAS are found."""
     if xs[0].device.type == "cuda":
-        return cuda_qr.verify(xs, previous, qs, rs)
+        return cuda_qr.verify(list(xs), None if previous is None else list(previous), list(qs), rs)
     reason = refuse_device(xs[0])
     if reason is not None:
         return False, reason
@@ -25,20 +28,11 @@ def verify(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs
 
 
 @implements("grouped_qr", "native", verify)
-def grouped_qr(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor) -> None:
+def grouped_qr(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor) -> None:
     """See the reference."""
     if xs[0].device.type == "cuda":
-        return cuda_qr.grouped_qr(xs, previous, qs, rs)
-    n = len(xs)
-    x_strides = strides(xs)
-    rows = table(
-        addresses(xs),
-        (0,) * n if previous is None else addresses(previous),
-        addresses(qs),
-        [x.shape[0] for x in xs],
-        *x_strides,
-        *(x_strides if previous is None else strides(previous)),
-        *strides(qs),
-    )
+        return cuda_qr.grouped_qr(list(xs), None if previous is None else list(previous), list(qs), rs)
     count_launch()
-    _csrc.qr(n, rows, DTYPE_CODES[xs[0].dtype], xs[0].shape[1], rs.data_ptr(), torch.get_num_threads())
+    old = (None, 0) if previous is None else as_stored(previous)
+    code, rank = DTYPE_CODES[xs[0].dtype], rs.shape[1]
+    _csrc.qr(*as_stored(xs), *old, *as_stored(qs), code, rank, rs.data_ptr(), torch.get_num_threads())

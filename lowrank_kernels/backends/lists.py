@@ -1,0 +1,131 @@
+"""What a step asks of many tensors at once: in compiled code (``csrc/cpu/lists.cpp``) where that is built, else in Python.
+
+With hundreds of small tensors, what Python does for each of them is most of a step's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: dtypes of factors, gradients and activations; what is narrower than fp32 is computed in fp32.
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: Types of tensors that are their own memory; FSDP2's DTensor is none.
+PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+class Tall(Sequence[Tensor]):
+    """A list of matrices of which the first ``transposed`` (default: all) stand for their transposes.
+
+    A view is made only of one that is asked for, which costs more than a small operation on it; compiled code asks for none.
+    """
+
+    __slots__ = ("stored", "transposed")
+
+    def __init__(self, stored: Sequence[Tensor], transposed: int | None = None) -> None:
+        self.stored = stored if isinstance(stored, list) else list(stored)
+        self.transposed = len(self.stored) if transposed is None else transposed
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        matrix = self.stored[index]
+        return matrix.mT if range(len(self))[index] < self.transposed else matrix
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(len(self)):
+            yield self[index]
+
+
+def as_stored(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """A list as it is stored, and how many of it, from the first on, stand for their transposes."""
+    if isinstance(tensors, Tall):
+        return tensors.stored, tensors.transposed
+    return (tensors if isinstance(tensors, list) else list(tensors)), 0
+
+
+def plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are their own memory: no subclass but ``Parameter``."""
+    stored, _ = as_stored(tensors)
+    return _csrc.plain(stored) if _csrc else PLAIN.issuperset(map(type, stored))
+
+
+def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | None = None) -> bool:
+    """Whether all are plain, strided, floating, of one dtype and device (those of ``like``, if given), and of ``ndim`` dimensions."""
+    stored, _ = as_stored(tensors)
+    if not stored:
+        return True
+    if _csrc:
+        return _csrc.alike(stored, like, -1 if ndim is None else ndim)
+    like = stored[0] if like is None else like
+    if not PLAIN.issuperset(map(type, (like, *stored))) or like.dtype not in FLOATING:
+        return False
+    return all(x.dtype is like.dtype and x.device == like.device and x.layout is torch.strided and ndim in (None, x.ndim) for x in stored)
+
+
+def signature(tensors: Sequence[Tensor]) -> Any:
+    """Something to compare: the dtypes, devices and shapes of all; None if one is not plain, strided and floating."""
+    stored, transposed = as_stored(tensors)
+    if _csrc:
+        return _csrc.signature(stored, transposed)
+    if not (PLAIN.issuperset(map(type, stored)) and all(x.layout is torch.strided and x.dtype in FLOATING for x in stored)):
+        return None
+    return [(x.dtype, x.device, x.shape[::-1] if i < transposed else x.shape) for i, x in enumerate(stored)]
+
+
+def match(params: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether the parameters are :func:`alike`, and each of ``others`` (its gradient, say) is like its parameter and of its shape."""
+    if _csrc:
+        return _csrc.match(params, others)
+    found = signature(params)
+    return found is not None and alike(params) and found == signature(others)
+
+
+def sizes(matrices: Sequence[Tensor], dim: int) -> list[int]:
+    """Their sizes along dimension 0 or 1."""
+    stored, transposed = as_stored(matrices)
+    found = _csrc.sizes(stored, transposed, dim) if _csrc else None
+    return [x.shape[1 - dim if i < transposed else dim] for i, x in enumerate(stored)] if found is None else found
+
+
+def consecutive(tensors: list[Tensor]) -> bool:
+    """Whether they lie one behind the other, each contiguous."""
+    if _csrc:
+        return _csrc.consecutive(tensors)
+    begins = [x.data_ptr() for x in tensors]
+    return all(x.is_contiguous() for x in tensors) and begins[1:] == [
+        begin + x.nbytes for begin, x in zip(begins[:-1], tensors[:-1], strict=True)
+    ]
+
+
+def gradients(params: list[Tensor], indices: list[int]) -> tuple[list[int], list[Tensor], list[Tensor], list[int]]:
+    """Of the parameters at ``indices``: the indices of those that have a gradient, they, their gradients; the indices of the others."""
+    if _csrc:
+        return _csrc.gradients(params, indices)
+    found = [(index, params[index], params[index].grad) for index in indices]
+    idle = [index for index, _, grad in found if grad is None]
+    with_gradient = [(index, p, grad) for index, p, grad in found if grad is not None]
+    members, stepped, grads = map(list, zip(*with_gradient, strict=True)) if with_gradient else ([], [], [])
+    return members, stepped, grads, idle
+
+
+def states(state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> list[dict[str, Any]]:
+    """The optimizer's state of each of the parameters."""
+    return _csrc.states(state, params) if _csrc else [state[p] for p in params]
+
+
+def column(of: list[dict[str, Any]], key: str) -> list[Any]:
+    """What stands under ``key``, for those states that have it."""
+    return _csrc.column(of, key) if _csrc else [state[key] for state in of if key in state]
+
+
+try:  # last, since that package imports from here
+    from .native import _csrc
+except ImportError:  # the registry says so, and what is lost
+    _csrc = None

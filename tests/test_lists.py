@@ -1,0 +1,126 @@
+"""What a step asks of many tensors at once: compiled code and Python answer the same; ``Tall`` stands for its views everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_kernels import AdamW, ops
+from lowrank_kernels.backends import force, lists
+from lowrank_kernels.backends.lists import Tall
+
+
+@pytest.fixture(params=["compiled", "python"])
+def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "python":
+        monkeypatch.setattr(lists, "_csrc", None)
+    elif lists._csrc is None:
+        pytest.skip("the extension is not built")
+    yield request.param
+
+
+class Subclass(Tensor):
+    pass
+
+
+def test_alike_match_and_signature(road: str) -> None:
+    params = [nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 4))]
+    grads = [torch.randn(4, 6), torch.randn(6, 4).mT.contiguous().mT]
+    assert lists.alike([]) and lists.alike(params) and lists.alike(grads, params[0], 2)
+    assert lists.match(params, grads) and lists.match([], [])
+    assert lists.signature(params) == lists.signature(grads) is not None
+    assert lists.signature(Tall([grads[1].mT, grads[1]], 1)) == lists.signature([grads[1], grads[1]])
+    sparse = torch.randn(4, 6).to_sparse()
+    integers, fake = torch.ones(4, 6, dtype=torch.int64), torch.empty(4, 6, device="meta")
+    for bad in (grads[0].double(), fake, grads[0].as_subclass(Subclass), sparse, integers):
+        assert not lists.alike([grads[0], bad]) and not lists.match(params, [bad, grads[1]])
+        assert lists.signature([bad]) != lists.signature([grads[0]])
+    assert not lists.alike([torch.ones(2)], ndim=2)
+    assert not lists.match(params, grads[::-1]) and not lists.match(params, grads[:1])
+    assert lists.plain(params) and not lists.plain([grads[0].as_subclass(Subclass)])
+
+
+def test_gradients_states_and_columns(road: str) -> None:
+    params = [nn.Parameter(torch.randn(3)) for _ in range(4)]
+    for index in (0, 3):
+        params[index].grad = torch.randn(3)
+    members, stepped, grads, idle = lists.gradients(params, [3, 1, 0])
+    assert members == [3, 0] and idle == [1]
+    assert stepped[0] is params[3] and grads[0] is params[3].grad and grads[1] is params[0].grad
+    assert lists.gradients(params, [1]) == ([], [], [], [1])
+    with pytest.raises(IndexError):
+        lists.gradients(params, [4])
+    state = {p: {"m": torch.full((1,), float(i)), **({"v": i} if i % 2 else {})} for i, p in enumerate(params)}
+    for order in ([0, 1, 2, 3], [1, 3], [3, 2, 1, 0], [2, 2]):
+        found = lists.states(state, [params[i] for i in order])
+        assert [s["m"].item() for s in found] == order
+        assert lists.column(found, "v") == [i for i in order if i % 2]
+    with pytest.raises(KeyError):
+        lists.states(state, [nn.Parameter(torch.randn(3))])
+
+
+def test_consecutive(road: str) -> None:
+    stack = torch.randn(4, 2, 2)
+    assert lists.consecutive(list(stack.unbind()))
+    assert not lists.consecutive([stack[0], stack[2]]) and not lists.consecutive([stack[0].mT, stack[1]])
+
+
+def test_tall_stands_for_its_views(road: str) -> None:
+    a, b, old = torch.randn(3, 7), torch.randn(9, 3), [torch.randn(7, 3), torch.randn(9, 3)]
+    tall, views = Tall([a, b], 1), [a.mT, b]
+    assert len(tall) == 2 and [x.shape for x in tall] == [(7, 3), (9, 3)] == [x.shape for x in tall[:]] and tall[-2].shape == (7, 3)
+    assert lists.sizes(tall, 0) == [7, 9] and lists.sizes(tall, 1) == [3, 3]
+    with torch.no_grad():
+        for backend in ("native", "reference") if road == "compiled" else ("reference",):
+            with force(backend):
+                assert torch.equal(ops.grouped_gram(tall), ops.grouped_gram(views))
+                assert torch.equal(ops.grouped_gram(tall, views), ops.grouped_gram(views, tall))
+                out, into = [torch.empty(3, 7), torch.empty(9, 3)], [torch.empty(7, 3), torch.empty(9, 3)]
+                rs = ops.grouped_qr(tall, old, out=Tall(out, 1))[1]
+                assert torch.equal(rs, ops.grouped_qr(views, old, out=into)[1])
+                assert torch.equal(out[0], into[0].mT) and torch.equal(out[1], into[1])
+                ops.grouped_polar(tall, out=Tall(out, 1))
+                ops.grouped_polar(views, out=into)
+                assert torch.equal(out[0], into[0].mT) and torch.equal(out[1], into[1])
+    with pytest.raises(ValueError, match="must be tall, got"):
+        ops.grouped_qr(Tall([b]))
+
+
+@pytest.mark.parametrize("change", ["gradient", "data", "state", "dtype"])
+def test_a_step_sees_what_was_replaced(road: str, change: str) -> None:
+    """Nothing that was read of a tensor outlives the step."""
+    runs = []
+    for replaced in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(5, 3)) for _ in range(3)]
+        optimizer = AdamW(params, lr=0.1)
+        for step in range(3):
+            for p in params:
+                grad = torch.randn(5, 3)
+                if replaced and change == "gradient":
+                    p.grad = grad.mT.contiguous().mT
+                elif p.grad is None:
+                    p.grad = grad
+                else:
+                    p.grad.copy_(grad)
+            if step == 1 and change == "dtype":
+                for p in params:
+                    p.data, p.grad = p.data.double(), None
+                    p.grad = torch.randn(5, 3, dtype=torch.float64)
+                    optimizer.state[p] = {key: value.double() for key, value in optimizer.state[p].items()}
+            if step == 1 and replaced:
+                for p in params:
+                    if change == "data":
+                        p.data = p.data.clone()
+                    elif change == "state":
+                        optimizer.state[p] = {key: value.clone() for key, value in optimizer.state[p].items()}
+            if step == 2 and change == "dtype":
+                for p in params:
+                    p.grad = p.grad.double()
+            optimizer.step()
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
