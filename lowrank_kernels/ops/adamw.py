@@ -62,8 +62,8 @@ def grouped_adamw_(
             B (d, r), mapped as ``g P``.
         new_grams: (N, 2, r, r), fp32 or fp64, written: the Gram matrix of the new factor and its cross-Gram with the old one,
             ``XᵀX`` and ``XᵀX_old`` for B, ``XXᵀ`` and ``XX_oldᵀ`` for A, formed in the same pass while the old factor is known.
-        check: False is for callers that made the state and the maps themselves, as our optimizers did: only what a gradient can
-            get wrong (dtype and size) is looked at then.
+        check: False is for callers that made the state and the maps themselves, as our optimizers did: only dtypes and sizes are
+            looked at then.
 
     Raises:
         TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
@@ -71,7 +71,7 @@ def grouped_adamw_(
     if not params:
         return
     maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
-    if check or not _same_sizes(params, grads):
+    if check or not _same_sizes(params, grads, exp_avgs or exp_avg_sqs):
         _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, new_grams, rank_dims)
     arguments = (
         list(params),
@@ -101,10 +101,14 @@ def grouped_adamw_(
         torch.ops.lowrank_kernels.grouped_adamw_(*arguments)
 
 
-def _same_sizes(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """What must hold for every gradient, whoever calls: the dtype and the size of its parameter."""
+def _same_sizes(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
+    """What must hold whoever calls: gradients and moments (if any) have the dtypes and sizes that their parameters ask for. Between two
+    steps a user may cast a model or give a parameter other data, and compiled code would write beyond the end of the moments."""
     # By map, not in a loop: this runs for every parameter in every step.
-    return set(map(_dtype, grads)) == {params[0].dtype} and list(map(Tensor.numel, params)) == list(map(Tensor.numel, grads))
+    dtype, sizes = params[0].dtype, list(map(Tensor.numel, params))
+    if set(map(_dtype, grads)) != {dtype} or sizes != list(map(Tensor.numel, grads)):
+        return False
+    return not states or (set(map(_dtype, states)) == {accumulation_dtype(dtype)} and sizes == list(map(Tensor.numel, states)))
 
 
 def _check(

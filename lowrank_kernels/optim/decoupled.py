@@ -86,30 +86,34 @@ class DecoupledOptimizer(LowRankOptimizer):
         method_defaults: dict[str, Any] | None = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        name = type(self).__name__
-        for key, value in (("total_steps", total_steps), ("phases", phases), ("refresh_every", refresh_every)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
-        if total_steps is None and refresh_every is None:
-            raise ValueError(
-                f"{name}: total_steps is missing: pass the number of step() calls of the whole run (the refresh schedule is a "
-                "function of it), or refresh_every=n for a uniform schedule, which needs no total"
-            )
-        if total_steps is not None and total_steps <= start_steps:
-            raise ValueError(f"{name}: total_steps must be larger than the {start_steps} steps of the start phase, got {total_steps}")
-        if basis not in ("qr", "polar"):
-            raise ValueError(f"{name}: basis must be 'qr' or 'polar', got {basis!r}")
-        if options.get("capturable"):
-            raise ValueError(
-                f"{name}: capturable=True is not supported: the schedule decides on the host when the bases are refreshed, which a "
-                "replayed CUDA graph would never see"
-            )
         self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
         #: Whether model and optimizer were seen to be of the same moment since the last construction, loading or change of bases.
         self._moment_checked = False
         schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
         method = {**schedule, "basis": basis, **(method_defaults or {})}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        name, start_steps, total_steps = type(self).__name__, group["start_steps"], group["total_steps"]
+        for key in ("total_steps", "phases", "refresh_every"):
+            value = group[key]
+            if not (value is None and key != "phases") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
+        if total_steps is None and group["refresh_every"] is None:
+            raise ValueError(
+                f"{name}: total_steps is missing: pass the number of step() calls of the whole run (the refresh schedule is a "
+                "function of it), or refresh_every=n for a uniform schedule, which needs no total"
+            )
+        if total_steps is not None and total_steps <= start_steps:
+            raise ValueError(f"{name}: total_steps must be larger than the {start_steps} steps of the start phase, got {total_steps}")
+        if group["basis"] not in ("qr", "polar"):
+            raise ValueError(f"{name}: basis must be 'qr' or 'polar', got {group['basis']!r}")
+        if group["capturable"]:
+            raise ValueError(
+                f"{name}: capturable=True is not supported: the schedule decides on the host when the bases are refreshed, which a "
+                "replayed CUDA graph would never see"
+            )
 
     # ---------------------------------------------------------------- what a subclass says
 
@@ -139,7 +143,9 @@ class DecoupledOptimizer(LowRankOptimizer):
         if any(actions):
             for pair in self._pairs:
                 action = actions[pair.a[0]]
-                if action is not None:
+                frozen = not (self._at(pair.a).requires_grad or self._at(pair.b).requires_grad)
+                # New bases would change the ΔW of a frozen layer. What ends a phase of the start is for all layers.
+                if action is not None and not (frozen and action == self._refresh):
                     due[action].append(pair)
         for action, affected in due.items():
             action(affected)

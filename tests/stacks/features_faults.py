@@ -295,7 +295,7 @@ def killers() -> ProcessPoolExecutor:
 
 @feature("faults: kill -9 at any moment of saving and stepping, then resume = uninterrupted; no half-written adapter")
 def killed(cell: Cell) -> None:
-    hits = killers().submit(kill_often, cell.name, cell.folder, len(cell.name)).result(timeout=120)
+    hits = killers().submit(kill_often, cell.name, cell.folder, len(cell.name)).result(timeout=600)
     assert min(hits.values()) >= 2
     model, whole = ours(cell), ours(cell)
     optimizer, plain = cell.optimizer(model), cell.optimizer(whole)
