@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners
 from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, is_sharded, shard_dims, state_dtype
-from .shards import KEEP_WHOLE, assign, gathered
+from .ranks import Ranks, ranks_of
+from .shards import KEEP_WHOLE, assign, exchange, gathered, shares
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 
@@ -65,6 +66,10 @@ class DecoupledOptimizer(LowRankOptimizer):
         phases: k of the phased schedule (:func:`refresh_due`).
         refresh_every: n; a uniform schedule (after main steps n, 2n, …) in place of the phased one.
         basis: "qr" or "polar", how a refresh makes the bases.
+        split_work: let the ranks divide the layers among them where bases are made (QR, polar factors, SVD), and send each other the
+            results in one all-gather. It pays if making all bases takes longer than ``S/β + P/(P-1)·t₀``: S bytes of bases, P ranks,
+            bandwidth β and latency t₀ of an all-gather (docs/stacks.md has figures). All ranks then hold the same bases to the last bit.
+        process_group: the ranks that do so, all with equal factors, as under DDP and FSDP2; None: the default group.
     """
 
     factors_share_steps = True
@@ -83,9 +88,12 @@ class DecoupledOptimizer(LowRankOptimizer):
         phases: int,
         refresh_every: int | None,
         basis: str,
+        split_work: bool,
+        process_group: Any,
         method_defaults: dict[str, Any] | None = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        self._split_work, self._process_group = bool(split_work), process_group
         self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
         #: Whether model and optimizer were seen to be of the same moment since the last construction, loading or change of bases.
         self._moment_checked = False
@@ -159,10 +167,20 @@ class DecoupledOptimizer(LowRankOptimizer):
             bases = [v.q_a.mT for v in views] + [v.q_b for v in views]
             whole = gathered([v.a for v in views] + [v.b for v in views])
             factors = [a.mT for a in whole[: len(views)]] + whole[len(views) :]
-            if self.param_groups[pairs[0].a[0]]["basis"] == "polar":
-                grouped_polar(factors, out=bases)
+            polar, ranks = self.param_groups[pairs[0].a[0]]["basis"] == "polar", self._ranks()
+            doers = None if ranks is None else shares([factor.numel() for factor in factors], ranks.size)
+            mine = range(len(bases)) if ranks is None or doers is None else [i for i, d in enumerate(doers) if d == ranks.rank]
+            some, its = [factors[i] for i in mine], [bases[i] for i in mine]
+            if polar:
+                grouped_polar(some, out=its)
             else:
-                grouped_qr(factors, previous=bases, out=bases)
+                grouped_qr(some, previous=its, out=its)
+            if ranks is not None and doers is not None:
+                exchange(bases, doers, ranks.group)
+
+    def _ranks(self) -> Ranks | None:
+        """The ranks among which the making of bases is divided, None if each makes all."""
+        return ranks_of(self._process_group) if self._split_work else None
 
     def _reparametrize(self, due: list[FactorPair]) -> None:
         """``ΔW ≈ sUΣVᵀ`` of rank r; ``A = ΣVᵀ/2``, ``B = UΣ/2``, ``Q_A = V``, ``Q_B = U``: Eq. 8 of SDS-LoRA, Eq. 5 of OD-LoRA.
@@ -194,7 +212,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             if decoupled:
                 lefts = [torch.cat([v.q_b, b], dim=1) for v, b in zip(old, lefts, strict=True)]
                 rights = [torch.cat([a, v.q_a.mT], dim=1) for v, a in zip(old, rights, strict=True)]
-            us, ss, vs = grouped_svd_product(lefts, rights, self._rank(pairs[0]))
+            us, ss, vs = self._svd_products(lefts, rights, self._rank(pairs[0]))
             for pair, u, sigma, v in zip(pairs, us, ss, vs, strict=True):
                 new = self._views(pair, layers, decoupled=True)
                 new.q_a.copy_(v.mT)
@@ -202,6 +220,22 @@ class DecoupledOptimizer(LowRankOptimizer):
                 if pair.holds_bases:
                     layers[id(self._at(pair.a))].decoupled = True  # type: ignore[assignment]
                 yield new, u, sigma.to(u.dtype), v
+
+    def _svd_products(self, lefts: list[Tensor], rights: list[Tensor], rank: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """``grouped_svd_product``, divided among the ranks if that was asked for."""
+        ranks = self._ranks()
+        if ranks is None:
+            return grouped_svd_product(lefts, rights, rank)
+        doers = shares([left.numel() + right.numel() for left, right in zip(lefts, rights, strict=True)], ranks.size)
+        us, vs = ([x.new_empty(len(x), rank) for x in side] for side in (lefts, rights))
+        ss = torch.zeros(len(lefts), rank, dtype=state_dtype(lefts[0].dtype), device=lefts[0].device)
+        mine = [i for i, doer in enumerate(doers) if doer == ranks.rank]
+        if mine:
+            its_us, ss[mine], its_vs = grouped_svd_product([lefts[i] for i in mine], [rights[i] for i in mine], rank)
+            for i, u, v in zip(mine, its_us, its_vs, strict=True):
+                us[i], vs[i] = u, v
+        exchange([*us, *vs, *ss], doers * 3, ranks.group)
+        return us, ss, vs
 
     def _before_update(self) -> None:
         self._hook_idle_halves()
@@ -327,6 +361,10 @@ class DecoupledOptimizer(LowRankOptimizer):
             if pair.holds_bases and layer is not None:
                 layer.decoupled = bool(layer.is_decoupled.item())  # type: ignore[assignment,operator]
         self._moment_checked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group belongs to its process: a copy has the default one.
+        return {**super().__getstate__(), "_split_work": self._split_work, "_process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
