@@ -13,6 +13,10 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+#: Processes are forked from one that has imported what takes seconds to import, and has computed nothing.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["peft", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "lowrank_kernels"])
+
 #: Seconds that a rank waits for the others, who may still be importing on a busy machine. One that raises ends them all at once.
 TIMEOUT = 240
 
@@ -41,11 +45,10 @@ class Ranks:
 
     def _group(self, world: int) -> tuple[list[Any], list[Any], Any]:
         if world not in self._groups:
-            context = mp.get_context("spawn")
-            tasks, answers = [context.Queue() for _ in range(world)], context.Queue()
+            tasks, answers = [CONTEXT.Queue() for _ in range(world)], CONTEXT.Queue()
             meeting = tempfile.mktemp(dir=self._folder.name)
             arguments = [(rank, world, meeting, tasks[rank], answers) for rank in range(world)]
-            processes = [context.Process(target=_serve, args=a, daemon=True) for a in arguments]
+            processes = [CONTEXT.Process(target=_serve, args=a, daemon=True) for a in arguments]
             for process in processes:
                 process.start()
             self._groups[world] = processes, tasks, answers

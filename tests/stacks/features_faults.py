@@ -10,13 +10,13 @@ import signal
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from _matrix import Cell, assert_same, assert_same_state, data, feature, loss_of, ours, state_copy, train, values
+from _ranks import CONTEXT
 
 import lowrank_kernels as lk
 from lowrank_kernels.backends import registry
@@ -290,7 +290,7 @@ def kill_often(name: str, folder: Path, seed: int) -> dict[bytes, int]:
 @functools.cache
 def killers() -> ProcessPoolExecutor:
     """One process for all cells, which starts and kills."""
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(1, mp_context=CONTEXT)
 
 
 @feature("faults: kill -9 at any moment of saving and stepping, then resume = uninterrupted; no half-written adapter")
