@@ -816,7 +816,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 what = f"lacks {', '.join(missing)}" if missing else f"has step {saved['step']!r}"
                 raise ValueError(f"{name}: param_groups[{index}] of the checkpoint {what}; it is damaged or of another version")
             for key, (position, expected) in zip(saved["params"], self._expected_states(index, {**group, **saved}), strict=True):
-                if state_dict["state"].get(key):
+                if key in state_dict["state"]:
                     self._check_saved_state(position, state_dict["state"][key], expected)
 
     def _check_saved_state(self, position: Position, saved: dict[str, Any], expected_state: dict[str, Tensor]) -> None:
