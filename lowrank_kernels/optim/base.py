@@ -216,7 +216,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if scale is not None and not (isinstance(scale, Real) and scale > 0):
-            raise ValueError(f"{name}: scale must be a positive number, got {scale!r}")
+            raise ValueError(f"{name}: scale must be positive, got {scale!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
         if nonfinite_grads not in NONFINITE_GRADS:
