@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_matrix  # noqa: F401 (registers the features, in the order of the page)
 from _matrix import METHODS, Cell, data, ours, train
 from _ranks import Ranks
 from features_parallel import arrays, assert_close
