@@ -99,6 +99,21 @@ bool match(const py::list& params, const py::list& others) {
   return true;
 }
 
+// Whether each of `others`, if there are any, is plain, of that dtype, and has as many elements as its parameter.
+bool sized(const py::list& params, const py::list& others, int dtype) {
+  const TensorReader& reader = TensorReader::get();
+  if (length(others) == 0) return true;
+  if (length(params) != length(others)) return false;
+  TensorInfo param, other;
+  for (Py_ssize_t i = 0; i < length(params); ++i) {
+    PyObject* const b = item(others, i);
+    if (!reader.is_plain(b) || !reader.try_read(item(params, i), &param) || !reader.try_read(b, &other) ||
+        other.dtype != dtype || other.elements() != param.elements())
+      return false;
+  }
+  return true;
+}
+
 py::tuple gradients(const py::list& params, const py::list& indices) {
   const TensorReader& reader = TensorReader::get();
   py::list members, stepped, grads, idle;
@@ -160,6 +175,7 @@ void bind_lists(py::module_& m) {
   m.def("sizes", &sizes, "One dimension of all matrices of a list; None if one is no plain matrix.");
   m.def("consecutive", &consecutive, "Whether the tensors of a list lie one behind the other, each contiguous.");
   m.def("alike", &alike, "Whether all tensors of a list are plain and of one dtype, device and number of dimensions.");
+  m.def("sized", &sized, "Whether all tensors of the second list have a dtype, and the sizes of the first list's.");
   m.def("match", &match, "Whether all tensors of two lists are alike, and equal in shape pair by pair.");
   m.def("gradients", &gradients,
         "Those of some parameters that have a gradient, the gradients, and those that have none.");

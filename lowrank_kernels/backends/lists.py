@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 #: dtypes of factors, gradients and activations; what is narrower than fp32 is computed in fp32.
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: The numbers by which compiled code names them (``DType`` in csrc/cpu/common.h).
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 #: Types of tensors that are their own memory; FSDP2's DTensor is none.
 PLAIN = frozenset((Tensor, nn.Parameter))
 
@@ -85,6 +87,14 @@ def match(params: list[Tensor], others: list[Tensor]) -> bool:
         return _csrc.match(params, others)
     found = signature(params)
     return found is not None and alike(params) and found == signature(others)
+
+
+def sized(params: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether each of ``others`` (moments; none at all is right, too) is plain, of that dtype and of its parameter's size."""
+    if _csrc:
+        return _csrc.sized(list(params), list(others), DTYPE_CODES[dtype])
+    pairs = list(zip(params, others, strict=False))
+    return len(others) in (0, len(params)) and all(type(x) in PLAIN and x.dtype is dtype and x.numel() == p.numel() for p, x in pairs)
 
 
 def sizes(matrices: Sequence[Tensor], dim: int) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends.lists import sized
 from ..backends.registry import run
 from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define
 
@@ -61,7 +62,7 @@ def grouped_adamw_(
         new_grams: (N, 2, r, r), fp32 or fp64, written: the Gram matrix of the new factor and its cross-Gram with the old one,
             ``XᵀX`` and ``XᵀX_old`` for B, ``XXᵀ`` and ``XX_oldᵀ`` for A, formed in the same pass while the old factor is known.
         check: False is for callers that made the state and the maps themselves and have seen that the gradients fit
-            (``lists.match``), as our optimizers do.
+            (``lists.match``), as our optimizers do: only the dtypes and sizes of the moments are looked at then.
 
     Raises:
         TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
@@ -69,7 +70,8 @@ def grouped_adamw_(
     if not params:
         return
     maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
-    if check:
+    # Between two steps a user may cast a model or give a parameter other data: compiled code would write beyond the moments.
+    if check or not sized(params, exp_avgs or exp_avg_sqs, accumulation_dtype(params[0].dtype)):
         _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, new_grams, rank_dims)
     arguments = (
         list(params),

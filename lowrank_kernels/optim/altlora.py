@@ -53,9 +53,7 @@ class AltLoRA(PreconditionedOptimizer):
         freeze_idle: bool = False,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
-        method = {"momentum": momentum, **_alternation(type(self).__name__, order, damping, freeze_idle)}
+        method = {"momentum": momentum, **_alternation(order, damping, freeze_idle)}
         super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
 
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
@@ -108,6 +106,10 @@ class AltLoRA(PreconditionedOptimizer):
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
+        if group["order"] not in tuple(ORDERS):
+            raise ValueError(f"{type(self).__name__}: order must be 'B' (first), 'A' (first) or 'joint', got {group['order']!r}")
+        if not 0.0 <= group.get("momentum", 0.0) < 1.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if group["capturable"] and group["order"] != "joint":
             raise ValueError(
                 f"{type(self).__name__}: capturable=True needs order='joint', got order={group['order']!r}: whose turn it is is decided on "
@@ -159,7 +161,7 @@ class AltLoRAPlus(AltLoRA):
         freeze_idle: bool = False,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        method = _alternation(type(self).__name__, order, damping, freeze_idle)
+        method = _alternation(order, damping, freeze_idle)
         super(AltLoRA, self).__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
@@ -169,8 +171,6 @@ class AltLoRAPlus(AltLoRA):
         return {}
 
 
-def _alternation(name: str, order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:
-    if order not in ORDERS:
-        raise ValueError(f"{name}: order must be 'B' (first), 'A' (first) or 'joint', got {order!r}")
+def _alternation(order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:
     # The turn is the host's, apart from the step counter, which is the device's when capturable: one CUDA graph for each turn.
     return {"order": order, "damping": damping, "freeze_idle": bool(freeze_idle), "turn": 0}

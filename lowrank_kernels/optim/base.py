@@ -10,6 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from operator import attrgetter
 from typing import Any, TypeAlias, TypedDict
 
@@ -30,10 +31,12 @@ REST_WEIGHT_DECAY = 1e-2
 
 #: All parameters are trained as a whole.
 NO_PARTS: Mapping[int, tuple[slice, ...]] = {}
+#: The hyperparameters of all methods that are numbers.
+NUMBERS = ("lr", "eps", "weight_decay", "lr_ratio", "momentum", "damping", "proximal")
 #: What may happen when a gradient is infinite or NaN.
 NONFINITE_GRADS = ("keep", "skip", "raise")
 
-_grad, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
+_grad = attrgetter("grad")
 
 #: Operations that make new tensors only. A step that failed before any other one began has changed nothing.
 _PURE_OPERATIONS = frozenset({"lora_linear", "lora_linear_backward", "grouped_gram", "grouped_solve"})
@@ -219,9 +222,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: differentiable=True is not supported; step() is not differentiated through")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        for key, value in (("scale", scale), ("lr_ratio", lr_ratio)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: {key} must be positive, got {value}")
+        if scale is not None and not (isinstance(scale, Real) and scale > 0):
+            raise ValueError(f"{name}: scale must be positive, got {scale!r}")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
         if nonfinite_grads not in NONFINITE_GRADS:
             raise ValueError(f"{name}: nonfinite_grads must be 'keep', 'skip' or 'raise', got {nonfinite_grads!r}")
         if capturable and (nonfinite_grads != "keep" or atomic):
@@ -238,6 +242,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._factors: list[frozenset[int]] = []
         self._second_factors: list[frozenset[int]] = []
         self._kinds: list[dict[bool, list[tuple[bool, bool, list[int]]]]] = []
+        self._rest: list[tuple[int, ...]] = []
         self._scale = scale
         self._constructed = False
         model = params if isinstance(params, nn.Module) else model
@@ -273,28 +278,66 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return [{"params": trainable}]
         if isinstance(params, (Tensor, dict)):
             raise TypeError(f"{name}: params must be an iterable of tensors or dicts, or a model, got {type(params).__name__}")
+        if not isinstance(params, Iterable):
+            raise TypeError(f"{name}: params must be an iterable of tensors or dicts, or a model, got {type(params).__name__}")
         return list(params)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; pairs among the new parameters (and with unpaired older ones) are found."""
-        self._check_hyperparameters({**self.defaults, **param_group})
+        """As torch's; pairs among the new parameters (and with unpaired older ones) are found. If it raises, nothing was added."""
+        if isinstance(param_group, dict):  # torch says what is wrong with anything else
+            self._check_hyperparameters({**self.defaults, **param_group})
+            if isinstance(param_group.get("params"), nn.Module):
+                raise TypeError(f"{type(self).__name__}: params of a group must be tensors, got a module; pass its parameters()")
+        before = list(self._pairs), list(self._cores), self._factors, self._second_factors, self._kinds, self._rest
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        decay = group["weight_decay"]
-        group["factor_weight_decay"] = 0.0 if decay is None else decay
-        group["weight_decay"] = REST_WEIGHT_DECAY if decay is None else decay
-        group["step"], group["cleared_at"], group["missed"] = 0, 0, {}
-        if self._constructed:
-            self._find_pairs([], since_group=len(self.param_groups) - 1)
+        try:
+            group = self.param_groups[-1]
+            self._check_parameters(group)
+            decay = group["weight_decay"]
+            group["factor_weight_decay"] = 0.0 if decay is None else decay
+            group["weight_decay"] = REST_WEIGHT_DECAY if decay is None else decay
+            group["step"], group["cleared_at"], group["missed"] = 0, 0, {}
+            if self._constructed:
+                self._find_pairs([], since_group=len(self.param_groups) - 1)
+        except BaseException:
+            self.param_groups.pop()
+            self._pairs, self._cores, self._factors, self._second_factors, self._kinds, self._rest = before
+            self._buckets = (None, [])
+            raise
+
+    def _check_parameters(self, group: dict[str, Any]) -> None:
+        """Refuse parameters that no step can train."""
+        name, seen = type(self).__name__, set()
+        for index, p in enumerate(group["params"]):
+            which = group["param_names"][index] if "param_names" in group else f"params[{index}]"
+            if id(p) in seen:
+                raise ValueError(f"{name}: {which} is in the group twice; each parameter takes one update per step")
+            seen.add(id(p))
+            if p.requires_grad and p.is_complex():
+                raise TypeError(f"{name}: {which} is {p.dtype}; complex parameters are not supported, train torch.view_as_real of it")
+            if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+                raise ValueError(f"{name}: {which} is expanded, several of its elements are one number in memory; clone() it first")
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        """``torch.optim.AdamW``'s checks, in its words."""
+        """``torch.optim.AdamW``'s checks, in its words, and that numbers are numbers."""
+        name = type(self).__name__
         lr, betas, decay = group["lr"], group["betas"], group["weight_decay"]
-        if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                raise ValueError("Tensor lr must be 1-element")
-        elif not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
+        if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+            raise ValueError(f"{name}: betas must be two numbers, got {betas!r}")
+        for key, value in [*((key, group.get(key, 0.0)) for key in NUMBERS), *(("betas", beta) for beta in betas)]:
+            if not (isinstance(value, (Real, Tensor)) or (key == "weight_decay" and value is None)):
+                raise TypeError(f"{name}: {key} must be a number, got {value!r}")
+        for key in ("amsgrad", "differentiable"):
+            if group.get(key):
+                raise ValueError(f"{name}: {key}=True is not supported; leave it out")
+        if not isinstance(group["maximize"], (bool, int)):
+            raise TypeError(f"{name}: maximize must be True or False, got {group['maximize']!r}")
+        if not group["lr_ratio"] > 0:
+            raise ValueError(f"{name}: lr_ratio must be positive, got {group['lr_ratio']}")
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {float(lr)}")
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         for index, beta in enumerate(betas):
@@ -360,6 +403,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._second_factors = [frozenset(pair.b[1] for pair in self._pairs if pair.b[0] == index) for index in groups]
         self._kinds = [{own_lr: self._by_kind(index, own_lr) for own_lr in (False, True)} for index in groups]
         self._buckets = (None, [])
+        sizes = [len(group["params"]) for group in self.param_groups]
+        self._rest = [tuple(i for i in range(n) if i not in factors) for n, factors in zip(sizes, self._factors, strict=True)]
         self._accept_pairs()
         if unknown_scale and self.requires_pairs:
             warnings.warn(
@@ -400,11 +445,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _accept_as_given(self) -> None:
         """Refuse parameters that a framework has flattened or sharded in a way that the method cannot train. Before the first step."""
+        name = type(self).__name__
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p.is_meta and p.requires_grad:
+                    raise RuntimeError(
+                        f"{name}: {self._name_at((g, i))} is on the meta device and holds no values; give the model memory and values "
+                        "(to_empty, load_state_dict), which may replace its parameters, and make the optimizer after that"
+                    )
         for pair in self._pairs:
             for position in (pair.a, pair.b):
                 params = self.param_groups[position[0]]["params"]
                 if position[1] >= len(params) or params[position[1]].ndim != 2:
-                    raise RuntimeError(f"{type(self).__name__}: {pair.name} was a pair of matrices and is none any more: {_FLAT}")
+                    raise RuntimeError(f"{name}: {pair.name} was a pair of matrices and is none any more: {_FLAT}")
+            a, b = self._at(pair.a), self._at(pair.b)
+            if a.dtype != b.dtype and self.requires_pairs:
+                raise RuntimeError(f"{name}: A of {pair.name} is {a.dtype} and B is {b.dtype}; cast both to one dtype")
             if is_sharded(self._at(pair.a)) or is_sharded(self._at(pair.b)):
                 self._accept_sharded(pair)
 
@@ -469,10 +525,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._create_state()
             return loss
         self._refuse_if_torn("step()")
-        if self._nonfinite_grads != "keep" and self._skips_nonfinite():
-            return loss
         if not self.state:
             self._accept_as_given()
+        self._check_groups()
+        if self._nonfinite_grads != "keep" and self._skips_nonfinite():
+            return loss
         if self._cores and not self.state:
             self._check_cores()
         self._before_update()
@@ -487,8 +544,48 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._update()
         except BaseException as error:
             self._undo(before, copies, begun, error)
+            if isinstance(error, Exception) and (misfit := self._misfit()):
+                raise RuntimeError(f"{type(self).__name__}: {misfit}") from error
             raise
         return loss
+
+    def _check_groups(self) -> None:
+        """Refuse groups that were edited since pairs were found, and sparse gradients (which come from embeddings, never from factors)."""
+        name = type(self).__name__
+        sizes = [len(group["params"]) for group in self.param_groups]
+        known = [len(rest) + len(factors) for rest, factors in zip(self._rest, self._factors, strict=True)]
+        if sizes != known:
+            raise RuntimeError(
+                f"{name}: param_groups hold {sizes} parameters, but {known} when their pairs were found; change them by "
+                "add_param_group, or make a new optimizer"
+            )
+        for g, rest in enumerate(self._rest):
+            if rest:
+                params = self.param_groups[g]["params"]
+                for index in rest:
+                    grad = params[index].grad
+                    if grad is not None and grad.is_sparse:
+                        raise RuntimeError(
+                            f"{name} does not support sparse gradients, as {self._name_at((g, index))} has one; use sparse=False, or "
+                            "another optimizer for it; nothing was changed"
+                        )
+
+    def _misfit(self) -> str | None:
+        """After a step that raised: which gradient or state does not fit its parameter, in words."""
+        for g, group in enumerate(self.param_groups):
+            for position, expected_state in self._expected_states(g, group):
+                p = self._at(position)
+                what, grad = f"{self._name_at(position)} is {p.dtype} of shape {tuple(p.shape)}", p.grad
+                if grad is not None and (grad.shape, grad.dtype) != (p.shape, p.dtype):
+                    return f"{what}, its gradient {grad.dtype} of shape {tuple(grad.shape)}"
+                for key, value in self.state.get(p, {}).items():
+                    expected = expected_state.get(key)
+                    if expected is not None and (value.shape, value.dtype) != (expected.shape, expected.dtype):
+                        return (
+                            f"{what}, but its {key} {value.dtype} of shape {tuple(value.shape)}: it was cast or given other data after "
+                            "its state was made; do that before, or make a new optimizer"
+                        )
+        return None
 
     def _skips_nonfinite(self) -> bool:
         """Whether this step is to be left out for a gradient that is not finite.
@@ -655,8 +752,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         grads = list(map(_grad, params)) if grads is None else grads
         of_params = states(self.state, params)
         fit = fit or match(params, grads)
-        if not fit and any(map(_is_sparse, grads)):
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         if parts:
             slices = [parts.get(index) for index in members]
             params = [p if part is None else p[part] for p, part in zip(params, slices, strict=True)]
@@ -711,11 +806,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for p, key in zip(group["params"], saved_group["params"], strict=True):
                 for name, value in saved_state.get(key, {}).items():
                     if isinstance(value, Tensor):
-                        self.state[p][name] = value.to(device=p.device, copy=True)
+                        dtype = state_dtype(p.dtype) if value.is_floating_point() else value.dtype
+                        self.state[p][name] = value.to(p.device, dtype, copy=True)
+
+    def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
+        """What the state of each parameter holds under the hyperparameters of ``group``, as tensors without memory."""
+        parts, factors = self._trained_parts(group_index), self._factors[group_index]
+        for index, p in enumerate(self.param_groups[group_index]["params"]):
+            shape = (p[parts[index]] if index in parts else p).shape
+            like = torch.empty(shape, dtype=p.dtype, device="meta")
+            yield (group_index, index), self._factor_state(group, like) if index in factors else moments(like, "exp_avg", "exp_avg_sq")
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         name = type(self).__name__
-        saved_groups = state_dict.get("param_groups", [])
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"{name}: state_dict must be what state_dict() returned, with 'state' and 'param_groups'")
+        saved_groups = state_dict["param_groups"]
         if len(saved_groups) != len(self.param_groups):
             raise ValueError(f"{name}: the checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(self.param_groups)}")
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
@@ -728,23 +834,37 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{name}: param_groups[{index}] of the checkpoint has {len(saved['params'])} parameters, here {len(group['params'])}"
                 )
-            parts = self._trained_parts(index)
-            for position, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-                shape = (p[parts[position]] if position in parts else p).shape
-                for state_name, value in state_dict["state"].get(key, {}).items():
-                    if isinstance(value, Tensor) and state_name.startswith("exp_avg") and is_sharded(value) != is_sharded(p):
-                        raise ValueError(
-                            f"{name}: {state_name} of {self._name_at((index, position))} is a {type(value).__name__} in the checkpoint, "
-                            f"its parameter a {type(p).__name__}; load it by torch.distributed.checkpoint's set_optimizer_state_dict"
-                        )
-                    if state_name in ("exp_avg", "exp_avg_sq") and value.shape != shape:
-                        raise ValueError(
-                            f"{name}: {state_name} of {self._name_at((index, position))} has shape {tuple(value.shape)} in the "
-                            f"checkpoint, {tuple(shape)} here; was it saved with another rank?"
-                        )
+            # torch puts "differentiable" into the defaults of an optimizer that was unpickled or loaded.
+            needed = self.defaults.keys() - {"differentiable"} | {"factor_weight_decay", "step", "cleared_at", "missed"}
+            missing = sorted(needed - saved.keys())
+            if missing or not isinstance(saved["step"], (Real, Tensor)):
+                what = f"lacks {', '.join(missing)}" if missing else f"has step {saved['step']!r}"
+                raise ValueError(f"{name}: param_groups[{index}] of the checkpoint {what}; it is damaged or of another version")
+            for key, (position, expected) in zip(saved["params"], self._expected_states(index, {**group, **saved}), strict=True):
+                if key in state_dict["state"]:
+                    self._check_saved_state(position, state_dict["state"][key], expected)
+
+    def _check_saved_state(self, position: Position, saved: dict[str, Any], expected_state: dict[str, Tensor]) -> None:
+        """Refuse the saved state of one parameter if a key is missing or a shape is another."""
+        name, p, which = type(self).__name__, self._at(position), self._name_at(position)
+        for key, expected in expected_state.items():
+            value = saved.get(key)
+            if not isinstance(value, Tensor):
+                found = "is missing in" if value is None else f"is a {type(value).__name__}, not a tensor, in"
+                raise ValueError(f"{name}: {key} of {which} {found} the checkpoint; it is damaged or of another version")
+            if key.startswith("exp_avg") and is_sharded(value) != is_sharded(p):
+                raise ValueError(
+                    f"{name}: {key} of {which} is a {type(value).__name__} in the checkpoint, its parameter a {type(p).__name__}; "
+                    "load it by torch.distributed.checkpoint's set_optimizer_state_dict"
+                )
+            if value.shape != expected.shape:
+                raise ValueError(
+                    f"{name}: {key} of {which} has shape {tuple(value.shape)} in the checkpoint, {tuple(expected.shape)} here; "
+                    "was it saved with another rank?"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
-        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_kinds", "_scale", "_constructed")
+        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_kinds", "_rest", "_scale", "_constructed")
         kept = (*pairing, "_nonfinite_grads", "_atomic", "skipped_steps", "_torn")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 

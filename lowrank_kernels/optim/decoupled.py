@@ -7,7 +7,8 @@ library, ``s [Q_B B] [A; Q_Aᵀ]``, of which the optimizer trains one half and o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import torch
@@ -17,7 +18,8 @@ from ..backends.lists import Tall
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners
 from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, is_sharded, shard_dims, state_dtype
-from .shards import KEEP_WHOLE, assign, gathered
+from .ranks import Ranks, ranks_of
+from .shards import KEEP_WHOLE, assign, exchange, gathered, shares
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 
@@ -63,6 +65,10 @@ class DecoupledOptimizer(LowRankOptimizer):
         phases: k of the phased schedule (:func:`refresh_due`).
         refresh_every: n; a uniform schedule (after main steps n, 2n, …) in place of the phased one.
         basis: "qr" or "polar", how a refresh makes the bases.
+        split_work: let the ranks divide the layers among them where bases are made (QR, polar factors, SVD), and send each other the
+            results in one all-gather. It pays if making all bases takes longer than ``S/β + P/(P-1)·t₀``: S bytes of bases, P ranks,
+            bandwidth β and latency t₀ of an all-gather (docs/stacks.md has figures). All ranks then hold the same bases to the last bit.
+        process_group: the ranks that do so, all with equal factors, as under DDP and FSDP2; None: the default group.
     """
 
     factors_share_steps = True
@@ -81,33 +87,40 @@ class DecoupledOptimizer(LowRankOptimizer):
         phases: int,
         refresh_every: int | None,
         basis: str,
+        split_work: bool,
+        process_group: Any,
         method_defaults: dict[str, Any] | None = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        name = type(self).__name__
-        for key, value in (("total_steps", total_steps), ("phases", phases), ("refresh_every", refresh_every)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
-        if total_steps is None and refresh_every is None:
-            raise ValueError(
-                f"{name}: total_steps is missing: pass the number of step() calls of the whole run (the refresh schedule is a "
-                "function of it), or refresh_every=n for a uniform schedule, which needs no total"
-            )
-        if total_steps is not None and total_steps <= start_steps:
-            raise ValueError(f"{name}: total_steps must be larger than the {start_steps} steps of the start phase, got {total_steps}")
-        if basis not in ("qr", "polar"):
-            raise ValueError(f"{name}: basis must be 'qr' or 'polar', got {basis!r}")
-        if options.get("capturable"):
-            raise ValueError(
-                f"{name}: capturable=True is not supported: the schedule decides on the host when the bases are refreshed, which a "
-                "replayed CUDA graph would never see"
-            )
+        self._split_work, self._process_group = bool(split_work), process_group
         self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
         #: Whether model and optimizer were seen to be of the same moment since the last construction, loading or change of bases.
         self._moment_checked = False
         schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
         method = {**schedule, "basis": basis, **(method_defaults or {})}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        name, start_steps, total_steps = type(self).__name__, group["start_steps"], group["total_steps"]
+        for key in ("total_steps", "phases", "refresh_every"):
+            value = group[key]
+            if not (value is None and key != "phases") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
+        if total_steps is None and group["refresh_every"] is None:
+            raise ValueError(
+                f"{name}: total_steps is missing: pass the number of step() calls of the whole run (the refresh schedule is a "
+                "function of it), or refresh_every=n for a uniform schedule, which needs no total"
+            )
+        if total_steps is not None and total_steps <= start_steps:
+            raise ValueError(f"{name}: total_steps must be larger than the {start_steps} steps of the start phase, got {total_steps}")
+        if group["basis"] not in ("qr", "polar"):
+            raise ValueError(f"{name}: basis must be 'qr' or 'polar', got {group['basis']!r}")
+        if group["capturable"]:
+            raise ValueError(
+                f"{name}: capturable=True is not supported: the schedule decides on the host when the bases are refreshed, which a "
+                "replayed CUDA graph would never see"
+            )
 
     # ---------------------------------------------------------------- what a subclass says
 
@@ -133,18 +146,39 @@ class DecoupledOptimizer(LowRankOptimizer):
         for group in self.param_groups:
             t = group["step"] - group["start_steps"]
             actions.append(self._start_action(group, group["step"]) if t <= 0 else self._main_action(group, t))
-        for action in filter(None, dict.fromkeys(actions)):
-            action([pair for pair in self._pairs if actions[pair.a[0]] == action])
+        due: defaultdict[Action, list[FactorPair]] = defaultdict(list)
+        if any(actions):
+            for pair in self._pairs:
+                action = actions[pair.a[0]]
+                frozen = not (self._at(pair.a).requires_grad or self._at(pair.b).requires_grad)
+                # New bases would change the ΔW of a frozen layer. What ends a phase of the start is for all layers.
+                if action is not None and not (frozen and action == self._refresh):
+                    due[action].append(pair)
+        for action, affected in due.items():
+            action(affected)
             self._moment_checked = False
 
     def _refresh(self, due: list[FactorPair]) -> None:
         """Bases of the factors' ranges anew: ``Aᵀ = Q_A R_A``, ``B = Q_B R_B`` with the signs of the old bases, or polar factors."""
         for pairs in self._all_alike() if len(due) == len(self._pairs) else self._alike(due):
             factors, bases = self._tall(pairs)
+            ranks = self._ranks()
+            doers = None if ranks is None else shares([factor.numel() for factor in factors.stored], ranks.size)
+            some: Sequence[Tensor] = factors
+            its: Sequence[Tensor] = bases
+            if ranks is not None and doers is not None:
+                mine = [i for i, doer in enumerate(doers) if doer == ranks.rank]
+                some, its = [factors[i] for i in mine], [bases[i] for i in mine]
             if self.param_groups[pairs[0].a[0]]["basis"] == "polar":
-                grouped_polar(factors, out=bases)
+                grouped_polar(some, out=its)
             else:
-                grouped_qr(factors, previous=bases, out=bases)
+                grouped_qr(some, previous=its, out=its)
+            if ranks is not None and doers is not None:
+                exchange(list(bases), doers, ranks.group)
+
+    def _ranks(self) -> Ranks | None:
+        """The ranks among which the making of bases is divided, None if each makes all."""
+        return ranks_of(self._process_group) if self._split_work else None
 
     def _tall(self, pairs: list[FactorPair]) -> tuple[Tall, Tall]:
         """Of decoupled pairs Aᵀ and B (d, r), whole ones of sharded factors, and Q_A and Q_B."""
@@ -183,7 +217,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             if decoupled:
                 lefts = [torch.cat([v.q_b, b], dim=1) for v, b in zip(old, lefts, strict=True)]
                 rights = [torch.cat([a, v.q_a.mT], dim=1) for v, a in zip(old, rights, strict=True)]
-            us, ss, vs = grouped_svd_product(lefts, rights, self._rank(pairs[0]))
+            us, ss, vs = self._svd_products(lefts, rights, self._rank(pairs[0]))
             for pair, u, sigma, v in zip(pairs, us, ss, vs, strict=True):
                 new = self._views(pair, layers, decoupled=True)
                 new.q_a.copy_(v.mT)
@@ -191,6 +225,22 @@ class DecoupledOptimizer(LowRankOptimizer):
                 if pair.holds_bases:
                     layers[id(self._at(pair.a))].decoupled = True  # type: ignore[assignment]
                 yield new, u, sigma.to(u.dtype), v
+
+    def _svd_products(self, lefts: list[Tensor], rights: list[Tensor], rank: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """``grouped_svd_product``, divided among the ranks if that was asked for."""
+        ranks = self._ranks()
+        if ranks is None:
+            return grouped_svd_product(lefts, rights, rank)
+        doers = shares([left.numel() + right.numel() for left, right in zip(lefts, rights, strict=True)], ranks.size)
+        us, vs = ([x.new_empty(len(x), rank) for x in side] for side in (lefts, rights))
+        ss = torch.zeros(len(lefts), rank, dtype=state_dtype(lefts[0].dtype), device=lefts[0].device)
+        mine = [i for i, doer in enumerate(doers) if doer == ranks.rank]
+        if mine:
+            its_us, ss[mine], its_vs = grouped_svd_product([lefts[i] for i in mine], [rights[i] for i in mine], rank)
+            for i, u, v in zip(mine, its_us, its_vs, strict=True):
+                us[i], vs[i] = u, v
+        exchange([*us, *vs, *ss], doers * 3, ranks.group)
+        return us, ss, vs
 
     def _before_update(self) -> None:
         self._hook_idle_halves()
@@ -316,6 +366,10 @@ class DecoupledOptimizer(LowRankOptimizer):
             if pair.holds_bases and layer is not None:
                 layer.decoupled = bool(layer.is_decoupled.item())  # type: ignore[assignment,operator]
         self._moment_checked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group belongs to its process: a copy has the default one.
+        return {**super().__getstate__(), "_split_work": self._split_work, "_process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

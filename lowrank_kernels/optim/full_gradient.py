@@ -74,7 +74,7 @@ def random_matrix(like: Tensor, seed: int, rows: int, columns: int, *more: int) 
     """Standard normal (rows, columns), where ``like`` is and in the dtype of its optimizer state: the same on every device and rank."""
     for number in (rows, columns, *more):
         seed = (seed * 1_000_003 + number) % 2**63
-    made = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    made = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     return made.to(like.device, state_dtype(like.dtype))
 
 

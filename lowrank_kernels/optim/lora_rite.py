@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from ..ops import grouped_gram, grouped_qr
-from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, moments, state_dtype
+from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, Position, moments, state_dtype
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer, symmetric_eigen
 from .shards import KEEP_WHOLE
 
@@ -65,6 +66,14 @@ class LoRARITE(PreconditionedOptimizer):
                 state = self.state.get(factor)
                 if state and "basis" not in state:
                     state["basis"] = torch.zeros(partner.shape, dtype=state_dtype(partner.dtype), device=partner.device)
+
+    def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
+        partners = {p: self._at(q).shape for pair in self._pairs for p, q in ((pair.a, pair.b), (pair.b, pair.a))}
+        for position, state in super()._expected_states(group_index, group):
+            if position in partners:  # a basis is tall
+                shape = sorted(partners[position], reverse=True)
+                state["basis"] = torch.empty(shape, dtype=state_dtype(self._at(position).dtype), device="meta")
+            yield position, state
 
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
         rank, dtype = min(part.shape), state_dtype(part.dtype)

@@ -26,7 +26,7 @@ class ODLoRA(DecoupledOptimizer):
         total_steps: the number of ``step()`` calls of the whole run, rounds included. Needed unless ``refresh_every`` is given.
         rounds: N.
         round_steps: T.
-        phases, refresh_every, basis: see :class:`SDSLoRA`.
+        phases, refresh_every, basis, split_work, process_group: see :class:`SDSLoRA`.
 
     The layers must be at least 2r wide both ways: ΔW has rank up to 2r before it is truncated.
     """
@@ -46,6 +46,8 @@ class ODLoRA(DecoupledOptimizer):
         phases: int = 5,
         refresh_every: int | None = None,
         basis: str = "qr",
+        split_work: bool = False,
+        process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
         for key, value in (("rounds", rounds), ("round_steps", round_steps)):
@@ -63,6 +65,8 @@ class ODLoRA(DecoupledOptimizer):
             phases=phases,
             refresh_every=refresh_every,
             basis=basis,
+            split_work=split_work,
+            process_group=process_group,
             method_defaults={"round_steps": round_steps},
             **options,
         )

@@ -90,6 +90,10 @@ class OPLoRA(LowRankOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"OPLoRA: seed must be an integer, got {seed!r}")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"OPLoRA: model must be a torch.nn.Module, got {type(model).__name__}")
         self._recorders: list[Recorder] = []
         self._handles: list[Any] = []
         self._seed = seed
@@ -149,8 +153,8 @@ class OPLoRA(LowRankOptimizer):
 
     def _accept_pairs(self) -> None:
         self._refuse_decoupled()
-        layers = owners()
-        for pair in self._pairs[len(self._recorders) :]:
+        layers, new = owners(), self._pairs[len(self._recorders) :]
+        for pair in new:
             group, partner = self._group(pair), self.param_groups[pair.b[0]]
             different = [key for key in (*self.defaults, "factor_weight_decay") if key != "weight_decay" and group[key] != partner[key]]
             if different:
@@ -158,17 +162,19 @@ class OPLoRA(LowRankOptimizer):
                     f"{type(self).__name__}: A and B of {pair.name} are in groups with different {', '.join(different)}; they move together"
                 )
             a, b = self._at(pair.a), self._at(pair.b)
-            layer = layers.get(id(a))
-            recorder = Recorder(self._holder(pair.a[0]), 1.0 if layer is not None else pair.scale)
-            if layer is not None:
-                layer.capture = recorder  # type: ignore[assignment]
-            elif id(a) in self._modules and id(b) in self._modules:
-                self._handles += watch(self._modules[id(a)], self._modules[id(b)], recorder)
-            else:
+            if id(a) not in layers and not (id(a) in self._modules and id(b) in self._modules):
                 raise ValueError(
                     f"{type(self).__name__}: the layer of {pair.name} is not known from its parameters, and its inputs must be seen; "
                     "pass the model, as params or as model="
                 )
+        for pair in new:  # all are accepted
+            a, b = self._at(pair.a), self._at(pair.b)
+            layer = layers.get(id(a))
+            recorder = Recorder(self._holder(pair.a[0]), 1.0 if layer is not None else pair.scale)
+            if layer is not None:
+                layer.capture = recorder  # type: ignore[assignment]
+            else:
+                self._handles += watch(self._modules[id(a)], self._modules[id(b)], recorder)
             self._notify(recorder, len(self._recorders))
             self._recorders.append(recorder)
 
@@ -194,9 +200,9 @@ class OPLoRA(LowRankOptimizer):
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
         return {}  # A and B differ: see _create_state
 
-    def _momentum_shapes(self, pair: FactorPair) -> dict[Position, tuple[str, int, int]]:
-        """Of each factor with momentum: the state's name and shape."""
-        group, a, b = self._group(pair), self._at(pair.a), self._at(pair.b)
+    def _momentum_shapes(self, pair: FactorPair, group: dict[str, Any]) -> dict[Position, tuple[str, int, int]]:
+        """Of each factor with momentum: the state's name and shape under the hyperparameters of ``group``."""
+        a, b = self._at(pair.a), self._at(pair.b)
         if not group["momentum"]:
             return {}
         rank = min(group["momentum_rank"] or len(a), len(b), a.shape[1])
@@ -206,7 +212,7 @@ class OPLoRA(LowRankOptimizer):
     def _create_state(self) -> None:
         super()._create_state()
         for pair in self._pairs:
-            for position, (name, *shape) in self._momentum_shapes(pair).items():
+            for position, (name, *shape) in self._momentum_shapes(pair, self._group(pair)).items():
                 p = self._at(position)
                 if p not in self.state or name in self.state[p]:
                     continue
@@ -215,17 +221,13 @@ class OPLoRA(LowRankOptimizer):
                 else:
                     self.state[p][name] = torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super()._check_state_dict(state_dict)
-        saved_groups = state_dict["param_groups"]
-        for pair in self._pairs:
-            for (g, i), (name, *shape) in self._momentum_shapes(pair).items():
-                value = state_dict["state"].get(saved_groups[g]["params"][i], {}).get(name)
-                if value is not None and list(value.shape) != shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: {name} of {pair.name} has shape {tuple(value.shape)} in the checkpoint, "
-                        f"{tuple(shape)} here; was it saved with another rank or momentum_rank?"
-                    )
+    def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
+        shapes = {position: shape for pair in self._pairs for position, shape in self._momentum_shapes(pair, group).items()}
+        for position, state in super()._expected_states(group_index, group):
+            if position in shapes:
+                name, *shape = shapes[position]
+                state[name] = torch.empty(shape, dtype=state_dtype(self._at(position).dtype), device="meta")
+            yield position, state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -12,10 +12,11 @@ from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 
 
 class Ranks:
-    """The ranks over which gradients are averaged."""
+    """The ranks over which gradients are averaged, or work is divided: how many, and which one this is."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
+        self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The mean over the ranks of every tensor, by one all-reduce of them all. Equal to the last bit on all ranks."""
@@ -23,7 +24,7 @@ class Ranks:
             return []
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         distributed.all_reduce(flat, group=self.group)
-        flat /= distributed.get_world_size(self.group)
+        flat /= self.size
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 

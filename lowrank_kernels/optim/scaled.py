@@ -66,10 +66,13 @@ class ScaledGD(ScaledAdamW):
         damping: float = DEFAULT_DAMPING,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
         method = {"damping": damping, "momentum": momentum}
         super(ScaledAdamW, self).__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
 
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
         return moments(part, "exp_avg") if group["momentum"] else {}

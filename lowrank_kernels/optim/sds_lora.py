@@ -30,6 +30,8 @@ class SDSLoRA(DecoupledOptimizer):
         phases: k, the number of refresh phases (intervals 1 … k).
         refresh_every: n; refresh after main steps n, 2n, … instead.
         basis: "qr", or "polar": ``Q = X(XᵀX)^{-1/2}`` in place of QR's.
+        split_work: let the ranks of ``process_group`` (None: the default group) divide the layers among them where bases are made, one
+            all-gather each time; see :class:`DecoupledOptimizer` for when it pays.
 
     The paper's setting: ``alpha=4, rank_scaling="rslora"`` (s = α/√r), cosine schedule, all linear layers.
     """
@@ -48,6 +50,8 @@ class SDSLoRA(DecoupledOptimizer):
         phases: int = 5,
         refresh_every: int | None = None,
         basis: str = "qr",
+        split_work: bool = False,
+        process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
@@ -64,6 +68,8 @@ class SDSLoRA(DecoupledOptimizer):
             phases=phases,
             refresh_every=refresh_every,
             basis=basis,
+            split_work=split_work,
+            process_group=process_group,
             **options,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,15 +13,20 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-#: Seconds that a rank waits for the others, who may still be importing.
-TIMEOUT = 40
+#: Processes are forked from one that has imported what takes seconds to import, and has computed nothing.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["peft", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "lowrank_kernels"])
+
+#: Seconds that a rank waits for the others, who may still be importing on a busy machine. One that raises ends them all at once.
+TIMEOUT = 240
 
 
-def _serve(rank: int, world: int, port: int, tasks: Any, answers: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+def _serve(rank: int, world: int, meeting: str, tasks: Any, answers: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    # Short: a rank that raises leaves the others waiting.
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
+    # They meet by a file: a port that was free may be taken by then.
+    store = torch.distributed.FileStore(meeting, world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
     while (task := tasks.get()) is not None:
         function, arguments = task
         try:
@@ -36,16 +41,14 @@ class Ranks:
 
     def __init__(self) -> None:
         self._groups: dict[int, tuple[list[Any], list[Any], Any]] = {}
+        self._folder = tempfile.TemporaryDirectory()
 
     def _group(self, world: int) -> tuple[list[Any], list[Any], Any]:
         if world not in self._groups:
-            with socket.socket() as found:
-                found.bind(("127.0.0.1", 0))
-                port = found.getsockname()[1]
-            context = mp.get_context("spawn")
-            tasks, answers = [context.Queue() for _ in range(world)], context.Queue()
-            arguments = [(rank, world, port, tasks[rank], answers) for rank in range(world)]
-            processes = [context.Process(target=_serve, args=a, daemon=True) for a in arguments]
+            tasks, answers = [CONTEXT.Queue() for _ in range(world)], CONTEXT.Queue()
+            meeting = tempfile.mktemp(dir=self._folder.name)
+            arguments = [(rank, world, meeting, tasks[rank], answers) for rank in range(world)]
+            processes = [CONTEXT.Process(target=_serve, args=a, daemon=True) for a in arguments]
             for process in processes:
                 process.start()
             self._groups[world] = processes, tasks, answers
@@ -58,7 +61,7 @@ class Ranks:
         results: dict[int, Any] = {}
         for _ in processes:
             try:
-                rank, result, error = answers.get(timeout=2 * TIMEOUT)
+                rank, result, error = answers.get(timeout=TIMEOUT)
             except queue.Empty:
                 rank, result, error = -1, None, "no answer"
             if error:  # the others may be waiting for it: end them all, the next call starts new ones
@@ -78,3 +81,4 @@ class Ranks:
                 process.join(timeout=20)
                 if process.is_alive():
                     process.kill()
+        self._folder.cleanup()

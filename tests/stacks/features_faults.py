@@ -10,13 +10,13 @@ import signal
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from _matrix import Cell, assert_same, assert_same_state, data, feature, loss_of, ours, state_copy, train, values
+from _ranks import CONTEXT
 
 import lowrank_kernels as lk
 from lowrank_kernels.backends import registry
@@ -290,12 +290,12 @@ def kill_often(name: str, folder: Path, seed: int) -> dict[bytes, int]:
 @functools.cache
 def killers() -> ProcessPoolExecutor:
     """One process for all cells, which starts and kills."""
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(1, mp_context=CONTEXT)
 
 
 @feature("faults: kill -9 at any moment of saving and stepping, then resume = uninterrupted; no half-written adapter")
 def killed(cell: Cell) -> None:
-    hits = killers().submit(kill_often, cell.name, cell.folder, len(cell.name)).result(timeout=120)
+    hits = killers().submit(kill_often, cell.name, cell.folder, len(cell.name)).result(timeout=600)
     assert min(hits.values()) >= 2
     model, whole = ours(cell), ours(cell)
     optimizer, plain = cell.optimizer(model), cell.optimizer(whole)

@@ -143,6 +143,54 @@ def ddp_static_graph(cell: Cell) -> None:
     assert_ddp(cell, "static")
 
 
+def split_run(rank: int, world: int, name: str, fsdp: bool) -> tuple[dict[str, Any], dict[str, int], int]:
+    """Train with and without ``split_work`` on the same data, and with other bases after the fact; the state at the end."""
+    cell, results = Cell(name, Path(), None), []
+    for split in (False, True):
+        model = sharded(cell, world) if fsdp else ours(cell, dtype=DOUBLE)
+        optimizer = cell.optimizer(model, split_work=split)
+        runner = model if fsdp else DistributedDataParallel(model)
+        counted = fsdp_steps(runner, optimizer, rank, world, 0, STEPS)
+        results.append((whole(model), dict(counted.calls), counted.bytes))
+    (plain, calls, size), (state, split_calls, split_size) = results
+    assert_close(state, plain, 1e-9)
+    return state, {key: n - calls.get(key, 0) for key, n in split_calls.items()}, split_size - size
+
+
+def share_of_bases(name: str, world: int) -> int:
+    """Bytes of ``split_work`` into the all-gathers of all steps, per rank: the largest share of bases (with U, V and Σ for an SVD)."""
+    svds, refreshes = {"SDSLoRA": (1, 5), "ODLoRA": (3, 2)}[name]
+    of_layers = [(RANK * (d_in + d_out) + RANK, d_in + d_out) for d_in, d_out in WIDTHS]
+    of_factors = [(RANK * d, d) for widths in WIDTHS for d in widths]
+    return (svds * largest_share(of_layers, world) + refreshes * largest_share(of_factors, world)) * DOUBLE.itemsize
+
+
+def largest_share(jobs: list[tuple[int, int]], world: int) -> int:
+    """The most numbers that a rank sends, of jobs ``(numbers, cost)``: the dearest first, each to the rank with least to do."""
+    costs, numbers = [0] * world, [0] * world
+    for size, cost in sorted(jobs, key=lambda job: -job[1]):
+        rank = costs.index(min(costs))
+        costs[rank] += cost
+        numbers[rank] += size
+    return max(numbers)
+
+
+@feature(
+    "DDP, FSDP2: split_work=True divides the making of bases among the ranks: as without, identical on all, bytes as documented",
+    lambda m: m.adapter == "sds",
+)
+def split_work(cell: Cell) -> None:
+    if cell.method.adapter != "sds":
+        with pytest.raises(TypeError, match="unexpected keyword argument 'split_work'"):
+            cell.optimizer(ours(cell), split_work=True)
+        return
+    for fsdp, world in ((False, 2), (True, 2), (False, 4)):
+        (first, calls, size), *others = cell.ranks(split_run, cell.name, fsdp, world=world)
+        assert all(state.keys() == first.keys() and (assert_close(state, first, 0.0) is None) for state, *_ in others)
+        assert sum(calls.values()) == {"SDSLoRA": 6, "ODLoRA": 5}[cell.name], calls
+        assert size == share_of_bases(cell.name, world), (size, share_of_bases(cell.name, world))
+
+
 # ------------------------------------------------------------------------------------------------------------------ FSDP2
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import features_faults  # noqa: F401
 import features_frameworks  # noqa: F401
+import features_input  # noqa: F401
 import features_loop  # noqa: F401
 import features_parallel  # noqa: F401
 import features_peft  # noqa: F401

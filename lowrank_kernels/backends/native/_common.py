@@ -6,11 +6,9 @@ from array import array
 from collections.abc import Sequence
 from itertools import chain
 
-import torch
 from torch import Tensor
 
-#: The codes of ``csrc/cpu/common.h``.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from ..lists import DTYPE_CODES as DTYPE_CODES
 
 #: The largest r that the kernels are laid out for (``kMaxRank``).
 MAX_RANK = 128
