@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
-from benchmarks.naive.oplora import OPLoRALayer
+from benchmarks.naive.oplora import Kronecker, OPLoRALayer
 from lowrank_kernels import LowRankLinear, OPLoRA, pairs
 from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, reconstruct
 
@@ -29,6 +29,9 @@ LR = 0.05
 GRADIENTS = ("factors", "dense", "sketch")
 every_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 every_road = pytest.mark.parametrize("road", ["ours", "peft"])
+#: Three ways to hold G, and the scaled variant, whose metrics are as wide as a test's layers allow.
+KFAC = {"metric": "kfac", "metric_damping": 0.05, "metric_decay": 0.9, "lr": 1e-3}
+every_kind = pytest.mark.parametrize("kind", [*({"gradient": gradient} for gradient in GRADIENTS), KFAC], ids=[*GRADIENTS, "kfac"])
 
 
 def make_model(road: str, **options) -> nn.Module:
@@ -79,13 +82,8 @@ CASES = [
 ]
 
 
-@every_road
-@every_gradient
-@pytest.mark.parametrize("options", CASES, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
-def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> None:
-    model = make_model(road)
-    # The sketch is as wide as the matrices: then it is exact.
-    optimizer = make(model, gradient=gradient, sketch_width=100, **options)
+def naive_twins(model: nn.Module, optimizer: OPLoRA) -> list[OPLoRALayer]:
+    """The algorithm box of every layer, from the state with which the optimizer starts."""
     group, state = optimizer.param_groups[0], optimizer.state
     optimizer._create_state()
     layers = []
@@ -93,8 +91,18 @@ def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> N
         start = state[pair.A]["momentum_v"].clone() if "momentum_v" in state[pair.A] else torch.zeros_like(pair.A.T)
         keys = ("lr", "momentum", "sweeps", "proximal", "momentum_mode")
         settings = {key: group[key] for key in keys} | {"weight_decay": group["factor_weight_decay"]}
+        if group["metric"]:
+            settings["metrics"] = tuple(
+                Kronecker(state[p]["metric_basis"].clone(), group["metric_decay"], group["metric_damping"], group["sweeps"])
+                for p in (pair.B, pair.A)
+            )
         layers.append(OPLoRALayer(pair.A.detach().clone(), pair.B.detach().clone(), pair.scale, momentum_start=start, **settings))
-    for step in range(50):
+    return layers
+
+
+def follow(model: nn.Module, optimizer: OPLoRA, layers: list[OPLoRALayer], steps: int = 50) -> None:
+    """Train both, each on its own gradients, and compare ΔW."""
+    for step in range(steps):
         for layer, (s, x) in zip(layers, naive_gradients(model, layers, step), strict=True):
             layer.step(s, x)
         optimizer.zero_grad()
@@ -102,7 +110,123 @@ def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> N
         optimizer.step()
     for delta, layer in zip(deltas(model), layers, strict=True):
         expected = layer.delta_weight()
+        assert expected.norm() > 1e-2
         assert float((delta - expected).norm() / expected.norm()) <= 1e-9
+
+
+@every_road
+@every_gradient
+@pytest.mark.parametrize("options", CASES, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
+def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> None:
+    model = make_model(road)
+    # The sketch is as wide as the matrices: then it is exact.
+    optimizer = make(model, gradient=gradient, sketch_width=100, **options)
+    follow(model, optimizer, naive_twins(model, optimizer))
+
+
+SCALED = [
+    {},
+    {"momentum": 0.0, "sweeps": 1, "metric_decay": 0.0},
+    {"sweeps": 3, "proximal": 0.1, "weight_decay": 0.3, "metric_rank": 5},
+    {"metric_rank": 100, "momentum_rank": 4, "sweeps": 1},  # as wide as the smaller side
+    {"momentum_mode": "projected", "metric_rank": 2},
+    {"momentum_mode": "naive", "metric_decay": 0.5},
+]
+
+
+@every_road
+@pytest.mark.parametrize("options", SCALED, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
+def test_the_scaled_variant_follows_its_algorithm_box(options: dict, road: str) -> None:
+    model = make_model(road)
+    optimizer = make(model, **{**KFAC, **options})
+    follow(model, optimizer, naive_twins(model, optimizer))
+
+
+def test_scaled_sweeps_tend_to_the_truncated_svd_in_the_metric() -> None:
+    """With metrics of full rank and many sweeps, one step is the best rank-r approximation of K-FAC's step ``W − ηD_U⁻¹GD_V⁻¹``
+    in ``⟨·, D_U · D_V⟩``: the truncated SVD in whitened coordinates."""
+    model = make_model("ours")
+    options = {**KFAC, "momentum": 0.0, "proximal": 0.0, "sweeps": 300, "metric_rank": 100, "lr": 0.05}
+    optimizer = make(model, **options)
+    layers = [OPLoRALayer(pair.A.detach(), pair.B.detach(), pair.scale, lr=0.0) for pair in pairs(model)]
+    seen = naive_gradients(model, layers, 0)
+    before = deltas(model)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    for delta, start, (S, X) in zip(deltas(model), before, seen, strict=True):
+        rank = min(S.shape[1], X.shape[1])
+        roots = []
+        for Z in (S, X):
+            sigma, W = torch.linalg.eigh(Z.T @ Z / len(Z))
+            sigma[:-rank] = 0  # metrics are at most as wide as the smaller side
+            roots.append(W * (sigma + options["metric_damping"]).sqrt() @ W.T)
+        root_u, root_v = roots
+        whitened = root_u @ start @ root_v - options["lr"] * torch.linalg.solve(root_u, S.T @ X) @ torch.linalg.inv(root_v)
+        u, sigma, vh = torch.linalg.svd(whitened)
+        best = torch.linalg.solve(root_u, u[:, :3] * sigma[:3] @ vh[:3]) @ torch.linalg.inv(root_v)
+        torch.testing.assert_close(delta, best, rtol=1e-6, atol=1e-8 * float(best.norm()))
+
+
+def test_a_zero_gradient_moves_nothing_under_a_metric() -> None:
+    """Which it would if the weight were multiplied as Algorithm 2 is printed."""
+    model = make_model("ours")
+    optimizer = make(model, **{**KFAC, "momentum": 0.0})
+    for _ in range(3):
+        loss_of(model, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = deltas(model)
+    (0.0 * loss_of(model, 1)).backward()
+    optimizer.step()
+    for delta, expected in zip(deltas(model), before, strict=True):
+        assert expected.norm() > 1e-4
+        torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_metric_keeps_the_largest_part_of_the_statistics() -> None:
+    """On the same batch over and over, D_V tends to the best rank-k approximation of XᵀX/n; σ falls, W is orthonormal."""
+    model = make_model("ours")
+    optimizer = make(model, **{**KFAC, "lr": 0.0, "metric_rank": 4})
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_of(model, 0).backward()
+        optimizer.step()
+    pair, (x, _) = pairs(model)[0], batch(0)
+    W, sigma = optimizer.state[pair.A]["metric_basis"], optimizer.state[pair.A]["metric_values"]
+    torch.testing.assert_close(W.T @ W, torch.eye(4, dtype=W.dtype), rtol=0, atol=1e-12)
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    best = vectors[:, -4:] * values[-4:] @ vectors[:, -4:].T
+    assert float((W * sigma @ W.T / (1 - 0.9**40) - best).norm() / best.norm()) < 0.05
+    assert optimizer.state[pair.B]["metric_values"].shape == (4,)
+
+
+@every_road
+@every_kind
+def test_resuming_is_bit_for_bit(kind: dict, road: str) -> None:
+    """Metrics, momentum and the counts of layers that missed steps."""
+    straight, resumed = Shared(road), Shared(road)
+
+    def train(model: nn.Module, optimizer: OPLoRA, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            x, y = batch(step)
+            ((model(x) if step % 2 else model.last(torch.tanh(x))) - y).square().mean().backward()
+            optimizer.step()
+
+    train(straight, make(straight, sketch_width=3, **kind), range(9))
+    first = make(resumed, sketch_width=3, **kind)
+    train(resumed, first, range(4))
+    saved = copy.deepcopy(first.state_dict())
+    first.close()
+    again = make(resumed, sketch_width=3, **kind)
+    again.load_state_dict(saved)
+    train(resumed, again, range(4, 9))
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+    if kind is KFAC:
+        with pytest.raises(ValueError, match="saved with metric='kfac', here it is None"):
+            make(resumed).load_state_dict(saved)
+        with pytest.raises(ValueError, match="metric_basis of .* has shape .* metric_rank"):
+            make(resumed, **{**KFAC, "metric_rank": 2}).load_state_dict(saved)
 
 
 @every_road
@@ -144,10 +268,10 @@ class Shared(nn.Module):
 
 
 @every_road
-@every_gradient
-def test_micro_batches_add_up_exactly(gradient: str, road: str) -> None:
+@every_kind
+def test_micro_batches_add_up_exactly(kind: dict, road: str) -> None:
     whole, parts = Shared(road), Shared(road)
-    optimizers = [make(model, gradient=gradient, sketch_width=3) for model in (whole, parts)]
+    optimizers = [make(model, sketch_width=3, **kind) for model in (whole, parts)]
     for step in range(6):
         x, y = batch(step, rows=32)
         (whole(x) - y).square().mean().backward()
@@ -205,10 +329,10 @@ def _pair_of(model: nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@every_gradient
-def test_checkpointing_over_hooks_changes_nothing(gradient: str, reentrant: bool) -> None:
+@every_kind
+def test_checkpointing_over_hooks_changes_nothing(kind: dict, reentrant: bool) -> None:
     plain, recomputed = make_model("peft"), make_model("peft")
-    optimizers = [make(model, gradient=gradient, sketch_width=4) for model in (plain, recomputed)]
+    optimizers = [make(model, sketch_width=4, **kind) for model in (plain, recomputed)]
     for step in range(4):
         loss_of(plain, step).backward()
         x, y = batch(step)
@@ -220,10 +344,10 @@ def test_checkpointing_over_hooks_changes_nothing(gradient: str, reentrant: bool
 
 
 @every_road
-@every_gradient
-def test_grad_scaler_changes_nothing_and_skips_overflows(gradient: str, road: str) -> None:
+@every_kind
+def test_grad_scaler_changes_nothing_and_skips_overflows(kind: dict, road: str) -> None:
     plain, scaled = make_model(road, dtype=torch.float32), make_model(road, dtype=torch.float32)
-    optimizers = [make(model, gradient=gradient, sketch_width=4) for model in (plain, scaled)]
+    optimizers = [make(model, sketch_width=4, **kind) for model in (plain, scaled)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     for step in range(12):
         for optimizer in optimizers:
@@ -371,15 +495,15 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_gradient
+@every_kind
 @pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_operators_of_a_step_do_not_depend_on_the_number_of_layers(gradient: str, mode: str, dtype: torch.dtype) -> None:
+def test_operators_of_a_step_do_not_depend_on_the_number_of_layers(kind: dict, mode: str, dtype: torch.dtype) -> None:
     """The measurement of c and the clipping as well, torch's operators beside ours."""
     counts = []
     for layers in (6, 60):
         model = lk.adapt(nn.Sequential(*(nn.Linear(12, 12, dtype=dtype) for _ in range(layers))), rank=3)
-        optimizer = make(model, gradient=gradient, sketch_width=4, momentum_mode=mode)
+        optimizer = make(model, **kind, sketch_width=4, momentum_mode=mode)
         for _ in range(2):
             optimizer.zero_grad()
             sum(layer(torch.randn(5, 12, dtype=dtype)).square().sum() for layer in model).backward()
@@ -404,6 +528,12 @@ def test_refusals() -> None:
         ({"momentum_rank": 4, "momentum_mode": "naive"}, "momentum_rank is for"),
         ({"sketch_width": 0}, "sketch_width must be"),
         ({"lr_ratio": 2.0}, "lr_ratio is not supported"),
+        ({"metric": "shampoo"}, "metric must be one of None, 'kfac', got 'shampoo'"),
+        ({"metric_rank": 4}, "metric_rank is for metric='kfac'"),
+        ({**KFAC, "metric_rank": 0}, "metric_rank must be an integer ≥ 1"),
+        ({**KFAC, "metric_decay": 1.0}, "metric_decay must be in"),
+        ({**KFAC, "metric_damping": 0.0}, "metric_damping must be positive"),
+        ({**KFAC, "gradient": "dense"}, "made of X and S, which gradient='dense' does not keep"),
     ):
         with pytest.raises(ValueError, match=message):
             make(model, **bad)
@@ -449,11 +579,11 @@ def test_a_step_that_makes_no_sense_changes_nothing(gradient: str) -> None:
 
 
 @every_road
-@every_gradient
+@every_kind
 @pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
-def test_overlap_with_the_backward_pass_changes_nothing(mode: str, gradient: str, road: str) -> None:
+def test_overlap_with_the_backward_pass_changes_nothing(mode: str, kind: dict, road: str) -> None:
     plain, overlapped = Shared(road), Shared(road)
-    options = {"gradient": gradient, "sketch_width": 3, "momentum_mode": mode, "lr": 0.01}
+    options = {"lr": 0.01, **kind, "sketch_width": 3, "momentum_mode": mode}
     optimizers = make(plain, **options), make(overlapped, overlap=True, **options)
     for step in range(6):
         for model, optimizer in zip((plain, overlapped), optimizers, strict=True):
@@ -508,6 +638,7 @@ def test_two_ranks_with_half_the_batch_are_one(case: str, two_ranks: list[dict])
     for mine, other, expected in zip(zero, one, oplora_ranks.train(case, 0, 1), strict=True):
         assert torch.equal(mine, other), "the ranks drifted apart"
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
-    # At most four columns of G or of Gᵀ (the norm's probe) for all layers; or the sketches, 4 and 9 columns.
+    # At most four columns of G or of Gᵀ (the norm's probe) for all layers; the sketches, 4 and 9 columns; three of each metric.
     heights, widths = (sum(shape[dim] for shape in oplora_ranks.SHAPES) for dim in (0, 1))
-    assert sent <= (4 * heights + 9 * widths if case == "sketch" else 4 * max(heights, widths))
+    thin = {"sketch": 4 * heights + 9 * widths, "kfac": 3 * (heights + widths)}
+    assert sent <= thin.get(case, 4 * max(heights, widths))
