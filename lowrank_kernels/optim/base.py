@@ -183,6 +183,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     factors_share_steps = False
     #: What a method trains as factors: pairs (A, B), cores R between constant factors. Others get AdamW with the rest.
     trains_pairs, trains_cores = True, False
+    #: Whether it takes the factors of convolutions, as matrices (r, d_in·k·k) and (d_out, r). Else AdamW trains them with the rest.
+    trains_convolutions = False
 
     def __init__(
         self,
@@ -233,7 +235,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._scale = scale
         self._constructed = False
         model = params if isinstance(params, nn.Module) else model
-        known = [] if model is None else pairs(model)
+        known = [] if model is None else pairs(model, self.trains_convolutions)
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -368,9 +370,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if i not in self._factors[g] and is_adapter_parameter(parameter_name)
         ]
         if left:
+            kinds = f"convolutions{' in groups, transposed or 3-d' if self.trains_convolutions else ''}"
             warnings.warn(
                 f"{type(self).__name__}: {len(left)} adapter parameter(s) are no {'pair of matrices' if self.trains_pairs else 'cores'} "
-                f"(embeddings, convolutions, DoRA's magnitudes, lone factors) and get AdamW: "
+                f"(embeddings, {kinds}, DoRA's magnitudes, lone factors) and get AdamW: "
                 f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}",
                 stacklevel=5,
             )
@@ -385,7 +388,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for pair in self._pairs:
             for position in (pair.a, pair.b):
                 params = self.param_groups[position[0]]["params"]
-                if position[1] >= len(params) or params[position[1]].ndim != 2:
+                if position[1] >= len(params) or params[position[1]].ndim < 2:
                     raise RuntimeError(f"{type(self).__name__}: {pair.name} was a pair of matrices and is none any more: {_FLAT}")
             if is_sharded(self._at(pair.a)) or is_sharded(self._at(pair.b)):
                 self._accept_sharded(pair)

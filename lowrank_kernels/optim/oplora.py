@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
 from ..pairs import owners
 from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, state_dtype
-from .capture import Recorder, watch
+from .capture import Patches, Recorder, watch
 from .early import EarlyWork, start
 from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, random_matrix, widened
 from .kfac import Kronecker, track
@@ -51,6 +51,10 @@ class OPLoRA(LowRankOptimizer):
     backward and ``step()``, unscaling and clipping by norms, is done to G: the factor is measured, layer by layer, as
     ``c = ⟨∂B, s·GAᵀ⟩ / ‖s·GAᵀ‖²`` (by A's gradient where A = 0). If ∂B is no multiple of the captured ``s·GAᵀ``, or not finite, ``step()``
     raises before it changes anything; that check is its one wait for the device.
+
+    Convolutions (PEFT's 1-d and 2-d ones, not in groups) are linear layers of their patches: G is (d_out, d_in·k·k), A and B are matrices
+    (r, d_in·k·k) and (d_out, r), and a token is a position of the output. There are many, and X holds every input k·k times: "dense" is
+    the small one, as a rule. Other convolutions get AdamW, and a notice says so.
 
     Gradients add up over micro-batches until ``step()`` or ``zero_grad()``, which drop them. A step that ``GradScaler`` skips drops them by
     ``zero_grad()``. A layer without gradient misses the step, its momentum too.
@@ -91,6 +95,8 @@ class OPLoRA(LowRankOptimizer):
     times the adapter. The metrics ``D = W diag(σ) Wᵀ`` add a fourth: W as ``metric_basis`` (d_out, k) of B, (d_in, k) of A, and σ as
     ``metric_values`` (k,).
     """
+
+    trains_convolutions = True
 
     def __init__(
         self,
@@ -200,11 +206,13 @@ class OPLoRA(LowRankOptimizer):
                 )
             a, b = self._at(pair.a), self._at(pair.b)
             layer = layers.get(id(a))
-            recorder = Recorder(self._holder(pair.a[0]), 1.0 if layer is not None else pair.scale)
+            module: Any = self._modules.get(id(a))
+            patches = Patches.of(module) if a.ndim > 2 else None
+            recorder = Recorder(self._holder(pair.a[0]), 1.0 if layer is not None else pair.scale, patches)
             if layer is not None:
                 layer.capture = recorder  # type: ignore[assignment]
-            elif id(a) in self._modules and id(b) in self._modules:
-                self._handles += watch(self._modules[id(a)], self._modules[id(b)], recorder)
+            elif module is not None and id(b) in self._modules:
+                self._handles += watch(module, self._modules[id(b)], recorder)
             else:
                 raise ValueError(
                     f"{type(self).__name__}: the layer of {pair.name} is not known from its parameters, and its inputs must be seen; "
@@ -230,6 +238,11 @@ class OPLoRA(LowRankOptimizer):
     def _group(self, pair: FactorPair) -> dict[str, Any]:
         return self.param_groups[pair.a[0]]
 
+    def _matrix(self, position: Position) -> Tensor:
+        """A factor as a matrix, without autograd: itself, or, where the layout of a convolution's kernel allows no view, a copy."""
+        factor = self._at(position).detach()
+        return factor if factor.ndim == 2 else factor.flatten(1)
+
     # ---------------------------------------------------------------- state
 
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
@@ -238,7 +251,7 @@ class OPLoRA(LowRankOptimizer):
     def _state_shapes(self, pair: FactorPair) -> Iterator[tuple[Position, str, tuple[int, ...]]]:
         """The state of a pair: of which factor, name and shape."""
         group = self._group(pair)
-        sides = ((pair.b, "u", len(self._at(pair.b))), (pair.a, "v", self._at(pair.a).shape[1]))
+        sides = ((pair.b, "u", len(self._at(pair.b))), (pair.a, "v", self._matrix(pair.a).shape[1]))
         smallest = min(height for _, _, height in sides)
         if group["momentum"]:
             rank = min(group["momentum_rank"] or self._rank(pair), smallest)
@@ -343,7 +356,7 @@ class OPLoRA(LowRankOptimizer):
         found = []
         for alike in self._alike(active):
             mine = [recorders[id(pair)] for pair in alike]
-            factors = [(self._at(pair.a).detach(), self._at(pair.b).detach()) for pair in alike]
+            factors = [(self._matrix(pair.a), self._matrix(pair.b)) for pair in alike]
             held, scales = [recorder.gradient for recorder in mine], [recorder.scale for recorder in mine]
             gradients = Gradients(alike, factors, held, scales, ranks)
             gradients.measure([self._grad(pair.a) for pair in alike], [self._grad(pair.b) for pair in alike], type(self).__name__)
@@ -353,7 +366,7 @@ class OPLoRA(LowRankOptimizer):
     def _grad(self, position: Position) -> Tensor:
         grad = self._at(position).grad
         assert grad is not None
-        return grad
+        return grad if grad.ndim == 2 else grad.flatten(1)
 
     @torch.no_grad()
     def clip_full_grad_norm_(self, max_norm: float, probes: int = 16) -> Tensor:
@@ -399,7 +412,9 @@ class OPLoRA(LowRankOptimizer):
                     self._miss(self.param_groups[group_index], index)
         for gradients in self._gradients:
             if not self._commit(gradients):
-                self._step_pairs(gradients, self._updates(gradients.pairs), *self._tensors(gradients.pairs))
+                tensors = self._tensors(gradients.pairs)
+                self._step_pairs(gradients, self._updates(gradients.pairs), *tensors)
+                self._write_back(gradients.pairs, *tensors[:2])
         self._gradients = []
         self._forget()
 
@@ -413,13 +428,21 @@ class OPLoRA(LowRankOptimizer):
             [self.state[self._at(position)] for position in positions] for positions in zip(*((p.a, p.b) for p in pairs), strict=True)
         )
         return (
-            [self._at(pair.a).detach() for pair in pairs],
-            [self._at(pair.b).detach() for pair in pairs],
+            [self._matrix(pair.a) for pair in pairs],
+            [self._matrix(pair.b) for pair in pairs],
             [state["momentum_u"] for state in of_b if "momentum_u" in state],
             [state["momentum_v"] for state in of_a if "momentum_v" in state],
             [state["metric_basis"] for state in (*of_b, *of_a) if "metric_basis" in state],
             [state["metric_values"] for state in (*of_b, *of_a) if "metric_values" in state],
         )
+
+    def _write_back(self, pairs: list[FactorPair], a: list[Tensor], b: list[Tensor]) -> None:
+        """Take over new factors from the matrices that are copies."""
+        positions = [*(pair.a for pair in pairs), *(pair.b for pair in pairs)]
+        for position, matrix in zip(positions, [*a, *b], strict=True):
+            factor = self._at(position)
+            if factor.ndim > 2 and factor.data_ptr() != matrix.data_ptr():
+                factor.copy_(matrix.view(factor.shape))
 
     def _step_pairs(
         self,
@@ -473,7 +496,7 @@ class OPLoRA(LowRankOptimizer):
             raise RuntimeError(f"{type(self).__name__}: overlap=True is for one process; several ranks work with overlap=False")
         if self._at(pair.b) not in self.state or self._at(pair.a) not in self.state:
             return  # the first step creates the state
-        gradients = Gradients([pair], [(self._at(pair.a).detach(), self._at(pair.b).detach())], [recorder.gradient], [recorder.scale], None)
+        gradients = Gradients([pair], [(self._matrix(pair.a), self._matrix(pair.b))], [recorder.gradient], [recorder.scale], None)
         gradients.coefficients = torch.full((1,), 1.0 / recorder.scale, dtype=torch.float64, device=gradients.factors[0][0].device)
         (update,) = self._updates([pair])
         self._early[number] = start(lambda tensors: self._step_pairs(gradients, [update + 1], *tensors), self._tensors([pair]), group["lr"])
@@ -486,8 +509,11 @@ class OPLoRA(LowRankOptimizer):
         results = [None if work is None else work.result(lr) for work in early]
         if any(result is None for result in results):
             return False
-        targets = [x for pair in gradients.pairs for part in self._tensors([pair]) for x in part]
-        torch._foreach_copy_(targets, [x for result in results for part in result for x in part])  # type: ignore[union-attr]
+        targets = [self._tensors([pair]) for pair in gradients.pairs]
+        found = [x for result in results for part in result for x in part]  # type: ignore[union-attr]
+        torch._foreach_copy_([x for tensors in targets for part in tensors for x in part], found)
+        for pair, tensors in zip(gradients.pairs, targets, strict=True):
+            self._write_back([pair], *tensors[:2])
         return True
 
     def _check_overlap(self, gradients: list[Gradients]) -> None:
@@ -546,7 +572,7 @@ class OPLoRA(LowRankOptimizer):
         yield from super()._example_calls()
         for alike in self._alike(self._pairs):
             group = self._group(alike[0])
-            us, vs = [self._at(pair.b).detach() for pair in alike], [self._at(pair.a).detach().mT for pair in alike]
+            us, vs = [self._matrix(pair.b) for pair in alike], [self._matrix(pair.a).mT for pair in alike]
             lefts, rights = [u.new_empty(len(u), 1) for u in us], [v.new_empty(len(v), 1) for v in vs]
             coefficients = torch.ones(2, len(us), dtype=torch.float64, device=us[0].device)
             sweeps = (group["sweeps"], float(group["proximal"]), True)
