@@ -516,6 +516,54 @@ def test_operators_of_a_step_do_not_depend_on_the_number_of_layers(kind: dict, m
     assert counts[0] == counts[1], counts
 
 
+def storages(tensors) -> int:
+    """Bytes of the memory that stands behind tensors, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
+@every_kind
+def test_memory_is_at_most_adams_and_what_the_gradient_is_said_to_hold(kind: dict, mode: str) -> None:
+    """State: Adam's twice the factors; the metric adds the factors' size (and σ) once. Between backward and ``step()``: X and S of all
+    tokens, the matrices, or p(d_out + d_in) + (p+1) d_in numbers; of them X is what autograd held anyway. After ``step()``: nothing.
+    """
+    rank, width, micro_batches = 4, 5, 3
+    shapes = [(40, 24), (24, 24), (16, 24)]
+    model = lk.adapt(nn.Sequential(*(nn.Linear(d_in, d_out, dtype=torch.float32) for d_out, d_in in shapes)), rank=rank)
+    head = nn.Linear(6, 2)
+    model.append(head)
+    twins = [p.detach().clone().requires_grad_() for p in trainable(model)]
+    optimizer, adam = make(model, sketch_width=width, momentum_mode=mode, **kind), torch.optim.AdamW(twins)
+    inputs = [torch.randn(7, 24) for _ in range(micro_batches)]
+    for x in inputs:
+        sum(layer(x).square().mean() for layer in model[:3]).backward()
+    head(torch.randn(3, 6)).sum().backward()
+    held = [value for recorder in optimizer._recorders for value in vars(recorder.gradient).values()]
+    captured = [t for h in held for piece in (h if isinstance(h, list) else [h]) for t in (piece if isinstance(piece, tuple) else [piece])]
+    captured = [t for t in captured if isinstance(t, Tensor)]
+    tokens, (heights, widths) = 7 * micro_batches, map(sum, zip(*shapes, strict=True))
+    # X is one tensor for all three layers here, as it is for query, key and value.
+    stated = {
+        "factors": tokens * (heights + 24),
+        "dense": sum(d_out * d_in for d_out, d_in in shapes),
+        "sketch": width * (heights + widths) + (width + 1) * widths,
+    }[kind.get("gradient", "factors")]
+    assert storages(captured) == 4 * stated
+    optimizer.step()
+    assert all(recorder.gradient.empty for recorder in optimizer._recorders)
+    for p in twins:
+        p.grad = torch.zeros_like(p)
+    adam.step()
+
+    def kept(of: torch.optim.Optimizer) -> int:
+        return storages(t for state in of.state.values() for t in state.values() if t.ndim)
+
+    factors = 4 * rank * (heights + widths)
+    metric = factors + 4 * 2 * rank * len(shapes) if "metric" in kind else 0
+    assert kept(optimizer) - metric <= kept(adam)
+    assert kept(optimizer) - metric - 2 * storages(head.parameters()) == {"naive": 4 * rank * heights}.get(mode, factors)
+
+
 def test_refusals() -> None:
     model = make_model("ours")
     for bad, message in (

@@ -78,9 +78,9 @@ class OPLoRA(LowRankOptimizer):
         sketch_width: p.
         metric: None or "kfac", which needs X and S: ``gradient="factors"``.
         metric_decay: β of the averages, 0 … 1, 1 excluded.
-        metric_damping: δ > 0, absolute, added to both D_U and D_V, whose entries have the units of S² and X². Where it is much
-            larger than SᵀS/n, as at the default for the mean of a loss over many tokens, the output side is hardly scaled, and the
-            step has the length lr/δ times one in D_V's metric: tune lr anew with it.
+        metric_damping: δ > 0, absolute, added to both D_U and D_V, whose entries have the units of S² and X². With 1, D ≥ I: no direction
+            gets a longer step than without a metric, so an lr that is stable there stays so (on the MNIST task, δ = 0.1 and less
+            diverged at all but tiny lr). SᵀS/n is far below 1 for the mean of a loss: then the input's side is what is scaled.
         metric_rank: rank k of D_U and D_V; None: r. At most the layer's smaller width.
         seed: of the sketches and of the first V of M, and W of D.
         model: the module whose layers are to be watched, when ``params`` are groups or tensors; not kept.
@@ -113,7 +113,7 @@ class OPLoRA(LowRankOptimizer):
         sketch_width: int = 64,
         metric: str | None = None,
         metric_decay: float = 0.95,
-        metric_damping: float = 1e-3,
+        metric_damping: float = 1.0,
         metric_rank: int | None = None,
         seed: int = 0,
         model: nn.Module | None = None,
