@@ -91,9 +91,9 @@ class OPLoRA(LowRankOptimizer):
         process_group: over which the gradients are averaged; None: the default group if ``torch.distributed`` is initialized; False: none.
         lr_ratio, capturable: not supported.
 
-    State: of B ``momentum_u`` (d_out, momentum_rank), of A ``momentum_v`` (d_in, momentum_rank; not with "naive"): with A and B three
-    times the adapter. The metrics ``D = W diag(σ) Wᵀ`` add a fourth: W as ``metric_basis`` (d_out, k) of B, (d_in, k) of A, and σ as
-    ``metric_values`` (k,).
+    State: of B ``momentum_u`` (d_out, momentum_rank), of A ``momentum_v`` (d_in, momentum_rank; not with "naive"): the factors' size, half
+    of Adam's. The metrics ``D = W diag(σ) Wᵀ`` add as much: W as ``metric_basis`` (d_out, k) of B, (d_in, k) of A, and σ as
+    ``metric_values`` (k,). Beside it, what ``gradient`` holds from backward to ``step()``.
     """
 
     trains_convolutions = True
@@ -266,6 +266,9 @@ class OPLoRA(LowRankOptimizer):
     def _create_state(self) -> None:
         super()._create_state()
         for pair in self._pairs:
+            group, of_b = self._group(pair), self.state.get(self._at(pair.b), ())
+            if ("momentum_u" in of_b or not group["momentum"]) and ("metric_basis" in of_b or not group["metric"]):
+                continue  # in every step but the first, with so many small layers
             for position, name, shape in self._state_shapes(pair):
                 p = self._at(position)
                 if p not in self.state or name in self.state[p]:
