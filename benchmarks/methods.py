@@ -70,7 +70,7 @@ METHODS: dict[str, Method] = {
     "LoRAPro": Method(lrk.LoRAPro, partial(LoRAProLayer, sylvester=True, **ADAM, **_damped), own=_damped, largest_rank=32),
     "LoRARITE": Method(lrk.LoRARITE, partial(LoRARITELayer, **ADAM, **_damped), own=_damped),
 }
-#: What steps by other gradients than (∂A, ∂B): the full gradient's factors (suite "linalg", ``grouped_lorsum``), or ∂R of a core.
+#: What steps by other gradients than (∂A, ∂B): by the full gradient's factors, or by ∂R of a core (suite "optimizer").
 OTHER_GRADIENTS = frozenset({lrk.OPLoRA, lrk.LoRASB})
 #: (A, B, ∂A, ∂B) of one layer.
 LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor]

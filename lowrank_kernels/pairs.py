@@ -17,8 +17,8 @@ class Pair:
 
     Attributes:
         name: the layer's name in the model (with ``.{adapter}`` behind it where a layer has several adapters).
-        A: (r, d_in).
-        B: (d_out, r).
+        A: (r, d_in); of a convolution (r, d_in, *kernel).
+        B: (d_out, r); of a convolution (d_out, r, 1, …).
         scale: s, as the module applies it; None when only names were known.
         layer: the module that owns the factors; None when only names were known.
         core: R (r, r) of ``ΔW = scale · B @ R @ A``, which is then what trains: A and B are constants. None otherwise.
@@ -110,7 +110,7 @@ def _module_scale(layer: nn.Module, adapter: str) -> float | None:
     return None
 
 
-def _layer_pairs(name: str, layer: nn.Module) -> Iterator[Pair]:
+def _layer_pairs(name: str, layer: nn.Module, convolutions: bool) -> Iterator[Pair]:
     if isinstance(layer, HoldsPair) and layer in _live_layers:
         yield own_pair(name, layer)
         return
@@ -119,25 +119,36 @@ def _layer_pairs(name: str, layer: nn.Module) -> Iterator[Pair]:
         if isinstance(a, nn.ModuleDict) and isinstance(b, nn.ModuleDict):
             for adapter in a:
                 if adapter in b:
-                    yield from _weights_pair(f"{name}.{adapter}", a[adapter], b[adapter], layer, adapter)
+                    yield from _weights_pair(f"{name}.{adapter}", a[adapter], b[adapter], layer, adapter, convolutions)
         elif isinstance(a, nn.Module) and isinstance(b, nn.Module):
-            yield from _weights_pair(name, a, b, layer, "")
+            yield from _weights_pair(name, a, b, layer, "", convolutions)
 
 
-def _weights_pair(name: str, a: nn.Module, b: nn.Module, layer: nn.Module, adapter: str) -> Iterator[Pair]:
+def _weights_pair(name: str, a: nn.Module, b: nn.Module, layer: nn.Module, adapter: str, convolutions: bool) -> Iterator[Pair]:
     a_weight, b_weight = getattr(a, "weight", None), getattr(b, "weight", None)
-    if isinstance(a_weight, Tensor) and isinstance(b_weight, Tensor) and a_weight.ndim == b_weight.ndim == 2:
+    if not (isinstance(a_weight, Tensor) and isinstance(b_weight, Tensor)):
+        return
+    if a_weight.ndim == b_weight.ndim == 2 or (convolutions and _is_convolution_pair(a, b)):
         yield Pair(name, a_weight, b_weight, _module_scale(layer, adapter), layer)
 
 
-def pairs(model: nn.Module) -> list[Pair]:
+def _is_convolution_pair(a: nn.Module, b: nn.Module) -> bool:
+    """Whether B follows A position by position, so that both are one product ``BA`` with the kernel as a matrix (d_out, d_in·k·k)."""
+    if not (isinstance(a, (nn.Conv1d, nn.Conv2d)) and isinstance(b, (nn.Conv1d, nn.Conv2d)) and type(a) is type(b)):
+        return False
+    pointwise = {*b.kernel_size, *b.stride} == {1} and b.padding in ((0,) * len(b.kernel_size), "valid")
+    return pointwise and a.groups == b.groups == 1
+
+
+def pairs(model: nn.Module, convolutions: bool = False) -> list[Pair]:
     """Every pair of low-rank factors in ``model``, frozen ones too: our adapters', PEFT's ``LoraLayer``, torchtune's.
 
+    With ``convolutions`` also those of 1-d and 2-d convolutions, of which A is one and B a pointwise one, neither in groups.
     The scale is read from the module that applies it. A pair that two names share (a tied layer) is listed once.
     """
     found: dict[tuple[int, int], Pair] = {}
     for name, module in model.named_modules():
-        for pair in _layer_pairs(name, module):
+        for pair in _layer_pairs(name, module, convolutions):
             found.setdefault((id(pair.A), id(pair.B)), pair)
     return list(found.values())
 

@@ -19,6 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "projected": {"momentum_mode": "projected"},
     "dense": {"gradient": "dense", "momentum": 0.0, "sweeps": 1},
     "sketch": {"gradient": "sketch", "sketch_width": 4},
+    "kfac": {"metric": "kfac", "metric_damping": 0.05, "lr": 1e-3},
 }
 SHAPES = [(20, 12), (15, 20), (9, 15)]
 
@@ -35,14 +36,14 @@ def train(case: str, rank: int, ranks: int) -> list[Tensor]:
     """ΔW of every layer after five steps, each on this rank's share of 32 rows."""
     model = network()
     module = model if ranks == 1 else nn.parallel.DistributedDataParallel(model)
-    optimizer = OPLoRA(module, lr=0.02, **{"momentum": 0.8, **CASES[case]})
+    optimizer = OPLoRA(module, **{"lr": 0.02, "momentum": 0.8, **CASES[case]})
     generator = torch.Generator().manual_seed(1)
     share = slice(32 // ranks * rank, 32 // ranks * (rank + 1))
     for _ in range(5):
         x, y = (torch.randn(32, width, generator=generator, dtype=torch.float64)[share] for width in (12, 9))
         optimizer.zero_grad()
         (module(x) - y).square().mean().backward()
-        if case in ("factors", "projected"):
+        if case in ("factors", "projected", "kfac"):
             optimizer.clip_full_grad_norm_(0.5, probes=4)
         optimizer.step()
     return [pair.scale * (pair.B @ pair.A).detach() for pair in pairs(model)]

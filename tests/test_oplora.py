@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
-from benchmarks.naive.oplora import OPLoRALayer
+from benchmarks.naive.oplora import Kronecker, OPLoRALayer
 from lowrank_kernels import LowRankLinear, OPLoRA, pairs
 from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, reconstruct
 
@@ -29,6 +29,9 @@ LR = 0.05
 GRADIENTS = ("factors", "dense", "sketch")
 every_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 every_road = pytest.mark.parametrize("road", ["ours", "peft"])
+#: Three ways to hold G, and the scaled variant, whose metrics are as wide as a test's layers allow.
+KFAC = {"metric": "kfac", "metric_damping": 0.05, "metric_decay": 0.9, "lr": 1e-3}
+every_kind = pytest.mark.parametrize("kind", [*({"gradient": gradient} for gradient in GRADIENTS), KFAC], ids=[*GRADIENTS, "kfac"])
 
 
 def make_model(road: str, **options) -> nn.Module:
@@ -79,13 +82,8 @@ CASES = [
 ]
 
 
-@every_road
-@every_gradient
-@pytest.mark.parametrize("options", CASES, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
-def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> None:
-    model = make_model(road)
-    # The sketch is as wide as the matrices: then it is exact.
-    optimizer = make(model, gradient=gradient, sketch_width=100, **options)
+def naive_twins(model: nn.Module, optimizer: OPLoRA) -> list[OPLoRALayer]:
+    """The algorithm box of every layer, from the state with which the optimizer starts."""
     group, state = optimizer.param_groups[0], optimizer.state
     optimizer._create_state()
     layers = []
@@ -93,8 +91,18 @@ def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> N
         start = state[pair.A]["momentum_v"].clone() if "momentum_v" in state[pair.A] else torch.zeros_like(pair.A.T)
         keys = ("lr", "momentum", "sweeps", "proximal", "momentum_mode")
         settings = {key: group[key] for key in keys} | {"weight_decay": group["factor_weight_decay"]}
+        if group["metric"]:
+            settings["metrics"] = tuple(
+                Kronecker(state[p]["metric_basis"].clone(), group["metric_decay"], group["metric_damping"], group["sweeps"])
+                for p in (pair.B, pair.A)
+            )
         layers.append(OPLoRALayer(pair.A.detach().clone(), pair.B.detach().clone(), pair.scale, momentum_start=start, **settings))
-    for step in range(50):
+    return layers
+
+
+def follow(model: nn.Module, optimizer: OPLoRA, layers: list[OPLoRALayer], steps: int = 50) -> None:
+    """Train both, each on its own gradients, and compare ΔW."""
+    for step in range(steps):
         for layer, (s, x) in zip(layers, naive_gradients(model, layers, step), strict=True):
             layer.step(s, x)
         optimizer.zero_grad()
@@ -102,7 +110,123 @@ def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> N
         optimizer.step()
     for delta, layer in zip(deltas(model), layers, strict=True):
         expected = layer.delta_weight()
+        assert expected.norm() > 1e-2
         assert float((delta - expected).norm() / expected.norm()) <= 1e-9
+
+
+@every_road
+@every_gradient
+@pytest.mark.parametrize("options", CASES, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
+def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> None:
+    model = make_model(road)
+    # The sketch is as wide as the matrices: then it is exact.
+    optimizer = make(model, gradient=gradient, sketch_width=100, **options)
+    follow(model, optimizer, naive_twins(model, optimizer))
+
+
+SCALED = [
+    {},
+    {"momentum": 0.0, "sweeps": 1, "metric_decay": 0.0},
+    {"sweeps": 3, "proximal": 0.1, "weight_decay": 0.3, "metric_rank": 5},
+    {"metric_rank": 100, "momentum_rank": 4, "sweeps": 1},  # as wide as the smaller side
+    {"momentum_mode": "projected", "metric_rank": 2},
+    {"momentum_mode": "naive", "metric_decay": 0.5},
+]
+
+
+@every_road
+@pytest.mark.parametrize("options", SCALED, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
+def test_the_scaled_variant_follows_its_algorithm_box(options: dict, road: str) -> None:
+    model = make_model(road)
+    optimizer = make(model, **{**KFAC, **options})
+    follow(model, optimizer, naive_twins(model, optimizer))
+
+
+def test_scaled_sweeps_tend_to_the_truncated_svd_in_the_metric() -> None:
+    """With metrics of full rank and many sweeps, one step is the best rank-r approximation of K-FAC's step ``W − ηD_U⁻¹GD_V⁻¹``
+    in ``⟨·, D_U · D_V⟩``: the truncated SVD in whitened coordinates."""
+    model = make_model("ours")
+    options = {**KFAC, "momentum": 0.0, "proximal": 0.0, "sweeps": 300, "metric_rank": 100, "lr": 0.05}
+    optimizer = make(model, **options)
+    layers = [OPLoRALayer(pair.A.detach(), pair.B.detach(), pair.scale, lr=0.0) for pair in pairs(model)]
+    seen = naive_gradients(model, layers, 0)
+    before = deltas(model)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    for delta, start, (S, X) in zip(deltas(model), before, seen, strict=True):
+        rank = min(S.shape[1], X.shape[1])
+        roots = []
+        for Z in (S, X):
+            sigma, W = torch.linalg.eigh(Z.T @ Z / len(Z))
+            sigma[:-rank] = 0  # metrics are at most as wide as the smaller side
+            roots.append(W * (sigma + options["metric_damping"]).sqrt() @ W.T)
+        root_u, root_v = roots
+        whitened = root_u @ start @ root_v - options["lr"] * torch.linalg.solve(root_u, S.T @ X) @ torch.linalg.inv(root_v)
+        u, sigma, vh = torch.linalg.svd(whitened)
+        best = torch.linalg.solve(root_u, u[:, :3] * sigma[:3] @ vh[:3]) @ torch.linalg.inv(root_v)
+        torch.testing.assert_close(delta, best, rtol=1e-6, atol=1e-8 * float(best.norm()))
+
+
+def test_a_zero_gradient_moves_nothing_under_a_metric() -> None:
+    """Which it would if the weight were multiplied as Algorithm 2 is printed."""
+    model = make_model("ours")
+    optimizer = make(model, **{**KFAC, "momentum": 0.0})
+    for _ in range(3):
+        loss_of(model, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = deltas(model)
+    (0.0 * loss_of(model, 1)).backward()
+    optimizer.step()
+    for delta, expected in zip(deltas(model), before, strict=True):
+        assert expected.norm() > 1e-4
+        torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_metric_keeps_the_largest_part_of_the_statistics() -> None:
+    """On the same batch over and over, D_V tends to the best rank-k approximation of XᵀX/n; σ falls, W is orthonormal."""
+    model = make_model("ours")
+    optimizer = make(model, **{**KFAC, "lr": 0.0, "metric_rank": 4})
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_of(model, 0).backward()
+        optimizer.step()
+    pair, (x, _) = pairs(model)[0], batch(0)
+    W, sigma = optimizer.state[pair.A]["metric_basis"], optimizer.state[pair.A]["metric_values"]
+    torch.testing.assert_close(W.T @ W, torch.eye(4, dtype=W.dtype), rtol=0, atol=1e-12)
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    best = vectors[:, -4:] * values[-4:] @ vectors[:, -4:].T
+    assert float((W * sigma @ W.T / (1 - 0.9**40) - best).norm() / best.norm()) < 0.05
+    assert optimizer.state[pair.B]["metric_values"].shape == (4,)
+
+
+@every_road
+@every_kind
+def test_resuming_is_bit_for_bit(kind: dict, road: str) -> None:
+    """Metrics, momentum and the counts of layers that missed steps."""
+    straight, resumed = Shared(road), Shared(road)
+
+    def train(model: nn.Module, optimizer: OPLoRA, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            x, y = batch(step)
+            ((model(x) if step % 2 else model.last(torch.tanh(x))) - y).square().mean().backward()
+            optimizer.step()
+
+    train(straight, make(straight, sketch_width=3, **kind), range(9))
+    first = make(resumed, sketch_width=3, **kind)
+    train(resumed, first, range(4))
+    saved = copy.deepcopy(first.state_dict())
+    first.close()
+    again = make(resumed, sketch_width=3, **kind)
+    again.load_state_dict(saved)
+    train(resumed, again, range(4, 9))
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+    if kind is KFAC:
+        with pytest.raises(ValueError, match="saved with metric='kfac', here it is None"):
+            make(resumed).load_state_dict(saved)
+        with pytest.raises(ValueError, match="metric_basis of .* has shape .* metric_rank"):
+            make(resumed, **{**KFAC, "metric_rank": 2}).load_state_dict(saved)
 
 
 @every_road
@@ -144,10 +268,10 @@ class Shared(nn.Module):
 
 
 @every_road
-@every_gradient
-def test_micro_batches_add_up_exactly(gradient: str, road: str) -> None:
+@every_kind
+def test_micro_batches_add_up_exactly(kind: dict, road: str) -> None:
     whole, parts = Shared(road), Shared(road)
-    optimizers = [make(model, gradient=gradient, sketch_width=3) for model in (whole, parts)]
+    optimizers = [make(model, sketch_width=3, **kind) for model in (whole, parts)]
     for step in range(6):
         x, y = batch(step, rows=32)
         (whole(x) - y).square().mean().backward()
@@ -205,10 +329,10 @@ def _pair_of(model: nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@every_gradient
-def test_checkpointing_over_hooks_changes_nothing(gradient: str, reentrant: bool) -> None:
+@every_kind
+def test_checkpointing_over_hooks_changes_nothing(kind: dict, reentrant: bool) -> None:
     plain, recomputed = make_model("peft"), make_model("peft")
-    optimizers = [make(model, gradient=gradient, sketch_width=4) for model in (plain, recomputed)]
+    optimizers = [make(model, sketch_width=4, **kind) for model in (plain, recomputed)]
     for step in range(4):
         loss_of(plain, step).backward()
         x, y = batch(step)
@@ -220,10 +344,10 @@ def test_checkpointing_over_hooks_changes_nothing(gradient: str, reentrant: bool
 
 
 @every_road
-@every_gradient
-def test_grad_scaler_changes_nothing_and_skips_overflows(gradient: str, road: str) -> None:
+@every_kind
+def test_grad_scaler_changes_nothing_and_skips_overflows(kind: dict, road: str) -> None:
     plain, scaled = make_model(road, dtype=torch.float32), make_model(road, dtype=torch.float32)
-    optimizers = [make(model, gradient=gradient, sketch_width=4) for model in (plain, scaled)]
+    optimizers = [make(model, sketch_width=4, **kind) for model in (plain, scaled)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     for step in range(12):
         for optimizer in optimizers:
@@ -371,15 +495,15 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_gradient
+@every_kind
 @pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_operators_of_a_step_do_not_depend_on_the_number_of_layers(gradient: str, mode: str, dtype: torch.dtype) -> None:
+def test_operators_of_a_step_do_not_depend_on_the_number_of_layers(kind: dict, mode: str, dtype: torch.dtype) -> None:
     """The measurement of c and the clipping as well, torch's operators beside ours."""
     counts = []
     for layers in (6, 60):
         model = lk.adapt(nn.Sequential(*(nn.Linear(12, 12, dtype=dtype) for _ in range(layers))), rank=3)
-        optimizer = make(model, gradient=gradient, sketch_width=4, momentum_mode=mode)
+        optimizer = make(model, **kind, sketch_width=4, momentum_mode=mode)
         for _ in range(2):
             optimizer.zero_grad()
             sum(layer(torch.randn(5, 12, dtype=dtype)).square().sum() for layer in model).backward()
@@ -390,6 +514,54 @@ def test_operators_of_a_step_do_not_depend_on_the_number_of_layers(gradient: str
         assert len(norms) == 1 and len(norms[0]) == layers
         counts.append(launches.count)
     assert counts[0] == counts[1], counts
+
+
+def storages(tensors) -> int:
+    """Bytes of the memory that stands behind tensors, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
+@every_kind
+def test_memory_is_at_most_adams_and_what_the_gradient_is_said_to_hold(kind: dict, mode: str) -> None:
+    """State: Adam's twice the factors; the metric adds the factors' size (and σ) once. Between backward and ``step()``: X and S of all
+    tokens, the matrices, or p(d_out + d_in) + (p+1) d_in numbers; of them X is what autograd held anyway. After ``step()``: nothing.
+    """
+    rank, width, micro_batches = 4, 5, 3
+    shapes = [(40, 24), (24, 24), (16, 24)]
+    model = lk.adapt(nn.Sequential(*(nn.Linear(d_in, d_out, dtype=torch.float32) for d_out, d_in in shapes)), rank=rank)
+    head = nn.Linear(6, 2)
+    model.append(head)
+    twins = [p.detach().clone().requires_grad_() for p in trainable(model)]
+    optimizer, adam = make(model, sketch_width=width, momentum_mode=mode, **kind), torch.optim.AdamW(twins)
+    inputs = [torch.randn(7, 24) for _ in range(micro_batches)]
+    for x in inputs:
+        sum(layer(x).square().mean() for layer in model[:3]).backward()
+    head(torch.randn(3, 6)).sum().backward()
+    held = [value for recorder in optimizer._recorders for value in vars(recorder.gradient).values()]
+    captured = [t for h in held for piece in (h if isinstance(h, list) else [h]) for t in (piece if isinstance(piece, tuple) else [piece])]
+    captured = [t for t in captured if isinstance(t, Tensor)]
+    tokens, (heights, widths) = 7 * micro_batches, map(sum, zip(*shapes, strict=True))
+    # X is one tensor for all three layers here, as it is for query, key and value.
+    stated = {
+        "factors": tokens * (heights + 24),
+        "dense": sum(d_out * d_in for d_out, d_in in shapes),
+        "sketch": width * (heights + widths) + (width + 1) * widths,
+    }[kind.get("gradient", "factors")]
+    assert storages(captured) == 4 * stated
+    optimizer.step()
+    assert all(recorder.gradient.empty for recorder in optimizer._recorders)
+    for p in twins:
+        p.grad = torch.zeros_like(p)
+    adam.step()
+
+    def kept(of: torch.optim.Optimizer) -> int:
+        return storages(t for state in of.state.values() for t in state.values() if t.ndim)
+
+    factors = 4 * rank * (heights + widths)
+    metric = factors + 4 * 2 * rank * len(shapes) if "metric" in kind else 0
+    assert kept(optimizer) - metric <= kept(adam)
+    assert kept(optimizer) - metric - 2 * storages(head.parameters()) == {"naive": 4 * rank * heights}.get(mode, factors)
 
 
 def test_refusals() -> None:
@@ -404,6 +576,12 @@ def test_refusals() -> None:
         ({"momentum_rank": 4, "momentum_mode": "naive"}, "momentum_rank is for"),
         ({"sketch_width": 0}, "sketch_width must be"),
         ({"lr_ratio": 2.0}, "lr_ratio is not supported"),
+        ({"metric": "shampoo"}, "metric must be one of None, 'kfac', got 'shampoo'"),
+        ({"metric_rank": 4}, "metric_rank is for metric='kfac'"),
+        ({**KFAC, "metric_rank": 0}, "metric_rank must be an integer ≥ 1"),
+        ({**KFAC, "metric_decay": 1.0}, "metric_decay must be in"),
+        ({**KFAC, "metric_damping": 0.0}, "metric_damping must be positive"),
+        ({**KFAC, "gradient": "dense"}, "made of X and S, which gradient='dense' does not keep"),
     ):
         with pytest.raises(ValueError, match=message):
             make(model, **bad)
@@ -449,11 +627,11 @@ def test_a_step_that_makes_no_sense_changes_nothing(gradient: str) -> None:
 
 
 @every_road
-@every_gradient
+@every_kind
 @pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
-def test_overlap_with_the_backward_pass_changes_nothing(mode: str, gradient: str, road: str) -> None:
+def test_overlap_with_the_backward_pass_changes_nothing(mode: str, kind: dict, road: str) -> None:
     plain, overlapped = Shared(road), Shared(road)
-    options = {"gradient": gradient, "sketch_width": 3, "momentum_mode": mode, "lr": 0.01}
+    options = {"lr": 0.01, **kind, "sketch_width": 3, "momentum_mode": mode}
     optimizers = make(plain, **options), make(overlapped, overlap=True, **options)
     for step in range(6):
         for model, optimizer in zip((plain, overlapped), optimizers, strict=True):
@@ -491,6 +669,126 @@ def test_overlap_refuses_what_it_cannot_do() -> None:
     assert not any(torch.equal(p, q) for p, q in zip(before, deltas(model), strict=True))
 
 
+#: Of a base layer; PEFT's A has its kernel, stride and padding.
+CONVOLUTIONS = {
+    "2d": lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1),
+    "2d, oblong": lambda: nn.Conv2d(3, 8, (3, 2), stride=(1, 2), padding=(0, 1)),
+    "2d, same": lambda: nn.Conv2d(3, 8, (2, 3), padding="same"),
+    "2d, pointwise": lambda: nn.Conv2d(3, 8, 1),
+    "1d": lambda: nn.Conv1d(3, 8, 5, stride=2, padding=2),
+}
+
+
+class Convolved(nn.Module):
+    """A convolution and a linear layer behind it, adapted by PEFT, with random factors."""
+
+    def __init__(self, kind: str, channels_last: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.head = CONVOLUTIONS[kind]().double(), nn.Linear(8, 5).double()
+        peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=6, target_modules=["convolution", "head"]), self)
+        self.positions = (7, 6) if kind.startswith("2d") else (11,)
+        self.pairs = pairs(self, convolutions=True)
+        for pair in self.pairs:
+            for factor in (pair.A, pair.B):
+                factor.data = torch.randn(factor.shape, dtype=torch.float64) / 4
+                if channels_last and factor.ndim == 4:
+                    factor.data = factor.data.to(memory_format=torch.channels_last)
+
+    def batch(self, step: int) -> Tensor:
+        return torch.randn(4, 3, *self.positions, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.convolution(x).flatten(2).mT)).square().mean()
+
+    def deltas(self) -> list[Tensor]:
+        return [pair.scale * pair.B.detach().flatten(1) @ pair.A.detach().flatten(1) for pair in self.pairs]
+
+    def dense_gradients(self, layers: list[OPLoRALayer], step: int) -> list[tuple[Tensor, Tensor]]:
+        """(S, X) of both layers, G = SᵀX by autograd through whole weights; of the convolution S = I and X = G."""
+        base, a = self.convolution.base_layer, self.convolution.lora_A.default
+        convolve = nn.functional.conv2d if len(self.positions) == 2 else nn.functional.conv1d
+        whole, head = (layer.delta_weight().requires_grad_() for layer in layers)
+        x = self.batch(step)
+        y = base(x) + convolve(x, whole.view(8, 3, *a.kernel_size), stride=a.stride, padding=a.padding)
+        hidden = torch.tanh(y.flatten(2).mT)
+        output = hidden @ (self.head.base_layer.weight + head).T + self.head.base_layer.bias
+        output.square().mean().backward()
+        return [(torch.eye(8, dtype=torch.float64), whole.grad), (torch.eye(5, dtype=torch.float64), head.grad)]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@every_gradient
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_convolutions_follow_the_algorithm_box_on_dense_gradients(convolution: str, gradient: str, channels_last: bool) -> None:
+    if channels_last and not convolution.startswith("2d"):
+        pytest.skip("a layout of 2-d convolutions")
+    model = Convolved(convolution, channels_last)
+    optimizer = make(model, gradient=gradient, sketch_width=100)
+    assert optimizer._handles and len(optimizer._pairs) == 2
+    optimizer._create_state()
+    layers = []
+    for pair in model.pairs:
+        start, settings = optimizer.state[pair.A]["momentum_v"].clone(), {"lr": LR, "momentum": 0.8}
+        factors = pair.A.detach().flatten(1).clone(), pair.B.detach().flatten(1).clone()
+        layers.append(OPLoRALayer(*factors, pair.scale, proximal=1e-3, momentum_start=start, **settings))
+    first = model.deltas()
+    for step in range(20):
+        for layer, (s, x) in zip(layers, model.dense_gradients(layers, step), strict=True):
+            layer.step(s, x)
+        optimizer.zero_grad()
+        model(model.batch(step)).backward()
+        optimizer.step()
+    for delta, layer, start in zip(model.deltas(), layers, first, strict=True):
+        expected = layer.delta_weight()
+        assert float((expected - start).norm()) > 1e-3
+        assert float((delta - expected).norm() / expected.norm()) <= 1e-9
+
+
+@every_kind
+def test_convolutions_in_micro_batches_overlapped_and_resumed(kind: dict) -> None:
+    """As one batch on a contiguous layout; the metric's X are the patches."""
+    whole, parts = Convolved("2d"), Convolved("2d", channels_last=True)
+    optimizers = make(whole, sketch_width=100, **kind), make(parts, sketch_width=100, **kind)
+    overlapped = Convolved("2d", channels_last=True)
+    early = make(overlapped, sketch_width=100, overlap=True, **kind)
+    for step in range(6):
+        if step == 3:
+            saved, optimizer = copy.deepcopy(optimizers[1].state_dict()), optimizers[1]
+            optimizer.close()
+            optimizers = optimizers[0], make(parts, sketch_width=100, **kind)
+            optimizers[1].load_state_dict(saved)
+        x = whole.batch(step)
+        for model, optimizer in ((whole, optimizers[0]), (overlapped, early)):
+            optimizer.zero_grad()
+            model(x).backward()
+            optimizer.step()
+        optimizers[1].zero_grad()
+        for half in x.split(2):
+            (parts(half) / 2).backward()
+        optimizers[1].step()
+    for model in (parts, overlapped):
+        for mine, theirs in zip(model.deltas(), whole.deltas(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_other_convolutions_are_left_to_adamw_with_a_notice() -> None:
+    """Groups and three dimensions (PEFT), and a transposed A."""
+    model = nn.Module()
+    model.grouped, model.deep, model.plain = nn.Conv2d(4, 8, 3, groups=2), nn.Conv3d(3, 4, 2), nn.Conv2d(3, 4, 2)
+    with pytest.warns(UserWarning, match="groups"):
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["grouped", "deep", "plain"]), model)
+    model.transposed = nn.Module()
+    model.transposed.lora_A = nn.ModuleDict({"default": nn.ConvTranspose2d(2, 5, 3, bias=False)})
+    model.transposed.lora_B = nn.ModuleDict({"default": nn.ConvTranspose2d(5, 2, 1, bias=False)})
+    with pytest.warns(UserWarning, match=r"6 adapter parameter\(s\).*convolutions in groups, transposed or 3-d.*get AdamW: grouped"):
+        optimizer = make(model)
+    assert [pair.name for pair in optimizer._pairs] == ["plain.default"]
+    del model.plain
+    with pytest.raises(ValueError, match="no pair of low-rank factors"):
+        make(model)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     here = Path(__file__).parent
@@ -508,6 +806,7 @@ def test_two_ranks_with_half_the_batch_are_one(case: str, two_ranks: list[dict])
     for mine, other, expected in zip(zero, one, oplora_ranks.train(case, 0, 1), strict=True):
         assert torch.equal(mine, other), "the ranks drifted apart"
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
-    # At most four columns of G or of Gᵀ (the norm's probe) for all layers; or the sketches, 4 and 9 columns.
+    # At most four columns of G or of Gᵀ (the norm's probe) for all layers; the sketches, 4 and 9 columns; three of each metric.
     heights, widths = (sum(shape[dim] for shape in oplora_ranks.SHAPES) for dim in (0, 1))
-    assert sent <= (4 * heights + 9 * widths if case == "sketch" else 4 * max(heights, widths))
+    thin = {"sketch": 4 * heights + 9 * widths, "kfac": 3 * (heights + widths)}
+    assert sent <= thin.get(case, 4 * max(heights, widths))

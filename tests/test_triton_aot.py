@@ -17,8 +17,8 @@ GROUPS = {
     "lorsum": {"copy_kernel", "contract_kernel", "factor_kernel", "map_kernel", "expand_kernel", "finish_kernel"},
     "lora_linear": {"project_kernel", "expand_kernel", "token_sum_kernel", "add_splits_kernel"},
 }
-#: How many cubins a group may take: at most 121 in all, for the time that it takes.
-MOST = {"adamw": 15, "qr": 30, "svd": 6, "small": 24, "lorsum": 12, "lora_linear": 32}
+#: How many cubins a group may take: at most 133 in all, for the time that it takes.
+MOST = {"adamw": 15, "qr": 30, "svd": 6, "small": 24, "lorsum": 24, "lora_linear": 32}
 
 
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
@@ -29,7 +29,7 @@ def test_compiles_without_spills(group: str) -> None:
     reports = compile_group(group)
     assert {report["kernel"] for report in reports} == GROUPS[group]
     assert len(reports) <= MOST[group]
-    assert {report["arch"] for report in reports} == set(ARCHITECTURES) - ({100} if group == "lorsum" else set())
+    assert {report["arch"] for report in reports} == set(ARCHITECTURES)
     if TRITON >= (3, 7):
         # Triton 3.6 allocates registers worse, above all for fp64 products on sm_100: slower there, not wrong.
         assert [report for report in reports if report["stack"] or report["local"]] == []

@@ -126,6 +126,8 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "lorsum": {
         "r16 bf16": lambda: lorsum_case(16, torch.bfloat16),
         "r32 fp32": lambda: lorsum_case(32, torch.float32),
+        "r64 fp32": lambda: lorsum_case(64, torch.float32),
+        "r128 fp32": lambda: lorsum_case(128, torch.float32),
     },
     "lora_linear": {
         "r16 bf16": lambda: lora_case(16, torch.bfloat16, dropout=True),
@@ -159,6 +161,8 @@ ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("lora_linear", "core r128 fp32"): (90,),
     ("lorsum", "r16 bf16"): (80,),
     ("lorsum", "r32 fp32"): (90,),
+    ("lorsum", "r64 fp32"): (90,),
+    ("lorsum", "r128 fp32"): (100,),
     ("small", "gram r32 fp32"): (90,),
     ("small", "gram r128 fp32"): (90,),
     ("small", "gram r128 fp64"): (90,),

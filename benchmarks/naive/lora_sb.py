@@ -36,7 +36,11 @@ class LoRASBLayer:
 
     def step(self, grad_W: Tensor) -> None:
         """One step from the full gradient of the weight (which training never has: only ``∂R = s·BᵀGAᵀ`` of it)."""
-        g = optimal_gradient(self.B, self.A, self.scale * self.B.T @ grad_W @ self.A.T, self.scale)
+        self.step_core(self.scale * self.B.T @ grad_W @ self.A.T)
+
+    def step_core(self, grad_R: Tensor) -> None:
+        """One step from ``∂R``."""
+        g = optimal_gradient(self.B, self.A, grad_R, self.scale)
         self.steps += 1
         if self.update == "adam":
             adamw_([self.R], [g], [self.exp_avg], [self.exp_avg_sq], step=self.steps, lr=self.lr)

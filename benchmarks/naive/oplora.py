@@ -35,8 +35,52 @@ def lorsum(
     return U, V
 
 
+def scaled_lorsum(
+    start: tuple[Tensor, Tensor],
+    kept: float,
+    step: Tensor,
+    metrics: tuple[Tensor, Tensor],
+    sweeps: int,
+    proximal: float,
+    first: str = "u",
+) -> tuple[Tensor, Tensor]:
+    """``kept·U⁰V⁰ᵀ + D_U⁻¹·step·D_V⁻¹`` at rank r in the norm ``⟨·, D_U · D_V⟩`` (Equations 6 and 10), with whole matrices."""
+    (U, V), (D_U, D_V) = start, metrics
+    weight = kept * U @ V.T + torch.linalg.solve(D_U, step) @ torch.linalg.inv(D_V)
+    eye = torch.eye(U.shape[1], dtype=U.dtype)
+    for turn in range(2 * sweeps):
+        if (first == "u") == (turn % 2 == 0):
+            U = torch.linalg.solve(V.T @ D_V @ V + proximal * eye, (weight @ D_V @ V + proximal * start[0]).T).T
+        else:
+            V = torch.linalg.solve(U.T @ D_U @ U + proximal * eye, (weight.T @ D_U @ U + proximal * start[1]).T).T
+    return U, V
+
+
+class Kronecker:
+    """The running average of one side's ``statistic`` (d, d), ``D ← LoRSum(βD + (1−β)·statistic)`` (Algorithm 1, line 8), from 0.
+
+    LoRSum's result is ``PD`` with a projection P; of its singular value decomposition WΣZᵀ the symmetric WΣWᵀ is kept.
+    """
+
+    def __init__(self, basis: Tensor, decay: float, damping: float, sweeps: int) -> None:
+        self.W, self.D = basis, basis.new_zeros(len(basis), len(basis))
+        self.decay, self.damping, self.sweeps, self.updates = decay, damping, sweeps, 0
+
+    def update(self, statistic: Tensor) -> Tensor:
+        """The damped average (d, d), without the weight of its start."""
+        eye = torch.eye(len(self.W), dtype=self.W.dtype)
+        average = self.decay * self.D + (1 - self.decay) * statistic
+        U, V = lorsum((self.W, self.W), [(average, eye)], [1.0], self.sweeps)
+        W, sigma, _ = torch.linalg.svd(U @ V.T)
+        rank = self.W.shape[1]
+        self.W, self.updates = W[:, :rank], self.updates + 1
+        self.D = self.W * sigma[:rank] @ self.W.T
+        return self.D / (1 - self.decay**self.updates) + self.damping * eye
+
+
 class OPLoRALayer:
-    """Algorithm 1 without metrics: ``sUVᵀ ← LoRSum((1 − ηγ)sUVᵀ − ηG − ηαM)``, then the momentum by ``momentum_mode``::
+    """Algorithm 1, scaled if there are ``metrics`` (of U, of V); without, ``sUVᵀ ← LoRSum((1 − ηγ)sUVᵀ − ηG − ηαM)``. Then the
+    momentum by ``momentum_mode``::
 
         "lowrank"    M ← LoRSum(αM + G), with the same K and λ, at its own rank (Equation 9)
         "projected"  M ← (αM + G) V(VᵀV)⁻¹Vᵀ with the V at which G was taken (LoFT): factors M_U and that V
@@ -59,9 +103,11 @@ class OPLoRALayer:
         momentum_mode: str = "lowrank",
         momentum_start: Tensor | None = None,
         first: str = "u",
+        metrics: tuple[Kronecker, Kronecker] | None = None,
     ) -> None:
         self.U, self.V, self.s = B, A.T, scale
         self.lr, self.momentum, self.weight_decay, self.mode = lr, momentum, weight_decay, momentum_mode
+        self.metrics = metrics
         self.sums = {"sweeps": sweeps, "proximal": proximal, "first": first}
         start = self.V if momentum_start is None else momentum_start
         self.M = torch.zeros(len(B), start.shape[1], dtype=B.dtype), start
@@ -73,11 +119,14 @@ class OPLoRALayer:
     def step(self, S: Tensor, X: Tensor) -> None:
         """One step at the full gradient SᵀX."""
         V, gradient = self.V, (S.T, X.T)
-        factors, coefficients = [(self.U, V), gradient], [1 - self.lr * self.weight_decay, -self.lr / self.s]
-        if self.momentum:
-            factors.append(self.M)
-            coefficients.append(-self.lr / self.s * self.momentum)
-        self.U, self.V = lorsum((self.U, V), factors, coefficients, **self.sums)
+        kept, lr = 1 - self.lr * self.weight_decay, self.lr / self.s
+        if self.metrics is None:
+            factors = [(self.U, V), gradient, self.M]
+            self.U, self.V = lorsum((self.U, V), factors, [kept, -lr, -lr * self.momentum], **self.sums)
+        else:
+            damped = self.metrics[0].update(S.T @ S / len(S)), self.metrics[1].update(X.T @ X / len(X))
+            full = S.T @ X + self.momentum * self.M[0] @ self.M[1].T
+            self.U, self.V = scaled_lorsum((self.U, V), kept, -lr * full, damped, **self.sums)
         if not self.momentum:
             return
         if self.mode == "lowrank":

@@ -1,5 +1,5 @@
-"""Steps of all factors of a model: ``grouped_adamw_`` and the optimizer around it, AltLoRA+ and SDS-LoRA's refresh step, each
-against its naive loop and against torch's AdamW on the same parameters: the yardstick of what a step may cost."""
+"""Steps of all factors of a model: ``grouped_adamw_`` and the optimizer around it, AltLoRA+, SDS-LoRA's refresh step, OPLoRA and LoRA-SB,
+each against its naive loop and against torch's AdamW on the same parameters: the yardstick of what a step may cost."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from lowrank_kernels.optim.preconditioned import DEFAULT_DAMPING
 from ..harness import Case, Trial, worst
 from ..methods import adapted_layers
 from ..naive import SDSLoRALayer, adamw_
+from ..naive.lora_sb import LoRASBLayer
+from ..naive.oplora import OPLoRALayer
 from ..naive.preconditioned import AltLoRALayer
 from . import Setting, on, suite
 
@@ -195,11 +197,132 @@ def sds(backend: str, factors: Factors, judge: Judge) -> Trial:
     return Trial(step, judged, on(backend), ours=True)
 
 
+# ---------------------------------------------------------------------------------------------------------------- OPLoRA
+
+OPLORA = {"lr": 0.1, "momentum": 0.9, "sweeps": 2, "proximal": 1e-3}
+
+
+@dataclass
+class Captured:
+    """A, B, S and X of every layer, one after the other, and the first V of its momentum."""
+
+    params: list[Tensor]
+    seen: list[Tensor]
+    starts: list[Tensor]
+
+    def copy(self, dtype: torch.dtype | None = None) -> Captured:
+        """The same elsewhere in memory."""
+        return Captured(*([t.to(dtype or t.dtype, copy=True) for t in tensors] for tensors in (self.params, self.seen, self.starts)))
+
+    def layers(self) -> list[tuple[Tensor, ...]]:
+        """(A, B, S, X, V) of every layer."""
+        params, seen = iter(self.params), iter(self.seen)
+        return list(zip(params, params, seen, seen, self.starts, strict=True))
+
+
+def make_captured(setting: Setting) -> Captured:
+    """Gaussian everything: S as of the mean over the tokens, V of the momentum as the optimizer draws it."""
+    factors, generator = make_factors(setting), setting.generator(1)
+
+    def draw(rows: int, columns: int, divisor: float) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator, device=setting.device) / divisor).to(setting.dtype)
+
+    sizes = [((setting.tokens, d_out), (setting.tokens, d_in)) for d_out, d_in in setting.layers]
+    seen = [draw(*size, divisor) for both in sizes for size, divisor in zip(both, (setting.tokens, 1), strict=True)]
+    return Captured(factors.params, seen, [draw(d_in, setting.rank, d_in**0.5) for _, d_in in setting.layers])
+
+
+def naive_oplora(captured: Captured) -> tuple[Callable[[], None], list[OPLoRALayer]]:
+    """Steps of all layers, one layer after the other, each from the same factors, as the optimizer's (see :func:`oplora`)."""
+    layers = [(OPLoRALayer(A, B, 1.0, momentum_start=V, **OPLORA), A, B, S, X) for A, B, S, X, V in captured.layers()]  # type: ignore[arg-type]
+
+    def run() -> None:
+        for layer, A, B, S, X in layers:
+            layer.U, layer.V = B, A.T
+            layer.step(S, X)
+
+    return run, [layer for layer, *_ in layers]
+
+
+def factors_of(layers: list[OPLoRALayer]) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in (layer.V.T, layer.U)]
+
+
+def after_one_oplora_step(captured: Captured) -> list[Tensor]:
+    run, layers = naive_oplora(captured)
+    run()
+    return factors_of(layers)
+
+
+def oplora(backend: str, captured: Captured, judge: Judge) -> Trial:
+    """``OPLoRA.step()`` on one backend. ∂B, which is measured against SᵀX, is that of the first factors: so each step starts from these."""
+    layers = [(A, B, torch.zeros_like(A), S.mT @ (X @ A.mT)) for A, B, S, X, _ in captured.layers()]
+    modules = adapted_layers(layers, None, "lora")
+    optimizer = lrk.OPLoRA(modules, **OPLORA)  # type: ignore[arg-type]
+    params = [p.detach() for module in modules for p in (module.lora_A, module.lora_B)]
+    start, holders = [p.clone() for p in params], [recorder.gradient for recorder in optimizer._recorders]
+
+    def run() -> None:
+        torch._foreach_copy_(params, start)
+        for holder, (_, _, S, X, _) in zip(holders, captured.layers(), strict=True):
+            holder.add(X, S)
+        optimizer.step()
+
+    return Trial(run, lambda: judge(params), on(backend), ours=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- LoRA-SB
+
+
+def naive_lora_sb(factors: Factors) -> tuple[Callable[[], None], list[LoRASBLayer]]:
+    """Steps on the cores of all layers, one layer after the other; the gradients ``∂R`` are there."""
+    layers = [(LoRASBLayer(B, B.new_zeros(len(A), len(A)), A, 1.0, lr=0.1), core_gradient(B, A)) for A, B, _, _ in factors.layers()]
+
+    def run() -> None:
+        for layer, gradient in layers:
+            layer.step_core(gradient)
+
+    return run, [layer for layer, _ in layers]
+
+
+def core_gradient(B: Tensor, A: Tensor) -> Tensor:
+    """Something (r, r) to step on, of the size of ``BᵀGAᵀ``."""
+    rank = len(A)
+    return B[:rank].to(torch.float64).mul(A[:, :rank].to(torch.float64)).add(1.0).mul(B.shape[0]).to(B.dtype)
+
+
+def after_one_lora_sb_step(factors: Factors) -> list[Tensor]:
+    run, layers = naive_lora_sb(factors)
+    run()
+    return [layer.R for layer in layers]
+
+
+def lora_sb(backend: str, factors: Factors, judge: Judge) -> Trial:
+    """``LoRASB.step()`` on one backend, gradients in place."""
+    modules = adapted_layers([(A, B, None, None) for A, B, _, _ in factors.layers()], None, "xs")  # type: ignore[misc]
+    cores: list[Any] = [module.lora_R for module in modules]
+    for core, (A, B, _, _) in zip(cores, factors.layers(), strict=True):
+        core.grad = core_gradient(B, A).to(core.dtype)
+    optimizer = lrk.LoRASB(modules, lr=0.1)
+
+    def judged() -> tuple[float, float]:
+        assert len(modules) == len(cores)  # they hold A and B
+        return judge([core.detach() for core in cores])
+
+    return Trial(optimizer.step, judged, on(backend), ours=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------- the cases
 
 
 def method_case(
-    setting: Setting, op: str, factors: Factors, bytes_moved: int, naive_run: Callable[[], Trial], ours: Callable[[str], Trial]
+    setting: Setting,
+    op: str,
+    factors: Factors,
+    bytes_moved: int,
+    naive_run: Callable[[], Trial],
+    ours: Callable[[str], Trial],
+    tokens: int | None = None,
 ) -> Case:
     """A method's whole step: naive, torch's fused AdamW on the same parameters, ours on each backend and as the registry chooses."""
     adamw = Judge(factors)
@@ -218,12 +341,13 @@ def method_case(
             "ours-optimizer": partial(ours, "auto"),
         },
         rival="torch-fused-adamw",
+        tokens=tokens,
     )
 
 
 @suite("optimizer")
 def cases(setting: Setting) -> Iterator[Case]:
-    """``grouped_adamw_`` over all factors of the adapted layers; the steps of AltLoRA+ and of SDS-LoRA with a refresh."""
+    """``grouped_adamw_`` over all factors of the adapted layers; steps of AltLoRA+, SDS-LoRA with a refresh, OPLoRA and LoRA-SB."""
     factors = make_factors(setting)
     judge = Judge(factors)
     providers: dict[str, Callable[[Factors, Judge], Trial]] = {
@@ -279,4 +403,38 @@ def cases(setting: Setting) -> Iterator[Case]:
         elements * (6 * item + 4 * state),
         naive_sds_trial,
         lambda backend: sds(backend, factors.copy(), sds_judge),
+    )
+
+    captured = make_captured(setting)
+    oplora_judge = Judge(captured, after_one_oplora_step, wide)
+
+    def naive_oplora_trial() -> Trial:
+        run, layers = naive_oplora(captured.copy(wide))
+        return Trial(run, lambda: oplora_judge([t.to(setting.dtype) for t in factors_of(layers)]))
+
+    yield method_case(
+        setting,
+        "oplora_step",
+        factors,
+        # Read and write the factors and the momentum, read their gradients; read S and X once.
+        elements * (3 * item + 2 * state) + sum(t.nbytes for t in captured.seen),
+        naive_oplora_trial,
+        lambda backend: oplora(backend, captured.copy(), oplora_judge),
+        tokens=setting.tokens,
+    )
+
+    sb_judge = Judge(factors, after_one_lora_sb_step, wide)
+
+    def naive_lora_sb_trial() -> Trial:
+        run, layers = naive_lora_sb(factors.copy(wide))
+        return Trial(run, lambda: sb_judge([layer.R.to(setting.dtype) for layer in layers]))
+
+    gradients = [core_gradient(B, A) for A, B, _, _ in factors.layers()]
+    yield method_case(
+        setting,
+        "lora_sb_step",
+        Factors([torch.zeros_like(gradient) for gradient in gradients], gradients),
+        len(gradients) * setting.rank**2 * (3 * item + 4 * state),  # AdamW's traffic of the cores
+        naive_lora_sb_trial,
+        lambda backend: lora_sb(backend, factors.copy(), sb_judge),
     )

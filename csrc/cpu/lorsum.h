@@ -387,6 +387,8 @@ class Lorsum {
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t i = 0; i < r_; ++i) sums[t * pitch_ + i] = static_cast<double>(other[i * g.pitch + first + t]);
       }
+    } else if (inverse != nullptr && other == g.start && is_start(j, 1 - side)) {  // VᵀV is there
+      std::memcpy(sums, g.gram + first * pitch_, static_cast<size_t>(count * pitch_) * sizeof(double));
     } else {
       const Columns<T> dense{dense_view(j, side == 0), term.dtype, g.rows};
       const Columns<T>& q = way == Road::kFactors ? columns_[1 - side][j] : dense;

@@ -160,12 +160,17 @@ def grouped_lorsum(
     lefts: list[Tensor] = []
     rights: list[Tensor | None] = []
     for index, term in enumerate(terms):
-        term_lefts, term_rights = _check_term(f"terms[{index}]", term, (us, vs))
+        is_target = _is_pair(term) and term[0] is targets[0] and term[1] is targets[1]
+        term_lefts, term_rights = (us, vs) if is_target else _check_term(f"terms[{index}]", term, (us, vs))
         lefts += term_lefts
         rights += term_rights
     numbers, tensor = _check_coefficients(coefficients, len(terms), len(us), us[0].device if us else torch.device("cpu"))
-    out_us, out_vs = ([torch.empty_like(x) for x in xs] for xs in (us, vs)) if out is None else _check_factors("out", out, (us, vs))
-    if out is not None:
+    if out is None:
+        out_us, out_vs = ([torch.empty_like(x) for x in xs] for xs in (us, vs))
+    elif out[0] is targets[0] and out[1] is targets[1]:
+        out_us, out_vs = us, vs
+    else:
+        out_us, out_vs = _check_factors("out", out, (us, vs))
         check_same_length(NAME, targets=us, out=out_us)
         for index, (x, o) in enumerate(zip([*us, *vs], [*out_us, *out_vs], strict=True)):
             if x.shape != o.shape or x.dtype != o.dtype:

@@ -191,6 +191,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     factors_share_steps = False
     #: What a method trains as factors: pairs (A, B), cores R between constant factors. Others get AdamW with the rest.
     trains_pairs, trains_cores = True, False
+    #: Whether it takes the factors of convolutions, as matrices (r, d_in·k·k) and (d_out, r). Else AdamW trains them with the rest.
+    trains_convolutions = False
     #: The pairs as :meth:`_alike` has them, and of which parameters.
     _buckets: tuple[object, list[LikePairs]] = (None, [])
 
@@ -246,7 +248,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._scale = scale
         self._constructed = False
         model = params if isinstance(params, nn.Module) else model
-        known = [] if model is None else pairs(model)
+        known = [] if model is None else pairs(model, self.trains_convolutions)
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -431,9 +433,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if i not in self._factors[g] and is_adapter_parameter(parameter_name)
         ]
         if left:
+            kinds = f"convolutions{' in groups, transposed or 3-d' if self.trains_convolutions else ''}"
             warnings.warn(
                 f"{type(self).__name__}: {len(left)} adapter parameter(s) are no {'pair of matrices' if self.trains_pairs else 'cores'} "
-                f"(embeddings, convolutions, DoRA's magnitudes, lone factors) and get AdamW: "
+                f"(embeddings, {kinds}, DoRA's magnitudes, lone factors) and get AdamW: "
                 f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}",
                 stacklevel=5,
             )
@@ -456,7 +459,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for pair in self._pairs:
             for position in (pair.a, pair.b):
                 params = self.param_groups[position[0]]["params"]
-                if position[1] >= len(params) or params[position[1]].ndim != 2:
+                if position[1] >= len(params) or params[position[1]].ndim < 2:
                     raise RuntimeError(f"{name}: {pair.name} was a pair of matrices and is none any more: {_FLAT}")
             a, b = self._at(pair.a), self._at(pair.b)
             if a.dtype != b.dtype and self.requires_pairs:

@@ -7,12 +7,48 @@ kind) are seen once, a forward pass without a backward pass leaves nothing behin
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .full_gradient import FullGradient
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A convolution as a linear layer on patches: its kernel is a matrix (d_out, d_in·k·k), its tokens are the output's positions.
+
+    Attributes:
+        kernel, stride, dilation: of two dimensions; the first is 1 for a 1-d convolution.
+        padding, mode: as ``torch.nn.functional.pad`` takes them.
+        dims: 1 or 2.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    mode: str
+    dims: int
+
+    @classmethod
+    def of(cls, module: nn.Conv1d | nn.Conv2d) -> Patches:
+        """Those of one without groups."""
+        one = (1,) * (2 - len(module.kernel_size))
+        kernel, stride, dilation = (one + tuple(size) for size in (module.kernel_size, module.stride, module.dilation))
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return cls(kernel, stride, dilation, tuple(module._reversed_padding_repeated_twice), mode, len(module.kernel_size))
+
+    def rows(self, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The input (…, d_in, *positions) as (tokens, d_in·k·k), the output's gradient (…, d_out, *positions) as (tokens, d_out)."""
+        x, s = (t if t.ndim == self.dims + 2 else t[None] for t in (x, s))
+        x = F.pad(x, self.padding, self.mode)
+        x = x if self.dims == 2 else x.unsqueeze(2)
+        patches = F.unfold(x, self.kernel, self.dilation, stride=self.stride)
+        return patches.mT.reshape(-1, patches.shape[1]), s.flatten(2).mT.reshape(-1, s.shape[1])
 
 
 class Recorder:
@@ -24,12 +60,13 @@ class Recorder:
     Attributes:
         gradient: holds what was recorded.
         scale: what G was multiplied by where S is seen: s behind ``lora_B`` of other libraries, 1 in our layers.
+        patches: how X and S of a convolution become matrices; None for a linear layer.
         active: whether anything is recorded.
         notify: called when something was.
     """
 
-    def __init__(self, gradient: FullGradient, scale: float = 1.0) -> None:
-        self.gradient, self.scale, self.active = gradient, scale, True
+    def __init__(self, gradient: FullGradient, scale: float = 1.0, patches: Patches | None = None) -> None:
+        self.gradient, self.scale, self.patches, self.active = gradient, scale, patches, True
         self.pending: Tensor | None = None
         self.notify: Callable[[], object] | None = None
         self._task = -1
@@ -48,7 +85,8 @@ class Recorder:
                 "gradients with overlap=False"
             )
         self._task = task
-        self.gradient.add(x.reshape(-1, x.shape[-1]), s.reshape(-1, s.shape[-1]))
+        rows = (x.reshape(-1, x.shape[-1]), s.reshape(-1, s.shape[-1])) if self.patches is None else self.patches.rows(x, s)
+        self.gradient.add(*rows)
         if self.notify is not None:
             self.notify()
 

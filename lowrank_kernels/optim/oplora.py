@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
 from ..pairs import owners
 from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, state_dtype
-from .capture import Recorder, watch
+from .capture import Patches, Recorder, watch
 from .early import EarlyWork, start
 from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, random_matrix, widened
-from .ranks import damped, lorsum_over_ranks, ranks_of
+from .kfac import Kronecker, track
+from .ranks import composed_lorsum, damped, ranks_of
 from .shards import KEEP_WHOLE
 
 MOMENTUM_MODES = ("lowrank", "projected", "naive")
+METRICS = (None, "kfac")
 #: With overlap=True: how far from 1 the factor may be that was measured between the captured gradient and ``.grad``, by rounding.
 UNSCALED = 1e-2
 
@@ -33,11 +35,26 @@ class OPLoRA(LowRankOptimizer):
     LoRSum is :func:`~lowrank_kernels.ops.grouped_lorsum`: K times the best U for the V at hand, then the best V, each held near its start
     by λ. As K grows this is the truncated SVD of the full step (SVDLoRA).
 
+    With ``metric="kfac"`` (Algorithm 1's scaled variant, Appendix B; experimental, as in the paper) the step is that of K-FAC, and "near"
+    and "best" are meant in its metric ``‖ΔW‖² = ⟨ΔW, D_U ΔW D_V⟩``::
+
+        D_V ← LoRSum(βD_V + (1-β) XᵀX/n)      D_U ← LoRSum(βD_U + (1-β) SᵀS/n)      n tokens, rank ``metric_rank``, damped by δI
+        sUVᵀ ← LoRSum((1 - lr·weight_decay) sUVᵀ - lr D_U⁻¹(G + αM)D_V⁻¹;  D_U, D_V)
+
+    Three choices where the paper is open or cannot be followed. Algorithm 2 prints ``V₁ᵀV`` in the product with the weight for the
+    ``V₁ᵀD_V V`` of Equation 10; with that the factors would move at G = 0. The averages start at 0 and are divided by ``1 - βᵗ``, as
+    Adam's: a start from 1 would hide ``SᵀS/n``, whose size is that of S², for hundreds of steps. And D is kept symmetric, see
+    :func:`~lowrank_kernels.optim.kfac.track`. S is what belongs to ``.grad``: unscaled and clipped.
+
     G is not in ``.grad``: the optimizer sees the inputs X and the output gradients S of the layers (``G = SᵀX``) in the backward
     pass, by a slot of our layers or by hooks on other libraries'. A and B keep their ordinary ``.grad``, and what was done to it between
     backward and ``step()``, unscaling and clipping by norms, is done to G: the factor is measured, layer by layer, as
     ``c = ⟨∂B, s·GAᵀ⟩ / ‖s·GAᵀ‖²`` (by A's gradient where A = 0). If ∂B is no multiple of the captured ``s·GAᵀ``, or not finite, ``step()``
     raises before it changes anything; that check is its one wait for the device.
+
+    Convolutions (PEFT's 1-d and 2-d ones, not in groups) are linear layers of their patches: G is (d_out, d_in·k·k), A and B are matrices
+    (r, d_in·k·k) and (d_out, r), and a token is a position of the output. There are many, and X holds every input k·k times: "dense" is
+    the small one, as a rule. Other convolutions get AdamW, and a notice says so.
 
     Gradients add up over micro-batches until ``step()`` or ``zero_grad()``, which drop them. A step that ``GradScaler`` skips drops them by
     ``zero_grad()``. A layer without gradient misses the step, its momentum too.
@@ -59,7 +76,13 @@ class OPLoRA(LowRankOptimizer):
             d_in·d_out/(d_in + d_out) tokens on, but a weight gradient's GEMM) or "sketch" (p(d_out + 2d_in) numbers, approximate; see
             :class:`~lowrank_kernels.optim.full_gradient.Sketch` for its error).
         sketch_width: p.
-        seed: of the sketches and of the first V of M.
+        metric: None or "kfac", which needs X and S: ``gradient="factors"``.
+        metric_decay: β of the averages, 0 … 1, 1 excluded.
+        metric_damping: δ > 0, absolute, added to both D_U and D_V, whose entries have the units of S² and X². With 1, D ≥ I: no direction
+            gets a longer step than without a metric, so an lr that is stable there stays so (on the MNIST task, δ = 0.1 and less
+            diverged at all but tiny lr). SᵀS/n is far below 1 for the mean of a loss: then the input's side is what is scaled.
+        metric_rank: rank k of D_U and D_V; None: r. At most the layer's smaller width.
+        seed: of the sketches and of the first V of M, and W of D.
         model: the module whose layers are to be watched, when ``params`` are groups or tensors; not kept.
         overlap: begin each layer's sweeps in the backward pass, as soon as its S is known: in a worker thread on a CPU, on a side
             stream on a GPU, layer by layer and on copies of what a step changes; ``step()`` takes the results over. For one backward pass
@@ -68,8 +91,12 @@ class OPLoRA(LowRankOptimizer):
         process_group: over which the gradients are averaged; None: the default group if ``torch.distributed`` is initialized; False: none.
         lr_ratio, capturable: not supported.
 
-    State: of B ``momentum_u`` (d_out, momentum_rank), of A ``momentum_v`` (d_in, momentum_rank; not with "naive").
+    State: of B ``momentum_u`` (d_out, momentum_rank), of A ``momentum_v`` (d_in, momentum_rank; not with "naive"): the factors' size, half
+    of Adam's. The metrics ``D = W diag(σ) Wᵀ`` add as much: W as ``metric_basis`` (d_out, k) of B, (d_in, k) of A, and σ as
+    ``metric_values`` (k,). Beside it, what ``gradient`` holds from backward to ``step()``.
     """
+
+    trains_convolutions = True
 
     def __init__(
         self,
@@ -84,6 +111,10 @@ class OPLoRA(LowRankOptimizer):
         momentum_rank: int | None = None,
         gradient: str = "factors",
         sketch_width: int = 64,
+        metric: str | None = None,
+        metric_decay: float = 0.95,
+        metric_damping: float = 1.0,
+        metric_rank: int | None = None,
         seed: int = 0,
         model: nn.Module | None = None,
         overlap: bool = False,
@@ -113,6 +144,10 @@ class OPLoRA(LowRankOptimizer):
             "momentum_rank": momentum_rank,
             "gradient": gradient,
             "sketch_width": sketch_width,
+            "metric": metric,
+            "metric_decay": metric_decay,
+            "metric_damping": metric_damping,
+            "metric_rank": metric_rank,
         }
         super().__init__(params, lr, weight_decay=weight_decay, model=watched, method_defaults=method, **options)
         self._modules = {}  # no module is kept
@@ -137,15 +172,27 @@ class OPLoRA(LowRankOptimizer):
             raise ValueError(f"{name}: sweeps must be an integer ≥ 1, got {group['sweeps']!r}: without a sweep nothing would be trained")
         if not group["proximal"] >= 0:
             raise ValueError(f"{name}: proximal must be ≥ 0, got {group['proximal']}")
-        for key, allowed in (("momentum_mode", MOMENTUM_MODES), ("gradient", KINDS)):
+        for key, allowed in (("momentum_mode", MOMENTUM_MODES), ("gradient", KINDS), ("metric", METRICS)):
             if group[key] not in allowed:
                 raise ValueError(f"{name}: {key} must be one of {', '.join(map(repr, allowed))}, got {group[key]!r}")
-        for key in ("momentum_rank", "sketch_width"):
+        for key in ("momentum_rank", "sketch_width", "metric_rank"):
             value = group[key]
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: {key} must be an integer ≥ 1, got {value!r}")
         if group["momentum_rank"] is not None and group["momentum_mode"] != "lowrank":
             raise ValueError(f"{name}: momentum_rank is for momentum_mode='lowrank'; {group['momentum_mode']!r} has the factors' rank")
+        if not 0.0 <= group["metric_decay"] < 1.0:
+            raise ValueError(f"{name}: metric_decay must be in [0, 1), got {group['metric_decay']}")
+        if not 0.0 < group["metric_damping"] < float("inf"):
+            raise ValueError(
+                f"{name}: metric_damping must be positive and finite, got {group['metric_damping']}; metrics of rank k are singular without"
+            )
+        if group["metric"] is None and group["metric_rank"] is not None:
+            raise ValueError(f"{name}: metric_rank is for metric='kfac'; without a metric there is nothing of this rank")
+        if group["metric"] is not None and group["gradient"] != "factors":
+            raise ValueError(
+                f"{name}: metric={group['metric']!r} is made of X and S, which gradient={group['gradient']!r} does not keep; use 'factors'"
+            )
         if group["lr_ratio"] != 1.0:
             raise ValueError(f"{name}: lr_ratio is not supported: lr is the length of one step of ΔW, not of A and of B")
         if group["capturable"]:
@@ -170,11 +217,13 @@ class OPLoRA(LowRankOptimizer):
         for pair in new:  # all are accepted
             a, b = self._at(pair.a), self._at(pair.b)
             layer = layers.get(id(a))
-            recorder = Recorder(self._holder(pair.a[0]), 1.0 if layer is not None else pair.scale)
+            module: Any = self._modules.get(id(a))
+            patches = Patches.of(module) if a.ndim > 2 else None
+            recorder = Recorder(self._holder(pair.a[0]), 1.0 if layer is not None else pair.scale, patches)
             if layer is not None:
                 layer.capture = recorder  # type: ignore[assignment]
             else:
-                self._handles += watch(self._modules[id(a)], self._modules[id(b)], recorder)
+                self._handles += watch(module, self._modules[id(b)], recorder)
             self._notify(recorder, len(self._recorders))
             self._recorders.append(recorder)
 
@@ -195,39 +244,65 @@ class OPLoRA(LowRankOptimizer):
     def _group(self, pair: FactorPair) -> dict[str, Any]:
         return self.param_groups[pair.a[0]]
 
+    def _matrix(self, position: Position) -> Tensor:
+        """A factor as a matrix, without autograd: itself, or, where the layout of a convolution's kernel allows no view, a copy."""
+        factor = self._at(position).detach()
+        return factor if factor.ndim == 2 else factor.flatten(1)
+
     # ---------------------------------------------------------------- state
 
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
         return {}  # A and B differ: see _create_state
 
-    def _momentum_shapes(self, pair: FactorPair, group: dict[str, Any]) -> dict[Position, tuple[str, int, int]]:
-        """Of each factor with momentum: the state's name and shape under the hyperparameters of ``group``."""
-        a, b = self._at(pair.a), self._at(pair.b)
-        if not group["momentum"]:
-            return {}
-        rank = min(group["momentum_rank"] or len(a), len(b), a.shape[1])
-        shapes = {pair.b: ("momentum_u", len(b), rank)}
-        return shapes if group["momentum_mode"] == "naive" else {**shapes, pair.a: ("momentum_v", a.shape[1], rank)}
+    def _state_shapes(self, pair: FactorPair, group: dict[str, Any]) -> Iterator[tuple[Position, str, tuple[int, ...]]]:
+        """The state of a pair under the hyperparameters of ``group``: of which factor, name and shape."""
+        sides = ((pair.b, "u", len(self._at(pair.b))), (pair.a, "v", self._matrix(pair.a).shape[1]))
+        smallest = min(height for _, _, height in sides)
+        if group["momentum"]:
+            rank = min(group["momentum_rank"] or self._rank(pair), smallest)
+            for position, side, height in sides if group["momentum_mode"] != "naive" else sides[:1]:
+                yield position, f"momentum_{side}", (height, rank)
+        if group["metric"]:
+            rank = min(group["metric_rank"] or self._rank(pair), smallest)
+            for position, _, height in sides:
+                yield position, "metric_basis", (height, rank)
+                yield position, "metric_values", (rank,)
 
     def _create_state(self) -> None:
         super()._create_state()
         for pair in self._pairs:
-            for position, (name, *shape) in self._momentum_shapes(pair, self._group(pair)).items():
+            group, of_b = self._group(pair), self.state.get(self._at(pair.b), ())
+            if ("momentum_u" in of_b or not group["momentum"]) and ("metric_basis" in of_b or not group["metric"]):
+                continue  # in every step but the first, with so many small layers
+            for position, name, shape in self._state_shapes(pair, group):
                 p = self._at(position)
                 if p not in self.state or name in self.state[p]:
                     continue
                 if name == "momentum_v":  # M = 0 by U = 0; zero factors would stay zero
                     self.state[p][name] = random_matrix(p, self._seed, *shape) / shape[0] ** 0.5
+                elif name == "metric_basis":  # D = 0 by σ = 0
+                    self.state[p][name] = torch.linalg.qr(random_matrix(p, self._seed, *shape, *position))[0]
                 else:
                     self.state[p][name] = torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
-        shapes = {position: shape for pair in self._pairs for position, shape in self._momentum_shapes(pair, group).items()}
+        shapes: defaultdict[Position, list[tuple[str, tuple[int, ...]]]] = defaultdict(list)
+        for pair in self._pairs:
+            for position, name, shape in self._state_shapes(pair, group):
+                shapes[position].append((name, shape))
         for position, state in super()._expected_states(group_index, group):
-            if position in shapes:
-                name, *shape = shapes[position]
+            for name, shape in shapes[position]:
                 state[name] = torch.empty(shape, dtype=state_dtype(self._at(position).dtype), device="meta")
             yield position, state
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super()._check_state_dict(state_dict)
+        for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+            if saved["metric"] != group["metric"]:
+                raise ValueError(
+                    f"{type(self).__name__}: param_groups[{index}] of the checkpoint was saved with metric={saved['metric']!r}, here it is "
+                    f"{group['metric']!r}; make the optimizer as it was"
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -290,7 +365,7 @@ class OPLoRA(LowRankOptimizer):
         found = []
         for alike in self._alike(active):
             mine = [recorders[id(pair)] for pair in alike]
-            factors = [(self._at(pair.a).detach(), self._at(pair.b).detach()) for pair in alike]
+            factors = [(self._matrix(pair.a), self._matrix(pair.b)) for pair in alike]
             held, scales = [recorder.gradient for recorder in mine], [recorder.scale for recorder in mine]
             gradients = Gradients(alike, factors, held, scales, ranks)
             gradients.measure([self._grad(pair.a) for pair in alike], [self._grad(pair.b) for pair in alike], type(self).__name__)
@@ -300,7 +375,7 @@ class OPLoRA(LowRankOptimizer):
     def _grad(self, position: Position) -> Tensor:
         grad = self._at(position).grad
         assert grad is not None
-        return grad
+        return grad if grad.ndim == 2 else grad.flatten(1)
 
     @torch.no_grad()
     def clip_full_grad_norm_(self, max_norm: float, probes: int = 16) -> Tensor:
@@ -339,22 +414,61 @@ class OPLoRA(LowRankOptimizer):
         for group_index, group in enumerate(self.param_groups):
             rest = [i for i in range(len(group["params"])) if i not in self._factors[group_index]]
             self._moment_step(group_index, rest)
+        stepped = {id(pair) for gradients in self._gradients for pair in gradients.pairs}
+        for pair in self._pairs:
+            if id(pair) not in stepped:
+                for group_index, index in (pair.a, pair.b):
+                    self._miss(self.param_groups[group_index], index)
         for gradients in self._gradients:
             if not self._commit(gradients):
-                self._step_pairs(gradients, *self._tensors(gradients.pairs))
+                tensors = self._tensors(gradients.pairs)
+                self._step_pairs(gradients, self._updates(gradients.pairs), *tensors)
+                self._write_back(gradients.pairs, *tensors[:2])
         self._gradients = []
         self._forget()
 
-    def _tensors(self, pairs: list[FactorPair]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """What a step of these layers changes: A, B, and the factors of M as far as there are any."""
-        states = [(self.state[self._at(pair.b)], self.state[self._at(pair.a)]) for pair in pairs]
-        mus = [of_b["momentum_u"] for of_b, _ in states if "momentum_u" in of_b]
-        mvs = [of_a["momentum_v"] for _, of_a in states if "momentum_v" in of_a]
-        return [self._at(pair.a).detach() for pair in pairs], [self._at(pair.b).detach() for pair in pairs], mus, mvs
+    def _updates(self, pairs: list[FactorPair]) -> list[int]:
+        """How many steps each layer has taken, as ``group["step"]`` counts."""
+        return [self.param_groups[g]["step"] - self.param_groups[g]["missed"].get(index, 0) for g, index in (pair.a for pair in pairs)]
 
-    def _step_pairs(self, gradients: Gradients, a: list[Tensor], us: list[Tensor], mus: list[Tensor], mvs: list[Tensor]) -> None:
-        """One step of layers that agree in rank, dtype, device and groups, on the given tensors."""
+    def _tensors(self, pairs: list[FactorPair]) -> tuple[list[Tensor], ...]:
+        """What a step of these layers changes: A, B, the factors of M, W and σ of the metrics, as far as there are any."""
+        of_a, of_b = (
+            [self.state[self._at(position)] for position in positions] for positions in zip(*((p.a, p.b) for p in pairs), strict=True)
+        )
+        return (
+            [self._matrix(pair.a) for pair in pairs],
+            [self._matrix(pair.b) for pair in pairs],
+            [state["momentum_u"] for state in of_b if "momentum_u" in state],
+            [state["momentum_v"] for state in of_a if "momentum_v" in state],
+            [state["metric_basis"] for state in (*of_b, *of_a) if "metric_basis" in state],
+            [state["metric_values"] for state in (*of_b, *of_a) if "metric_values" in state],
+        )
+
+    def _write_back(self, pairs: list[FactorPair], a: list[Tensor], b: list[Tensor]) -> None:
+        """Take over new factors from the matrices that are copies."""
+        positions = [*(pair.a for pair in pairs), *(pair.b for pair in pairs)]
+        for position, matrix in zip(positions, [*a, *b], strict=True):
+            factor = self._at(position)
+            if factor.ndim > 2 and factor.data_ptr() != matrix.data_ptr():
+                factor.copy_(matrix.view(factor.shape))
+
+    def _step_pairs(
+        self,
+        gradients: Gradients,
+        updates: list[int],
+        a: list[Tensor],
+        us: list[Tensor],
+        mus: list[Tensor],
+        mvs: list[Tensor],
+        bases: list[Tensor],
+        values: list[Tensor],
+    ) -> None:
+        """One step, the ``updates``-th of each layer, of layers that agree in rank, dtype, device and groups, on the given tensors."""
         pairs, group = gradients.pairs, self._group(gradients.pairs[0])
+        metrics = None
+        if group["metric"]:
+            metrics = track(gradients, bases, values, updates, group["metric_decay"], group["metric_damping"], group["sweeps"])
         vs = [x.mT for x in a]
         lr, momentum = group["lr"] * (-1.0 if group["maximize"] else 1.0), group["momentum"]
         inverse_scales = torch.tensor([1.0 / pair.scale for pair in pairs], dtype=torch.float64, device=us[0].device)
@@ -366,7 +480,7 @@ class OPLoRA(LowRankOptimizer):
             coefficients.append(momentum * steps)
             if group["momentum_mode"] != "lowrank":
                 new_momentum = self._projected_momentum(gradients, mus, mvs, vs)
-        self._lorsum((us, vs), terms, coefficients, gradients, steps)
+        self._lorsum((us, vs), terms, coefficients, gradients, steps, metrics)
         if not momentum:
             return
         if group["momentum_mode"] != "lowrank":
@@ -391,9 +505,10 @@ class OPLoRA(LowRankOptimizer):
             raise RuntimeError(f"{type(self).__name__}: overlap=True is for one process; several ranks work with overlap=False")
         if self._at(pair.b) not in self.state or self._at(pair.a) not in self.state:
             return  # the first step creates the state
-        gradients = Gradients([pair], [(self._at(pair.a).detach(), self._at(pair.b).detach())], [recorder.gradient], [recorder.scale], None)
+        gradients = Gradients([pair], [(self._matrix(pair.a), self._matrix(pair.b))], [recorder.gradient], [recorder.scale], None)
         gradients.coefficients = torch.full((1,), 1.0 / recorder.scale, dtype=torch.float64, device=gradients.factors[0][0].device)
-        self._early[number] = start(lambda tensors: self._step_pairs(gradients, *tensors), self._tensors([pair]), group["lr"])
+        (update,) = self._updates([pair])
+        self._early[number] = start(lambda tensors: self._step_pairs(gradients, [update + 1], *tensors), self._tensors([pair]), group["lr"])
 
     def _commit(self, gradients: Gradients) -> bool:
         """Take over what was computed early, if it was for all of these layers, at this lr."""
@@ -403,8 +518,11 @@ class OPLoRA(LowRankOptimizer):
         results = [None if work is None else work.result(lr) for work in early]
         if any(result is None for result in results):
             return False
-        targets = [x for pair in gradients.pairs for part in self._tensors([pair]) for x in part]
-        torch._foreach_copy_(targets, [x for result in results for part in result for x in part])  # type: ignore[union-attr]
+        targets = [self._tensors([pair]) for pair in gradients.pairs]
+        found = [x for result in results for part in result for x in part]  # type: ignore[union-attr]
+        torch._foreach_copy_([x for tensors in targets for part in tensors for x in part], found)
+        for pair, tensors in zip(gradients.pairs, targets, strict=True):
+            self._write_back([pair], *tensors[:2])
         return True
 
     def _check_overlap(self, gradients: list[Gradients]) -> None:
@@ -418,15 +536,24 @@ class OPLoRA(LowRankOptimizer):
 
     # ---------------------------------------------------------------- LoRSum
 
-    def _lorsum(self, targets: Any, terms: list[Any], coefficients: list[Tensor], gradients: Gradients, scaled: Tensor) -> None:
-        """``targets ← LoRSum(Σ coefficient·term + scaled·G)``."""
+    def _lorsum(
+        self,
+        targets: Any,
+        terms: list[Any],
+        coefficients: list[Tensor],
+        gradients: Gradients,
+        scaled: Tensor,
+        metrics: tuple[Kronecker, Kronecker] | None = None,
+    ) -> None:
+        """``targets ← LoRSum(Σ coefficient·term + scaled·G)``, in the metrics if there are any."""
         group = self._group(gradients.pairs[0])
-        of_gradient = scaled * gradients.coefficients
-        if gradients.local:
-            options = {"sweeps": group["sweeps"], "proximal": group["proximal"], "out": targets}
+        of_gradient, sweeps, proximal = scaled * gradients.coefficients, group["sweeps"], group["proximal"]
+        if gradients.local and metrics is None:
+            options = {"sweeps": sweeps, "proximal": proximal, "out": targets}
             grouped_lorsum(targets, [*terms, gradients.term], [*coefficients, of_gradient], **options)
         else:
-            lorsum_over_ranks(targets, terms, coefficients, gradients.times, of_gradient, group["sweeps"], group["proximal"])
+            us, vs = composed_lorsum(targets, terms, coefficients, gradients.times, of_gradient, sweeps, proximal, metrics)
+            torch._foreach_copy_([*targets[0], *targets[1]], [*us, *vs])
 
     def _projected_momentum(self, gradients: Gradients, mus: list[Tensor], mvs: list[Tensor], vs: list[Tensor]) -> list[Tensor]:
         """``M_U = (αM + G) V (VᵀV)⁻¹`` and ``M_V = V``; or, "naive", ``M_U = αM_U + GV (VᵀV)⁻¹`` alone; with the V of this gradient."""
@@ -454,11 +581,14 @@ class OPLoRA(LowRankOptimizer):
         yield from super()._example_calls()
         for alike in self._alike(self._pairs):
             group = self._group(alike[0])
-            us, vs = [self._at(pair.b).detach() for pair in alike], [self._at(pair.a).detach().mT for pair in alike]
+            us, vs = [self._matrix(pair.b) for pair in alike], [self._matrix(pair.a).mT for pair in alike]
             lefts, rights = [u.new_empty(len(u), 1) for u in us], [v.new_empty(len(v), 1) for v in vs]
             coefficients = torch.ones(2, len(us), dtype=torch.float64, device=us[0].device)
             sweeps = (group["sweeps"], float(group["proximal"]), True)
             yield "grouped_lorsum", us[0].device.type, (us, vs, [*us, *lefts], [*vs, *rights], [], coefficients, *sweeps, us, vs)
+            if group["metric"]:
+                values = us[0].new_empty(len(us), us[0].shape[1])
+                yield "grouped_svd_product", us[0].device.type, (us, us, us, values, us)
 
 
 def _close(recorders: list[Recorder], handles: list[Any]) -> None:

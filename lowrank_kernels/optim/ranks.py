@@ -1,9 +1,9 @@
-"""Least squares on gradients that data-parallel ranks hold a part of each: only thin products are sent."""
+"""Least squares on gradients that data-parallel ranks hold a part of each: only thin products are sent. And scaled ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -47,7 +47,15 @@ def damped(grams: Tensor, proximal: float, dtype: torch.dtype) -> tuple[Tensor, 
     return grams + damping.diag_embed(), damping
 
 
-def lorsum_over_ranks(
+class Metric(Protocol):
+    """D of one side of all layers, symmetric positive definite."""
+
+    def times(self, ys: list[Tensor]) -> list[Tensor]: ...
+
+    def solve(self, ys: list[Tensor]) -> list[Tensor]: ...
+
+
+def composed_lorsum(
     targets: tuple[list[Tensor], list[Tensor]],
     terms: list[tuple[list[Tensor], list[Tensor]]],
     coefficients: list[Tensor],
@@ -55,12 +63,22 @@ def lorsum_over_ranks(
     gradient_coefficients: Tensor,
     sweeps: int,
     proximal: float,
-) -> None:
-    """``grouped_lorsum`` of ``terms``, which every rank has, and of a gradient that is a mean over ranks, into the targets.
+    metrics: tuple[Metric, Metric] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``grouped_lorsum`` of ``terms`` and of a gradient of which only products are known (a mean over ranks, say); it may be scaled.
+
+    With metrics (D_U, D_V) a half sweep is (OPLoRA, Equations 6 and 10, the first term being the weight itself)::
+
+        U ← (c₁U₁(V₁ᵀD_V V) + D_U⁻¹(Σ_{j>1} c_j U_j(V_jᵀV)) + λU⁰)(VᵀD_V V + λI)⁻¹
+
+    that is LoRSum of the step ``D_U⁻¹(…)D_V⁻¹`` in the norm of the metrics.
 
     Args:
         gradient: from the Vs to the ``GV`` of all layers, or, if its second argument is True, from the Us to the ``GᵀU``.
         coefficients, gradient_coefficients: (N,) each, fp64.
+
+    Returns:
+        The new (us, vs), fp32 at least.
     """
     dtype = torch.promote_types(targets[0][0].dtype, torch.float32)
     count, device = len(targets[0]), targets[0][0].device
@@ -75,10 +93,18 @@ def lorsum_over_ranks(
     current = [list(start.split(rows)) for start, rows in zip(starts, heights, strict=True)]
     for turn in range(2 * sweeps):
         side = turn % 2
-        others = current[1 - side]
-        grams, damping = damped(grouped_gram(others, dtype=torch.float64), proximal, dtype)
-        thin = grouped_lorsum_product([(term[side], term[1 - side]) for term in terms], others, coefficients)
-        rows = layers[side]
-        sums = torch.cat(thin) + factors[rows] * torch.cat(gradient(others, side == 1)) + starts[side] * damping.to(dtype)[rows]
-        current[side] = grouped_solve(grams, list(sums.split(heights[side])), side="right")  # type: ignore[assignment]
-    torch._foreach_copy_([*targets[0], *targets[1]], [*current[0], *current[1]])
+        others, rows = current[1 - side], layers[side]
+        mirrored = [(term[side], term[1 - side]) for term in terms]
+        step = factors[rows] * torch.cat(gradient(others, side == 1))
+        if metrics is None:
+            gram, known = grouped_gram(others, dtype=torch.float64), grouped_lorsum_product(mirrored, others, coefficients)
+        else:
+            seen = metrics[1 - side].times(others)
+            gram, known = grouped_gram(others, seen, dtype=torch.float64), grouped_lorsum_product(mirrored[:1], seen, coefficients[:1])
+            if len(terms) > 1:
+                step += torch.cat(grouped_lorsum_product(mirrored[1:], others, coefficients[1:]))
+            step = torch.cat(metrics[side].solve(list(step.split(heights[side]))))
+        gram, damping = damped(gram, proximal, dtype)
+        sums = torch.cat(known) + step + starts[side] * damping.to(dtype)[rows]
+        current[side] = grouped_solve(gram, list(sums.split(heights[side])), side="right")  # type: ignore[assignment]
+    return current[0], current[1]

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from ..lists import DTYPE_CODES as DTYPE_CODES

@@ -32,8 +32,8 @@ from ._tables import Layout, first_chunks, signature, table
 from .qr import _mode, load_tile, store_tile
 from .solve import _substitute, _substitute_back, cholesky_kernel
 
-#: Tile sizes exist up to rank 128; beyond 32 no ahead-of-time check has shown yet that they do not spill.
-_LARGEST_RANK = 32
+#: Up to which rank no register is spilled (tests/test_triton_aot.py), by the dtype of the arithmetic.
+_LARGEST_RANK = {torch.float32: 128, torch.float64: 32}
 #: As the reference's: factors of up to so many columns are contracted in fp64.
 _THIN = 128
 #: What a row of terms is: one that is contracted, dense (V itself is the product), the start (weighted by λ), or the Gram matrix.
@@ -287,10 +287,11 @@ class _Sizes:
         double = compute == torch.float64
         #: Columns of a term per program of the contraction and of the map (whose substitution holds whole rows).
         self.BLOCK_K = 64 if self.R <= 16 else 1024 // self.R
-        #: Rows that a contraction takes at a time, and the inner dimension of the expansion.
-        self.INNER = 16 if double else 32
-        #: Rows of a layer per program of the expansion.
-        self.BLOCK_D = 32 if double or self.R > 16 else 64
+        #: Rows that a contraction takes at a time.
+        self.CONTRACTED = 16 if double else 32
+        #: The inner dimension of the expansion, and its rows of a layer per program.
+        self.INNER = 16 if double or self.R > 32 else 32
+        self.BLOCK_D = 32 if double or self.R in (32, 128) else 64  # as many as the registers take
         self.warps = 4 if self.R <= 16 else 8
 
 
@@ -307,9 +308,10 @@ def verify(
     out_us: list[Tensor],
     out_vs: list[Tensor],
 ) -> Verdict:
-    """Refuses ranks above 32 and other devices than a GPU."""
-    if us[0].shape[1] > _LARGEST_RANK:
-        return False, f"rank {us[0].shape[1]}: the kernels are checked for spilled registers up to {_LARGEST_RANK} only"
+    """Refuses ranks above 128 (32 in fp64) and other devices than a GPU."""
+    largest = _LARGEST_RANK[compute_dtype(us[0].dtype)]
+    if us[0].shape[1] > largest:
+        return False, f"rank {us[0].shape[1]}: in this dtype the kernels are checked for spilled registers up to {largest} only"
     return device_verdict(us)
 
 
@@ -404,7 +406,7 @@ def grouped_lorsum(
                BLOCK_D=sizes.BLOCK_D, num_warps=sizes.warps)  # fmt: skip
         for _ in range(2 * sweeps):
             grid = (len(programs[side]) // 2,)
-            launch(contract_kernel, grid, work.tensors, programs[side], scratch, partials, **kinds, BLOCK_D=sizes.INNER,
+            launch(contract_kernel, grid, work.tensors, programs[side], scratch, partials, **kinds, BLOCK_D=sizes.CONTRACTED,
                    BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps)  # fmt: skip
             launch(factor_kernel, (count,), work.tensors[side * count * per_layer * int(_COLUMNS.value) :], partials, grams, factors, inverses,
                    ridges, per_layer, float(proximal), float(relative), R=r, TILE=min(r, 32), num_warps=4 if r <= 32 else 8)  # fmt: skip
