@@ -190,7 +190,7 @@ def _project(
         launch(project_kernel, (triton.cdiv(tokens, kinds.BLOCK_T),), x, x if mask is None else mask, first, first if second is None else second,
                out, out if other is None else other, tokens, length, rank, *x.stride(), *first.stride(),
                *(first if second is None else second).stride(), 1.0 / keep, MASKED=mask is not None,
-               TWO=second is not None and mix is None, MIXED=mix is not None, BY_RANK=by_rank, BLOCK_K=min(32, kinds.R), **kinds.options)  # fmt: skip
+               TWO=second is not None and mix is None, MIXED=mix is not None, BY_RANK=by_rank, BLOCK_K=16, **kinds.options)  # fmt: skip
     return out, other
 
 
