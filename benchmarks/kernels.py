@@ -57,7 +57,8 @@ def instructions(sass: str) -> dict[str, str]:
 
 def _compiler(*arguments: str) -> str:
     """What ``tests/triton_compile.py`` prints, in a process of its own: here Triton may be the interpreter's."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    # Nothing but the source and Triton's version may decide: no other ptxas, no options, no interpreter.
+    environment = {key: value for key, value in os.environ.items() if key == "TRITON_CACHE_DIR" or not re.match("TRITON_|.*PTXAS", key)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, str(ROOT / "tests" / "triton_compile.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

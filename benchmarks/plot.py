@@ -1,4 +1,4 @@
-"""``python -m benchmarks plot RESULTS.csv``: figures of a result file, written next to it.
+"""``python -m benchmarks plot RESULTS.csv``: figures of a result file, written next to it or into ``--out``.
 
 ``…-bars.png``      time of every provider by that of the naive one, one panel for each operation
 ``…-roofline.png``  how much of the roofline measured in the same run is reached
@@ -66,7 +66,8 @@ def _bars(rows: Rows, value: Callable[[dict[str, str]], float | None], line: flo
     colours = _colours(row["provider"] for row in rows)
     for (op,), members in by_op.items():
         axis = axes[op]
-        cases = list(dict.fromkeys(_case(row) for row in members))
+        shapes = list(dict.fromkeys(row["shapes"] for row in members))
+        cases = list(dict.fromkeys(_case(row) for row in sorted(members, key=lambda row: (shapes.index(row["shapes"]), int(row["rank"])))))
         providers = list(dict.fromkeys(row["provider"] for row in members))
         width = 0.85 / len(providers)
         for place, provider in enumerate(providers):
@@ -75,9 +76,9 @@ def _bars(rows: Rows, value: Callable[[dict[str, str]], float | None], line: flo
             axis.bar(at, [mine[case] for case in cases if case in mine], width, label=provider, color=colours[provider])
         axis.axhline(line, color="black", linewidth=0.8, linestyle="--")
         axis.set_ylim(bottom=0)  # a bar is read by its length
-        axis.set_xticks(range(len(cases)), cases)
+        axis.set_xticks(range(len(cases)), cases, fontsize=7 if len(cases) < 8 else 5)
         axis.set_ylabel(label, fontsize=8)
-        axis.legend(fontsize=6, ncols=2)
+        axis.legend(fontsize=6, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     return figure
 
 
@@ -111,9 +112,9 @@ def layers(rows: Rows) -> Any | None:
 
 
 def rank(rows: Rows) -> Any | None:
-    """Time against the rank, for every operation and shapes with two ranks at least."""
+    """Time against the rank, for every operation and shapes with three ranks at least."""
     by_panel = _grouped((row for row in rows if row["op"] != OP and row["median_ms"]), "op", "shapes", "tokens")
-    by_panel = {key: members for key, members in by_panel.items() if len({row["rank"] for row in members}) > 1}
+    by_panel = {key: members for key, members in by_panel.items() if len({row["rank"] for row in members}) > 2}
     if not by_panel:
         return None
     figure, axes = _panels([" ".join(filter(None, key)) for key in by_panel])
@@ -132,20 +133,36 @@ def rank(rows: Rows) -> Any | None:
 KINDS: dict[str, Callable[[Rows], Any | None]] = {"bars": bars, "roofline": roofline, "layers": layers, "rank": rank}
 
 
-def draw(path: Path) -> list[Path]:
-    """All figures that the rows of ``path`` give; the files written."""
-    groups = _grouped(read(path), *FIGURE)
+def draw(
+    path: Path,
+    out: Path | None = None,
+    threads: int | None = None,
+    ops: Iterable[str] = (),
+    without: Iterable[str] = (),
+    suffix: str = "png",
+) -> list[Path]:
+    """All figures that the rows of ``path`` give (of some operations and providers, at one number of threads), written into ``out``."""
+    from matplotlib import rc_context
+
+    ops, without = set(ops), set(without)
+    rows = [row for row in read(path) if (not ops or row["op"] in ops) and row["provider"] not in without]
+    rows = [row for row in rows if threads is None or row["threads"] == str(threads)]
+    groups = _grouped(rows, *FIGURE)
+    out = path.parent if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
     written = []
-    for (_, device_name, dtype, threads), rows in groups.items():
-        suffix = "" if len(groups) == 1 else f"-{dtype}-{threads}-threads"
+    for (_, device_name, dtype, count), rows in groups.items():
+        which = "" if len(groups) == 1 else f"-{dtype}-{count}-threads"
         if len({key[:2] for key in groups}) > 1:
-            suffix += "-" + "".join(c if c.isalnum() else "-" for c in device_name)
+            which += "-" + "".join(c if c.isalnum() else "-" for c in device_name)
         for kind, make in KINDS.items():
             figure = make(rows)
             if figure is not None:
-                figure.suptitle(f"{device_name}, {threads} threads, {dtype}, torch {rows[-1]['torch']}", fontsize=9)
-                target = path.with_name(f"{path.stem}-{kind}{suffix}.png")
-                figure.savefig(target, dpi=120)
+                figure.suptitle(f"{device_name}, {count} threads, {dtype}, torch {rows[-1]['torch']}", fontsize=9)
+                target = out / f"{path.stem}-{kind}{which}.{suffix}"
+                # The same rows give the same file.
+                with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowrank_kernels"}):
+                    figure.savefig(target, dpi=120, metadata={"Date": None} if suffix == "svg" else None)
                 written.append(target)
     return written
 
@@ -155,9 +172,14 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, metavar="RESULTS.csv")
+    parser.add_argument("--out", type=Path, help="folder for the figures (default: that of the file)")
+    parser.add_argument("--threads", type=int, help="only rows at this number of threads")
+    parser.add_argument("--op", type=lambda text: text.split(","), default=[], help="only these operations")
+    parser.add_argument("--without", type=lambda text: text.split(","), default=[], help="not these providers")
+    parser.add_argument("--format", choices=("png", "svg"), default="png")
     args = parser.parse_args(argv)
     if not args.results.exists():
         parser.error(f"{args.results} does not exist")
-    for path in draw(args.results):
+    for path in draw(args.results, args.out, args.threads, args.op, args.without, args.format):
         print(path)
     return 0

@@ -44,10 +44,16 @@ MODELS |= {name: Model(count, {"linear": (32, 32)}) for count, name in SMALL.ite
 
 #: Which layers are adapted.
 CHOICES: dict[str, tuple[str, ...] | None] = {"all": None, "qv": ("q", "v")}
+#: Layers of a block that share an input.
+SHARED = ("q", "k", "v")
+
+
+def names(model: str, choice: str = "all") -> list[str]:
+    """The names of the adapted layers of one block."""
+    wanted = CHOICES[choice]
+    return [name for name in MODELS[model].linears if wanted is None or name in wanted]
 
 
 def layers(model: str, choice: str = "all") -> list[Shape]:
     """(d_out, d_in) of every adapted layer of ``model``: of all linear layers of its blocks ("all"), or of q and v ("qv")."""
-    names = CHOICES[choice]
-    block = [shape for name, shape in MODELS[model].linears.items() if names is None or name in names]
-    return block * MODELS[model].blocks
+    return [MODELS[model].linears[name] for name in names(model, choice)] * MODELS[model].blocks

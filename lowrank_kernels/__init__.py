@@ -14,6 +14,7 @@ from .adapters import (
     lora_sb_init,
     merge,
     save_adapter,
+    share_inputs,
     unmerge,
 )
 from .explain import explain
@@ -53,5 +54,6 @@ __all__ = [
     "pairs",
     "save_adapter",
     "shard_placement",
+    "share_inputs",
     "unmerge",
 ]

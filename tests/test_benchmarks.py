@@ -268,12 +268,21 @@ def test_plots_are_drawn_from_the_file(tmp_path):
     path = tmp_path / "cpu.csv"
     small = [Row(OP, "ours-AdamW", f"small-{n}/all", 4, "float32", "cpu", "a, processor", 2, median_ms=0.1 + n) for n in (6, 600)]
     shares = {"ratio_to_naive": 0.5, "roofline_share": 0.4}
-    other_rank = make_row("ours", 3.0, **shares)
-    other_rank.rank = 16
-    upsert(path, [make_row("naive", 2.0, ratio_to_naive=1.0, copy_share=0.1), make_row("ours", 1.0, **shares), other_rank, *small])
+    other_ranks = [make_row("ours", 3.0, **shares) for _ in range(2)]
+    other_ranks[0].rank, other_ranks[1].rank = 16, 32
+    upsert(path, [make_row("naive", 2.0, ratio_to_naive=1.0, copy_share=0.1), make_row("ours", 1.0, **shares), *other_ranks, *small])
     assert plot.main([str(path)]) == 0
     names = {file.name for file in tmp_path.glob("*.png")}
     assert names == {f"cpu-{kind}.png" for kind in ("bars", "roofline", "layers", "rank")}
+    options = ["--out", str(tmp_path / "figures"), "--op", OP, "--threads", "2", "--format", "svg"]
+    texts = []
+    for _ in range(2):
+        assert plot.main([str(path), *options]) == 0
+        (file,) = (tmp_path / "figures").iterdir()
+        texts.append(file.read_text())
+    assert file.name == "cpu-layers.svg" and texts[0] == texts[1], "the same rows give the same file"
+    assert plot.main([str(path), *options, "--without", "ours-AdamW", "--out", str(tmp_path / "none")]) == 0
+    assert not list((tmp_path / "none").iterdir())
 
 
 def test_readme_shows_what_the_results_say(tmp_path):

@@ -15,7 +15,7 @@ GROUPS = {
     "svd": {"jacobi_kernel"},
     "small": {"partial_gram_kernel", "sum_chunks_kernel", "cholesky_kernel", "substitute_kernel", "join_kernel"},
     "lorsum": {"copy_kernel", "contract_kernel", "factor_kernel", "map_kernel", "expand_kernel", "finish_kernel"},
-    "lora_linear": {"project_kernel", "expand_kernel", "token_sum_kernel", "add_splits_kernel"},
+    "lora_linear": {"project_kernel", "expand_kernel", "token_sum_kernel", "output_grads_kernel", "add_splits_kernel"},
 }
 #: How many cubins a group may take: at most 133 in all, for the time that it takes.
 MOST = {"adamw": 15, "qr": 30, "svd": 6, "small": 24, "lorsum": 24, "lora_linear": 32}

@@ -5,7 +5,7 @@ The floor is the frozen layers alone. The backward pass is that of a layer in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lowrank_kernels.ops import lora_linear
+from lowrank_kernels.ops import lora_down, lora_linear, lora_up
 
 from ..compiled import compiled
 from ..harness import Case, Trial, worst
-from ..shapes import MODELS, layers
+from ..shapes import MODELS, SHARED, layers, names
 from . import Setting, on, suite
 
 SCALE = 0.5
@@ -63,6 +63,16 @@ def make_block(setting: Setting, decoupled: bool) -> list[Layer]:
     return block
 
 
+def make_shared(setting: Setting, decoupled: bool) -> list[Layer]:
+    """The layers of one block that share an input: q, k and v, or what of them is adapted."""
+    members = [
+        layer for name, layer in zip(names(setting.model, setting.choice), make_block(setting, decoupled), strict=True) if name in SHARED
+    ]
+    for layer in members:
+        layer.x = members[0].x
+    return members
+
+
 Forward = Callable[[Layer], Tensor]
 
 
@@ -90,6 +100,58 @@ def results(forward: Forward, block: list[Layer], backward: bool) -> list[Tensor
     ys = [forward(layer) for layer in block]
     wanted = [tensor for layer in block for tensor in layer.wanted]
     return [*ys, *torch.autograd.grad(ys, wanted, [layer.grad for layer in block], allow_unused=True)]
+
+
+def one_input(block: list[Layer], dtype: torch.dtype) -> list[Layer]:
+    """Copies that share one x, a leaf."""
+    copies = [layer.to(dtype) for layer in block]
+    for layer in copies:
+        layer.x = copies[0].x
+    return copies
+
+
+def together(block: list[Layer]) -> list[Tensor]:
+    """All layers of one input by :func:`lora_down` and :func:`lora_up`."""
+    bases = None if block[0].q_a is None else [layer.q_a for layer in block if layer.q_a is not None]
+    x, hiddens, hiddens_q = lora_down(block[0].x, [layer.a for layer in block], bases)
+    rest: Sequence[Tensor | None] = hiddens_q or [None] * len(block)
+    parts = zip(block, hiddens, rest, strict=True)
+    return [lora_up(x, layer.weight, None, h, layer.b, SCALE, hidden_q=h_q, q_b=layer.q_b) for layer, h, h_q in parts]
+
+
+Together = Callable[[list[Layer]], list[Tensor]]
+
+
+def shared_results(forward: Together, block: list[Layer], backward: bool) -> list[Tensor]:
+    """The outputs, and with ``backward`` the one ∂x, then ∂A and ∂B of all layers."""
+    if not backward:
+        with torch.no_grad():
+            return forward(block)
+    ys = forward(block)
+    wanted = [block[0].x, *(tensor for layer in block for tensor in (layer.a, layer.b))]
+    return [*ys, *torch.autograd.grad(ys, wanted, [layer.grad for layer in block])]
+
+
+def shared_trial(forward: Together, block: list[Layer], backward: bool, backend: str = "auto", is_ours: bool = False) -> Trial:
+    mine = one_input(block, block[0].x.dtype)
+    found: list[Tensor] = []
+    eps = torch.finfo(block[0].x.dtype).eps
+
+    def run() -> None:
+        found[:] = shared_results(forward, mine, backward)
+
+    def check() -> tuple[float, float]:
+        exact = shared_results(apart(naive), one_input(block, torch.float64), backward)
+        own = shared_results(apart(naive), one_input(block, block[0].x.dtype), backward)
+        rows = zip(found, own, exact, strict=True)
+        return worst([((f - e).abs().max().item(), 2 * (o - e).abs().max().item() + 8 * eps * e.abs().max().item()) for f, o, e in rows])
+
+    return Trial(run, check, on(backend), ours=is_ours)
+
+
+def apart(forward: Forward) -> Together:
+    """One layer after the other."""
+    return lambda block: [forward(layer) for layer in block]
 
 
 class Judge:
@@ -173,7 +235,7 @@ def peft_trial(block: list[Layer], backward: bool, judge: Judge) -> Trial:
 
 @suite("forward")
 def cases(setting: Setting) -> Iterator[Case]:
-    """Forward, and forward + backward, of the plain and of the decoupled layer."""
+    """Forward, and forward + backward, of the plain and of the decoupled layer, alone and with others on the same input."""
     elements = {"weight": sum(d_out * d_in for d_out, d_in in _block(setting)), "both": sum(map(sum, _block(setting)))}
     for decoupled in (False, True):
         block = make_block(setting, decoupled)
@@ -205,6 +267,41 @@ def cases(setting: Setting) -> Iterator[Case]:
                 flops=2 * setting.tokens * (passes * elements["weight"] + rank_r),
                 tokens=setting.tokens,
             )
+
+        yield from shared_cases(setting, decoupled)
+
+
+def shared_cases(setting: Setting, decoupled: bool) -> Iterator[Case]:
+    """q, k and v of one block on one input: naive, our layers apart, and with their projections to the rank in one."""
+    block = make_shared(setting, decoupled)
+    if len(block) < 2:
+        return
+    both = sum(layer.weight.shape[0] for layer in block) + block[0].x.shape[1]
+    weights, factors = sum(layer.weight.numel() for layer in block), 2 if decoupled else 1
+    for backward in (False, True):
+        passes = 2 if backward else 1
+        thin = sum(setting.rank * sum(layer.weight.shape) for layer in block)
+        yield Case(
+            op=("decoupled" if decoupled else "lora") + "_shared_input" + ("_forward_backward" if backward else "_forward"),
+            shapes=setting.shapes,
+            rank=setting.rank,
+            dtype=setting.dtype,
+            device=setting.device,
+            bytes=passes * (setting.tokens * both + weights + factors * thin) * setting.dtype.itemsize,
+            tensors=len(block),
+            providers={
+                "naive": partial(shared_trial, apart(naive), block, backward),
+                "ours-apart": partial(shared_trial, apart(ours), block, backward, "auto", True),
+                **{
+                    f"ours-{name}": partial(shared_trial, together, block, backward, name, True)
+                    for name in setting.backends
+                    if name != "native"
+                },
+            },
+            rival="ours-apart",
+            flops=2 * setting.tokens * (passes * weights + (factors * passes + (1 if backward else 0)) * thin),
+            tokens=setting.tokens,
+        )
 
 
 def _block(setting: Setting) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from .adapt import adapt
 from .io import adapter_state_dict, export_peft, load_adapter, load_adapter_state_dict, save_adapter
 from .layer import LowRankLinear
 from .merge import delta_weights, merge, unmerge
+from .shared import share_inputs
 from .starts import InitReport, initialize, lora_sb_init
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "lora_sb_init",
     "merge",
     "save_adapter",
+    "share_inputs",
     "unmerge",
 ]

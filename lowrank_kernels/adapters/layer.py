@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import lora_linear
+from ..ops import lora_linear, lora_up
+from ..ops.lora_shared import autocast_dtype
 from ..pairs import register_layer
+
+if TYPE_CHECKING:
+    from .shared import Projected, SharedInput
 
 #: plain LoRA; decoupled (SDS-LoRA, OD-LoRA); constant factors around a trained core (LoRA-XS, LoRA-SB).
 METHODS = ("lora", "sds", "xs")
@@ -76,6 +80,8 @@ class LowRankLinear(nn.Module):
     #: Set by optimizers that need the full gradient: called in the backward pass with the adapter's input (tokens, d_in), the gradient of
     #: the layer's output (tokens, d_out), and whether this begins a new accumulation (``lora_B.grad is None``).
     capture: Callable[[Tensor, Tensor, bool], None] | None = None
+    #: Set by :func:`~lowrank_kernels.share_inputs`: the layers that may get the same input.
+    shared_input: SharedInput | None = None
 
     def __init__(
         self,
@@ -252,12 +258,13 @@ class LowRankLinear(nn.Module):
         base = self.base_layer
         if self._capture is not None:
             return self._capture(x, base(x))
+        if self._serves_merged():
+            return nn.functional.linear(x, self._cached_weight(), base.bias)
+        if self.shared_input is not None:
+            projected = self.shared_input.take(self, x)
+            if projected is not None:
+                return self._from_projected(x, projected)
         core = self.lora_R if self.method == "xs" else None
-        if self._merged and not self.training:
-            trained = (self.lora_A, self.lora_B) if core is None else (core,)
-            learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
-            if not learning:
-                return nn.functional.linear(x, self._cached_weight(), base.bias)
         q_a, q_b = (self.q_a, self.q_b) if self._decoupled else (None, None)
         adapter = (self.lora_A, self.lora_B, self.scale)
         options: dict[str, Any] = {"q_a": q_a, "q_b": q_b, "core": core, "dropout": self.dropout, "training": self.training}
@@ -268,6 +275,33 @@ class LowRankLinear(nn.Module):
         y = base(x)
         delta = lora_linear(x, None, None, *adapter, **options)
         return y + delta.to(y.dtype)
+
+    def _serves_merged(self) -> bool:
+        """Whether a forward now runs on the merged weight."""
+        if not self._merged or self.training:
+            return False
+        trained = (self.lora_R,) if self.method == "xs" else (self.lora_A, self.lora_B)
+        return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained))
+
+    def can_share(self, x: Tensor) -> bool:
+        """Whether this layer could take the projections of x from a :class:`~lowrank_kernels.adapters.shared.SharedInput` now."""
+        base, a = self.base_layer, self.lora_A
+        if self.method == "xs" or self._capture is not None or self.capture is not None or (self.training and self.dropout > 0.0):
+            return False
+        if type(a) is not nn.Parameter or a.shape != (self.rank, self.in_features) or a.device != x.device:  # sharded, offloaded
+            return False
+        if x.ndim == 0 or x.shape[-1] != self.in_features or self._serves_merged():
+            return False
+        return base.weight.dtype == autocast_dtype(x) or autocast_dtype(x) != x.dtype or not is_plain(base)
+
+    def _from_projected(self, x: Tensor, projected: Projected) -> Tensor:
+        """:meth:`forward`, of which the projections to the rank are there already."""
+        base, (passed, hidden, hidden_q) = self.base_layer, projected
+        options = {"hidden_q": hidden_q, "q_b": None if hidden_q is None else self.q_b}
+        if is_plain(base):
+            return lora_up(passed, base.weight, base.bias, hidden, self.lora_B, self.scale, **options)
+        y = base(x)
+        return y + lora_up(None, None, None, hidden, self.lora_B, self.scale, **options).to(y.dtype)
 
     def _pass_on(self, x: Tensor, grad: Tensor) -> None:
         if self.capture is not None:

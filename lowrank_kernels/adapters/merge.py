@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..pairs import Pair, pairs
 from ._model import adapted_layers, check_model, clean_name, replace_modules
 from .layer import LowRankLinear, is_plain
+from .shared import share_inputs
 
 
 def _own_layers(function: str, model: nn.Module) -> dict[str, LowRankLinear]:
@@ -48,6 +49,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
         root = check_model("merge", model)
         if isinstance(root, LowRankLinear):
             raise ValueError("merge: the model is itself an adapter layer and cannot be replaced in place; use `unload=False`")
+        share_inputs(root, ())
         replace_modules(root, {id(layer): _merged_linear(layer) for layer in layers.values()})
     else:
         for layer in layers.values():

@@ -3,6 +3,7 @@
 from .adamw import grouped_adamw_
 from .gram import grouped_gram
 from .lora_linear import lora_linear
+from .lora_shared import lora_down, lora_up
 from .lorsum import grouped_lorsum, grouped_lorsum_product
 from .polar import grouped_polar
 from .qr import grouped_qr
@@ -20,5 +21,7 @@ __all__ = [
     "grouped_solve",
     "grouped_svd",
     "grouped_svd_product",
+    "lora_down",
     "lora_linear",
+    "lora_up",
 ]

@@ -1,13 +1,15 @@
 """``lora_linear`` forward and backward: the adapter's thin products in Triton, split at the rank-r activations; W0 by cuBLAS.
 
 Forward: ``H = x̃ [A; Q_Aᵀ]ᵀ`` (one read of x, both factors by pointer), ``y = x W0ᵀ + bias`` (torch), ``y += s H [Q_B B]ᵀ``
-(one read and write of y). Backward: ``P = ∂y [Q_B B]`` (one read of ∂y), ``∂x = ∂y W0`` (torch), ``∂x += s mask∘(P [A; Q_Aᵀ])/keep``,
-``∂A = s P₁ᵀ x̃`` and ``∂B = s ∂yᵀ H₂`` as sums over tokens, split into partial sums that are added in a fixed order.
+(one read and write of y). Backward: ``P = ∂y [Q_B B]`` and ``∂B = s ∂yᵀ H₂`` in one read of ∂y, ``∂x = ∂y W0`` (torch),
+``∂x += s mask∘(P [A; Q_Aᵀ])/keep``, ``∂A = s P₁ᵀ x̃``. Sums over tokens or columns are split into partial sums, which are added in a fixed order.
 
 Floor of the adapter's part, with b bytes an element and t tokens: forward ``b·t·(d_in + 2·d_out)`` (x once, y twice), backward
-``b·t·(d_out + 2·d_in)`` for P and ∂x, ``b·t·d_in`` for ∂A, ``b·t·d_out`` for ∂B; factors and activations of width r are small.
+``b·t·(d_out + 2·d_in)`` for P, ∂B and ∂x, ``b·t·d_in`` for ∂A; factors and activations of width r are small.
 
-fp32 inputs multiply in fp32 (``input_precision="ieee"``, on CUDA cores), never in tf32; bf16 and fp16 use tensor cores with fp32 sums.
+fp32 inputs multiply in fp32 (``input_precision="ieee"``, on CUDA cores), never in tf32, whose operands keep 10 bits. ``"tf32x3"``, three tf32
+products on tensor cores, was not taken: it loses the last two bits or so, and at small ranks these products wait for memory either way.
+bf16 and fp16 use tensor cores with fp32 sums.
 With a core R the projections are kept in fp32 (``H = x̃ Aᵀ``, ``P = ∂y B``: what ``∂R = s PᵀH`` sums) and multiplied by R in the same launch,
 while they are in registers; H Rᵀ and P R then go on in the dtype of x, as plain LoRA's activations do.
 
@@ -91,20 +93,21 @@ def project_kernel(x, mask, first, second, out_first, out_second, tokens, length
 
 
 @triton.jit(do_not_specialize=["tokens", "factor"])
-def expand_kernel(y, mask, first_h, second_h, first, second, tokens, length, rank, first_d, first_k, second_d, second_k,
-                  factor: tl.float64, HAS_BASE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr, BY_RANK: tl.constexpr,
+def expand_kernel(y, base, mask, first_h, second_h, first, second, tokens, length, rank, first_h_t, second_h_t,
+                  first_d, first_k, second_d, second_k, factor: tl.float64, HAS_BASE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr, BY_RANK: tl.constexpr,
                   COMPUTE: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """``y (+)= factor · mask∘(H₁ F₁ᵀ + H₂ F₂ᵀ)`` for contiguous y (tokens, length), H (tokens, r), F (length, r) by strides."""
+    """``y = base + factor · mask∘(H₁ F₁ᵀ + H₂ F₂ᵀ)`` for contiguous y and base (tokens, length), H (tokens, r) with contiguous rows, F (length, r)
+    by strides; ``base`` may be y."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, R)
     rows = t.to(tl.int64)[:, None]
     inside = (t[:, None] < tokens) & (k[None, :] < rank)
-    hidden = tl.load(first_h + rows * rank + k[None, :], mask=inside, other=0.0)
+    hidden = tl.load(first_h + rows * first_h_t + k[None, :], mask=inside, other=0.0)
     total = tl.zeros([BLOCK_T, BLOCK_D], COMPUTE)
     total = _dot(hidden, tl.trans(_load_factor(first, d, k, length, rank, first_d, first_k, BY_RANK)), total, UPCAST)
     if TWO:
-        hidden = tl.load(second_h + rows * rank + k[None, :], mask=inside, other=0.0)
+        hidden = tl.load(second_h + rows * second_h_t + k[None, :], mask=inside, other=0.0)
         total = _dot(hidden, tl.trans(_load_factor(second, d, k, length, rank, second_d, second_k, BY_RANK)), total, UPCAST)
     total *= scalar(factor, COMPUTE)
     target = rows * length + d[None, :]
@@ -112,12 +115,12 @@ def expand_kernel(y, mask, first_h, second_h, first, second, tokens, length, ran
     if MASKED:
         total = tl.where(tl.load(mask + target, mask=inside, other=0) != 0, total, 0.0)
     if HAS_BASE:
-        total += tl.load(y + target, mask=inside, other=0.0).to(COMPUTE)
+        total += tl.load(base + target, mask=inside, other=0.0).to(COMPUTE)
     tl.store(y + target, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "per_split", "factor"])
-def token_sum_kernel(hidden, x, mask, out, tokens, length, rank, per_split, x_t, x_d, out_d, out_k, factor: tl.float64,
+def token_sum_kernel(hidden, x, mask, out, tokens, length, rank, per_split, hidden_t, x_t, x_d, out_d, out_k, factor: tl.float64,
                      MASKED: tl.constexpr, COMPUTE: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr,
                      BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """``factor · Σ_t H[t, k] (mask∘x)[t, d]`` over one split of the tokens; ``out`` is the result or partial sums (split, …)."""
@@ -133,11 +136,42 @@ def token_sum_kernel(hidden, x, mask, out, tokens, length, rank, per_split, x_t,
         tile = tl.load(x + rows * x_t + d[None, :] * x_d, mask=inside, other=0.0)
         if MASKED:
             tile = tl.where(tl.load(mask + rows * length + d[None, :], mask=inside, other=0) != 0, tile, 0.0)
-        h = tl.load(hidden + rows * rank + k[None, :], mask=(t[:, None] < tokens) & (k[None, :] < rank), other=0.0)
+        h = tl.load(hidden + rows * hidden_t + k[None, :], mask=(t[:, None] < tokens) & (k[None, :] < rank), other=0.0)
         total = _dot(tl.trans(h), tile, total, UPCAST)
     target = out + split.to(tl.int64) * rank * length + k[:, None] * out_k + d[None, :] * out_d
     total *= scalar(factor, COMPUTE)
     tl.store(target, total.to(out.dtype.element_ty), mask=(k[:, None] < rank) & (d[None, :] < length))
+
+
+@triton.jit(do_not_specialize=["tokens", "per_split"])
+def output_grads_kernel(hidden, grad, first, second, sums, out_first, out_second, tokens, length, rank, per_split, hidden_t, grad_t, grad_d,
+                        first_d, first_k, second_d, second_k, TWO: tl.constexpr, COMPUTE: tl.constexpr, UPCAST: tl.constexpr,
+                        R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Partial sums of ``∂yᵀ H`` (split, length, r), ``∂y F₁`` and, TWO, ``∂y F₂`` (columns, tokens, r), in one read of ∂y (tokens, length).
+
+    A program holds some columns of ∂y for the tokens of one split; F (length, r) by strides.
+    """
+    column, split = tl.program_id(0), tl.program_id(1)
+    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, R)
+    total = tl.zeros([R, BLOCK_D], COMPUTE)
+    begin = split * per_split
+    for start in range(begin, tl.minimum(begin + per_split, tokens), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        rows = t.to(tl.int64)[:, None]
+        tile = tl.load(grad + rows * grad_t + d[None, :] * grad_d, mask=(t[:, None] < tokens) & (d[None, :] < length), other=0.0)
+        inside = (t[:, None] < tokens) & (k[None, :] < rank)
+        h = tl.load(hidden + rows * hidden_t + k[None, :], mask=inside, other=0.0)
+        total = _dot(tl.trans(h), tile, total, UPCAST)
+        target = (column.to(tl.int64) * tokens + rows) * rank + k[None, :]
+        # Factors are read again for every tile, from cache: kept in registers, they would spill on sm_80.
+        factor = _load_factor(first, d, k, length, rank, first_d, first_k, False)
+        tl.store(out_first + target, _dot(tile, factor, tl.zeros([BLOCK_T, R], COMPUTE), UPCAST), mask=inside)
+        if TWO:
+            factor = _load_factor(second, d, k, length, rank, second_d, second_k, False)
+            tl.store(out_second + target, _dot(tile, factor, tl.zeros([BLOCK_T, R], COMPUTE), UPCAST), mask=inside)
+    target = sums + split.to(tl.int64) * rank * length + d[None, :] * rank + k[:, None]
+    tl.store(target, total, mask=(k[:, None] < rank) & (d[None, :] < length))
 
 
 @triton.jit(do_not_specialize=["splits", "factor"])
@@ -174,11 +208,11 @@ class _Kinds:
 
 
 def _project(
-    x: Tensor, mask: Tensor | None, keep: float, first: Tensor, second: Tensor | None, by_rank: bool, mix: Tensor | None = None
+    x: Tensor, mask: Tensor | None, factor: float, first: Tensor, second: Tensor | None, by_rank: bool, mix: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``x̃ F₁`` and ``x̃ F₂``, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``).
+    """``P₁ = factor · (mask∘x) F₁`` and P₂ likewise, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``).
 
-    With ``mix`` (r, r) instead of F₂: ``x̃ F₁`` in the dtype of ``mix``, and ``x̃ F₁ · mix`` in that of x.
+    With ``mix`` (r, r) instead of F₂: P₁ in the dtype of ``mix``, and ``P₁ · mix`` in that of x.
     """
     tokens, length = x.shape
     rank = first.shape[1]
@@ -189,21 +223,25 @@ def _project(
     if tokens:
         launch(project_kernel, (triton.cdiv(tokens, kinds.BLOCK_T),), x, x if mask is None else mask, first, first if second is None else second,
                out, out if other is None else other, tokens, length, rank, *x.stride(), *first.stride(),
-               *(first if second is None else second).stride(), 1.0 / keep, MASKED=mask is not None,
+               *(first if second is None else second).stride(), factor, MASKED=mask is not None,
                TWO=second is not None and mix is None, MIXED=mix is not None, BY_RANK=by_rank, BLOCK_K=16, **kinds.options)  # fmt: skip
     return out, other
 
 
-def _expand(y: Tensor, has_base: bool, mask: Tensor | None, factor: float, first_h: Tensor, first: Tensor, second_h: Tensor | None,
+def _expand(y: Tensor, base: Tensor | None, mask: Tensor | None, factor: float, first_h: Tensor, first: Tensor, second_h: Tensor | None,
             second: Tensor | None, by_rank: bool) -> None:  # fmt: skip
-    """``y (+)= factor · mask∘(H₁F₁ᵀ + H₂F₂ᵀ)`` in place."""
+    """``y = base + factor · mask∘(H₁F₁ᵀ + H₂F₂ᵀ)``; a base of None is zero, and y itself may be it. Rows of H are contiguous."""
     tokens, length = y.shape
     kinds = _Kinds(first.shape[1], first.dtype)
+    if second_h is None or second is None:
+        second_h, second, two = first_h, first, False
+    else:
+        two = True
     if tokens:
-        launch(expand_kernel, (triton.cdiv(tokens, kinds.BLOCK_T), triton.cdiv(length, kinds.BLOCK_D)), y, y if mask is None else mask, first_h,
-               first_h if second_h is None else second_h, first, first if second is None else second, tokens, length, first.shape[1],
-               *first.stride(), *(first if second is None else second).stride(), factor, HAS_BASE=has_base, MASKED=mask is not None,
-               TWO=second is not None, BY_RANK=by_rank, **kinds.options)  # fmt: skip
+        launch(expand_kernel, (triton.cdiv(tokens, kinds.BLOCK_T), triton.cdiv(length, kinds.BLOCK_D)), y, y if base is None else base,
+               y if mask is None else mask, first_h, second_h, first, second, tokens, length, first.shape[1], first_h.stride(0),
+               second_h.stride(0), *first.stride(), *second.stride(), factor, HAS_BASE=base is not None, MASKED=mask is not None, TWO=two,
+               BY_RANK=by_rank, **kinds.options)  # fmt: skip
 
 
 def _token_sum(hidden: Tensor, x: Tensor, mask: Tensor | None, factor: float, out: Tensor, out_d: int, out_k: int) -> Tensor:
@@ -215,11 +253,43 @@ def _token_sum(hidden: Tensor, x: Tensor, mask: Tensor | None, factor: float, ou
     splits = max(1, min(triton.cdiv(_FILL, columns), tokens // (4 * kinds.BLOCK_T)))
     per_split = triton.cdiv(triton.cdiv(tokens, splits), kinds.BLOCK_T) * kinds.BLOCK_T
     target = out if splits == 1 else out.new_empty(splits, out.numel(), dtype=compute_dtype(out.dtype))
-    launch(token_sum_kernel, (columns, splits), hidden, x, x if mask is None else mask, target, tokens, length, rank, per_split, *x.stride(),
-           out_d, out_k, factor if splits == 1 else 1.0, MASKED=mask is not None, **kinds.options)  # fmt: skip
-    if splits > 1:
-        launch(add_splits_kernel, (triton.cdiv(out.numel(), 1024),), target, out, splits, out.numel(), factor, BLOCK=1024, num_warps=4)
+    launch(token_sum_kernel, (columns, splits), hidden, x, x if mask is None else mask, target, tokens, length, rank, per_split, hidden.stride(0),
+           *x.stride(), out_d, out_k, factor if splits == 1 else 1.0, MASKED=mask is not None, **kinds.options)  # fmt: skip
+    return out if splits == 1 else _add_splits(target, out, factor)
+
+
+def _add_splits(partials: Tensor, out: Tensor, factor: float) -> Tensor:
+    """``factor · Σ partials[i]`` into ``out``, contiguous."""
+    launch(add_splits_kernel, (triton.cdiv(out.numel(), 1024),), partials, out, len(partials), out.numel(), factor, BLOCK=1024, num_warps=4)
     return out
+
+
+def _output_grads(
+    grad: Tensor, hidden: Tensor, first: Tensor, second: Tensor | None, factor: float, factor_b: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``factor·∂y F₁``, ``factor·∂y F₂`` (tokens, r) and ``factor_b·∂yᵀ H`` (d_out, r).
+
+    In one read of ∂y where the partial sums, written and read in fp32 for every ``columns`` columns, are less than the read that it saves.
+    """
+    tokens, length = grad.shape
+    rank = hidden.shape[1]
+    kinds = _Kinds(rank, grad.dtype)
+    columns = 4 * kinds.BLOCK_D
+    factors = 1 if second is None else 2
+    if not tokens or 2 * compute_dtype(grad.dtype).itemsize * kinds.R * factors > 0.75 * columns * grad.dtype.itemsize:
+        through_first, through_second = _project(grad, None, factor, first, second, False)
+        return through_first, through_second, _token_sum(hidden, grad, None, factor_b, grad.new_empty(length, rank), rank, 1)
+    across = triton.cdiv(length, columns)
+    splits = max(1, min(triton.cdiv(_FILL, across), tokens // (4 * kinds.BLOCK_T)))
+    per_split = triton.cdiv(triton.cdiv(tokens, splits), kinds.BLOCK_T) * kinds.BLOCK_T
+    wide = {"dtype": compute_dtype(grad.dtype), "device": grad.device}
+    sums, partials = torch.empty(splits, length, rank, **wide), [torch.empty(across, tokens, rank, **wide) for _ in range(factors)]
+    other = first if second is None else second
+    launch(output_grads_kernel, (across, splits), hidden, grad, first, other, sums, partials[0], partials[-1], tokens, length, rank, per_split,
+           hidden.stride(0), *grad.stride(), *first.stride(), *other.stride(), TWO=second is not None,
+           **(kinds.options | {"BLOCK_D": columns, "num_stages": 2}))  # fmt: skip
+    through = [_add_splits(partial, grad.new_empty(tokens, rank), factor) for partial in partials]
+    return through[0], None if second is None else through[1], _add_splits(sums, grad.new_empty(length, rank), factor_b)
 
 
 def _verify(x: Tensor, others: tuple[Tensor | None, ...], rank: int) -> Verdict:
@@ -267,19 +337,20 @@ def lora_linear(
     with on_device(x):
         if decoupled:
             assert q_a is not None and q_b is not None
-            first, hidden = _project(x, mask, keep, a.mT, q_a.mT, True)
+            first, hidden = _project(x, mask, 1.0 / keep, a.mT, q_a.mT, True)
             assert hidden is not None
         elif core is not None:
-            hidden, first = _project(x, mask, keep, a.mT, None, True, mix=core.mT)
+            hidden, first = _project(x, mask, 1.0 / keep, a.mT, None, True, mix=core.mT)
         else:
-            first, _ = _project(x, mask, keep, a.mT, None, True)
+            first, _ = _project(x, mask, 1.0 / keep, a.mT, None, True)
             hidden = first
-        y = x.new_empty(x.shape[0], b.shape[0]) if weight is None else F.linear(x, weight, bias).contiguous()
+        base = None if weight is None else F.linear(x, weight, bias).contiguous()
+        y = x.new_empty(x.shape[0], b.shape[0]) if base is None else base
         if decoupled:
             assert q_b is not None
-            _expand(y, weight is not None, None, scale, first, q_b, hidden, b, False)
+            _expand(y, base, None, scale, first, q_b, hidden, b, False)
         else:
-            _expand(y, weight is not None, None, scale, first, b, None, None, False)
+            _expand(y, base, None, scale, first, b, None, None, False)
     return y, hidden
 
 
@@ -322,8 +393,12 @@ def lora_linear_backward(
     need_x, need_weight, need_bias, need_a, need_b, *need_more = needs
     need_core = any(need_more)
     out: list[Tensor] = []
+    grad_b = None
     with on_device(grad):
-        if need_x and q_a is not None and q_b is not None:
+        if core is None and need_b and (need_x or need_a):
+            second = b if need_x and q_b is not None else None
+            through_a, through_b, grad_b = _output_grads(grad, hidden, b if q_b is None else q_b, second, 1.0, scale)
+        elif need_x and q_a is not None and q_b is not None:
             through_a, through_b = _project(grad, None, 1.0, q_b, b, False)
         elif core is not None and (need_x or need_a or need_core):
             on_b, through_a = _project(grad, None, 1.0, b, None, False, mix=core)
@@ -331,9 +406,9 @@ def lora_linear_backward(
         elif need_x or need_a:
             through_a, through_b = _project(grad, None, 1.0, b if q_b is None else q_b, None, False)
         if need_x:
-            grad_x = grad.new_empty(grad.shape[0], a.shape[1]) if weight is None else (grad @ weight).contiguous()
-            _expand(grad_x, weight is not None, mask, scale / keep, through_a, a.mT, through_b, None if through_b is None or q_a is None else q_a.mT,
-                    True)  # fmt: skip
+            base = None if weight is None else (grad @ weight).contiguous()
+            grad_x = grad.new_empty(grad.shape[0], a.shape[1]) if base is None else base
+            _expand(grad_x, base, mask, scale / keep, through_a, a.mT, through_b, None if q_a is None else q_a.mT, True)
             out.append(grad_x)
         if need_weight:
             out.append(grad.mT @ x)
@@ -342,7 +417,9 @@ def lora_linear_backward(
         if need_a:
             rank, d_in = a.shape
             out.append(_token_sum(through_a, x, mask, scale / keep, grad.new_empty(rank, d_in), 1, d_in))
-        if need_b:
+        if grad_b is not None:
+            out.append(grad_b)
+        elif need_b:
             d_out, rank = b.shape
             on_a = hidden if core is None else (hidden @ core.mT).to(grad.dtype)
             out.append(_token_sum(on_a, grad, None, scale, grad.new_empty(d_out, rank), rank, 1))

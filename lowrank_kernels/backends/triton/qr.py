@@ -598,7 +598,7 @@ class Sizes:
         self.FACTOR_TILE = min(self.R, 32)
         self.CHUNK = max(512, 32 * self.R)
         self.BLOCK_D = {16: 64, 32: 32}.get(self.R, 16)
-        self.GUARDED_BLOCK_D = 4096 // self.R
+        self.GUARDED_BLOCK_D = 2048 // self.R
         self.warps = 4 if self.R <= 32 else 8
 
 

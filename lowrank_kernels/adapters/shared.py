@@ -1,0 +1,139 @@
+"""``share_inputs``: layers that get one tensor (q, k, v; gate, up) project it to their ranks together, in one read of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import lora_down
+from ..ops._library import is_plain_eager
+from ..ops.lora_shared import autocast_dtype
+from ._model import adapted_layers, check_model
+from .layer import LowRankLinear
+
+#: Names of layers that share an input, as ``transformers`` and others call them.
+SHARED_NAMES: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+
+
+class Projected(NamedTuple):
+    """What a layer takes from its group: x for the base layer, ``x Aᵀ`` and, decoupled, ``x Q_A``."""
+
+    x: Tensor
+    hidden: Tensor
+    hidden_q: Tensor | None
+
+
+def _circumstances(x: Tensor) -> tuple[Any, ...]:
+    """All that decides, beside x itself, whether what was computed from it serves here too.
+
+    The hooks are those of non-reentrant checkpointing: what one checkpoint computed must not be used in another, which would be
+    recomputed without it.
+    """
+    version = -1 if x.is_inference() else x._version
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x), hooks
+
+
+class SharedInput:
+    """Layers of one module that may get the same tensor. The first one that does projects it for all; the others take their part.
+
+    A layer that gets another tensor, or none, computes rightly all the same; the part computed for it is then lost. Nothing is kept after
+    the last layer took its part, or after the forward of the module that holds the layers.
+    """
+
+    def __init__(self, layers: Iterable[LowRankLinear]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._x: Tensor | None = None
+        self._circumstances: tuple[Any, ...] = ()
+        self._parts: dict[int, Projected] = {}
+
+    def take(self, layer: LowRankLinear, x: Tensor) -> Projected | None:
+        """The part of ``layer`` in the projections of x; None where it has to compute alone."""
+        if not is_plain_eager(x):
+            return None
+        circumstances = _circumstances(x)
+        if x is not self._x or circumstances != self._circumstances or id(layer) not in self._parts:
+            self._lead(layer, x)
+            self._circumstances = circumstances
+        part = self._parts.pop(id(layer), None)
+        if not self._parts:
+            self.clear()
+        return part
+
+    def _lead(self, layer: LowRankLinear, x: Tensor) -> None:
+        self.clear()
+        layers = [found for reference in self._layers if (found := reference()) is not None and found.can_share(x)]
+        layers = [found for found in layers if found.decoupled == layer.decoupled]
+        if layer not in layers or len(layers) < 2:
+            return
+        bases = [found.q_a for found in layers] if layer.decoupled else None
+        passed, hiddens, hiddens_q = lora_down(x, [found.lora_A for found in layers], bases)
+        rest: Sequence[Tensor | None] = hiddens_q or [None] * len(layers)
+        self._parts = {id(found): Projected(passed, h, h_q) for found, h, h_q in zip(layers, hiddens, rest, strict=True)}
+        self._x = x
+
+    def clear(self, *_: Any) -> None:
+        """Forget what nobody took; also called as a hook, after the forward of the module that holds the layers."""
+        self._x, self._parts = None, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": [layer for reference in self._layers if (layer := reference()) is not None]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SharedInput.__init__(self, state["layers"])
+
+
+def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] = SHARED_NAMES) -> int:
+    """Let adapted layers that stand in one module and get the same input project it together: one read of it forward, one for ∂A.
+
+    Outputs and gradients are what the layers compute apart, up to rounding. Layers apart compute as before: under ``torch.compile`` and
+    other tracing, with active dropout (each layer draws a mask of its own), merged in eval mode, with a core ("xs"), while an optimizer
+    captures full gradients, and in a forward in which they get different tensors. The tensor must be the same object; a copy or a
+    view of it is another one. Checkpoint the module that holds the layers, or a larger one; layers that are checkpointed one by one compute
+    apart.
+
+    Args:
+        model: with adapters; changed in place. Calling it again replaces the groups; ``names=()`` takes them away.
+        names: groups of child names, such as ``("q_proj", "k_proj", "v_proj")``. Leave out layers that get different inputs (queries in
+            cross-attention): their part would be computed in vain.
+
+    Returns:
+        How many groups there are.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``names`` are not groups of names.
+    """
+    root = check_model("share_inputs", model)
+    if isinstance(names, str) or any(isinstance(group, str) or not all(isinstance(name, str) for name in group) for group in names):
+        raise TypeError(f"share_inputs: names must be groups of child names, such as [('q_proj', 'k_proj', 'v_proj')], got {names!r}")
+    for layer in adapted_layers(root).values():
+        layer.shared_input = None
+    count = 0
+    for parent in root.modules():
+        for key in [key for key, hook in parent._forward_hooks.items() if isinstance(getattr(hook, "__self__", None), SharedInput)]:
+            del parent._forward_hooks[key]
+            parent._forward_hooks_always_called.pop(key, None)
+        children = dict(parent.named_children())
+        for group in names:
+            layers = [child for name in group if isinstance(child := children.get(name), LowRankLinear) and child.shared_input is None]
+            if len(layers) < 2 or len({layer.in_features for layer in layers}) > 1:
+                continue
+            shared = SharedInput(layers)
+            for layer in layers:
+                layer.shared_input = shared
+            parent.register_forward_hook(shared.clear, always_call=True)
+            count += 1
+    return count

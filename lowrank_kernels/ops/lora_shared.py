@@ -1,0 +1,198 @@
+"""``lora_down`` and ``lora_up``: ``lora_linear`` split at the rank-r activations, for layers that share an input (q, k, v; gate, up).
+
+``lora_down`` projects the input for all of the layers in one read of it; each layer goes on by ``lora_up``. In the backward pass the
+base layers' ∂x are summed first, and the low-rank part of all layers joins them in one pass; ``∂A`` of all layers is one read of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..backends.registry import run
+from ._library import FLOATING, is_plain_eager
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What ``F.linear`` would cast x to: its own dtype without autocast."""
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def lora_down(
+    x: Tensor, factors: Sequence[Tensor], bases: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor], list[Tensor] | None]:
+    """``x Aᵢᵀ`` for every layer i and, with ``bases``, ``x Q_Aᵢ`` (SDS-LoRA Eq. 5), in one read of x.
+
+    Args:
+        x: (..., d_in).
+        factors: Aᵢ (rᵢ, d_in), trainable; another dtype than x's is cast.
+        bases: Q_Aᵢᵀ (rᵢ, d_in), constants; None for plain LoRA.
+
+    Returns:
+        x for the base layers (cast as autocast asks): gradients that flow back through it are summed before the low-rank part is added
+        to them, in one pass. Then the list of ``x Aᵢᵀ`` (..., rᵢ), and that of ``x Q_Aᵢ`` or None.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or there is no layer.
+    """
+    _check_down(x, factors, bases)
+    x = x.to(autocast_dtype(x))
+    a = torch.cat(list(factors)).to(x.dtype)
+    q = None if bases is None else torch.cat(list(bases)).detach().to(x.dtype)
+    through_q: Tensor | None
+    if not is_plain_eager(x, *factors):
+        through_a, through_q = F.linear(x, a), None if q is None else F.linear(x, q)
+    elif torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
+        passed, through_a, through_q = _Down.apply(x, a, q)
+        x = x if passed is None else passed
+    else:
+        through_a, through_q = _down(x, a, q)
+    ranks = [factor.shape[0] for factor in factors]
+    return x, list(through_a.split(ranks, -1)), None if through_q is None else list(through_q.split(ranks, -1))
+
+
+def lora_up(
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    hidden: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    *,
+    hidden_q: Tensor | None = None,
+    q_b: Tensor | None = None,
+) -> Tensor:
+    """``y = x W0ᵀ + bias + s·H Bᵀ``, decoupled ``… + s·(H Q_Bᵀ + H_Q Bᵀ)``, for ``H = x Aᵀ`` and ``H_Q = x Q_A`` of :func:`lora_down`.
+
+    Args:
+        x: (..., d_in), as :func:`lora_down` returned it; None with a weight of None: the adapter's part alone.
+        weight: the frozen W0 (d_out, d_in), or None.
+        bias: frozen, (d_out,) or None.
+        hidden: H (..., r).
+        b: (d_out, r), trainable; another dtype than H's is cast.
+        scale: s.
+        hidden_q: H_Q (..., r); with ``q_b``, the constant Q_B (d_out, r), of a decoupled layer.
+    """
+    _check_up(x, weight, bias, hidden, b, hidden_q, q_b)
+    dtype = hidden.dtype
+    b = b.to(dtype)
+    q_b = None if q_b is None else q_b.detach().to(dtype)
+    if x is not None:
+        x = x.to(dtype)
+        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    frozen = not any(t is not None and t.requires_grad for t in (weight, bias))
+    if not (frozen and is_plain_eager(hidden, x, weight, bias, b, hidden_q, q_b)):
+        delta = F.linear(hidden, b) if q_b is None or hidden_q is None else F.linear(hidden, q_b) + F.linear(hidden_q, b)
+        return scale * delta if x is None or weight is None else F.linear(x, weight, bias) + scale * delta
+    leading = hidden.shape[:-1]
+    flat = tuple(None if t is None else t.flatten(0, -2) if t.ndim > 1 else t[None] for t in (x, hidden, hidden_q))
+    arguments = (flat[0], weight, bias, flat[1], b, flat[2], q_b, scale)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, b, hidden_q)):
+        y = _Up.apply(*arguments)
+    else:
+        y = _up(*arguments)
+    return y.view(*leading, y.shape[-1])
+
+
+def _check_down(x: Tensor, factors: Sequence[Tensor], bases: Sequence[Tensor] | None) -> None:
+    if not factors or (bases is not None and len(bases) != len(factors)):
+        given = "" if bases is None else f" with {len(bases)} bases"
+        raise ValueError(f"lora_down: need one factor at least, and as many bases or none; got {len(factors)} factors{given}")
+    if x.ndim == 0 or x.dtype not in FLOATING:
+        raise TypeError(f"lora_down: x must be (..., d_in) in one of {', '.join(map(str, FLOATING))}, got {tuple(x.shape)} in {x.dtype}")
+    for name, tensors in (("factors", factors), ("bases", bases or ())):
+        for index, (tensor, factor) in enumerate(zip(tensors, factors, strict=True) if tensors else ()):
+            if tensor.ndim != 2 or tensor.shape != (factor.shape[0], x.shape[-1]):
+                expected = f"(r, {x.shape[-1]})" if tensor is factor else f"({factor.shape[0]}, {x.shape[-1]})"
+                raise ValueError(f"lora_down: {name}[{index}] must be {expected}, got {tuple(tensor.shape)}")
+            if tensor.dtype not in FLOATING or tensor.device != x.device:
+                raise TypeError(f"lora_down: {name}[{index}] is {tensor.dtype} on {tensor.device}; x is {x.dtype} on {x.device}")
+
+
+def _check_up(
+    x: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden: Tensor, b: Tensor, hidden_q: Tensor | None, q_b: Tensor | None
+) -> None:
+    if (x is None) != (weight is None) or (hidden_q is None) != (q_b is None) or (weight is None and bias is not None):
+        raise ValueError("lora_up: x and weight come together, hidden_q and q_b too, and a bias only with a weight")
+    if hidden.ndim == 0 or b.ndim != 2:
+        raise ValueError(f"lora_up: need hidden (..., r) and b (d_out, r), got {tuple(hidden.shape)} and {tuple(b.shape)}")
+    leading, (d_out, rank) = tuple(hidden.shape[:-1]), b.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "hidden": (hidden, (*leading, rank)),
+        "hidden_q": (hidden_q, (*leading, rank)),
+    }
+    expected |= {"q_b": (q_b, (d_out, rank)), "bias": (bias, (d_out,))}
+    if x is not None:
+        expected |= {"x": (x, (*leading, x.shape[-1])), "weight": (weight, (d_out, x.shape[-1]))}
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"lora_up: {name} must be {shape} (b has r={rank}, d_out={d_out}), got {tuple(tensor.shape)}")
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "b": b, "hidden_q": hidden_q, "q_b": q_b}.items():
+        if tensor is not None and (tensor.dtype not in FLOATING or tensor.device != hidden.device):
+            raise TypeError(f"lora_up: {name} is {tensor.dtype} on {tensor.device}; hidden is {hidden.dtype} on {hidden.device}")
+
+
+def _down(x: Tensor, a: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    through_a, through_q = run("lora_down", x.device.type, x.reshape(-1, x.shape[-1]), a, q)
+    leading = x.shape[:-1]
+    return through_a.view(*leading, a.shape[0]), None if through_q is None else through_q.view(*leading, a.shape[0])
+
+
+def _up(*args: Any) -> Tensor:
+    return run("lora_up", args[3].device.type, *args)
+
+
+class _Down(torch.autograd.Function):
+    """x, as a view that collects the gradients of the base layers (None where x wants no gradient), ``x Aᵀ`` and ``x Q_A``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, q: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        need_x, need_a, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_a else None, a if need_x else None, q if need_x else None)
+        ctx.set_materialize_grads(False)
+        through_a, through_q = _down(x, a, q)
+        if through_q is not None and not need_x:
+            ctx.mark_non_differentiable(through_q)
+        return x.view_as(x) if need_x else None, through_a, through_q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor | None, on_a: Tensor | None, on_q: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        x, a, q = ctx.saved_tensors
+        if on_a is None and on_q is None:
+            return grad_x, None, None
+        some = on_a if on_a is not None else on_q
+        assert some is not None
+        flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (grad_x, on_a, on_q, x)]
+        out = run("lora_down_backward", some.device.type, *flat, a, q)
+        of_x, of_a = out
+        return None if of_x is None else of_x.view(*some.shape[:-1], of_x.shape[-1]), of_a, None
+
+
+class _Up(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden: Tensor, b: Tensor, hidden_q: Tensor | None,
+                q_b: Tensor | None, scale: float) -> Tensor:  # fmt: skip
+        need_x, _, _, need_hidden, need_b, need_q, *_ = ctx.needs_input_grad
+        ctx.needs, ctx.scale = [need_x, need_hidden, need_b, need_q], scale
+        of_b = hidden if hidden_q is None else hidden_q
+        ctx.save_for_backward(weight if need_x else None, of_b if need_b else None, b, q_b)
+        return _up(x, weight, bias, hidden, b, hidden_q, q_b, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, hidden, b, q_b = ctx.saved_tensors
+        found = iter(run("lora_up_backward", grad.device.type, grad.contiguous(), weight, hidden, b, q_b, ctx.scale, ctx.needs))
+        of_x, of_hidden, of_b, of_q = (next(found) if needed else None for needed in ctx.needs)
+        return of_x, None, None, of_hidden, of_b, of_q, None, None
+
+
+__all__ = ["lora_down", "lora_up"]
