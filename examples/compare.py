@@ -54,7 +54,7 @@ FIRST_LRS = (1e-3, 2e-3, 4e-3)
 OWN_LRS = {"altlora": (0.1, 0.2, 0.4), "oplora": (0.025, 0.05, 0.1)}
 MOST_EXTENSIONS = 4
 
-KEY = ("task", "method", "lr", "seed", "steps", "rank", "alpha", "batch_size", "max_length", "targets", "train_examples")
+KEY = ("task", "method", "lr", "seed", "steps", "rank", "alpha", "batch_size", "max_length", "targets", "train_examples", "held_out")
 COLUMNS = (*KEY, "train_loss", "validation_loss", "test_loss", "test_accuracy", "seconds", "losses")
 
 
@@ -94,7 +94,7 @@ class Comparison:
 
     def key(self, method: str, lr: float, seed: int) -> tuple[str, ...]:
         a = self.args
-        data = (a.batch_size, a.max_length, "+".join(a.target_modules), a.train_examples or "all")
+        data = (a.batch_size, a.max_length, "+".join(a.target_modules), a.train_examples or "all", a.held_out)
         return tuple(map(str, (a.task, method, f"{lr:.4g}", seed, a.steps, a.rank, a.alpha, *data)))
 
     def row(self, method: str, lr: float, seed: int) -> Row:
@@ -116,6 +116,11 @@ class Comparison:
                 )
         return self.rows[key]
 
+    def middle(self, method: str) -> Row:
+        """The row in the middle of the grid: the likeliest best one."""
+        lrs = self.grid(method)
+        return self.row(method, lrs[len(lrs) // 2], self.args.seeds[0])
+
     def probe_file(self, method: str) -> Path:
         """What a probe saw of the method at its best learning rate, run if it is missing."""
         best = self.best(method)
@@ -131,8 +136,8 @@ class Comparison:
 
     def tune(self, method: str) -> None:
         """All rows of one method: a grid whose best is inside it, then the other seeds at the best."""
-        seed, lrs = self.args.seeds[0], sorted(self.args.lrs or self._first_lrs(method))
-        grid = [self.row(method, lr, seed) for lr in lrs]
+        seed = self.args.seeds[0]
+        grid = [self.row(method, lr, seed) for lr in self.grid(method)]
         for _ in range(MOST_EXTENSIONS if self.args.extend else 0):
             best = min(grid, key=loss_of)
             if best.lr in (grid[0].lr, grid[-1].lr) and len(grid) > 1:
@@ -149,6 +154,10 @@ class Comparison:
     def of(self, method: str) -> list[Row]:
         """The rows of a method under the present settings."""
         return [row for row in self.rows.values() if row.key == self.key(method, row.lr, int(row.key[3]))]
+
+    def grid(self, method: str) -> list[float]:
+        """The learning rates to begin with, rising."""
+        return sorted(self.args.lrs or self._first_lrs(method))
 
     def _first_lrs(self, method: str) -> tuple[float, ...]:
         if self.args.task != "minilm":
@@ -279,6 +288,8 @@ def main(argv: list[str] | None = None, *, methods: dict[str, Method] = METHODS,
     args.seeds = args.seeds or ([0, 1, 2] if args.task == "minilm" else [0])
     comparison = Comparison(args, methods)
     try:
+        for name in args.compared:  # so that a comparison which stops early has something of every method
+            comparison.middle(name)
         for name in args.compared:
             comparison.tune(name)
         files = {name: comparison.probe_file(name) for name in args.probed if comparison.of(name)}

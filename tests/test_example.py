@@ -76,6 +76,19 @@ def test_comparison_goes_on_where_it_stopped(tmp_path):
     assert (tmp_path / "compare_minilm_losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_setup_of_lora_sb_is_measured(tmp_path):
+    from benchmarks.lora_sb_setup import measure, random_bert, upsert
+
+    row = measure("tiny", random_bert(3, 128, tokens=32), rank=4)
+    assert (row.layers, row.samples) == (18, 4)
+    assert row.accumulator_mib == 3 * 12 * 128 * 128 * 4 / 2**20 and row.gradient_mib == 4 * 128 * 128 * 4 / 2**20
+    assert 0.995 <= row.energy <= 1.001 and row.extra <= 1.2
+    assert row.start_mib > row.accumulator_mib, "the accumulators are part of it"
+    for _ in range(2):
+        upsert(tmp_path / "setup.csv", row)
+    assert (tmp_path / "setup.csv").read_text().count("\n") == 2
+
+
 @pytest.mark.large
 def test_ablations_run(tmp_path):
     options = ["--steps", "62", *TINY[2:], "--seeds", "0", "--no-extend", "--lrs", "2e-3", "--output", str(tmp_path)]
