@@ -8,12 +8,10 @@ and the steps of LoRA that come after it. Energy is measured against the exact s
 from __future__ import annotations
 
 import argparse
-import csv
-import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import lowrank_kernels as lrk
 
+from . import results
 from .harness import device_name, peak_temporary_bytes
 
 LAYERS = r"encoder\.layer\..*(query|key|value|dense)"
@@ -173,19 +172,7 @@ def measure(name: str, task: Task, rank: int) -> Setup:
 
 def upsert(path: Path, row: Setup) -> None:
     """Write the row; it replaces the one with the same :data:`KEY`."""
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    new = {key: f"{value:.5g}" if isinstance(value, float) else str(value) for key, value in asdict(row).items()}
-    rows = [old for old in rows if any(old[key] != new[key] for key in KEY)] + [new]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Setup)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    results.upsert_texts(path, [results.as_text(row)], KEY, [field.name for field in fields(Setup)])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -47,6 +47,7 @@ COMPARED = (
     "oplora",
     "sds",
     "od",
+    "od-short",
 )
 PROBED = ("lora", "scaled-adamw", "sds", "od")
 #: Where a method's learning rates begin if not at :data:`FIRST_LRS`: AltLoRA's and OPLoRA's are no Adam's.
