@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -87,6 +89,37 @@ def test_setup_of_lora_sb_is_measured(tmp_path):
     for _ in range(2):
         upsert(tmp_path / "setup.csv", row)
     assert (tmp_path / "setup.csv").read_text().count("\n") == 2
+
+
+def test_rank_comparison_tunes_all_alike_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """The loss is made up: best at a learning rate outside of the first grid, lower with a higher rank, LoRA-SB below LoRA from rank 21."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import lora_sb_ranks
+
+    ran = []
+
+    def run(method, rank, lr, seed, args):
+        ran.append((method, rank, lr, seed))
+        best = {"lora": 2e-3, "lora-sb": 5e-2, "lora-xs": 5e-4}[method]
+        loss = abs(math.log(lr / best)) + 0.01 * seed + {"lora": 0.5, "lora-sb": 0.5 + (20 - rank) / 100, "lora-xs": 0.9}[method]
+        values = (36 * rank * rank, f"{loss:.5f}", "nan", "nan", "0", "0")
+        return dict(zip(lora_sb_ranks.COLUMNS, map(str, (*lora_sb_ranks.key_of(method, rank, lr, seed, args), *values)), strict=True))
+
+    monkeypatch.setattr(lora_sb_ranks, "run", run)
+    monkeypatch.setattr(sys, "argv", ["lora_sb_ranks.py", "--ranks", "16", "21", "--out", str(tmp_path / "ranks.csv")])
+    lora_sb_ranks.main()
+    assert len(ran) == len(set(ran)) == (3 + 2) + 4 * (6 + 2), "a grid with its best inside, two more seeds"
+    assert {lr for method, rank, lr, _ in ran if (method, rank) == ("lora-sb", 21)} == {2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1}
+    rows = (tmp_path / "ranks.csv").read_text()
+    count = len(ran)
+    lora_sb_ranks.main()
+    assert len(ran) == count and (tmp_path / "ranks.csv").read_text() == rows, "what was there is not run again"
+    results = lora_sb_ranks.Results(tmp_path / "ranks.csv")
+    args = argparse.Namespace(start_lr=1e-4, head_lr=5e-3, steps=60, batch=16, seeds=[0, 1, 2])
+    found = {(m, r): lora_sb_ranks.tuned(results, m, r, args) for m, r in (("lora", 8), ("lora-sb", 16), ("lora-sb", 21), ("lora-xs", 21))}
+    table = lora_sb_ranks.summary(found)
+    assert list(table.columns[-1].cells) == ["yes", "no", "yes", "no"]
+    assert {row["lr"] for row in found["lora-sb", 21]} == {"5e-02"}
 
 
 @pytest.mark.large
