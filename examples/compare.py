@@ -7,7 +7,7 @@
 Every run is a row of ``compare_TASK.csv``, written when it is complete; rows that are there are not run again. For each method the
 learning rates of a grid (steps of 2) are tried with the first seed, the grid is extended while its best is at an end, and the best
 is repeated with the other seeds. Then :data:`PROBED` are run once more at their best with a ``FullGradientProbe`` (Figures 1, 3, 4, 5
-of SDS-LoRA). A table is printed; ``compare_TASK_*.png`` are drawn from the files.
+of SDS-LoRA). A table is printed; ``compare_TASK_*.png`` are drawn from the files, ``compare_TASK_probe_means.csv`` has their numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from tasks import TASKS
 
-from lowrank_kernels.diagnostics import FullGradientProbe, plot
+from lowrank_kernels.diagnostics import FullGradientProbe, plot, read
+from lowrank_kernels.diagnostics.plot import curves
+from lowrank_kernels.diagnostics.record import COLUMNS as RECORDED
 
 #: A new method is an entry of ``METHODS`` and a word here.
 COMPARED = (
@@ -272,6 +274,22 @@ def plot_losses(comparison: Comparison, names: list[str], path: Path, window: in
     plt.close(figure)
 
 
+def write_means(probes: list[Path], path: Path) -> None:
+    """What the figures show, in numbers: means over the layers, a line for each run and measured step."""
+    rows = [
+        {"run": run, "step": step, **{key: f"{value:.5g}" for key, value in means.items()}}
+        for probe in probes
+        for run, steps in curves(read(probe)).items()
+        for step, means in steps.items()
+        if "alignment" in means
+    ]
+    columns = [name for name in RECORDED if any(name in row for row in rows)]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(argv: list[str] | None = None, *, methods: dict[str, Method] = METHODS, **defaults: Any) -> Comparison:
     """The comparison; ``defaults`` replace those of the options (``compared=``, ``probed=``, ``name=``)."""
     parser = task_parser(__doc__.split("\n")[0])
@@ -305,6 +323,7 @@ def main(argv: list[str] | None = None, *, methods: dict[str, Method] = METHODS,
         labels = {name: methods[name].label for name in files}
         for path in plot(list(files.values()), comparison.path.with_name(comparison.path.stem), labels=labels):
             print(path)
+        write_means(list(files.values()), comparison.path.with_name(f"{comparison.path.stem}_probe_means.csv"))
     return comparison
 
 

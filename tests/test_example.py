@@ -74,6 +74,7 @@ def test_comparison_goes_on_where_it_stopped(tmp_path):
     assert "SDS-LoRA" in printed and "train loss" in printed
     (probe,) = tmp_path.glob("compare_minilm_sds_*_probe.csv")
     assert probe.read_text().count("\n") == 1 + 12 + 3 * 12, "twelve losses, and twelve layers three times"
+    assert (tmp_path / "compare_minilm_probe_means.csv").read_text().count("\n") == 1 + 3
     assert {path.name for path in (tmp_path / "compare_minilm").iterdir()} >= {"figure1.png", "figure3.png", "figure5.png"}
     assert (tmp_path / "compare_minilm_losses.png").read_bytes().startswith(b"\x89PNG")
 
