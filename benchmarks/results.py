@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -80,8 +81,8 @@ def _as_text(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def as_text(row: Row) -> dict[str, str]:
-    """A row as it stands in the file."""
+def as_text(row: Any) -> dict[str, str]:
+    """A row (a dataclass) as it stands in the file."""
     return {name: _as_text(value) for name, value in asdict(row).items()}
 
 
@@ -100,14 +101,18 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def upsert(path: Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` into ``path``: a row replaces the one with the same key where that stands, new ones go to the end."""
-    table = {tuple(row.get(name, "") for name in KEY): row for row in read(path)}
+    upsert_texts(path, map(as_text, rows), KEY, COLUMNS)
+
+
+def upsert_texts(path: Path, rows: Iterable[dict[str, str]], key: Sequence[str], columns: Sequence[str]) -> None:
+    """:func:`upsert` for a table with a key and columns of its own."""
+    table = {tuple(row.get(name, "") for name in key): row for row in read(path)}
     for row in rows:
-        text = as_text(row)
-        table[tuple(text[name] for name in KEY)] = text
+        table[tuple(row[name] for name in key)] = row
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(table.values())
     os.replace(temporary, path)

@@ -7,7 +7,7 @@
 Every run is a row of ``compare_TASK.csv``, written when it is complete; rows that are there are not run again. For each method the
 learning rates of a grid (steps of 2) are tried with the first seed, the grid is extended while its best is at an end, and the best
 is repeated with the other seeds. Then :data:`PROBED` are run once more at their best with a ``FullGradientProbe`` (Figures 1, 3, 4, 5
-of SDS-LoRA). A table is printed; ``compare_TASK_*.png`` are drawn from the files.
+of SDS-LoRA). A table is printed; ``compare_TASK_*.png`` are drawn from the files, ``compare_TASK_probe_means.csv`` has their numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from tasks import TASKS
 
-from lowrank_kernels.diagnostics import FullGradientProbe, plot
+from lowrank_kernels.diagnostics import FullGradientProbe, plot, read
+from lowrank_kernels.diagnostics.plot import curves
+from lowrank_kernels.diagnostics.record import COLUMNS as RECORDED
 
 #: A new method is an entry of ``METHODS`` and a word here.
 COMPARED = (
@@ -47,6 +49,7 @@ COMPARED = (
     "oplora",
     "sds",
     "od",
+    "od-short",
 )
 PROBED = ("lora", "scaled-adamw", "sds", "od")
 #: Where a method's learning rates begin if not at :data:`FIRST_LRS`: AltLoRA's and OPLoRA's are no Adam's.
@@ -54,7 +57,7 @@ FIRST_LRS = (1e-3, 2e-3, 4e-3)
 OWN_LRS = {"altlora": (0.1, 0.2, 0.4), "oplora": (0.025, 0.05, 0.1)}
 MOST_EXTENSIONS = 4
 
-KEY = ("task", "method", "lr", "seed", "steps", "rank", "alpha", "batch_size", "max_length", "targets", "train_examples")
+KEY = ("task", "method", "lr", "seed", "steps", "rank", "alpha", "batch_size", "max_length", "targets", "train_examples", "held_out")
 COLUMNS = (*KEY, "train_loss", "validation_loss", "test_loss", "test_accuracy", "seconds", "losses")
 
 
@@ -94,7 +97,7 @@ class Comparison:
 
     def key(self, method: str, lr: float, seed: int) -> tuple[str, ...]:
         a = self.args
-        data = (a.batch_size, a.max_length, "+".join(a.target_modules), a.train_examples or "all")
+        data = (a.batch_size, a.max_length, "+".join(a.target_modules), a.train_examples or "all", a.held_out)
         return tuple(map(str, (a.task, method, f"{lr:.4g}", seed, a.steps, a.rank, a.alpha, *data)))
 
     def row(self, method: str, lr: float, seed: int) -> Row:
@@ -116,6 +119,11 @@ class Comparison:
                 )
         return self.rows[key]
 
+    def middle(self, method: str) -> Row:
+        """The row in the middle of the grid: the likeliest best one."""
+        lrs = self.grid(method)
+        return self.row(method, lrs[len(lrs) // 2], self.args.seeds[0])
+
     def probe_file(self, method: str) -> Path:
         """What a probe saw of the method at its best learning rate, run if it is missing."""
         best = self.best(method)
@@ -131,8 +139,8 @@ class Comparison:
 
     def tune(self, method: str) -> None:
         """All rows of one method: a grid whose best is inside it, then the other seeds at the best."""
-        seed, lrs = self.args.seeds[0], sorted(self.args.lrs or self._first_lrs(method))
-        grid = [self.row(method, lr, seed) for lr in lrs]
+        seed = self.args.seeds[0]
+        grid = [self.row(method, lr, seed) for lr in self.grid(method)]
         for _ in range(MOST_EXTENSIONS if self.args.extend else 0):
             best = min(grid, key=loss_of)
             if best.lr in (grid[0].lr, grid[-1].lr) and len(grid) > 1:
@@ -149,6 +157,10 @@ class Comparison:
     def of(self, method: str) -> list[Row]:
         """The rows of a method under the present settings."""
         return [row for row in self.rows.values() if row.key == self.key(method, row.lr, int(row.key[3]))]
+
+    def grid(self, method: str) -> list[float]:
+        """The learning rates to begin with, rising."""
+        return sorted(self.args.lrs or self._first_lrs(method))
 
     def _first_lrs(self, method: str) -> tuple[float, ...]:
         if self.args.task != "minilm":
@@ -262,6 +274,22 @@ def plot_losses(comparison: Comparison, names: list[str], path: Path, window: in
     plt.close(figure)
 
 
+def write_means(probes: list[Path], path: Path) -> None:
+    """What the figures show, in numbers: means over the layers, a line for each run and measured step."""
+    rows = [
+        {"run": run, "step": step, **{key: f"{value:.5g}" for key, value in means.items()}}
+        for probe in probes
+        for run, steps in curves(read(probe)).items()
+        for step, means in steps.items()
+        if "alignment" in means
+    ]
+    columns = [name for name in RECORDED if any(name in row for row in rows)]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(argv: list[str] | None = None, *, methods: dict[str, Method] = METHODS, **defaults: Any) -> Comparison:
     """The comparison; ``defaults`` replace those of the options (``compared=``, ``probed=``, ``name=``)."""
     parser = task_parser(__doc__.split("\n")[0])
@@ -279,6 +307,8 @@ def main(argv: list[str] | None = None, *, methods: dict[str, Method] = METHODS,
     args.seeds = args.seeds or ([0, 1, 2] if args.task == "minilm" else [0])
     comparison = Comparison(args, methods)
     try:
+        for name in args.compared:  # so that a comparison which stops early has something of every method
+            comparison.middle(name)
         for name in args.compared:
             comparison.tune(name)
         files = {name: comparison.probe_file(name) for name in args.probed if comparison.of(name)}
@@ -293,6 +323,7 @@ def main(argv: list[str] | None = None, *, methods: dict[str, Method] = METHODS,
         labels = {name: methods[name].label for name in files}
         for path in plot(list(files.values()), comparison.path.with_name(comparison.path.stem), labels=labels):
             print(path)
+        write_means(list(files.values()), comparison.path.with_name(f"{comparison.path.stem}_probe_means.csv"))
     return comparison
 
 

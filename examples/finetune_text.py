@@ -74,6 +74,11 @@ def torch_adamw(groups: Groups, run: argparse.Namespace) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, fused=True)
 
 
+def short_od_lora(groups: Groups, run: argparse.Namespace) -> torch.optim.Optimizer:
+    """OD-LoRA's rounds take 50 steps, which runs of a hundred cannot spare: the model is back at W0 after them."""
+    return lrk.ODLoRA(groups, total_steps=run.steps, scale=run.named_scale, rounds=2, round_steps=5)
+
+
 METHODS = {
     "lora": Method("LoRA, torch AdamW (fused)", "lora", torch_adamw),
     "sds": Method("SDS-LoRA", "sds", lambda groups, run: lrk.SDSLoRA(groups, total_steps=run.steps, scale=run.named_scale), peft_rank=2),
@@ -85,6 +90,7 @@ METHODS = {
     "oplora": Method("OPLoRA×2 (lr is SGD's)", "lora", lambda groups, run: lrk.OPLoRA(groups, model=run.model)),
     "lora-rite": Method("LoRA-RITE", "lora", lambda groups, run: lrk.LoRARITE(groups, scale=run.named_scale)),
     "od": Method("OD-LoRA", "sds", lambda groups, run: lrk.ODLoRA(groups, total_steps=run.steps, scale=run.named_scale), peft_rank=2),
+    "od-short": Method("OD-LoRA, 2 rounds of 5 steps", "sds", short_od_lora, peft_rank=2),
     "lora-s2": Method("LoRA with s = 2", "lora", torch_adamw, scale=2.0),
     "peft": Method("LoRA of PEFT, torch AdamW (fused)", "lora", torch_adamw, peft={}),
     "pissa": Method("PiSSA (PEFT)", "lora", torch_adamw, peft={"init_lora_weights": "pissa"}),

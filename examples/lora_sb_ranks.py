@@ -154,7 +154,7 @@ def summary(found: dict[tuple[str, int], list[Row]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=list(MIDDLE_LR), default=list(MIDDLE_LR))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 21, 32], help="of LoRA-SB and LoRA-XS; LoRA has 8")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 21, 32, 48], help="of LoRA-SB and LoRA-XS; LoRA has 8")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)

@@ -93,7 +93,7 @@ def plot(paths: Sequence[str | Path], output: str | Path, window: int = 5, label
             axes.grid(alpha=0.3)
         handles, texts = all_axes[0][-1].get_legend_handles_labels()
         if handles:
-            all_axes[0][-1].legend(handles, texts, fontsize="x-small")
+            figure.legend(handles, texts, fontsize="x-small", loc="outside right upper")
         save(figure, name)
     spectra = {run: _last_spectrum(rows, run) for run in means}
     if any(spectra.values()):
