@@ -225,8 +225,9 @@ def test_resuming_is_bit_for_bit(kind: dict, road: str) -> None:
     if kind is KFAC:
         with pytest.raises(ValueError, match="saved with metric='kfac', here it is None"):
             make(resumed).load_state_dict(saved)
-        with pytest.raises(ValueError, match="metric_basis of .* has shape .* metric_rank"):
-            make(resumed, **{**KFAC, "metric_rank": 2}).load_state_dict(saved)
+        other = make(resumed, **{**KFAC, "metric_rank": 2})
+        other.load_state_dict(saved)  # with the hyperparameters, as torch's optimizers do
+        assert other.param_groups[0]["metric_rank"] == saved["param_groups"][0]["metric_rank"]
 
 
 @every_road
