@@ -38,10 +38,11 @@ def render(rows: list[dict[str, str]]) -> str:
     rows = [row for row in rows if row["dtype"] == "float32"]
     if not rows:
         return ""
+    newest = max(rows, key=lambda row: row["date"])
+    rows = [row for row in rows if row["device_name"] == newest["device_name"]]
     threads = max(int(row["threads"]) for row in rows)
     rows = [row for row in rows if int(row["threads"]) == threads]
     found = {(row["op"], row["shapes"], row["rank"], row["provider"]): row for row in rows}
-    newest = max(rows, key=lambda row: row["date"])
     lines = [
         f"{newest['device_name']}, {threads} threads, torch {newest['torch'].split('+')[0]}, fp32, {newest['date']}. "
         "Median ms; in brackets × the yardstick:",
