@@ -53,7 +53,7 @@ def render(rows: list[dict[str, str]]) -> str:
     for op, (title, rival_title, rival, ours) in OPERATIONS.items():
         for shapes, rank in CASES:
             naive, yardstick, mine = (found.get((op, shapes, rank, provider)) for provider in ("naive", rival, ours))
-            if mine is None or yardstick is None or naive is None or not mine["median_ms"] or not yardstick["median_ms"]:
+            if mine is None or yardstick is None or naive is None or not mine["ratio_to_rival"] or not yardstick["median_ms"]:
                 continue
             ratio = as_float(mine["ratio_to_rival"])
             case = f"{shapes.removesuffix('/all')}, r = {rank}" + (f", {mine['tokens']} tokens" if mine.get("tokens") else "")

@@ -27,8 +27,6 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.utils.checkpoint import checkpoint
 
-import lowrank_kernels as lk
-
 STEPS = 9
 
 
