@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -124,3 +126,22 @@ def test_a_step_sees_what_was_replaced(road: str, change: str) -> None:
         runs.append(params)
     for p, q in zip(*runs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_sized(road: str) -> None:
+    params = [torch.randn(4, 6, dtype=torch.bfloat16), torch.randn(5)]
+    moments = [torch.zeros(4, 6), torch.zeros(5)]
+    assert lists.sized(params, moments, torch.float32) and lists.sized(params, [], torch.float32)
+    assert not lists.sized(params, moments, torch.float64)
+    for bad in (torch.zeros(4), torch.zeros(5).double(), torch.zeros(5).as_subclass(Subclass), torch.zeros(5).to_sparse()):
+        assert not lists.sized(params, [moments[0], bad], torch.float32)
+    assert not lists.sized(params, moments[:1], torch.float32)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "__dlpack_c_exchange_api__"), reason="torch has no exchange table: the other tests ran without")
+def test_torch_without_the_exchange_table() -> None:
+    """Before 2.10: the extension asks by the tensors' methods."""
+    script = "import sys, torch; del torch.Tensor.__dlpack_c_exchange_api__; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-p", "no:cacheprovider", "-k", "compiled", __file__]
+    done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -104,7 +104,8 @@ class TensorReader {
   // .grad; throws what Python would.
   pybind11::object grad(PyObject* tensor) const {
     if (!PyType_IsSubtype(Py_TYPE(tensor), tensor_type_)) throw pybind11::type_error("a parameter that is no tensor");
-    PyObject* value = grad_->d_getset->get(tensor, grad_->d_getset->closure);
+    PyObject* value = grad_ != nullptr ? grad_->d_getset->get(tensor, grad_->d_getset->closure)
+                                       : PyObject_GetAttr(tensor, grad_name_);
     if (value == nullptr) throw pybind11::error_already_set();
     return pybind11::reinterpret_steal<pybind11::object>(value);
   }
@@ -115,7 +116,9 @@ class TensorReader {
     const pybind11::object type = torch.attr("Tensor");
     tensor_type_ = reinterpret_cast<PyTypeObject*>(keep(type));
     parameter_type_ = reinterpret_cast<PyTypeObject*>(keep(torch.attr("nn").attr("Parameter")));
-    grad_ = reinterpret_cast<PyGetSetDescrObject*>(keep(type.attr("grad")));
+    grad_name_ = keep(pybind11::str("grad"));
+    PyObject* const grad = keep(type.attr("grad"));  // as torch has it now: written in C
+    if (Py_TYPE(grad) == &PyGetSetDescr_Type) grad_ = reinterpret_cast<PyGetSetDescrObject*>(grad);
     if (pybind11::hasattr(type, "__dlpack_c_exchange_api__")) {
       const pybind11::object capsule = type.attr("__dlpack_c_exchange_api__");
       table_ = static_cast<const DLExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -130,6 +133,7 @@ class TensorReader {
     stride_ = keep(type.attr("stride"));
     get_device_ = keep(type.attr("get_device"));
     dtype_name_ = keep(pybind11::str("dtype"));
+    is_meta_name_ = keep(pybind11::str("is_meta"));
   }
 
   static PyObject* keep(const pybind11::object& object) { return pybind11::object(object).release().ptr(); }
@@ -158,8 +162,11 @@ class TensorReader {
       return pybind11::reinterpret_steal<pybind11::object>(PyObject_CallOneArg(method, tensor));
     };
     const auto address = call(data_ptr_), sizes = call(size_), strides = call(stride_), device = call(get_device_);
-    const auto dtype = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor, dtype_name_));
-    if (!address || !sizes || !strides || !device || !dtype) return false;
+    const auto attribute = [&](PyObject* name) {
+      return pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor, name));
+    };
+    const auto dtype = attribute(dtype_name_), meta = attribute(is_meta_name_);
+    if (!address || !sizes || !strides || !device || !dtype || !meta || meta.ptr() == Py_True) return false;
     out->ndim = static_cast<int>(PyTuple_GET_SIZE(sizes.ptr()));
     if (out->ndim > TensorInfo::kDimensions) return false;
     for (int d = 0; d < out->ndim; ++d) {
@@ -177,8 +184,8 @@ class TensorReader {
 
   const DLExchangeTable* table_ = nullptr;
   PyTypeObject *tensor_type_, *parameter_type_;
-  PyGetSetDescrObject* grad_;
-  PyObject *data_ptr_, *size_, *stride_, *get_device_, *dtype_name_, *dtypes_[4];
+  PyGetSetDescrObject* grad_ = nullptr;
+  PyObject *grad_name_, *data_ptr_, *size_, *stride_, *get_device_, *dtype_name_, *is_meta_name_, *dtypes_[4];
 };
 
 }  // namespace lowrank

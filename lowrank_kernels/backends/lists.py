@@ -90,11 +90,13 @@ def match(params: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def sized(params: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether each of ``others`` (moments; none at all is right, too) is plain, of that dtype and of its parameter's size."""
+    """Whether each of ``others`` (moments; none at all is right, too) is plain, strided, of that dtype and its parameter's size."""
     if _csrc:
         return _csrc.sized(list(params), list(others), DTYPE_CODES[dtype])
-    pairs = list(zip(params, others, strict=False))
-    return len(others) in (0, len(params)) and all(type(x) in PLAIN and x.dtype is dtype and x.numel() == p.numel() for p, x in pairs)
+    if len(others) not in (0, len(params)) or not PLAIN.issuperset(map(type, others)):
+        return False
+    found = zip(params, others, strict=False)
+    return all(x.dtype is dtype and x.layout is torch.strided and x.numel() == p.numel() for p, x in found)
 
 
 def sizes(matrices: Sequence[Tensor], dim: int) -> list[int]:
