@@ -51,8 +51,8 @@ def register_layer(layer: nn.Module) -> None:
 
 def owners() -> dict[int, nn.Module]:
     """``id(lora_A) → layer`` of every live layer of ours, read anew, since frameworks swap parameters."""
-    # Past nn.Module.__getattr__ where that goes: this is asked in every refresh of the bases.
-    return {id((layer._parameters if "lora_A" in layer._parameters else layer._buffers)["lora_A"]): layer for layer in _live_layers}
+    # Past nn.Module.__getattr__ where that goes (FSDP1 makes it a plain attribute): this is asked in every refresh of the bases.
+    return {id(layer._parameters["lora_A"] if "lora_A" in layer._parameters else layer.lora_A): layer for layer in _live_layers}
 
 
 def core_owners() -> dict[int, nn.Module]:
