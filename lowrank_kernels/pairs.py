@@ -51,8 +51,13 @@ def register_layer(layer: nn.Module) -> None:
 
 def owners() -> dict[int, nn.Module]:
     """``id(lora_A) → layer`` of every live layer of ours, read anew, since frameworks swap parameters."""
-    # Past nn.Module.__getattr__ where that goes (FSDP1 makes it a plain attribute): this is asked in every refresh of the bases.
-    return {id(layer._parameters["lora_A"] if "lora_A" in layer._parameters else layer.lora_A): layer for layer in _live_layers}
+    return {id(_factor_a(layer)): layer for layer in _live_layers}
+
+
+def _factor_a(layer: nn.Module) -> Tensor:
+    """``layer.lora_A``, past ``nn.Module.__getattr__`` where that goes (buffers and what FSDP1 left are no parameters): it is asked often."""
+    found = layer._parameters.get("lora_A")
+    return layer.lora_A if found is None else found  # type: ignore[return-value]
 
 
 def core_owners() -> dict[int, nn.Module]:
