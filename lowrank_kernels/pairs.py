@@ -55,7 +55,7 @@ def owners() -> dict[int, nn.Module]:
 
 
 def _factor_a(layer: nn.Module) -> Tensor:
-    """``layer.lora_A``, past ``nn.Module.__getattr__`` where that goes (buffers and what FSDP1 left are no parameters): it is asked often."""
+    """``layer.lora_A``, past ``nn.Module.__getattr__`` where that goes (not for buffers, nor for what FSDP1 left): it is asked often."""
     found = layer._parameters.get("lora_A")
     return layer.lora_A if found is None else found  # type: ignore[return-value]
 
