@@ -61,7 +61,30 @@ def grouped_lorsum(
     out_vs: list[Tensor],
 ) -> None:
     """See the reference."""
-    _call(us, vs, lefts, rights, numbers, coefficients, sweeps, proximal, u_first, out_us, out_vs)
+    factors = (us, vs, out_us, out_vs)
+    layers = table(
+        *map(addresses, factors),
+        [u.shape[0] for u in us],
+        [v.shape[0] for v in vs],
+        *chain.from_iterable(map(strides, factors)),
+    )
+    # Of a dense term the right factor is not read.
+    others = [left if right is None else right for left, right in zip(lefts, rights, strict=True)]
+    terms = table(
+        addresses(lefts),
+        addresses(others),
+        [left.shape[1] for left in lefts],
+        *strides(lefts),
+        *strides(others),
+        [DTYPE_CODES[left.dtype] + (_DENSE if right is None else 0) for left, right in zip(lefts, rights, strict=True)],
+    )
+    values = array("d", numbers) if coefficients is None else coefficients.contiguous()
+    address = values.buffer_info()[0] if isinstance(values, array) else values.data_ptr()
+    count_launch()
+    _csrc.lorsum(
+        len(us), layers, len(lefts) // len(us), terms, address, DTYPE_CODES[us[0].dtype], us[0].shape[1],
+        sweeps, proximal, u_first, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def verify_product(
@@ -88,43 +111,4 @@ def grouped_lorsum_product(
 ) -> None:
     """See the reference; to the compiled code it is half a sweep without a system."""
     wide = [x.to(ys[0].dtype) for x in xs]
-    _call(ys, wide, lefts, rights, numbers, coefficients, 0, 0.0, True, ys, wide)
-
-
-def _call(
-    us: list[Tensor],
-    vs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    sweeps: int,
-    proximal: float,
-    u_first: bool,
-    out_us: list[Tensor],
-    out_vs: list[Tensor],
-) -> None:
-    factors = (us, vs, out_us, out_vs)
-    layers = table(
-        *map(addresses, factors),
-        [u.shape[0] for u in us],
-        [v.shape[0] for v in vs],
-        *chain.from_iterable(map(strides, factors)),
-    )
-    # Of a dense term the right factor is not read.
-    others = [left if right is None else right for left, right in zip(lefts, rights, strict=True)]
-    terms = table(
-        addresses(lefts),
-        addresses(others),
-        [left.shape[1] for left in lefts],
-        *strides(lefts),
-        *strides(others),
-        [DTYPE_CODES[left.dtype] + (_DENSE if right is None else 0) for left, right in zip(lefts, rights, strict=True)],
-    )
-    values = array("d", numbers) if coefficients is None else coefficients.contiguous()
-    address = values.buffer_info()[0] if isinstance(values, array) else values.data_ptr()
-    count_launch()
-    _csrc.lorsum(
-        len(us), layers, len(lefts) // len(us), terms, address, DTYPE_CODES[us[0].dtype], us[0].shape[1],
-        sweeps, proximal, u_first, torch.get_num_threads(),
-    )  # fmt: skip
+    grouped_lorsum(ys, wide, lefts, rights, numbers, coefficients, 0, 0.0, True, ys, wide)
