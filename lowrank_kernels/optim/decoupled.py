@@ -56,6 +56,14 @@ def _half(pair_a: bool, rank: int, decoupled: bool, idle: bool) -> tuple[slice, 
     return (slice(None), last if decoupled != idle else first)
 
 
+def _renew(factors: Sequence[Tensor], bases: Sequence[Tensor], polar: bool) -> None:
+    """Write orthonormal bases of the factors' ranges over the old ones, whose signs QR keeps."""
+    if polar:
+        grouped_polar(factors, out=bases)
+    else:
+        grouped_qr(factors, previous=bases, out=bases)
+
+
 class DecoupledOptimizer(LowRankOptimizer):
     """AdamW on A and B of decoupled adapters; a subclass says when Q_A and Q_B are set anew.
 
@@ -160,21 +168,17 @@ class DecoupledOptimizer(LowRankOptimizer):
 
     def _refresh(self, due: list[FactorPair]) -> None:
         """Bases of the factors' ranges anew: ``Aᵀ = Q_A R_A``, ``B = Q_B R_B`` with the signs of the old bases, or polar factors."""
+        ranks = self._ranks()
         for pairs in self._all_alike() if len(due) == len(self._pairs) else self._alike(due):
             factors, bases = self._tall(pairs)
-            ranks = self._ranks()
-            doers = None if ranks is None else shares([factor.numel() for factor in factors.stored], ranks.size)
-            some: Sequence[Tensor] = factors
-            its: Sequence[Tensor] = bases
-            if ranks is not None and doers is not None:
-                mine = [i for i, doer in enumerate(doers) if doer == ranks.rank]
-                some, its = [factors[i] for i in mine], [bases[i] for i in mine]
-            if self.param_groups[pairs[0].a[0]]["basis"] == "polar":
-                grouped_polar(some, out=its)
-            else:
-                grouped_qr(some, previous=its, out=its)
-            if ranks is not None and doers is not None:
-                exchange(list(bases), doers, ranks.group)
+            polar = self.param_groups[pairs[0].a[0]]["basis"] == "polar"
+            if ranks is None:
+                _renew(factors, bases, polar)
+                continue
+            doers = shares([factor.numel() for factor in factors.stored], ranks.size)
+            mine = ranks.own(doers)
+            _renew([factors[i] for i in mine], [bases[i] for i in mine], polar)
+            exchange(list(bases), doers, ranks.group)
 
     def _ranks(self) -> Ranks | None:
         """The ranks among which the making of bases is divided, None if each makes all."""
@@ -234,7 +238,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         doers = shares([left.numel() + right.numel() for left, right in zip(lefts, rights, strict=True)], ranks.size)
         us, vs = ([x.new_empty(len(x), rank) for x in side] for side in (lefts, rights))
         ss = torch.zeros(len(lefts), rank, dtype=state_dtype(lefts[0].dtype), device=lefts[0].device)
-        mine = [i for i, doer in enumerate(doers) if doer == ranks.rank]
+        mine = ranks.own(doers)
         if mine:
             its_us, ss[mine], its_vs = grouped_svd_product([lefts[i] for i in mine], [rights[i] for i in mine], rank)
             for i, u, v in zip(mine, its_us, its_vs, strict=True):

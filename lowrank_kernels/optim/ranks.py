@@ -18,6 +18,10 @@ class Ranks:
         self.group = group
         self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
 
+    def own(self, doers: Sequence[int]) -> list[int]:
+        """Which of the works that ``doers`` divides are this rank's, by index."""
+        return [index for index, doer in enumerate(doers) if doer == self.rank]
+
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The mean over the ranks of every tensor, by one all-reduce of them all. Equal to the last bit on all ranks."""
         if not tensors:
