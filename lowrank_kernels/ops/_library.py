@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.lists import FLOATING, Tall, alike, plain
+from ..backends.lists import FLOATING, PLAIN, Tall, alike, plain
 
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -31,7 +31,7 @@ def no_backward(name: str, why: str) -> None:
 
 
 #: Types whose memory is what it seems: no tensor subclass.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_PLAIN = PLAIN | {type(None)}
 
 
 def _eager() -> bool:

@@ -244,7 +244,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._factors: list[frozenset[int]] = []
         self._second_factors: list[frozenset[int]] = []
         self._kinds: list[dict[bool, list[tuple[bool, bool, list[int]]]]] = []
-        self._rest: list[tuple[int, ...]] = []
         self._scale = scale
         self._constructed = False
         model = params if isinstance(params, nn.Module) else model
@@ -290,7 +289,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._check_hyperparameters({**self.defaults, **param_group})
             if isinstance(param_group.get("params"), nn.Module):
                 raise TypeError(f"{type(self).__name__}: params of a group must be tensors, got a module; pass its parameters()")
-        before = list(self._pairs), list(self._cores), self._factors, self._second_factors, self._kinds, self._rest
+        before = list(self._pairs), list(self._cores), self._factors, self._second_factors, self._kinds
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -303,7 +302,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self._find_pairs([], since_group=len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
-            self._pairs, self._cores, self._factors, self._second_factors, self._kinds, self._rest = before
+            self._pairs, self._cores, self._factors, self._second_factors, self._kinds = before
             self._buckets = (None, [])
             raise
 
@@ -405,8 +404,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._second_factors = [frozenset(pair.b[1] for pair in self._pairs if pair.b[0] == index) for index in groups]
         self._kinds = [{own_lr: self._by_kind(index, own_lr) for own_lr in (False, True)} for index in groups]
         self._buckets = (None, [])
-        sizes = [len(group["params"]) for group in self.param_groups]
-        self._rest = [tuple(i for i in range(n) if i not in factors) for n, factors in zip(sizes, self._factors, strict=True)]
         self._accept_pairs()
         if unknown_scale and self.requires_pairs:
             warnings.warn(
@@ -556,22 +553,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Refuse groups that were edited since pairs were found, and sparse gradients (which come from embeddings, never from factors)."""
         name = type(self).__name__
         sizes = [len(group["params"]) for group in self.param_groups]
-        known = [len(rest) + len(factors) for rest, factors in zip(self._rest, self._factors, strict=True)]
+        known = [sum(len(members) for _, _, members in kinds[False]) for kinds in self._kinds]
         if sizes != known:
             raise RuntimeError(
                 f"{name}: param_groups hold {sizes} parameters, but {known} when their pairs were found; change them by "
                 "add_param_group, or make a new optimizer"
             )
-        for g, rest in enumerate(self._rest):
-            if rest:
-                params = self.param_groups[g]["params"]
-                for index in rest:
-                    grad = params[index].grad
-                    if grad is not None and grad.is_sparse:
-                        raise RuntimeError(
-                            f"{name} does not support sparse gradients, as {self._name_at((g, index))} has one; use sparse=False, or "
-                            "another optimizer for it; nothing was changed"
-                        )
+        for g, kinds in enumerate(self._kinds):
+            rest = [index for is_factor, _, members in kinds[False] if not is_factor for index in members]
+            members, _, grads, _ = gradients(self.param_groups[g]["params"], rest)
+            for index, grad in zip(members, grads, strict=True):
+                if grad.is_sparse:
+                    raise RuntimeError(
+                        f"{name} does not support sparse gradients, as {self._name_at((g, index))} has one; use sparse=False, or "
+                        "another optimizer for it; nothing was changed"
+                    )
 
     def _misfit(self) -> str | None:
         """After a step that raised: which gradient or state does not fit its parameter, in words."""
@@ -867,7 +863,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_kinds", "_rest", "_scale", "_constructed")
+        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_kinds", "_scale", "_constructed")
         kept = (*pairing, "_nonfinite_grads", "_atomic", "skipped_steps", "_torn")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
