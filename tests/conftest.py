@@ -2,11 +2,13 @@
 
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from _ranks import Ranks
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,6 +26,14 @@ def seed() -> None:
 def device() -> torch.device:
     """Where Triton kernels can run: the GPU if there is one, else the CPU by the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that form process groups."""
+    started = Ranks()
+    yield started
+    started.close()
 
 
 def pytest_configure() -> None:

@@ -1,15 +1,12 @@
-"""One data-parallel rank of ``test_oplora.py``: trains, then saves ΔW and how many numbers each all-reduce of the optimizer sent.
-
-python oplora_ranks.py RANK FILE
-"""
+"""What ``test_oplora.py`` runs on every data-parallel rank."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from lowrank_kernels import OPLoRA, adapt, pairs
 from lowrank_kernels.optim.ranks import Ranks
@@ -49,8 +46,8 @@ def train(case: str, rank: int, ranks: int) -> list[Tensor]:
     return [pair.scale * (pair.B @ pair.A).detach() for pair in pairs(model)]
 
 
-def main(rank: int, file: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def results(rank: int, world: int) -> dict[str, tuple[list[np.ndarray], int]]:
+    """For each case ΔW on one of the ranks, and the most numbers that an all-reduce of the optimizer sent."""
     sent: list[int] = []
     mean = Ranks.mean
 
@@ -59,14 +56,11 @@ def main(rank: int, file: str) -> None:
         return mean(self, tensors)
 
     Ranks.mean = counted  # type: ignore[method-assign]
-    results = {}
-    for case in CASES:
-        sent.clear()
-        results[case] = train(case, rank, 2), max(sent)
-    torch.save(results, f"{file}.{rank}")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), sys.argv[2])
+    try:
+        found = {}
+        for case in CASES:
+            sent.clear()
+            found[case] = [delta.numpy() for delta in train(case, rank, world)], max(sent)
+        return found
+    finally:
+        Ranks.mean = mean  # type: ignore[method-assign]

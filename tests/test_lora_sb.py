@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import test_optimizers as contract
 import torch
 from _models import SHAPES, loss_of, make_model, pair_delta
+from _ranks import Ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -722,37 +721,21 @@ def test_memory_of_the_start_is_one_layers_gradient_and_the_accumulator(d: int) 
 # ------------------------------------------------------------------------------------------------------------------ distributed
 
 
-#: One rank, in a process of its own that imports nothing but the package.
-RANK = """
-import sys, torch
-import lowrank_kernels as lk
-from torch import nn
-rank, folder = int(sys.argv[1]), sys.argv[2]
-store = torch.distributed.FileStore(folder + "/store", 2)
-torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-model, batches = torch.load(folder + "/input.pt", weights_only=False)
-torch.manual_seed(rank)
-wrapped = nn.parallel.DistributedDataParallel(model)
-loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
-report = lk.lora_sb_init(wrapped, batches[rank::2], loss, lr=0.1, update="sgd", progress=False)
-torch.save((report.samples, model.state_dict()), f"{folder}/{rank}.pt")
-torch.distributed.destroy_process_group()
-"""
+def start_on_rank(rank: int, world: int, model: nn.Module) -> tuple[int, dict[str, np.ndarray]]:
+    """What ``lora_sb_init`` leaves on one of two ranks: two batches here, one there."""
+    torch.manual_seed(rank)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    report = init(wrapped, make_batches(3)[rank::world], update="sgd")
+    return report.samples, {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.skipif(sys.platform == "win32" or not torch.distributed.is_available(), reason="needs gloo")
-def test_two_ranks_average_gradients_and_have_identical_factors(tmp_path) -> None:
+def test_two_ranks_average_gradients_and_have_identical_factors(ranks: Ranks) -> None:
     alone, together = (lk.adapt(network(), method="xs", rank=2) for _ in range(2))
-    torch.save((together, make_batches(3)), tmp_path / "input.pt")
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    command = [sys.executable, "-c", RANK]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]  # two batches here, one there
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    (samples, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (samples, first), (_, second) = ranks(start_on_rank, together)
     assert samples == 24
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
     init(alone, make_batches(3), update="sgd")
-    together.load_state_dict(first)
+    together.load_state_dict({name: torch.from_numpy(value) for name, value in first.items()})
     for name, delta in lk.delta_weights(alone).items():
         torch.testing.assert_close(lk.delta_weights(together)[name], delta, rtol=1e-8, atol=1e-12)

@@ -1,21 +1,10 @@
-"""The processes of the distributed tests, and the size of the matrix in the summary."""
+"""The size of the matrix in the summary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from _matrix import FEATURES, METHODS
-from _ranks import Ranks
-
-
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Processes that form process groups."""
-    started = Ranks()
-    yield started
-    started.close()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

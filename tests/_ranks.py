@@ -1,4 +1,8 @@
-"""Processes that form a process group (gloo) and run functions for the tests; they are started once and serve all of them."""
+"""Processes that form a process group (gloo) and run functions for the tests; they are started once and serve all of them.
+
+They end without finalizing Python, as multiprocessing's children do: torch's gloo threads may still hold tensors that Python has seen,
+and letting go of one while the interpreter finalizes ends the process by SIGABRT (DDP, torch 2.13: one exit in ten).
+"""
 
 from __future__ import annotations
 
