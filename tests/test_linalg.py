@@ -525,7 +525,7 @@ def test_opcheck(backend: str) -> None:
                 torch.library.opcheck(overload, arguments)
 
 
-X, TALLER, WIDE, THREE = torch.randn(9, 4), torch.randn(11, 4), torch.randn(3, 4), torch.randn(9, 3)
+X, TALLER, WIDE, THREE = torch.ones(9, 4), torch.ones(11, 4), torch.ones(3, 4), torch.ones(9, 3)
 EYE = torch.eye(4)[None]
 MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_gram(X), r"grouped_gram: xs must be a list"),

@@ -93,7 +93,7 @@ def nothing_kept(model: nn.Module) -> bool:
     return all(group is None or (group._x is None and not group._parts) for group in groups.values())
 
 
-X = torch.randn(3, 5, 8, dtype=torch.float64)
+X = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 # --- the operations ---------------------------------------------------------------------------------------------------
 
@@ -239,13 +239,14 @@ def test_the_grad_mode_and_autocast_are_those_of_each_layer() -> None:
     with torch.no_grad():
         shared[0].q_proj(x)
     assert shared[0].k_proj(x).requires_grad
+    small = X.float() / 16  # the blocks multiply what they get: on large numbers their gradients magnify rounding
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert shared[0].v_proj(x).dtype == torch.bfloat16
         with projections(4):
-            narrow = gradients(shared, X.float())
-        other = gradients(apart, X.float())
+            narrow = gradients(shared, small)
+        other = gradients(apart, small)
     assert narrow[0].dtype == other[0].dtype
-    exact = gradients(apart, X.float())
+    exact = gradients(apart, small)
     for a, b, e in zip(narrow, other, exact, strict=True):
         assert (a - e).abs().max() <= 3 * (b - e).abs().max() + 2**-8 * e.abs().max()
 
