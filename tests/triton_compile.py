@@ -66,18 +66,16 @@ def polar_case(rank: int, dtype: torch.dtype) -> None:
     polar.grouped_polar(xs, [torch.empty_like(x) for x in xs])
 
 
-def adamw_case(
-    dtype: torch.dtype, rank: int = 0, on_device: bool = False, new_maps: bool = False, grams: torch.dtype | None = None
-) -> None:
+def adamw_case(dtype: torch.dtype, rank: int = 0, on_device: bool = False, new_maps: bool = False, drifting: bool = False) -> None:
     params = [torch.zeros(256, max(rank, 1), dtype=dtype)]
     grads, ms, vs = [torch.zeros_like(params[0])], *([torch.zeros(256, max(rank, 1), dtype=wide(dtype))] for _ in range(2))
     maps = torch.zeros(1, rank, rank, dtype=wide(dtype)) if rank else None
     lr = torch.tensor(1e-3) if on_device else 1e-3
     step = torch.tensor(1.0) if on_device else 1
     more = maps if new_maps else None
-    new_grams = None if grams is None else torch.empty(1, 2, rank, rank, dtype=grams)
+    drifts = torch.empty(1, rank, rank, dtype=wide(dtype)) if drifting else None
     dims = [1] if rank else []
-    adamw.grouped_adamw_(params, grads, ms, vs, maps, maps, more, more, dims, new_grams, lr, 0.9, 0.999, 1e-8, 0.0, step, [], True, False)
+    adamw.grouped_adamw_(params, grads, ms, vs, maps, maps, more, more, dims, drifts, lr, 0.9, 0.999, 1e-8, 0.0, step, [], True, False)
 
 
 def lora_case(rank: int, dtype: torch.dtype, decoupled: bool = True, dropout: bool = False) -> None:
@@ -139,12 +137,12 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "fp32": lambda: adamw_case(torch.float32),
         "bf16 on device": lambda: adamw_case(torch.bfloat16, on_device=True),
         "r16 fp32": lambda: adamw_case(torch.float32, 16),
-        "r16 bf16 grams": lambda: adamw_case(torch.bfloat16, 16, on_device=True, grams=torch.float64),
-        "r16 fp32 all maps, grams": lambda: adamw_case(torch.float32, 16, new_maps=True, grams=torch.float64),
-        "r32 fp32 all maps, grams": lambda: adamw_case(torch.float32, 32, new_maps=True, grams=torch.float64),
+        "r16 bf16 drifts": lambda: adamw_case(torch.bfloat16, 16, on_device=True, drifting=True),
+        "r16 fp32 all maps, drifts": lambda: adamw_case(torch.float32, 16, new_maps=True, drifting=True),
+        "r32 fp32 all maps, drifts": lambda: adamw_case(torch.float32, 32, new_maps=True, drifting=True),
         "r128 fp32": lambda: adamw_case(torch.float32, 128),
-        "r128 fp32 all maps, grams": lambda: adamw_case(torch.float32, 128, new_maps=True, grams=torch.float64),
-        "r128 fp64 all maps, grams": lambda: adamw_case(torch.float64, 128, new_maps=True, grams=torch.float64),
+        "r128 fp32 all maps, drifts": lambda: adamw_case(torch.float32, 128, new_maps=True, drifting=True),
+        "r128 fp64 all maps, drifts": lambda: adamw_case(torch.float64, 128, new_maps=True, drifting=True),
     },
 }
 
@@ -171,11 +169,11 @@ ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("small", "polar r64"): (90,),
     ("adamw", "bf16 on device"): (90,),
     ("adamw", "r16 fp32"): (90,),
-    ("adamw", "r16 fp32 all maps, grams"): (90,),
-    ("adamw", "r32 fp32 all maps, grams"): (90, 100),
+    ("adamw", "r16 fp32 all maps, drifts"): (90,),
+    ("adamw", "r32 fp32 all maps, drifts"): (90, 100),
     ("adamw", "r128 fp32"): (90,),
-    ("adamw", "r128 fp32 all maps, grams"): (90,),
-    ("adamw", "r128 fp64 all maps, grams"): (80, 90),
+    ("adamw", "r128 fp32 all maps, drifts"): (90,),
+    ("adamw", "r128 fp64 all maps, drifts"): (80, 90),
 }
 
 

@@ -1,6 +1,5 @@
 // Hands the elements of all parameters out to threads, in chunks, so that one large parameter does not serialize.
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/grouped.h"
@@ -21,34 +20,25 @@ bool has_maps(const AdamWItem& item) {
 int64_t rank_of(const AdamWItem& item) { return item.rank_dim == 1 ? item.columns : item.rows; }
 int64_t height_of(const AdamWItem& item) { return item.rank_dim == 1 ? item.rows : item.columns; }
 
-// All of one rank, with the Grams of the new factors, mapped or not.
+// All of one rank, with their drifts, mapped or not.
 template <class T>
-void run_with_grams(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int threads) {
+void run_with_drifts(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int threads) {
   const int64_t r = rank_of(items[0]);
   const Kernels<T>& kernel = kernels<T>();
   sum_rows(
-      n, r, 2 * r * r, static_cast<size_t>(mapped_scratch(r)) * sizeof(T), threads,
+      n, r, r * r, static_cast<size_t>(mapped_scratch(r)) * sizeof(T), threads,
       [&](int64_t i) { return height_of(items[i]); },
       [&](int64_t i, int64_t first, int64_t rows, char* scratch, double* sums) {
         kernel.adamw_mapped_rows(scalars, items[i], first, rows, reinterpret_cast<T*>(scratch), sums);
       },
       [&](int64_t i, const double* sums) {
-        const auto write = [&](auto* grams) {
-          using G = std::remove_pointer_t<decltype(grams)>;
-          write_gram<G>(sums, r, r, true, grams);
-          write_gram<G>(sums + r * r, r, r, false, grams + r * r);
-        };
-        if (scalars.wide_grams) {
-          write(static_cast<double*>(items[i].new_grams));
-        } else {
-          write(static_cast<T*>(items[i].new_grams));
-        }
+        write_gram<T>(sums, r, r, false, items[i].drift);
       });
 }
 
 template <class T>
 void run(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int threads) {
-  if (n > 0 && items[0].new_grams) return run_with_grams<T>(scalars, items, n, threads);
+  if (n > 0 && items[0].drift) return run_with_drifts<T>(scalars, items, n, threads);
   // Chunks of item i are the tasks [first[i], first[i + 1]).
   std::vector<int64_t> first(static_cast<size_t>(n) + 1, 0);
   int64_t scratch_elements = 0;
@@ -57,7 +47,7 @@ void run(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int thr
     int64_t chunks = (item.rows * item.columns + kChunk - 1) / kChunk;
     if (has_maps(item)) {
       const int64_t r = rank_of(item), height = height_of(item);
-      chunks = r ? (height + panel_rows(r) - 1) / panel_rows(r) : 0;
+      chunks = r ? group_count(height) : 0;
       scratch_elements = std::max(scratch_elements, mapped_scratch(r));
     }
     first[i + 1] = first[i] + chunks;
@@ -71,8 +61,8 @@ void run(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int thr
     const AdamWItem& item = items[i];
     if (has_maps(item)) {
       const int64_t r = rank_of(item), height = height_of(item);
-      const int64_t begin = (task - first[i]) * panel_rows(r);
-      kernel.adamw_mapped_rows(scalars, item, begin, std::min(panel_rows(r), height - begin), scratch.of<T>(worker),
+      const int64_t begin = (task - first[i]) * kGroupRows;
+      kernel.adamw_mapped_rows(scalars, item, begin, std::min(kGroupRows, height - begin), scratch.of<T>(worker),
                                nullptr);
     } else {
       const int64_t begin = (task - first[i]) * kChunk;

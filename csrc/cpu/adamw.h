@@ -9,12 +9,12 @@
 namespace lowrank::LOWRANK_ISA {
 
 // One fused pass over n elements. HasX: out = shrink · x - step; else out = step, for a map to be applied to. HasM,
-// HasV: whether there are moments; `aligned` is the momentum as it comes in. What there is not may be null; out may be
-// x, and m may be `aligned`.
-template <class T, bool HasX, bool HasM, bool HasV>
+// HasV: whether there are moments; `aligned` is the momentum as it comes in. HasMoved: moved = out - x. What there is
+// not may be null; out may be x, and m may be `aligned`.
+template <class T, bool HasX, bool HasM, bool HasV, bool HasMoved>
 LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size_64, double scale_v_64, const T* x,
                                 const T* LOWRANK_RESTRICT g, const T* aligned, T* m, T* LOWRANK_RESTRICT v, T* out,
-                                int64_t n) {
+                                T* LOWRANK_RESTRICT moved, int64_t n) {
   const T sign = scalars.maximize ? T(-1) : T(1);
   const T weight1 = static_cast<T>(1 - scalars.beta1);
   const T beta2 = static_cast<T>(scalars.beta2), weight2 = static_cast<T>(1 - scalars.beta2);
@@ -35,22 +35,21 @@ LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size_64
       v[i] = second;
       direction = direction / (std::sqrt(second) * scale_v + eps);
     }
-    out[i] = HasX ? shrink * x[i] - step_size * direction : step_size * direction;
+    const T next = HasX ? shrink * x[i] - step_size * direction : step_size * direction;
+    if (HasMoved) moved[i] = next - x[i];
+    out[i] = next;
   }
 }
 
-template <class T, bool HasX = true>
+template <class T, bool HasX = true, bool HasMoved = false>
 LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size, double scale_v, const T* x, const T* g,
-                                const T* aligned, T* m, T* v, T* out, int64_t n) {
-  if (m && v) {
-    moment_step<T, HasX, true, true>(scalars, step_size, scale_v, x, g, aligned, m, v, out, n);
-  } else if (m) {
-    moment_step<T, HasX, true, false>(scalars, step_size, scale_v, x, g, aligned, m, v, out, n);
-  } else if (v) {
-    moment_step<T, HasX, false, true>(scalars, step_size, scale_v, x, g, aligned, m, v, out, n);
-  } else {
-    moment_step<T, HasX, false, false>(scalars, step_size, scale_v, x, g, aligned, m, v, out, n);
-  }
+                                const T* aligned, T* m, T* v, T* out, T* moved, int64_t n) {
+  const auto run = [&](auto has_m, auto has_v) {
+    moment_step<T, HasX, decltype(has_m)::value, decltype(has_v)::value, HasMoved>(scalars, step_size, scale_v, x, g,
+                                                                                   aligned, m, v, out, moved, n);
+  };
+  const auto with_m = [&](auto has_m) { v ? run(has_m, std::true_type()) : run(has_m, std::false_type()); };
+  m ? with_m(std::true_type()) : with_m(std::false_type());
 }
 
 // Calls f(offset into the block, pointer, stride, length) for the runs that elements [begin, begin + n) of a row-major
@@ -77,7 +76,7 @@ void adamw_range(const AdamWScalars& scalars, const AdamWItem& item, int64_t beg
   if (dense && (scalars.dtype == DType::kFloat32 || scalars.dtype == DType::kFloat64)) {
     T* x = static_cast<T*>(item.param.data) + begin;
     moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(item.grad.data) + begin, m, m, v, x,
-                end - begin);
+                static_cast<T*>(nullptr), end - begin);
     return;
   }
   constexpr int64_t kBlock = 1024;
@@ -91,7 +90,8 @@ void adamw_range(const AdamWScalars& scalars, const AdamWItem& item, int64_t beg
       for_each_run(grad, item.grad, item.columns, at, n,
                    [&](int64_t i, auto* p, int64_t stride, int64_t length) { widen_run(p, stride, length, g + i); });
       T *m_block = m ? m + (at - begin) : nullptr, *v_block = v ? v + (at - begin) : nullptr;
-      moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(g), m_block, m_block, v_block, x, n);
+      moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(g), m_block, m_block, v_block, x,
+                  static_cast<T*>(nullptr), n);
       for_each_run(param, item.param, item.columns, at, n,
                    [&](int64_t i, auto* p, int64_t stride, int64_t length) { narrow_run(x + i, length, p, stride); });
     }
@@ -114,10 +114,10 @@ LOWRANK_INLINE void round_to_storage(DType dtype, T* x, int64_t n) {
 }
 
 // With r × r maps: one panel of x.rows_of(p) rows of the factor seen as a tall (d, r) matrix, from row `first` on. The
-// new factor is left in panel p of x, the old one in that of `old`; `scratch` is for the five other panels.
+// new factor is left in panel p of x, how far it moved in that of `moved`; `scratch` is for the five other panels.
 template <class T>
 void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t p,
-                        const Panels<T>& new_x, const Panels<T>& old_x, T* scratch) {
+                        const Panels<T>& new_x, const Panels<T>& moved, T* scratch) {
   const bool tall = item.rank_dim == 1;
   const int64_t r = new_x.r, pitch = new_x.height(), area = pitch * r;
   const int64_t rows = new_x.rows_of(p), padded = new_x.padded_rows_of(p);
@@ -130,7 +130,7 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
   const auto apply = [&](const void* map, const T* in, T* out) {
     multiply_panel(in, pitch, padded, r, static_cast<const T*>(map), map_row_stride, map_column_stride, r, out, pitch);
   };
-  T *x = new_x.panel(p), *old = old_x.panel(p);
+  T *x = new_x.panel(p), *old = moved.panel(p);
   T *g = scratch, *m = g + area, *v = m + area, *mapped = v + area, *dense = mapped + area;
   const DType state = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
 
@@ -160,10 +160,10 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
     T *m_column = item.m ? m + at : nullptr, *v_column = item.v ? v + at : nullptr;
     if (item.direction_map) {
       moment_step<T, false>(scalars, item.step_size, item.scale_v, nullptr, g + at, m_column, m_column, v_column,
-                            x + at, padded);
+                            x + at, nullptr, padded);
     } else {
       moment_step(scalars, item.step_size, item.scale_v, static_cast<const T*>(old + at), g + at, m_column, m_column,
-                  v_column, x + at, padded);
+                  v_column, x + at, static_cast<T*>(nullptr), padded);
     }
   }
   if (item.direction_map) {
@@ -174,6 +174,9 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
     }
   }
   if (scalars.dtype != state) round_to_storage(scalars.dtype, x, area);
+  for (int64_t j = 0; j < r; ++j) {
+    for (int64_t k = 0; k < padded; ++k) old[j * pitch + k] = x[j * pitch + k] - old[j * pitch + k];
+  }
   store_panel(scalars.dtype, tall_view(item.param), first, rows, r, x, pitch, dense);
   if (item.m) store_panel(state, moment_view(item.m), first, rows, r, m, pitch, dense);
   if (item.v) store_panel(state, moment_view(item.v), first, rows, r, v, pitch, dense);
@@ -182,43 +185,26 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
 // Rows [first, first + rows) of the factor seen as tall, in panels: any storage type, strides and rank.
 template <class T>
 void adamw_mapped_in_panels(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
-                            double* grams) {
+                            double* drift) {
   const int64_t r = item.rank_dim == 1 ? item.columns : item.rows, area = kBlockRows * r;
   for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
     const int64_t height = rows - begin < kBlockRows ? rows - begin : kBlockRows;
-    const Panels<T> x{scratch, height, r, mapped_panel_rows(r)}, old{scratch + area, height, r, mapped_panel_rows(r)};
+    const Panels<T> x{scratch, height, r, mapped_panel_rows(r)}, moved{scratch + area, height, r, mapped_panel_rows(r)};
     for (int64_t p = 0; p < x.count(); ++p) {
-      adamw_mapped_panel(scalars, item, first + begin + p * x.height(), p, x, old, scratch + 2 * area);
+      adamw_mapped_panel(scalars, item, first + begin + p * x.height(), p, x, moved, scratch + 2 * area);
     }
-    if (grams) {
-      add_gram(scalars.wide_grams, x, x, true, grams, r);
-      add_gram(scalars.wide_grams, x, old, false, grams + r * r, r);
-    }
+    if (drift) add_product_of_panels(x, moved, drift, r);
   }
 }
 
-// Asks for n elements to be brought into the second-level cache.
-template <class T>
-LOWRANK_INLINE void prefetch(const T* p, int64_t n) {
-#if defined(__GNUC__)
-  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
-#else
-  (void)p, (void)n;
-#endif
-}
-
-// Rows of a tall factor that are stepped at a time where Grams are formed: whole blocks of map_rows, of 12 or of 8.
-constexpr int64_t kPieceRows = 48;
-
-// The same for a factor that may stay where it is, Gram products summed up in A. `rows` are whole vectors of a wide
-// one.
-template <class T, class A, bool kTall>
+// The same for a factor that may stay where it is. `rows` are whole vectors of a wide one.
+template <class T, bool kTall>
 void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
-                           double* grams) {
-  const int64_t r = kTall ? item.columns : item.rows, height = in_place_rows(r), area = height * r;
-  A *new_x = reinterpret_cast<A*>(scratch), *old_x = new_x + area;
-  T *mapped_g = reinterpret_cast<T*>(old_x + area), *mapped_m = mapped_g + area, *other = mapped_m + area;
-  T* maps = other + area;
+                           double* drift) {
+  const int64_t r = kTall ? item.columns : item.rows, height = kTall ? in_place_rows(r) : in_place_columns(r);
+  const int64_t area = height * r;
+  T *mapped_g = scratch, *mapped_m = mapped_g + area, *other = mapped_m + area, *moved = other + area;
+  T* const maps = moved + area;
   // As map_rows and map_columns want them.
   const auto prepare = [&](const void* map, T* out) -> const T* {
     const T* in = static_cast<const T*>(map);
@@ -233,11 +219,10 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
   const T* direction_map = prepare(item.direction_map, maps + 3 * r * r);
   const T sign = scalars.maximize ? T(-1) : T(1), shrink = static_cast<T>(1 - scalars.lr * scalars.weight_decay);
 
-  // Rows [from, from + n): everything but the Grams, for which new and old rows are left behind the first `at` of their
-  // blocks.
-  const auto step_rows = [&](int64_t from, int64_t n, int64_t at) {
-    // They are `runs` runs of `length` elements, which are so far apart in x, in g, in the moments and in scratch.
-    const int64_t runs = kTall ? 1 : r, length = kTall ? n * r : n, start = (first + from) * (kTall ? r : 1);
+  // Rows [from, from + n): `runs` runs of `length` elements, which are so far apart in x, in g, in the moments and in
+  // scratch.
+  const auto step_rows = [&](int64_t from, int64_t n) {
+    const int64_t runs = kTall ? 1 : r, width = kTall ? r : 1, length = n * width, start = (first + from) * width;
     const int64_t x_pitch = item.param.row_stride, g_pitch = item.grad.row_stride, m_pitch = item.columns;
     T *x = static_cast<T*>(item.param.data) + start, *g = static_cast<T*>(item.grad.data) + start;
     T *m = item.m ? static_cast<T*>(item.m) + start : nullptr, *v = item.v ? static_cast<T*>(item.v) + start : nullptr;
@@ -248,22 +233,6 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
         map_columns(in, pitch, n, r, map, out, height);
       }
     };
-    const auto copy = [&](auto* out) {
-      for (int64_t k = 0; k < runs; ++k) {
-        for (int64_t i = 0; i < length; ++i) out[k * height + i] = x[k * x_pitch + i];
-        if (!kTall) {
-          for (int64_t i = length; i < padded_rows(length); ++i) out[k * height + i] = 0;
-        }
-      }
-    };
-    // Beside Grams four arrays are no streams that a processor sees by itself: what comes next is asked for.
-    const int64_t next = !grams ? 0 : (rows - from - n < n ? rows - from - n : n) * (kTall ? r : 1);
-    for (int64_t k = 0; k < runs && next > 0; ++k) {
-      prefetch(g + k * g_pitch + length, next);
-      prefetch(x + k * x_pitch + length, next);
-      if (m) prefetch(m + k * m_pitch + length, next);
-      if (v) prefetch(v + k * m_pitch + length, next);
-    }
     const T *gradient = g, *momentum = m;
     int64_t gradient_pitch = g_pitch, momentum_pitch = m_pitch;
     if (grad_map) apply(grad_map, g, g_pitch, mapped_g), gradient = mapped_g, gradient_pitch = height;
@@ -277,48 +246,44 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
       gradient = mapped_g, gradient_pitch = height;
     }
     if (m && momentum_map) apply(momentum_map, m, m_pitch, mapped_m), momentum = mapped_m, momentum_pitch = height;
-    if (grams) copy(old_x + at * r);
-    for (int64_t k = 0; k < runs; ++k) {
-      T *m_run = m ? m + k * m_pitch : nullptr, *v_run = v ? v + k * m_pitch : nullptr, *x_run = x + k * x_pitch;
-      const T *g_run = gradient + k * gradient_pitch, *aligned = m ? momentum + k * momentum_pitch : nullptr;
-      if (direction_map) {
-        moment_step<T, false>(scalars, item.step_size, item.scale_v, nullptr, g_run, aligned, m_run, v_run,
-                              mapped_m + k * height, length);
-      } else {
-        moment_step(scalars, item.step_size, item.scale_v, static_cast<const T*>(x_run), g_run, aligned, m_run, v_run,
-                    x_run, length);
+    const auto step_runs = [&](auto has_x, auto has_moved) {
+      for (int64_t k = 0; k < runs; ++k) {
+        T *m_run = m ? m + k * m_pitch : nullptr, *v_run = v ? v + k * m_pitch : nullptr, *x_run = x + k * x_pitch;
+        const T *g_run = gradient + k * gradient_pitch, *aligned = m ? momentum + k * momentum_pitch : nullptr;
+        T* const out = decltype(has_x)::value ? x_run : mapped_m + k * height;
+        moment_step<T, decltype(has_x)::value, decltype(has_moved)::value>(scalars, item.step_size, item.scale_v, x_run,
+                                                                           g_run, aligned, m_run, v_run, out,
+                                                                           moved + k * height, length);
       }
-    }
-    if (direction_map) {
+    };
+    if (!direction_map) {
+      drift ? step_runs(std::true_type(), std::true_type()) : step_runs(std::true_type(), std::false_type());
+    } else {
+      step_runs(std::false_type(), std::false_type());
       apply(direction_map, mapped_m, height, other);
       for (int64_t k = 0; k < runs; ++k) {
         for (int64_t i = 0; i < length; ++i) {
-          x[k * x_pitch + i] = shrink * x[k * x_pitch + i] - other[k * height + i];
+          const T old = x[k * x_pitch + i], next_x = shrink * old - other[k * height + i];
+          moved[k * height + i] = next_x - old;
+          x[k * x_pitch + i] = next_x;
         }
       }
     }
-    if (grams) copy(new_x + at * r);
-  };
-  for (int64_t begin = 0; begin < rows; begin += height) {
-    const int64_t n = rows - begin < height ? rows - begin : height;
-    const int64_t piece = kTall && grams && n > kPieceRows ? kPieceRows : n;
-    for (int64_t at = 0; at < n; at += piece) step_rows(begin + at, n - at < piece ? n - at : piece, at);
-    if (!grams) continue;
+    if (!drift) return;
     if constexpr (kTall) {
-      add_grams_of_rows(static_cast<const A*>(new_x), static_cast<const A*>(old_x), n, r, grams);
+      add_product_of_rows(static_cast<const T*>(x), static_cast<const T*>(moved), n, r, false, drift);
     } else {
-      const Panels<A> new_panel{new_x, n, r, height}, old_panel{old_x, n, r, height};
-      add_gram<A>(new_panel, new_panel, true, grams, r);
-      add_gram<A>(new_panel, old_panel, false, grams + r * r, r);
+      add_product_of_columns(static_cast<const T*>(x), x_pitch, static_cast<const T*>(moved), height, n, r, drift);
     }
-  }
+  };
+  for (int64_t from = 0; from < rows; from += height) step_rows(from, rows - from < height ? rows - from : height);
 }
 
-// Rows [first, first + rows) with r × r maps. grams, if given: the new factor's Gram (upper triangle) and its
-// cross-Gram with the old one, (2, r, r), are added to while both are in the cache.
+// Rows [first, first + rows) with r × r maps. Their share of the drift (r, r), if there is one, is added to while the
+// rows are in the cache: products in T over some rows, the sums of those in double.
 template <class T>
 void adamw_mapped_rows(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
-                       double* grams) {
+                       double* drift) {
   const bool tall = item.rank_dim == 1;
   const auto dense = [&](const View& view) {
     return view.column_stride == 1 && (!tall || view.row_stride == item.columns);
@@ -328,15 +293,11 @@ void adamw_mapped_rows(const AdamWScalars& scalars, const AdamWItem& item, int64
   if (own_type && dense(item.param) && dense(item.grad)) {
     in_place = tall ? (item.columns % 4 == 0 ? rows : 0) : rows / kLanes<T> * kLanes<T>;
   }
-  const auto run = [&](auto accumulator, auto is_tall) {
-    adamw_mapped_in_place<T, decltype(accumulator), decltype(is_tall)::value>(scalars, item, first, in_place, scratch,
-                                                                              grams);
-  };
-  const auto run_accumulated = [&](auto accumulator) {
-    tall ? run(accumulator, std::true_type()) : run(accumulator, std::false_type());
-  };
-  if (in_place > 0) scalars.wide_grams ? run_accumulated(double()) : run_accumulated(T());
-  if (in_place < rows) adamw_mapped_in_panels(scalars, item, first + in_place, rows - in_place, scratch, grams);
+  if (in_place > 0) {
+    tall ? adamw_mapped_in_place<T, true>(scalars, item, first, in_place, scratch, drift)
+         : adamw_mapped_in_place<T, false>(scalars, item, first, in_place, scratch, drift);
+  }
+  if (in_place < rows) adamw_mapped_in_panels(scalars, item, first + in_place, rows - in_place, scratch, drift);
 }
 
 }  // namespace lowrank::LOWRANK_ISA

@@ -112,15 +112,15 @@ int64_t first_irregular(const py::list& tensors) {
 void adamw(const py::list& params, const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
            const py::list& missed, const py::list& rank_dims, int dtype, double lr, double beta1, double beta2,
            double eps, double weight_decay, double step, bool bias_correction, bool maximize, int64_t r,
-           intptr_t grad_maps, intptr_t momentum_maps, intptr_t param_maps, intptr_t direction_maps, intptr_t new_grams,
-           bool wide_grams, int threads) {
-  const AdamWScalars scalars{dtype_of(dtype), lr, beta1, beta2, eps, weight_decay, maximize, wide_grams};
+           intptr_t grad_maps, intptr_t momentum_maps, intptr_t param_maps, intptr_t direction_maps, intptr_t drifts,
+           int threads) {
+  const AdamWScalars scalars{dtype_of(dtype), lr, beta1, beta2, eps, weight_decay, maximize};
   const int64_t size = scalars.dtype == DType::kFloat64 ? 8 : 4;
   const size_t n = params.size();
   for (const py::list* list : {&grads, &exp_avgs, &exp_avg_sqs, &missed, &rank_dims})
     if (list->size() != n && (list == &grads || !list->empty()))
       throw std::invalid_argument("grouped_adamw: lists of different lengths");
-  const bool mapped = grad_maps || momentum_maps || param_maps || direction_maps || new_grams;
+  const bool mapped = grad_maps || momentum_maps || param_maps || direction_maps || drifts;
   if (mapped && (rank_dims.empty() || r < 0)) throw std::invalid_argument("grouped_adamw: maps without a rank");
   if (mapped) check_rank(r);
   const TensorReader& reader = TensorReader::get();
@@ -165,15 +165,13 @@ void adamw(const py::list& params, const py::list& grads, const py::list& exp_av
     item.scale_v = 1 / std::sqrt(correction2);
     if (mapped) {
       const auto map = [&](intptr_t maps) {
-        return maps ? reinterpret_cast<const void*>(maps + static_cast<int64_t>(i) * r * r * size) : nullptr;
+        return maps ? reinterpret_cast<void*>(maps + static_cast<int64_t>(i) * r * r * size) : nullptr;
       };
       item.grad_map = map(grad_maps);
       item.momentum_map = map(momentum_maps);
       item.param_map = map(param_maps);
       item.direction_map = map(direction_maps);
-      if (new_grams)
-        item.new_grams =
-            reinterpret_cast<void*>(new_grams + static_cast<int64_t>(i) * 2 * r * r * (wide_grams ? 8 : size));
+      item.drift = map(drifts);
     }
   }
   const py::gil_scoped_release released;

@@ -63,14 +63,14 @@ LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows
   }
 }
 
-// The tile from (i0, j0) on of XᵀY, `pitch` the height of both panels; of a symmetric product, of its upper triangle. A
+// The tile from (i0, j0) on of XᵀY, whose columns are so far apart; of a symmetric product, of its upper triangle. A
 // column beyond the last one stands for the last one.
 template <class A, class T>
-LOWRANK_INLINE void add_gram_tile(const T* x, const T* y, int64_t rows, int64_t pitch, int64_t r, int64_t k,
-                                  bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile) {
+LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t r,
+                                  int64_t k, bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile) {
   const T *x_columns[kGramI], *y_columns[kGramJ];
-  for (int i = 0; i < kGramI; ++i) x_columns[i] = x + (i0 + i < r ? i0 + i : r - 1) * pitch;
-  for (int j = 0; j < kGramJ; ++j) y_columns[j] = y + (j0 + j < k ? j0 + j : k - 1) * pitch;
+  for (int i = 0; i < kGramI; ++i) x_columns[i] = x + (i0 + i < r ? i0 + i : r - 1) * x_pitch;
+  for (int j = 0; j < kGramJ; ++j) y_columns[j] = y + (j0 + j < k ? j0 + j : k - 1) * y_pitch;
   if (symmetric && j0 == i0) {
     gram_tile<A, T, 0>(x_columns, y_columns, rows, tile);
   } else if (symmetric && kGramI < kGramJ && j0 + kGramI == i0) {
@@ -119,10 +119,11 @@ class GramSums {
       for (int s = 0; s < kGramTile; ++s) tiles_[index * kGramTile + s] = Vec<A>{};
     });
   }
-  // `rows` rows (a multiple of kRowAlignment) of a panel of each; `pitch` is the height of both.
-  void add(const A* x, const A* y, int64_t rows, int64_t pitch) {
+  // `rows` rows (whole vectors) of columns that are so far apart.
+  template <class T>
+  void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows) {
     for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t index) {
-      add_gram_tile<A>(x, y, rows, pitch, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile);
+      add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile);
     });
   }
   void add_to(double* gram, int64_t pitch) {
@@ -137,26 +138,27 @@ class GramSums {
   Vec<A>* tiles_;
 };
 
-// gram (x.r, pitch) += XᵀY, and only its upper triangle for Y = X (`symmetric`); x and y have panels of one height.
-template <class A, class T>
-void add_gram(const Panels<T>& x, const Panels<T>& y, bool symmetric, double* gram, int64_t pitch) {
-  for_each_gram_tile(x.r, y.r, symmetric, [&](int64_t i0, int64_t j0, int64_t) {
-    Vec<A> tile[kGramTile] = {};
-    for (int64_t p = 0; p < x.count(); ++p) {
-      add_gram_tile<A>(x.panel(p), y.panel(p), x.padded_rows_of(p), x.height(), x.r, y.r, symmetric, i0, j0, tile);
-    }
-    reduce_gram_tile<A>(tile, i0, j0, x.r, y.r, gram, pitch);
+// product (r, r) += XᵀY of columns that are so far apart, over `rows` rows (whole vectors).
+template <class T>
+void add_product_of_columns(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t r,
+                            double* product) {
+  for_each_gram_tile(r, r, false, [&](int64_t i0, int64_t j0, int64_t) {
+    Vec<T> tile[kGramTile] = {};
+    add_gram_tile<T>(x, x_pitch, y, y_pitch, rows, r, r, false, i0, j0, tile);
+    reduce_gram_tile<T>(tile, i0, j0, r, r, product, r);
   });
 }
 
-// The same, with the accumulator chosen when it runs: double, or T.
+// The same of panels of one height.
 template <class T>
-void add_gram(bool wide, const Panels<T>& x, const Panels<T>& y, bool symmetric, double* gram, int64_t pitch) {
-  if (wide) {
-    add_gram<double>(x, y, symmetric, gram, pitch);
-  } else {
-    add_gram<T>(x, y, symmetric, gram, pitch);
-  }
+void add_product_of_panels(const Panels<T>& x, const Panels<T>& y, double* product, int64_t r) {
+  for_each_gram_tile(r, r, false, [&](int64_t i0, int64_t j0, int64_t) {
+    Vec<T> tile[kGramTile] = {};
+    for (int64_t p = 0; p < x.count(); ++p) {
+      add_gram_tile<T>(x.panel(p), x.height(), y.panel(p), y.height(), x.padded_rows_of(p), r, r, false, i0, j0, tile);
+    }
+    reduce_gram_tile<T>(tile, i0, j0, r, r, product, r);
+  });
 }
 
 }  // namespace lowrank::LOWRANK_ISA

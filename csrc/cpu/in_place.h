@@ -70,6 +70,9 @@ inline void map_rows(const T* in, int64_t rows, int64_t r, const T* map, T* out)
     for (; k + K <= rows; k += K) {
       for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, K, 1>(in + k * r, r, map + j, out + k * r + j);
     }
+    for (; k + 4 <= rows; k += 4) {
+      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 4, 1>(in + k * r, r, map + j, out + k * r + j);
+    }
     for (; k < rows; ++k) {
       for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 1, 1>(in + k * r, r, map + j, out + k * r + j);
     }
@@ -117,23 +120,24 @@ LOWRANK_INLINE void gram_rows_block(const A* x, const A* const* y, int64_t rows,
   }
 }
 
-// grams (2, r, r) += (the upper triangle of XᵀX, XᵀY) of dense rows: outer products, so that nothing is summed across
-// lanes.
+// product (r, r) += XᵀY of dense rows, for Y = X (`symmetric`) at least its upper triangle: outer products, so that
+// nothing is summed across lanes.
 template <class A>
-inline void add_grams_of_rows(const A* x, const A* y, int64_t rows, int64_t r, double* grams) {
+inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r, bool symmetric, double* product) {
   with_part<A>(r, [&](auto width) {
     constexpr int W = decltype(width)::value, I = W < 8 || !kManyRegisters ? 4 : 8;
     for (int64_t i = 0; i < r; i += I) {
-      const A* parts[kMaxRank];
-      int64_t offsets[kMaxRank];
-      int count = 0;
-      for (int64_t j = i / W * W; j < r; j += W) parts[count] = x + j, offsets[count++] = j;
-      for (int64_t j = 0; j < r; j += W) parts[count] = y + j, offsets[count++] = r * r + j;
-      int v = 0;
-      for (; v + 2 <= count; v += 2) {
-        gram_rows_block<A, W, I, 2>(x + i, parts + v, rows, r, grams + i * r, offsets + v);
-      }
-      for (; v < count; ++v) gram_rows_block<A, W, I, 1>(x + i, parts + v, rows, r, grams + i * r, offsets + v);
+      int64_t j = symmetric ? i / W * W : 0;
+      const auto block = [&](auto count) {
+        constexpr int V = decltype(count)::value;
+        const A* parts[V];
+        int64_t offsets[V];
+        for (int v = 0; v < V; ++v) parts[v] = y + j + v * W, offsets[v] = j + v * W;
+        gram_rows_block<A, W, I, V>(x + i, parts, rows, r, product + i * r, offsets);
+        j += V * W;
+      };
+      while (j + 2 * W <= r) block(std::integral_constant<int, 2>());
+      while (j < r) block(std::integral_constant<int, 1>());
     }
   });
 }

@@ -12,8 +12,6 @@ struct AdamWScalars {
   DType dtype;
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
-  bool wide_grams =
-      false;  // the Grams of the new factors are accumulated in double, not in the type of the computation
 };
 
 // One parameter, as a (rows, columns) matrix; the moments are contiguous, of the type of the computation, or null.
@@ -29,7 +27,7 @@ struct AdamWItem {
   const void* param_map = nullptr;
   const void* direction_map = nullptr;
   int rank_dim = 0;
-  void* new_grams = nullptr;  // (2, r, r), of double where Grams are wide
+  void* drift = nullptr;  // (r, r), of the type of the computation
 };
 
 // xᵀy, or xᵀx without y: (r, k), contiguous.
@@ -136,10 +134,10 @@ template <class T>
 struct Kernels {
   // Elements [begin, end) in row-major order.
   void (*adamw_range)(const AdamWScalars&, const AdamWItem&, int64_t begin, int64_t end);
-  // `rows` rows of the factor seen as tall; scratch for mapped_scratch(r) elements; grams (2, r, r) are added to, or
-  // null.
+  // `rows` rows of the factor seen as tall; scratch for mapped_scratch(r) elements; their share of the drift is added to
+  // `drift` (r, r), if that is not null.
   void (*adamw_mapped_rows)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch,
-                            double* grams);
+                            double* drift);
   // The Gram of `rows` rows is added to sums (r, k); scratch for gram_scratch(r, k) doubles.
   void (*gram_rows)(DType, bool wide, const GramItem&, int64_t r, int64_t k, int64_t first, int64_t rows,
                     double* scratch, double* sums);

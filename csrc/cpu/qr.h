@@ -70,7 +70,7 @@ void gram(const Panels<T>& x, const QrWork<T>& work, int threads) {
     const Panels<T> rows = x.group(g);
     GramSums<T> sums(x.r, x.r, true, work.lanes + worker * gram_lanes(x.r, x.r));
     for (int64_t p = 0; p < rows.count(); ++p) {
-      sums.add(rows.panel(p), rows.panel(p), rows.padded_rows_of(p), rows.height());
+      sums.add(rows.panel(p), rows.height(), rows.panel(p), rows.height(), rows.padded_rows_of(p));
     }
     double* partial = work.partial + g * size;
     std::memset(partial, 0, static_cast<size_t>(size) * sizeof(double));

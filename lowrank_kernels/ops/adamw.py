@@ -33,7 +33,7 @@ def grouped_adamw_(
     param_maps: Tensor | None = None,
     direction_maps: Tensor | None = None,
     rank_dims: Sequence[int] = (),
-    new_grams: Tensor | None = None,
+    drifts: Tensor | None = None,
     check: bool = True,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, decoupled decay) of a whole list of parameters, in place::
@@ -57,10 +57,11 @@ def grouped_adamw_(
         maximize: ascend.
         grad_maps, momentum_maps, param_maps, direction_maps: P, C, T and D, stacked (N, r, r), fp32 (fp64 for fp64
             parameters); every parameter is then a matrix.
-        rank_dims: with maps or new_grams, which dimension of each parameter is r: 0 for A (r, d), mapped as ``P g``; 1 for
+        rank_dims: with maps or drifts, which dimension of each parameter is r: 0 for A (r, d), mapped as ``P g``; 1 for
             B (d, r), mapped as ``g P``.
-        new_grams: (N, 2, r, r), fp32 or fp64, written: the Gram matrix of the new factor and its cross-Gram with the old one,
-            ``XᵀX`` and ``XᵀX_old`` for B, ``XXᵀ`` and ``XX_oldᵀ`` for A, formed in the same pass while the old factor is known.
+        drifts: (N, r, r), fp32 (fp64 for fp64 parameters), written: ``Xᵀ(X - X_old)`` for B and ``X(X - X_old)ᵀ`` for A, formed in
+            the same pass while the old factor is known, so that ``XᵀX_old = XᵀX - drift``. The difference is exact or nearly so, which
+            is why fp32 is enough where a cross-Gram matrix in fp32 would not be: the error is eps·‖X‖·‖X - X_old‖, not eps·‖X‖².
         check: False is for callers that made the state and the maps themselves and have seen that the gradients fit
             (``lists.match``), as our optimizers do: only the dtypes and sizes of the moments are looked at then.
 
@@ -72,7 +73,7 @@ def grouped_adamw_(
     maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
     # Between two steps a user may cast a model or give a parameter other data: compiled code would write beyond the moments.
     if check or not sized(params, exp_avgs or exp_avg_sqs, accumulation_dtype(params[0].dtype)):
-        _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, new_grams, rank_dims)
+        _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, drifts, rank_dims)
     arguments = (
         list(params),
         list(grads),
@@ -83,7 +84,7 @@ def grouped_adamw_(
         param_maps,
         direction_maps,
         list(rank_dims),
-        new_grams,
+        drifts,
         lr if not isinstance(lr, Tensor) else 0.0,
         lr if isinstance(lr, Tensor) else None,
         *betas,
@@ -108,7 +109,7 @@ def _check(
     exp_avg_sqs: Sequence[Tensor],
     missed: Sequence[int],
     maps: dict[str, Tensor | None],
-    new_grams: Tensor | None,
+    drifts: Tensor | None,
     rank_dims: Sequence[int],
 ) -> None:
     check_list(_NAME, "params", params, ndim=None)
@@ -134,12 +135,12 @@ def _check(
                 raise ValueError(f"{_NAME}: {name}[{index}] must be contiguous, got strides {state.stride()}")
     if missed:
         check_same_length(_NAME, params=params, missed=missed)
-    if new_grams is not None or any(value is not None for value in maps.values()):
-        _check_maps(params, maps, new_grams, rank_dims, state_dtype)
+    if drifts is not None or any(value is not None for value in maps.values()):
+        _check_maps(params, maps, drifts, rank_dims, state_dtype)
 
 
 def _check_maps(
-    params: Sequence[Tensor], maps: dict[str, Tensor | None], new_grams: Tensor | None, rank_dims: Sequence[int], dtype: torch.dtype
+    params: Sequence[Tensor], maps: dict[str, Tensor | None], drifts: Tensor | None, rank_dims: Sequence[int], dtype: torch.dtype
 ) -> None:
     check_same_length(_NAME, params=params, rank_dims=rank_dims)
     if any(dim not in (0, 1) for dim in rank_dims):
@@ -149,15 +150,11 @@ def _check_maps(
     for index, (param, dim) in enumerate(zip(params, rank_dims, strict=True)):
         if param.shape[dim] != rank:
             raise ValueError(f"{_NAME}: params[{index}] of shape {tuple(param.shape)} does not have rank {rank}; call once per rank")
-    count, device = len(params), params[0].device
-    expected: list[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = [
-        *((name, value, (count, rank, rank), (dtype,)) for name, value in maps.items()),
-        ("new_grams", new_grams, (count, 2, rank, rank), (dtype, torch.float64)),
-    ]
-    for name, value, shape, dtypes in expected:
-        if value is not None and (value.shape != shape or value.dtype not in dtypes or value.device != device):
+    shape, device = (len(params), rank, rank), params[0].device
+    for name, value in (*maps.items(), ("drifts", drifts)):
+        if value is not None and (value.shape != shape or value.dtype != dtype or value.device != device):
             raise ValueError(
-                f"{_NAME}: {name} must be {dtypes[0]} of shape {shape} on {device}, "
+                f"{_NAME}: {name} must be {dtype} of shape {shape} on {device}, "
                 f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
             )
 
@@ -172,7 +169,7 @@ def _grouped_adamw_(
     param_maps: Tensor | None,
     direction_maps: Tensor | None,
     rank_dims: list[int],
-    new_grams: Tensor | None,
+    drifts: Tensor | None,
     lr: float,
     lr_tensor: Tensor | None,
     beta1: float,
@@ -197,7 +194,7 @@ def _grouped_adamw_(
         param_maps,
         direction_maps,
         rank_dims,
-        new_grams,
+        drifts,
         lr if lr_tensor is None else lr_tensor,
         beta1,
         beta2,
@@ -214,7 +211,7 @@ def _grouped_adamw_(
 define(
     _NAME,
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor? grad_maps, "
-    "Tensor? momentum_maps, Tensor? param_maps, Tensor? direction_maps, int[] rank_dims, Tensor(d!)? new_grams, "
+    "Tensor? momentum_maps, Tensor? param_maps, Tensor? direction_maps, int[] rank_dims, Tensor(d!)? drifts, "
     "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, int step, "
     "Tensor? step_tensor, int[] missed, bool bias_correction, bool maximize) -> ()",
     _grouped_adamw_,

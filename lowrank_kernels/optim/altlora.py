@@ -7,7 +7,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..ops import grouped_solve
 from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, moments, state_dtype
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 
@@ -21,9 +20,10 @@ class AltLoRA(PreconditionedOptimizer):
         M ← β₁ C_A M + (1-β₁) g                 C_A carries M from the old column space of B to the new (Theorem 2)
         A ← A - lr (M + weight_decay·A)
 
-    B's turn is the mirror image, with the current A. The previous factors are not stored: after each update of B,
-    ``C_A ← (BᵀB + δI)⁻¹ (BᵀB_old) C_A``, r×r, formed in the pass that writes B; after A's turn C_A = I. A turn whose
-    gradient is None changes nothing. The trajectory of ΔW does not depend on how ΔW is split into B and A (Theorem 4).
+    B's turn is the mirror image, with the current A. ``C_A = (BᵀB + δI)⁻¹ BᵀB_old`` is I after A's turn, and the previous factors
+    are not stored: with ``K = δI + Bᵀ(B - B_old)``, r×r and formed in the pass that writes B, ``C_A = I - (BᵀB + δI)⁻¹ K``. A turn whose
+    gradient is None changes nothing; then C_A spans two updates of B (:meth:`_carry_twice`). The trajectory of ΔW does not depend on how
+    ΔW is split into B and A (Theorem 4).
 
     Args:
         params, lr, maximize, scale, lr_ratio, …: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with
@@ -36,7 +36,8 @@ class AltLoRA(PreconditionedOptimizer):
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
             DistributedDataParallel and torch.compile do not like parameters whose ``requires_grad`` changes.
 
-    State of a factor: ``exp_avg`` and ``transport`` (r, r).
+    State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. ``group["late"]`` holds
+    the positions of factors that missed their last turn.
     """
 
     factors_share_steps = True
@@ -57,8 +58,9 @@ class AltLoRA(PreconditionedOptimizer):
         super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
 
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
-        transport = torch.eye(min(part.shape), dtype=state_dtype(part.dtype), device=part.device)
-        return {**moments(part, "exp_avg"), "transport": transport}
+        rank = min(part.shape)
+        drift = torch.zeros(rank, rank, dtype=state_dtype(part.dtype), device=part.device)
+        return {**moments(part, "exp_avg"), "drift": drift}
 
     def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
         """How the moment step differs from AdamW's."""
@@ -81,26 +83,30 @@ class AltLoRA(PreconditionedOptimizer):
         turns = ORDERS[group["order"]]
         turn, next_turn = turns[group["turn"]], turns[1 - group["turn"]]
         active = {side: self._with_gradient(pairs, side) for side in turn}
-        # Jacobi: every preconditioner from the factors as they were.
-        inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in turn if active[side]}
-        transports = {side: self._stacked_state(active[side], side, "transport") for side in inverses}
-        new_grams: dict[str, Tensor] = {}
-        for side, inverse in inverses.items():
-            new_grams[side] = inverse.new_empty(len(inverse), 2, *inverse.shape[1:])
+        for side in turn:
+            self._note_late(pairs, active[side], side)
+        # Jacobi: every preconditioner, and what aligns the momentum, from the factors as they were.
+        maps = {side: self._maps(active[side], side) for side in turn if active[side]}
+        late = {side: self._with_late_partner(active[side], side) for side in maps}
+        behind = {side: self._maps(late[side], OTHER[side])[1] for side in late if late[side]}
+        for side in maps:
+            drift = self._stacked_state(active[side], side, "drift")
+            self._write_stacked_state(active[side], side, "drift", drift, drift.new_zeros(()))
+        for side, (inverse, misaligned) in maps.items():
+            aligned = torch.eye(inverse.shape[1], dtype=inverse.dtype, device=inverse.device) - misaligned
+            drift = self._stacked_state(active[side], OTHER[side], "drift")
             self._step_side(
                 active[side],
                 side,
                 grad_maps=inverse if pairs[0].scale == 1 else inverse / pairs[0].scale ** 2,
-                momentum_maps=transports[side] if side == "A" else transports[side].mT,
-                new_grams=new_grams[side],
+                momentum_maps=aligned if side == "A" else aligned.mT,
+                drifts=drift,
                 **self._moments(self._group(pairs, side)),
             )
-        for side, transport in transports.items():
-            # Made on the device: a step that is being captured must not copy from the host.
-            identity = torch.eye(transport.shape[1], dtype=transport.dtype, device=transport.device)
-            self._write_stacked_state(active[side], side, "transport", transport, identity)
-        for side, grams in new_grams.items():
-            self._carry_momentum(active[side], OTHER[side], self._over_shards(grams, active[side], side))
+            self._over_shards(drift, active[side], side).diagonal(dim1=1, dim2=2).add_(self._group(pairs, side)["damping"])
+            self._write_stacked_state(active[side], OTHER[side], "drift", drift, drift)
+            if side in behind:
+                self._carry_twice(late[side], side, behind[side])
         if group["freeze_idle"]:
             self._freeze_idle(pairs, next_turn)
 
@@ -116,13 +122,30 @@ class AltLoRA(PreconditionedOptimizer):
                 "the host, and a replayed CUDA graph would repeat one factor's turn for ever"
             )
 
-    def _carry_momentum(self, pairs: LikePairs, side: str, grams: Tensor) -> None:
-        """After the other side's update: ``C ← (XᵀX + δI)⁻¹ (XᵀX_old) C`` (of B's momentum the transpose is kept)."""
-        transport = self._stacked_state(pairs, side, "transport")
-        carried = grams[:, 1] @ transport.to(grams.dtype)
-        aligned = grouped_solve(grams[:, 0].contiguous(), carried, self._group(pairs, side)["damping"])
-        assert isinstance(aligned, Tensor)
-        self._write_stacked_state(pairs, side, "transport", transport, aligned)
+    def _maps(self, pairs: LikePairs, side: str) -> tuple[Tensor, Tensor]:
+        """``P = (XᵀX + δI)⁻¹`` and ``I - C = P K``, (N, r, r) in fp64, X being the partners (of B's momentum Cᵀ is the map)."""
+        inverse = self._inverse_grams(pairs, OTHER[side])
+        return inverse, inverse @ self._stacked_state(pairs, side, "drift").to(inverse.dtype)
+
+    def _carry_twice(self, pairs: LikePairs, side: str, misaligned: Tensor) -> None:
+        """After an update of X whose partners missed their turns: ``C ← (I - (XᵀX + δI)⁻¹ K) C_old`` by
+        ``K ← K + (XᵀX + δI - K)(I - C_old)``; ``misaligned``: I - C_old."""
+        grams, damping = self._grams(pairs, side), self._group(pairs, side)["damping"]
+        drift = self._stacked_state(pairs, OTHER[side], "drift")
+        grams.diagonal(dim1=1, dim2=2).add_(damping)
+        wide = drift.to(grams.dtype)
+        self._write_stacked_state(pairs, OTHER[side], "drift", drift, wide + (grams - wide) @ misaligned)
+
+    def _note_late(self, pairs: LikePairs, active: LikePairs, side: str) -> None:
+        """Remember which factors miss this turn of theirs."""
+        group = self._group(pairs, side)
+        if group["late"] or len(active) < len(pairs):
+            of_side, taken = set(pairs.indices[side]), set(active.indices[side])
+            group["late"] = sorted(set(group["late"]) - of_side | of_side - taken)
+
+    def _with_late_partner(self, pairs: LikePairs, side: str) -> LikePairs:
+        late = self._group(pairs, OTHER[side])["late"]
+        return LikePairs(pair for pair in pairs if self._position(pair, OTHER[side])[1] in late) if late else LikePairs(())
 
     def _after_undo(self) -> None:
         for pair in self._pairs:
@@ -144,7 +167,7 @@ class AltLoRAPlus(AltLoRA):
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
         order, damping, freeze_idle: see :class:`AltLoRA`.
 
-    State of a factor: ``exp_avg``, ``exp_avg_sq`` and ``transport`` (r, r).
+    State of a factor: ``exp_avg``, ``exp_avg_sq`` and ``drift`` (r, r).
     """
 
     def __init__(
@@ -173,4 +196,4 @@ class AltLoRAPlus(AltLoRA):
 
 def _alternation(order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:
     # The turn is the host's, apart from the step counter, which is the device's when capturable: one CUDA graph for each turn.
-    return {"order": order, "damping": damping, "freeze_idle": bool(freeze_idle), "turn": 0}
+    return {"order": order, "damping": damping, "freeze_idle": bool(freeze_idle), "turn": 0, "late": []}

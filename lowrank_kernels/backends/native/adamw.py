@@ -20,7 +20,7 @@ def verify(
     param_maps: Tensor | None,
     direction_maps: Tensor | None,
     rank_dims: list[int],
-    new_grams: Tensor | None,
+    drifts: Tensor | None,
     *scalars: object,
 ) -> tuple[bool, str]:
     """Takes CPU tensors: contiguous ones of any shape, matrices of any strides; ranks up to 128 with maps."""
@@ -32,11 +32,11 @@ def verify(
         if index >= 0:
             shape, strides = tuple(tensors[index].shape), tensors[index].stride()
             return False, f"{name}[{index}] has strides {strides}, shape {shape}: tensors that are not matrices must be contiguous"
-    small = (grad_maps, momentum_maps, param_maps, direction_maps, new_grams)
+    small = (grad_maps, momentum_maps, param_maps, direction_maps, drifts)
     if rank_dims and any(value is not None for value in small) and params[0].shape[rank_dims[0]] > MAX_RANK:
-        return False, f"maps or Grams of rank {params[0].shape[rank_dims[0]]}: the compiled code stops at {MAX_RANK}"
-    if new_grams is not None and not new_grams.is_contiguous():
-        return False, f"new_grams must be contiguous, got strides {new_grams.stride()}"
+        return False, f"maps or drifts of rank {params[0].shape[rank_dims[0]]}: the compiled code stops at {MAX_RANK}"
+    if drifts is not None and not drifts.is_contiguous():
+        return False, f"drifts must be contiguous, got strides {drifts.stride()}"
     return True, f"compiled code ({_csrc.instruction_set()}), one fused pass"
 
 
@@ -51,7 +51,7 @@ def grouped_adamw_(
     param_maps: Tensor | None,
     direction_maps: Tensor | None,
     rank_dims: list[int],
-    new_grams: Tensor | None,
+    drifts: Tensor | None,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -64,7 +64,7 @@ def grouped_adamw_(
 ) -> None:
     """See the reference. ``lr`` and ``step`` may be tensors; on the CPU reading them costs nothing."""
     maps = [value if value is None else value.contiguous() for value in (grad_maps, momentum_maps, param_maps, direction_maps)]
-    small = (*maps, new_grams)
+    small = (*maps, drifts)
     count_launch()
     _csrc.adamw(
         params,
@@ -84,6 +84,5 @@ def grouped_adamw_(
         maximize,
         next((value.shape[-1] for value in small if value is not None), 0),
         *(0 if value is None else value.data_ptr() for value in small),
-        new_grams is not None and new_grams.dtype == torch.float64,
         torch.get_num_threads(),
     )

@@ -33,7 +33,7 @@ def grouped_adamw_(
     param_maps: Tensor | None,
     direction_maps: Tensor | None,
     rank_dims: list[int],
-    new_grams: Tensor | None,
+    drifts: Tensor | None,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -50,7 +50,7 @@ def grouped_adamw_(
         m = β₁ C_i · m + (1-β₁) g            (momentum_maps; no exp_avgs: m = g)
         v = β₂ v + (1-β₂) g²                 (no exp_avg_sqs: the direction is m itself)
         x = (1 - lr·weight_decay) x - lr · D_i · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + eps)       (direction_maps; no map: D = I)
-        new_grams[i] = (XᵀX, XᵀX_old) with X = x (d, r), or X = xᵀ for x (r, d)
+        drifts[i] = Xᵀ(X - X_old) with X = x (d, r), or X = xᵀ for x (r, d)
 
     with ``t = step - missed[i]`` (``missed`` empty: no steps were missed) and no bias correction if not asked for.
     """
@@ -79,10 +79,9 @@ def grouped_adamw_(
         if direction_maps is not None:
             direction = apply_map(direction_maps[i], direction, rank_dims[i])
         new = old * (1 - lr * weight_decay) - lr * direction
-        if new_grams is not None:
+        if drifts is not None:
             # Of the factor as it is stored, rounding included: the next step sees that one.
-            tall_new, tall_old = (x.mT if rank_dims[i] == 0 else x for x in (new.to(param.dtype), param))
-            tall_new, tall_old = tall_new.to(new_grams.dtype), tall_old.to(new_grams.dtype)
-            new_grams[i, 0].copy_(tall_new.mT @ tall_new)
-            new_grams[i, 1].copy_(tall_new.mT @ tall_old)
+            stored = new.to(param.dtype).to(g.dtype)
+            tall, moved = (x.mT if rank_dims[i] == 0 else x for x in (stored, stored - old))
+            drifts[i].copy_(tall.mT @ moved)
         param.copy_(new)

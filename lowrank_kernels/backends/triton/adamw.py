@@ -1,4 +1,4 @@
-"""``grouped_adamw_``: the moment step of all parameters of a group in one launch, with new Gram matrices in two or four.
+"""``grouped_adamw_``: the moment step of all parameters of a group in one launch, with drifts in two or three.
 
 Floor: each parameter element must be read and written (2·b bytes, b the parameter's element size), its gradient read
 (b), each moment read and written (2·c each, c = 4, or 8 for fp64). fp32 with both moments: 28 bytes an element. The
@@ -6,9 +6,10 @@ kernel moves just that, plus 16 bytes of chunk table per 1024 elements; with map
 The r×r maps are applied where their operand is anyway: P to the gradient and T to the parameter as they are read, C to the
 momentum, D to the direction: in registers up to rank 32, beyond that through a scratch tile of the program in L2 (2·c an element).
 
-``new_grams``, up to rank 32 (and not from 16-bit factors to fp64): each program adds up its share of both products while it holds the old and the new rows in registers; a
-second launch sums the shares in a fixed order (2r² words per 256 rows, from L2). Beyond that two r×r sums do not fit in registers: the
-first launch keeps a copy of the old factor, two more form the products, a fourth sums (4·b more an element).
+``drifts``, up to rank 32: each program adds up its share of the products while it holds the rows, new and as they were, in registers; a
+second launch sums the shares in a fixed order (r² words per 256 rows, from L2). Beyond that an r×r sum does not fit in registers: the
+first launch writes how far the factor moved, a second forms the products, a third sums (8 bytes more an element; 16 for 16-bit factors,
+which are written in fp32 too).
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ BLOCK = 1024
 #: The longest tensor that is indexed element by element (rows and columns from 32-bit division).
 _LARGEST_STRIDED = 2**31 - BLOCK
 _LARGEST_RANK = 128
-#: Up to this (padded) rank D and the new Gram matrices are formed in registers.
+#: Up to this (padded) rank D and the drifts are formed in registers.
 _LARGEST_FUSED = 32
-#: Tiles of rows per program that adds up Gram matrices.
-_GRAM_TILES = 4
+#: Tiles of rows per program that adds up drifts.
+_DRIFT_TILES = 4
 #: One row of the table: param, grad, exp_avg, exp_avg_sq, rows, columns, strides of param and grad, missed, flat/rank_dim.
 COLUMNS = tl.constexpr(11)
 
@@ -186,12 +187,12 @@ def _map_tile(matrix, x, k, d, rank, length, stride_k, stride_d, RANK_DIM: tl.co
 
 
 @triton.jit
-def _mapped_tile(param, grad, exp_avg, exp_avg_sq, old, scratch, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+def _mapped_tile(param, grad, exp_avg, exp_avg_sq, moved, scratch, grad_map, momentum_map, param_map, direction_map, start, rank, length,
                  p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM: tl.constexpr,
                  HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_P_MAP: tl.constexpr, HAS_D_MAP: tl.constexpr,
-                 HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr, KEEP_OLD: tl.constexpr, FUSED: tl.constexpr,
+                 HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr, KEEP_MOVE: tl.constexpr, KEEP_NEW: tl.constexpr, FUSED: tl.constexpr,
                  R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """The step of BLOCK_D rows of the long dimension; returns the tile of the factor as stored and as it was."""
+    """The step of BLOCK_D rows of the long dimension; returns the tile of the factor as stored, and how far it moved."""
     k = tl.arange(0, R)
     d = start + tl.arange(0, BLOCK_D)
     # The moments are contiguous in the parameter's own shape.
@@ -243,59 +244,57 @@ def _mapped_tile(param, grad, exp_avg, exp_avg_sq, old, scratch, grad_map, momen
             tl.debug_barrier()
             direction = _map_tile(direction_map, scratch, k, local, rank, BLOCK_D, s_k, s_d, RANK_DIM, R, STEP, BLOCK_D, COMPUTE)
     new, was = _write(param, k_tile * p_k + d_tile * p_d, mask, direction, keep, rate, COMPUTE)
-    if KEEP_OLD:
-        tl.store(old + m_offset, was, mask=mask)
     # What lies outside may be 0/0.
-    return tl.where(mask, new.to(COMPUTE), 0.0), was.to(COMPUTE)
+    new = tl.where(mask, new.to(COMPUTE), 0.0)
+    move = new - was.to(COMPUTE)
+    if KEEP_MOVE:
+        tl.store(moved + m_offset, move, mask=mask)
+    if KEEP_NEW:
+        tl.store(moved + rank * length + m_offset, new, mask=mask)
+    return new, move
 
 
 @triton.jit
-def _mapped_rows(param, grad, exp_avg, exp_avg_sq, old, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+def _mapped_rows(param, grad, exp_avg, exp_avg_sq, moved, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
                  p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM: tl.constexpr,
                  HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_P_MAP: tl.constexpr, HAS_D_MAP: tl.constexpr,
-                 HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr, KEEP_OLD: tl.constexpr, GRAMS: tl.constexpr,
+                 HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr, KEEP_MOVE: tl.constexpr, KEEP_NEW: tl.constexpr, DRIFT: tl.constexpr,
                  FUSED: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
                  COMPUTE: tl.constexpr):  # fmt: skip
-    """One tile of rows, or CHUNK rows with their share of the new Gram matrices."""
-    if GRAMS:
-        SUM: tl.constexpr = partial.dtype.element_ty
-        gram = tl.zeros([R, R], SUM)
-        cross = tl.zeros([R, R], SUM)
+    """One tile of rows, or CHUNK rows with their share of the drift."""
+    if DRIFT:
+        drift = tl.zeros([R, R], COMPUTE)
         for first in range(start, tl.minimum(start + CHUNK, length), BLOCK_D):
-            new, was = _mapped_tile(
-                param, grad, exp_avg, exp_avg_sq, old, scratch, grad_map, momentum_map, param_map, direction_map, first, rank, length,
+            new, move = _mapped_tile(
+                param, grad, exp_avg, exp_avg_sq, moved, scratch, grad_map, momentum_map, param_map, direction_map, first, rank, length,
                 p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
-                HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_OLD, FUSED, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
+                HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, FUSED, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
             if RANK_DIM == 0:
-                new = tl.trans(new)
-                was = tl.trans(was)
-            wide = new.to(SUM)
-            gram = tl.dot(tl.trans(wide), wide, gram, input_precision="ieee", out_dtype=SUM)
-            cross = tl.dot(tl.trans(wide), was.to(SUM), cross, input_precision="ieee", out_dtype=SUM)
+                drift = tl.dot(new, tl.trans(move), drift, input_precision="ieee", out_dtype=COMPUTE)
+            else:
+                drift = tl.dot(tl.trans(new), move, drift, input_precision="ieee", out_dtype=COMPUTE)
         i = tl.arange(0, R)[:, None]
         j = tl.arange(0, R)[None, :]
-        target = partial + i * rank + j
-        tl.store(target, gram, mask=(i < rank) & (j < rank))
-        tl.store(target + rank * rank, cross, mask=(i < rank) & (j < rank))
+        tl.store(partial + i * rank + j, drift, mask=(i < rank) & (j < rank))
     else:
         _mapped_tile(
-            param, grad, exp_avg, exp_avg_sq, old, scratch, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+            param, grad, exp_avg, exp_avg_sq, moved, scratch, grad_map, momentum_map, param_map, direction_map, start, rank, length,
             p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
-            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_OLD, FUSED, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
+            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, FUSED, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_SCALARS, "rank"])
 def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, direction_maps, lr_pointer, step_pointer,
-                        olds, scratch, partials, rank,
+                        moves, scratch, partials, rank,
                         lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64, weight_decay: tl.float64,
                         step: tl.float64, log2_beta1: tl.float64, log2_beta2: tl.float64,
                         correction1: tl.float64, correction2: tl.float64,
                         PARAM: tl.constexpr, COMPUTE: tl.constexpr, LR_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr,
                         HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_P_MAP: tl.constexpr, HAS_D_MAP: tl.constexpr,
                         HAS_M: tl.constexpr, HAS_V: tl.constexpr, BIAS_CORRECTION: tl.constexpr, MAXIMIZE: tl.constexpr,
-                        KEEP_OLD: tl.constexpr, GRAMS: tl.constexpr, FUSED: tl.constexpr,
+                        KEEP_MOVE: tl.constexpr, KEEP_NEW: tl.constexpr, DRIFT: tl.constexpr, FUSED: tl.constexpr,
                         R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """With r×r maps: CHUNK rows of the long dimension per program, with all of the rank; GRAMS: their share of the new Gram matrices."""
+    """With r×r maps: CHUNK rows of the long dimension per program, with all of the rank; DRIFT: their share of the drift."""
     program = tl.program_id(0).to(tl.int64)
     index = tl.load(chunks + 2 * program)
     row = tensors + index * THIN_COLUMNS
@@ -309,9 +308,9 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, d
     p_d = tl.load(row + 7)
     g_k = tl.load(row + 8)
     g_d = tl.load(row + 9)
-    old = olds
-    if KEEP_OLD:
-        old += tl.load(row + 14)
+    moved = moves
+    if KEEP_MOVE:
+        moved += tl.load(row + 14)
     square = index * rank * rank
     grad_map = grad_maps + square
     momentum_map = momentum_maps + square
@@ -322,17 +321,17 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, d
         lr, lr_pointer, step, step_pointer, tl.load(row + 10), log2_beta1, log2_beta2, correction1, correction2, weight_decay,
         LR_ON_DEVICE, STEP_ON_DEVICE, BIAS_CORRECTION, COMPUTE)  # fmt: skip
     start = tl.load(chunks + 2 * program + 1) * CHUNK
-    partial = partials + program * (2 * rank * rank)
+    partial = partials + program * (rank * rank)
     if rank_dim == 0:
         _mapped_rows(
-            param, grad, exp_avg, exp_avg_sq, old, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+            param, grad, exp_avg, exp_avg_sq, moved, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
             p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, 0, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
-            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_OLD, GRAMS, FUSED, R, STEP, BLOCK_D, CHUNK, COMPUTE)  # fmt: skip
+            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, DRIFT, FUSED, R, STEP, BLOCK_D, CHUNK, COMPUTE)  # fmt: skip
     else:
         _mapped_rows(
-            param, grad, exp_avg, exp_avg_sq, old, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
+            param, grad, exp_avg, exp_avg_sq, moved, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
             p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, 1, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
-            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_OLD, GRAMS, FUSED, R, STEP, BLOCK_D, CHUNK, COMPUTE)  # fmt: skip
+            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, DRIFT, FUSED, R, STEP, BLOCK_D, CHUNK, COMPUTE)  # fmt: skip
 
 
 def _fields(values: list[Tensor], count: int) -> list[int]:
@@ -357,7 +356,8 @@ def _flat_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tenso
 
 
 def _mapped_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], rank_dims: list[int],
-                   missed: list[int], chunk: int) -> Layout:  # fmt: skip
+                   missed: list[int], chunk: int, copies: int) -> Layout:  # fmt: skip
+    """``copies``: how many elements the step writes aside for each of a parameter, from row 14's offset on."""
     first, second = _fields(exp_avgs, len(params)), _fields(exp_avg_sqs, len(params))
     lengths = [p.shape[1 - dim] for p, dim in zip(params, rank_dims, strict=True)]
     counts = [triton.cdiv(length, chunk) for length in lengths]
@@ -367,8 +367,8 @@ def _mapped_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Ten
         strides = (p.stride(dim), p.stride(1 - dim), g.stride(dim), g.stride(1 - dim))
         rows.append((p.data_ptr(), g.data_ptr(), first[i], second[i], dim, lengths[i], *strides, missed[i] if missed else 0,
                      0, starts[i], counts[i], elements))  # fmt: skip
-        elements += p.numel()
-    return Layout(rows, counts, (elements,))
+        elements += copies * p.numel()
+    return Layout(rows, counts)
 
 
 def _vector(dtype: torch.dtype) -> int:
@@ -377,7 +377,7 @@ def _vector(dtype: torch.dtype) -> int:
 
 
 def block_d(rank: int, double: bool, heavy: bool) -> int:
-    """Rows of the long dimension per tile with maps; fewer for a ``heavy`` step, with T, D or new Gram matrices, which would spill."""
+    """Rows of the long dimension per tile with maps; fewer for a ``heavy`` step, with T, D or drifts, which would spill."""
     padded = padded_rank(rank)
     if not heavy:
         return 64 if padded <= 32 else 32
@@ -400,7 +400,7 @@ def verify(
     param_maps: Tensor | None,
     direction_maps: Tensor | None,
     rank_dims: list[int],
-    new_grams: Tensor | None,
+    drifts: Tensor | None,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -420,7 +420,7 @@ def verify(
             return False, f"{name} is a tensor on {value.device}, the parameters are on {params[0].device}: reading it would wait for it"
         if not _one_element(value):
             return False, f"{name} must have one element"
-    if any(x is not None for x in (grad_maps, momentum_maps, param_maps, direction_maps, new_grams)):
+    if any(x is not None for x in (grad_maps, momentum_maps, param_maps, direction_maps, drifts)):
         rank = params[0].shape[rank_dims[0]]
         if rank > _LARGEST_RANK:
             return False, f"maps of rank {rank}: the kernel holds at most {_LARGEST_RANK}"
@@ -447,7 +447,7 @@ def grouped_adamw_(
     param_maps: Tensor | None,
     direction_maps: Tensor | None,
     rank_dims: list[int],
-    new_grams: Tensor | None,
+    drifts: Tensor | None,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -458,7 +458,7 @@ def grouped_adamw_(
     bias_correction: bool,
     maximize: bool,
 ) -> None:
-    """One launch, in place, for the whole list (with ``new_grams`` two, or four); see the reference for the formula.
+    """One launch, in place, for the whole list (with ``drifts`` two, or three); see the reference for the formula.
 
     ``lr`` and ``step`` may be one-element tensors on the device: then the kernel reads them there. No hyperparameter is
     a compile-time constant, so schedules do not recompile.
@@ -491,7 +491,7 @@ def grouped_adamw_(
         "MAXIMIZE": maximize,
     }
     # A pointer that a specialisation does not read still has to be one.
-    if all(x is None for x in (grad_maps, momentum_maps, param_maps, direction_maps, new_grams)):
+    if all(x is None for x in (grad_maps, momentum_maps, param_maps, direction_maps, drifts)):
         work = table("adamw", first.device, key, lambda: _flat_layout(params, grads, exp_avgs, exp_avg_sqs, missed))
         pointers = tuple(work.tensors if pointer is None else pointer for pointer in (lr_pointer, step_pointer))
         if work.programs:
@@ -500,58 +500,54 @@ def grouped_adamw_(
                        VECTOR=_vector(first.dtype), BLOCK=BLOCK, num_warps=8)  # fmt: skip
         return
     rank = first.shape[rank_dims[0]]
-    heavy = param_maps is not None or direction_maps is not None or new_grams is not None
+    heavy = param_maps is not None or direction_maps is not None or drifts is not None
     padded, rows = padded_rank(rank), block_d(rank, first.dtype == torch.float64, heavy)
-    # Triton 3.6 fails to compile an fp64 product of tiles that are 16-bit in memory and fp32 in between.
-    mixed = new_grams is not None and new_grams.dtype == torch.float64 and first.dtype.itemsize < 4
-    fused = padded <= _LARGEST_FUSED and not mixed
-    chunk = rows * _GRAM_TILES if fused and new_grams is not None else rows
+    fused = padded <= _LARGEST_FUSED
+    chunk = rows * _DRIFT_TILES if fused and drifts is not None else rows
+    compute = compute_dtype(first.dtype)
+    keep_move = drifts is not None and not fused
+    keep_new = keep_move and first.dtype != compute
+    copies = (keep_move + keep_new) * sum(p.numel() for p in params)
     work = table(
         "mapped_adamw",
         first.device,
-        (key, tuple(rank_dims), chunk),
-        lambda: _mapped_layout(params, grads, exp_avgs, exp_avg_sqs, rank_dims, missed, chunk),
+        (key, tuple(rank_dims), chunk, keep_new),
+        lambda: _mapped_layout(params, grads, exp_avgs, exp_avg_sqs, rank_dims, missed, chunk, 2 if keep_new else 1),
     )
     pointers = tuple(work.tensors if pointer is None else pointer for pointer in (lr_pointer, step_pointer))
-    compute = compute_dtype(first.dtype)
     given = [None if maps is None else maps.contiguous() for maps in (grad_maps, momentum_maps, param_maps, direction_maps)]
     some = next((maps for maps in given if maps is not None), torch.empty(0, dtype=compute, device=first.device))
-    olds, scratch, partials = some, some, some
-    if new_grams is not None and fused:
-        partials = torch.empty(work.programs, 2 * rank * rank, dtype=new_grams.dtype, device=first.device)
-    elif new_grams is not None:
-        olds = torch.empty(work.facts[0], dtype=first.dtype, device=first.device)
+    moves = torch.empty(copies, dtype=compute, device=first.device) if copies else some
+    shares = torch.empty(work.programs, rank, rank, dtype=compute, device=first.device) if fused and drifts is not None else some
+    scratch = some
     if direction_maps is not None and not fused:
         scratch = torch.empty(work.programs, padded * rows, dtype=compute, device=first.device)
     with on_device(first):
         if work.programs:
             launch(mapped_adamw_kernel, (work.programs,), work.tensors, work.chunks, *(some if maps is None else maps for maps in given),
-                   *pointers, olds, scratch, partials, rank, *scalars, **options,
+                   *pointers, moves, scratch, shares, rank, *scalars, **options,
                    HAS_G_MAP=grad_maps is not None, HAS_M_MAP=momentum_maps is not None and bool(exp_avgs),
-                   HAS_P_MAP=param_maps is not None, HAS_D_MAP=direction_maps is not None,
-                   KEEP_OLD=new_grams is not None and not fused, GRAMS=new_grams is not None and fused, FUSED=fused,
+                   HAS_P_MAP=param_maps is not None, HAS_D_MAP=direction_maps is not None, KEEP_MOVE=keep_move, KEEP_NEW=keep_new,
+                   DRIFT=drifts is not None and fused, FUSED=fused,
                    R=padded, STEP=16, BLOCK_D=rows, CHUNK=chunk, num_warps=4 if padded <= (16 if heavy else 32) else 8)  # fmt: skip
-        if new_grams is not None:
-            _write_grams(params, rank_dims, new_grams, work, olds, partials, fused)
+        if drifts is None:
+            return
+        target = drifts if drifts.is_contiguous() else torch.empty_like(drifts, memory_format=torch.contiguous_format)
+        if not fused:
+            work, shares = _products_with_moves(params, rank_dims, moves, rank, keep_new)
+        launch_sum(work.tensors, len(params), shares, target, symmetric=False)
+        if target is not drifts:
+            drifts.copy_(target)
 
 
-def _write_grams(
-    params: list[Tensor], rank_dims: list[int], new_grams: Tensor, work: Table, olds: Tensor, partials: Tensor, fused: bool
-) -> None:
-    """The Gram matrices of the new factors, and with the old ones: a sum over the programs of the step, or from copies of the old ones."""
-    target = new_grams if new_grams.is_contiguous() else torch.empty_like(new_grams, memory_format=torch.contiguous_format)
-    if not fused:
-        rank = new_grams.shape[-1]
-        tall = [p.mT if dim == 0 else p for p, dim in zip(params, rank_dims, strict=True)]
-        copies = [x.view(p.shape) for x, p in zip(olds.split([p.numel() for p in params]), params, strict=True)]
-        tall_old = [x.mT if dim == 0 else x for x, dim in zip(copies, rank_dims, strict=True)]
-        partials = partials.new_empty(0)
-        for product, others in enumerate((tall, tall_old)):
-            work = thin_table("mapped_adamw_grams", tall, others, tall, GramSizes(rank, rank).CHUNK)
-            if product == 0:
-                partials = torch.empty(work.programs, 2, rank * rank, dtype=new_grams.dtype, device=new_grams.device)
-            if work.programs:
-                launch_partials(work, partials[:, product], rank, rank, params[0].dtype, symmetric=False)
-    launch_sum(work.tensors, len(params), partials, target, symmetric=False)
-    if target is not new_grams:
-        new_grams.copy_(target)
+def _products_with_moves(params: list[Tensor], rank_dims: list[int], moves: Tensor, rank: int, has_new: bool) -> tuple[Table, Tensor]:
+    """One launch: ``Xᵀ(X - X_old)`` of chunks of rows, from what the step has written; the table of the chunks comes with it."""
+    sizes = [p.numel() for p in params for _ in range(2 if has_new else 1)]
+    written = [x.view(p.shape) for x, p in zip(moves.split(sizes), [p for p in params for _ in range(2 if has_new else 1)], strict=True)]
+    moved, new = (written[::2], written[1::2]) if has_new else (written, params)
+    tall_new, tall_moved = ([x.mT if dim == 0 else x for x, dim in zip(xs, rank_dims, strict=True)] for xs in (new, moved))
+    work = thin_table("mapped_adamw_drifts", tall_new, tall_moved, tall_new, GramSizes(rank, rank).CHUNK)
+    shares = torch.empty(work.programs, rank * rank, dtype=moves.dtype, device=moves.device)
+    if work.programs:
+        launch_partials(work, shares, rank, rank, moves.dtype, symmetric=False)
+    return work, shares
