@@ -376,14 +376,16 @@ def _vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def block_d(rank: int, double: bool, heavy: bool) -> int:
-    """Rows of the long dimension per tile with maps; fewer for a ``heavy`` step, with T, D or drifts, which would spill."""
+def block_d(rank: int, double: bool, heavy: int) -> int:
+    """Rows of the long dimension per tile with maps; fewer for a ``heavy`` step (1: with T or D, or drifts; 2: both), which would spill."""
     padded = padded_rank(rank)
     if not heavy:
         return 64 if padded <= 32 else 32
     if padded <= 16:
         return 32 if double else 64
-    return 16 if padded > (32 if double else 64) else 32
+    if padded == 32:
+        return 32 if heavy == 1 else 16
+    return 16 if double or padded > 64 else 32
 
 
 def _one_element(value: float | int | Tensor) -> bool:
@@ -500,7 +502,7 @@ def grouped_adamw_(
                        VECTOR=_vector(first.dtype), BLOCK=BLOCK, num_warps=8)  # fmt: skip
         return
     rank = first.shape[rank_dims[0]]
-    heavy = param_maps is not None or direction_maps is not None or drifts is not None
+    heavy = (param_maps is not None or direction_maps is not None) + (drifts is not None)
     padded, rows = padded_rank(rank), block_d(rank, first.dtype == torch.float64, heavy)
     fused = padded <= _LARGEST_FUSED
     chunk = rows * _DRIFT_TILES if fused and drifts is not None else rows
