@@ -31,9 +31,7 @@ void run_with_drifts(const AdamWScalars& scalars, const AdamWItem* items, int64_
       [&](int64_t i, int64_t first, int64_t rows, char* scratch, double* sums) {
         kernel.adamw_mapped_rows(scalars, items[i], first, rows, reinterpret_cast<T*>(scratch), sums);
       },
-      [&](int64_t i, const double* sums) {
-        write_gram<T>(sums, r, r, false, items[i].drift);
-      });
+      [&](int64_t i, const double* sums) { write_gram<T>(sums, r, r, false, items[i].drift); });
 }
 
 template <class T>
@@ -60,10 +58,8 @@ void run(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int thr
     const int64_t i = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
     const AdamWItem& item = items[i];
     if (has_maps(item)) {
-      const int64_t r = rank_of(item), height = height_of(item);
-      const int64_t begin = (task - first[i]) * kGroupRows;
-      kernel.adamw_mapped_rows(scalars, item, begin, std::min(kGroupRows, height - begin), scratch.of<T>(worker),
-                               nullptr);
+      const int64_t begin = (task - first[i]) * kGroupRows, rows = std::min(kGroupRows, height_of(item) - begin);
+      kernel.adamw_mapped_rows(scalars, item, begin, rows, scratch.of<T>(worker), nullptr);
     } else {
       const int64_t begin = (task - first[i]) * kChunk;
       kernel.adamw_range(scalars, item, begin, std::min(begin + kChunk, item.rows * item.columns));

@@ -134,8 +134,8 @@ template <class T>
 struct Kernels {
   // Elements [begin, end) in row-major order.
   void (*adamw_range)(const AdamWScalars&, const AdamWItem&, int64_t begin, int64_t end);
-  // `rows` rows of the factor seen as tall; scratch for mapped_scratch(r) elements; their share of the drift is added to
-  // `drift` (r, r), if that is not null.
+  // `rows` rows of the factor seen as tall; scratch for mapped_scratch(r) elements; their share of the drift is added
+  // to `drift` (r, r), if that is not null.
   void (*adamw_mapped_rows)(const AdamWScalars&, const AdamWItem&, int64_t first, int64_t rows, T* scratch,
                             double* drift);
   // The Gram of `rows` rows is added to sums (r, k); scratch for gram_scratch(r, k) doubles.

@@ -27,9 +27,9 @@ constexpr int64_t group_count(int64_t d) { return d == 0 ? 1 : (d + kGroupRows -
 // Rows of a panel of the moment step with maps, which works on seven of them: at r = 16 they fit the first-level cache.
 constexpr int64_t mapped_panel_rows(int64_t r) { return r <= 64 ? 64 : 32; }
 
-// The same where the factor stays in place. Rows of a tall one: x, its gradient, two moments and three blocks of scratch
-// fit the first-level cache; whole blocks of map_rows, of 12 or of 8. Columns of a wide one, which is r runs: long enough
-// for the processor to fetch ahead, all seven in the second-level cache.
+// The same where the factor stays in place. Rows of a tall one: x, its gradient, two moments and three blocks of
+// scratch fit the first-level cache; whole blocks of map_rows, of 12 or of 8. Columns of a wide one, which is r runs:
+// long enough for the processor to fetch ahead, all seven in the second-level cache.
 constexpr int64_t in_place_rows(int64_t r) { return r <= 8 ? 96 : r <= 16 ? 48 : 24; }
 constexpr int64_t in_place_columns(int64_t r) { return r <= 16 ? 1024 : 16384 / r / 32 * 32; }
 
@@ -40,8 +40,8 @@ constexpr int64_t mapped_scratch(int64_t r) {
   return round_up(panels > in_place ? panels : in_place, 16);
 }
 
-// Rows of a panel of a Gram product: up to rank 32 half of the first-level cache in double, and always enough to pay for
-// fetching the accumulators.
+// Rows of a panel of a Gram product: up to rank 32 half of the first-level cache in double, and always enough to pay
+// for fetching the accumulators.
 constexpr int64_t gram_panel_rows(int64_t r) { return r <= 8 ? 256 : r <= 16 ? 128 : 64; }
 // Accumulators of an (r, k) Gram product, and the scratch of its rows, both in doubles.
 constexpr int64_t gram_lanes(int64_t r, int64_t k) { return round_up(r, 4) * round_up(k, 4) * 8; }

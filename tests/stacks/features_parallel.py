@@ -257,13 +257,13 @@ def expect_refusal(rank: int, world: int, name: str, wide: bool, message: str) -
 
 
 def sent_bytes(name: str, world: int) -> int:
-    """Bytes that go into the collectives of all steps of a rank (docs/stacks.md): 8 r² per Gram matrix and layer and step; or the
-    rank's part of the factors, whenever bases are made."""
+    """Bytes that go into the collectives of all steps of a rank (docs/stacks.md): 8 r² per Gram matrix (and drift, of fp64 factors) and
+    layer and step; or the rank's part of the factors, whenever bases are made."""
     # Of 8 steps: the end of the warm-up and 5 main steps; the ends of two rounds, of the fixed phase, and 2 main steps.
     bases = {"SDSLoRA": 6, "ODLoRA": 5}
     if name in bases:
         return bases[name] * sum(-(-d // world) for widths in WIDTHS for d in widths) * RANK * DOUBLE.itemsize
-    grams = {"AdamW": 0, "ScaledGD": 2, "ScaledAdamW": 2, "LoRAPro": 4, "AltLoRA": 3, "AltLoRAPlus": 3}[name]
+    grams = {"AdamW": 0, "ScaledGD": 2, "ScaledAdamW": 2, "LoRAPro": 4, "AltLoRA": 2, "AltLoRAPlus": 2}[name]
     return STEPS * grams * len(TARGETS) * RANK**2 * 8
 
 
