@@ -8,9 +8,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..ops import grouped_gram, grouped_qr
+from ..ops import grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
 from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, Position, moments, state_dtype
-from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer, symmetric_eigen
+from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 from .shards import KEEP_WHOLE
 
 
@@ -107,7 +107,7 @@ class LoRARITE(PreconditionedOptimizer):
 
         before = torch.stack([state["second"] for state in states]).double()
         moved = change @ before @ change.mT
-        lost = (symmetric_eigen(before)[0] - symmetric_eigen(moved)[0]).abs().amax(dim=1)
+        lost = (grouped_eigvalsh(before) - grouped_eigvalsh(moved)).abs().amax(dim=1)
         escaped = beta2 * (torch.stack([state["escaped"] for state in states]).double() + lost)
         second = beta2 * moved + (1 - beta2) * energy
         for state, q, v, rho in zip(states, qs, second, escaped, strict=True):
@@ -117,7 +117,7 @@ class LoRARITE(PreconditionedOptimizer):
 
         missed = [group["missed"].get(self._position(pair, side)[1], 0) for pair in pairs]
         steps = group["step"] - torch.tensor(missed, dtype=torch.float64, device=device)
-        eigenvalues, vectors = symmetric_eigen(second)
+        eigenvalues, vectors = grouped_eigh(second)
         hat = (eigenvalues.clamp_min(0) + escaped[:, None]) / (1 - beta2**steps)[:, None] + group["eps"]
         return vectors @ (hat.rsqrt()[:, :, None] * vectors.mT) @ inverse_r.mT, change, inverse_r
 
