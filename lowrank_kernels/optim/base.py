@@ -537,12 +537,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         # The shallow copies hold what the host counts; what the device counts is counted back.
         before = [{**group, "missed": dict(group["missed"])} for group in self.param_groups]
         copies = [(tensor, tensor.clone()) for tensor in self._written()] if self._atomic else None
+        held = [(state, dict(state)) for state in self.state.values()] if self._atomic else []
         begun = _writes_begun()
         try:
             for group in self.param_groups:
                 group["step"] += 1
             self._update()
         except BaseException as error:
+            for state, tensors in held:  # a step may put other tensors into the state
+                state.update(tensors)
             self._undo(before, copies, begun, error)
             if isinstance(error, Exception) and (misfit := self._misfit()):
                 raise RuntimeError(f"{type(self).__name__}: {misfit}") from error
