@@ -345,17 +345,43 @@ def test_eigh_takes_any_stack_and_reads_lower_triangles(backend: str, dtype: tor
 
 @on_every_backend
 @in_both_dtypes
-@pytest.mark.parametrize("operation", ["grouped_eigh"])
+@pytest.mark.parametrize("operation", ["grouped_eigh", "grouped_damped_inverse"])
 def test_one_matrix_that_is_not_finite_spoils_no_other(backend: str, dtype: torch.dtype, operation: str) -> None:
     xs = torch.randn(21, 5, 5, dtype=dtype)
-    xs = xs + xs.mT
+    xs = (xs + xs.mT if operation == "grouped_eigh" else xs.triu()).contiguous()
     spoilt = xs.clone()
     spoilt[2, 1, 1], spoilt[9, 2, 4], spoilt[20, 0, 3] = math.nan, math.inf, -math.inf
     with running(operation, backend), torch.no_grad():
-        clean, results = [(*ops.grouped_eigh(x), ops.grouped_eigvalsh(x)) for x in (xs, spoilt)]
+        if operation == "grouped_eigh":
+            clean, results = [(*ops.grouped_eigh(x), ops.grouped_eigvalsh(x)) for x in (xs, spoilt)]
+        else:
+            clean, results = [(ops.grouped_damped_inverse(x, 0.1),) for x in (xs, spoilt)]
     for before, after in zip(clean, results, strict=True):
         for index in range(21):
             assert after[index].isnan().all() if index in (2, 9, 20) else torch.equal(after[index], before[index])
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("rank", [1, 4, 8, 16, 33, 64, 128])
+@pytest.mark.parametrize("damping", [0.0, 1e-5, 0.3])
+def test_damped_inverse(backend: str, dtype: torch.dtype, rank: int, damping: float) -> None:
+    """``R_δ⁻ᵀ (RᵀR + δI) R_δ⁻¹ = I`` to rounding times the condition number of ``[R; √δ I]``, not its square."""
+    eps, identity = torch.finfo(dtype).eps, torch.eye(rank, dtype=DOUBLE)
+    kappas = [1.0, 1e2, WORST_KAPPA[dtype] ** 0.5, WORST_KAPPA[dtype]]
+    rs = torch.stack([10 * torch.linalg.qr(conditioned(2 * rank, rank, kappa), mode="r").R for kappa in kappas]).to(dtype)
+    if damping:
+        rs = torch.cat([rs, torch.zeros(1, rank, rank, dtype=dtype)])  # B = 0, as training starts
+        kappas.append(1.0)
+    rs = rs.mT.contiguous().mT
+    with running("grouped_damped_inverse", backend), torch.no_grad():
+        inverses = ops.grouped_damped_inverse(rs, damping)
+    assert inverses.dtype == dtype and inverses.is_contiguous()
+    for r, inverse in zip(rs.double(), inverses.double(), strict=True):
+        assert torch.equal(inverse, inverse.triu()) and (inverse.diagonal() > 0).all()
+        tall = torch.cat([r, damping**0.5 * identity])
+        # The columns of [R; √δ I] R_δ⁻¹ are orthonormal.
+        assert orthogonality(tall @ inverse) <= 8 * rank * eps * torch.linalg.cond(tall)
 
 
 # ------------------------------------------------------------------------------------------------------------------ SVD
@@ -543,6 +569,7 @@ CALLS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
     "grouped_svd": lambda xs: ops.grouped_svd(xs, 3)[0],
     "grouped_polar": lambda xs: ops.grouped_polar(xs),
     "grouped_eigh": lambda xs: list(ops.grouped_eigh(torch.stack([x.mT @ x for x in xs]))[1]),
+    "grouped_damped_inverse": lambda xs: list(ops.grouped_damped_inverse(torch.stack([(x.mT @ x).triu() for x in xs]), 0.1)),
 }
 for_every_operation = pytest.mark.parametrize("operation", CALLS)
 
@@ -591,6 +618,7 @@ def test_empty_lists() -> None:
     assert ops.grouped_svd([], 2)[0] == []
     assert ops.grouped_polar([]) == []
     assert ops.grouped_eigh(torch.empty(0, 3, 3))[1].shape == (0, 3, 3)
+    assert ops.grouped_damped_inverse(torch.empty(0, 3, 3)).shape == (0, 3, 3)
 
 
 @on_every_backend
@@ -614,6 +642,7 @@ def test_opcheck(backend: str) -> None:
         ("grouped_polar", namespace.grouped_polar_out, (xs, out)),
         ("grouped_eigh", namespace.grouped_eigh, (spd,)),
         ("grouped_eigh", namespace.grouped_eigvalsh, (spd.mT,)),
+        ("grouped_damped_inverse", namespace.grouped_damped_inverse, (spd.triu(), 0.1)),
     ):
         if backend in implementations(operation):
             with force(f"{operation}={backend}"):
@@ -665,6 +694,10 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_eigh(EYE[0]), r"grouped_eigh: xs must be \(N, r, r\), got \(4, 4\)"),
     (lambda: ops.grouped_eigvalsh(EYE[:, :3]), r"grouped_eigvalsh: xs must be \(N, r, r\), got \(1, 3, 4\)"),
     (lambda: ops.grouped_eigh(EYE.bfloat16()), r"grouped_eigh: xs must be fp32 or fp64, got torch.bfloat16"),
+    (lambda: ops.grouped_damped_inverse([EYE[0]]), r"grouped_damped_inverse: rs must be one stacked tensor"),
+    (lambda: ops.grouped_damped_inverse(EYE[0]), r"grouped_damped_inverse: rs must be \(N, r, r\), got \(4, 4\)"),
+    (lambda: ops.grouped_damped_inverse(EYE.long()), r"grouped_damped_inverse: rs must be fp32 or fp64"),
+    (lambda: ops.grouped_damped_inverse(EYE, -1.0), r"grouped_damped_inverse: damping must be ≥ 0, got -1"),
 ]
 
 

@@ -159,6 +159,9 @@ struct Kernels {
   // `count` matrices of T from the `first` on. Values (n, r), vectors (n, r, r) or null; scratch for eigh_scratch(r)
   // doubles.
   void (*eigh)(const Stack&, void* values, void* vectors, int64_t first, int64_t count, int64_t r, double* scratch);
+  // As eigh; out (n, r, r), scratch for damped_inverse_scratch(r) doubles.
+  void (*damped_inverse)(const Stack&, double damping, void* out, int64_t first, int64_t count, int64_t r,
+                         double* scratch);
   void (*lorsum)(const LorsumScalars&, const LorsumItem&, const LorsumWork<T>&, int threads);
 };
 

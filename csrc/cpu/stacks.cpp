@@ -32,6 +32,14 @@ void run_eigh(const Stack& xs, void* values, void* vectors, int64_t n, int64_t r
   });
 }
 
+template <class T>
+void run_damped_inverse(const Stack& rs, double damping, void* out, int64_t n, int64_t r, int threads) {
+  const Kernels<T>& kernel = kernels<T>();
+  for_each_group(n, r, threads, damped_inverse_scratch(r), [&](int64_t first, int64_t count, double* scratch) {
+    kernel.damped_inverse(rs, damping, out, first, count, r, scratch);
+  });
+}
+
 }  // namespace
 
 void grouped_eigh(DType dtype, const Stack& xs, void* values, void* vectors, int64_t n, int64_t r, int threads) {
@@ -39,6 +47,15 @@ void grouped_eigh(DType dtype, const Stack& xs, void* values, void* vectors, int
     run_eigh<double>(xs, values, vectors, n, r, threads);
   } else {
     run_eigh<float>(xs, values, vectors, n, r, threads);
+  }
+}
+
+void grouped_damped_inverse(DType dtype, const Stack& rs, double damping, void* out, int64_t n, int64_t r,
+                            int threads) {
+  if (dtype == DType::kFloat64) {
+    run_damped_inverse<double>(rs, damping, out, n, r, threads);
+  } else {
+    run_damped_inverse<float>(rs, damping, out, n, r, threads);
   }
 }
 
