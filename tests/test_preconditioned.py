@@ -536,7 +536,7 @@ def test_peft_and_our_layers_train_alike(method: type[LowRankOptimizer]) -> None
     torch.testing.assert_close(train_peft(ours, method(ours, lr=1e-2, damping=1e-3), 0, 12), losses, rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [AltLoRA, AltLoRAPlus], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", [AltLoRA, AltLoRAPlus, LoRARITE], ids=lambda method: method.__name__)
 @pytest.mark.parametrize("steps", [0, 1])
 def test_atomic_undoes_a_step_that_moves_stacked_state(method: type, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step that puts views of one stack into the state fails after it has written them: the state is what it was."""

@@ -63,11 +63,15 @@ class FactorPair:
 
 
 class LikePairs(list[FactorPair]):
-    """Pairs of one device, dtype, rank and parameter groups; ``indices`` are their factors' places within the groups, by side."""
+    """Pairs of one device, dtype, rank and parameter groups; ``indices`` are their factors' places within the groups, by side.
+
+    ``kept`` is for what a method keeps from step to step; it goes when shapes, dtypes, devices or the pairs themselves change.
+    """
 
     def __init__(self, pairs: Iterable[FactorPair]) -> None:
         super().__init__(pairs)
         self.indices = {"A": [pair.a[1] for pair in self], "B": [pair.b[1] for pair in self]}
+        self.kept: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
