@@ -140,74 +140,65 @@ inline void diagonalize(const EighLanes& x, bool vectors, bool* converged) {
     size = select<double>(greater<double>(here, size), here, size);
   }
   const V negligible = splat(0x1p-53) * size, one = splat(1.0);
-  alignas(64) double from[W], to[W];
   for (int64_t step = 0, start = 0;; ++step) {
-    // The first block of each matrix that is not diagonal: rows from … to, with to > from; 0 and 0 if there is none.
-    V begin = splat(-1.0), end{};
+    // The first block of each matrix that is not diagonal: rows begin … end, with end > begin; 0 and 0 if there is
+    // none. Of it, what the shift is made of.
+    V begin = splat(-1.0), end{}, top{}, next{}, coupling = one, bottom{};
     auto open = greater<double>(V{}, begin);
     for (int64_t i = start; i + 1 < n; ++i) {
-      const V value = x.e(i);
+      const V value = x.e(i), here = x.d(i), below = x.d(i + 1);
       const auto coupled = greater<double>(absolute<double>(value), negligible);
       x.set_e(i, select<double>(coupled, value, V{}));
-      begin = select<double>(open & coupled & greater<double>(V{}, begin), splat(static_cast<double>(i)), begin);
-      end = select<double>(open & coupled, splat(static_cast<double>(i + 1)), end);
+      const auto inside = open & coupled, first = inside & greater<double>(V{}, begin);
+      begin = select<double>(first, splat(static_cast<double>(i)), begin);
+      top = select<double>(first, here, top);
+      next = select<double>(first, below, next);
+      coupling = select<double>(first, value, coupling);
+      end = select<double>(inside, splat(static_cast<double>(i + 1)), end);
+      bottom = select<double>(inside, below, bottom);
       open = open & (coupled | greater<double>(V{}, begin));
     }
-    begin = select<double>(greater<double>(V{}, begin), V{}, begin);
+    alignas(64) double from[W], to[W];
     store(from, begin);
     store(to, end);
     int64_t first = n, last = 0;
-    alignas(64) double top[W], next[W], coupling[W], bottom[W];
     for (int lane = 0; lane < W; ++lane) {
-      const int64_t l = static_cast<int64_t>(from[lane]), m = static_cast<int64_t>(to[lane]);
-      converged[lane] = m == 0;
-      top[lane] = next[lane] = bottom[lane] = 0;
-      coupling[lane] = 1;
-      if (m == 0) continue;
-      first = l < first ? l : first;
-      last = m > last ? m : last;
-      top[lane] = x.diagonal[l * W + lane];
-      next[lane] = x.diagonal[(l + 1) * W + lane];
-      coupling[lane] = x.off[l * W + lane];
-      bottom[lane] = x.diagonal[m * W + lane];
+      converged[lane] = to[lane] == 0;
+      if (converged[lane]) continue;
+      first = static_cast<int64_t>(from[lane]) < first ? static_cast<int64_t>(from[lane]) : first;
+      last = static_cast<int64_t>(to[lane]) > last ? static_cast<int64_t>(to[lane]) : last;
     }
     if (last == 0 || step == 30 * n) return;
     start = first;
-    const V theta = (load(next) - load(top)) / (load(coupling) + load(coupling));
+    const V theta = (next - top) / (coupling + coupling);
     const V root = square_root<double>(theta * theta + one);
-    const V denominator = theta + select<double>(greater<double>(V{}, theta), V{} - root, root);
-    V g = load(bottom) - load(top) + load(coupling) / denominator;
+    V g = bottom - top + coupling / (theta + select<double>(greater<double>(V{}, theta), V{} - root, root));
     V cosine = one, sine = one, p{};
     for (int64_t i = last - 1; i >= first; --i) {
       const V index = splat(static_cast<double>(i));
       const auto active = greater<double>(end, index) & greater<double>(index + splat(0.5), begin);
-      const V value = x.e(i), f = sine * value, b = cosine * value;
+      const auto at_begin = active & greater<double>(begin + splat(0.5), index);
+      const V value = x.e(i), here = x.d(i), f = sine * value, b = cosine * value;
       const V square = f * f + g * g;
       // Where both vanish the rest of the block has become independent: it is left alone.
       const auto some = greater<double>(square, splat(1e-300));
       const V r = square_root<double>(square), reciprocal = one / select<double>(some, r, one);
       const V s = select<double>(some, f * reciprocal, V{}), c = select<double>(some, g * reciprocal, one);
       const V shifted = x.d(i + 1) - p;
-      const V change = (x.d(i) - shifted) * s + splat(2.0) * c * b;
+      const V change = (here - shifted) * s + splat(2.0) * c * b;
       const V moved = s * change;
-      x.set_e(i + 1, select<double>(active, r, x.e(i + 1)));
+      // The last coupling of the block is to what follows it: none.
+      const V new_e = select<double>(greater<double>(end, index + splat(1.5)), r, V{});
+      x.set_e(i + 1, select<double>(active, new_e, x.e(i + 1)));
       x.set_d(i + 1, select<double>(active, shifted + moved, x.d(i + 1)));
       p = select<double>(active, moved, p);
       g = select<double>(active, c * change - b, g);
       cosine = select<double>(active, c, cosine);
       sine = select<double>(active, s, sine);
+      x.set_d(i, select<double>(at_begin, here - p, here));
+      x.set_e(i, select<double>(at_begin, g, value));
       store(x.cosines + i * W, select<double>(active, c, one));
       store(x.sines + i * W, select<double>(active, s, V{}));
-    }
-    alignas(64) double less[W], rest[W];
-    store(less, p);
-    store(rest, g);
-    for (int lane = 0; lane < W; ++lane) {
-      const int64_t l = static_cast<int64_t>(from[lane]), m = static_cast<int64_t>(to[lane]);
-      if (m == 0) continue;
-      x.diagonal[l * W + lane] -= less[lane];
-      x.off[l * W + lane] = rest[lane];
-      x.off[m * W + lane] = 0;
     }
     if (!vectors) continue;
     constexpr int C = kManyRegisters ? 8 : 4;

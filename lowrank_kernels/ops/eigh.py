@@ -17,7 +17,7 @@ def grouped_eigh(xs: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(values, vectors)``: (N, r), ascending, and (N, r, r), the eigenvectors as columns, in the dtype of xs. Backward stable:
-        ``‖X V − V Λ‖`` and ``‖VᵀV − I‖`` are r·eps, relative to ``‖X‖``. A matrix with NaN or Inf gives NaN in its own results only.
+        ``‖X V − V Λ‖ / ‖X‖`` and ``‖VᵀV − I‖`` are of the order of r·eps. A matrix with NaN or Inf gives NaN in its own results only.
 
     Raises:
         TypeError, ValueError: shape or dtype do not fit; nothing was computed.
