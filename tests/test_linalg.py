@@ -267,6 +267,123 @@ def test_solve_takes_a_stack_and_reports_what_is_not_definite(backend: str, dtyp
     torch.testing.assert_close(damped[4], 2 * rhs[4])
 
 
+# ------------------------------------------------------------------------------------------------------------------ eigenvalues
+
+
+def symmetric_matrices(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Symmetric matrices on which eigenvalue solvers break down, fp64, representable in ``dtype``."""
+    q = conditioned(rank, rank, 1.0)
+    spread, noise = torch.linspace(-1, 1, rank, dtype=DOUBLE), torch.randn(rank, rank, dtype=DOUBLE)
+    grades = torch.logspace(0, -6, rank, dtype=DOUBLE)
+    path = torch.ones(rank - 1, dtype=DOUBLE)
+    chain = torch.diag(path, 1) + torch.diag(path, -1)
+    found = {
+        "indefinite": q * torch.randn(rank, dtype=DOUBLE) @ q.mT,
+        "graded spectrum": q * torch.logspace(0, -12, rank, dtype=DOUBLE) @ q.mT,
+        "graded entries": grades[:, None] * (noise + noise.mT) * grades,
+        "graded from below": grades.flip(0)[:, None] * (noise + noise.mT) * grades.flip(0),
+        "slightly indefinite": q * torch.logspace(0, -3, rank, dtype=DOUBLE).sub(2e-3) @ q.mT,
+        "rank deficient": q * (torch.arange(rank) % 3 == 0) @ q.mT,
+        "zero": torch.zeros(rank, rank, dtype=DOUBLE),
+        "identity": 3 * torch.eye(rank, dtype=DOUBLE),
+        "diagonal": torch.randn(rank, dtype=DOUBLE).diag(),
+        "pairs of eigenvalues": q * (torch.arange(rank) // 2).double() @ q.mT,
+        "all ones": torch.ones(rank, rank, dtype=DOUBLE),
+        "nothing on the diagonal": 1 - torch.eye(rank, dtype=DOUBLE),
+        "a chain": chain,
+        "Wilkinson's": chain + spread.abs().diag() * (rank - 1) / 2,
+        "huge": (noise + noise.mT) * (1e30 if dtype == SINGLE else 1e150),
+        "tiny": (noise + noise.mT) * (1e-30 if dtype == SINGLE else 1e-150),
+    }
+    return {name: (x + x.mT) / 2 for name, x in found.items()}
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 16, 33, 64, 128])
+def test_eigh_is_backward_stable(backend: str, dtype: torch.dtype, rank: int) -> None:
+    matrices = symmetric_matrices(rank, dtype)
+    xs = torch.stack(list(matrices.values())).to(dtype)
+    with running("grouped_eigh", backend), torch.no_grad():
+        values, vectors = ops.grouped_eigh(xs)
+        alone, (again, again_vectors) = ops.grouped_eigvalsh(xs), ops.grouped_eigh(xs)
+    assert values.dtype == vectors.dtype == alone.dtype == dtype and vectors.is_contiguous()
+    assert torch.equal(values, again) and torch.equal(vectors, again_vectors), "not deterministic"
+    bound = 8 * rank * torch.finfo(dtype).eps
+    for name, x, λ, v, λ_alone in zip(matrices, xs.double(), values.double(), vectors.double(), alone.double(), strict=True):
+        size = x.abs().max().item() or 1.0
+        norm = (x / size).norm().item() or 1.0
+        assert orthogonality(v) <= bound, name
+        assert ((x / size) @ v - v * (λ / size)).norm() <= bound * norm, name
+        assert (λ.diff() >= 0).all() and (λ_alone.diff() >= 0).all(), name
+        exact = torch.linalg.eigvalsh(x / size)
+        assert max((y / size - exact).abs().max().item() for y in (λ, λ_alone)) <= bound * norm, name
+
+
+@on_every_backend
+@in_both_dtypes
+def test_eigh_takes_any_stack_and_reads_lower_triangles(backend: str, dtype: torch.dtype) -> None:
+    for count, rank in ((0, 4), (1, 1), (3, 0), (7, 5), (9, 4), (50, 3)):
+        x = torch.randn(count, rank, rank, dtype=dtype)
+        x = x + x.mT
+        other = x.tril() + torch.randn(rank, rank, dtype=dtype).triu(1)
+        wide = torch.full((2 * count, rank, 2 * rank), math.nan, dtype=dtype)
+        wide[::2, :, rank:] = other
+        with running("grouped_eigh", backend), torch.no_grad():
+            expected, every_second = ops.grouped_eigh(x), ops.grouped_eigh(wide[::2, :, rank:])
+            one_by_one = [ops.grouped_eigh(matrix[None]) for matrix in x]
+            transposed = ops.grouped_eigh(x.mT.contiguous().mT)
+            alone, alone_of_x = ops.grouped_eigvalsh(wide[::2, :, rank:]), ops.grouped_eigvalsh(x)
+        assert expected[0].shape == (count, rank) and expected[1].shape == (count, rank, rank)
+        for got in (every_second, transposed):
+            assert all(map(torch.equal, got, expected))
+        if backend == "native":  # a matrix gets the same whatever its neighbours are
+            assert torch.equal(alone, alone_of_x)
+            for index, single in enumerate(one_by_one):
+                assert all(torch.equal(a[0], b[index]) for a, b in zip(single, expected, strict=True))
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("operation", ["grouped_eigh", "grouped_damped_inverse"])
+def test_one_matrix_that_is_not_finite_spoils_no_other(backend: str, dtype: torch.dtype, operation: str) -> None:
+    xs = torch.randn(21, 5, 5, dtype=dtype)
+    xs = (xs + xs.mT if operation == "grouped_eigh" else xs.triu()).contiguous()
+    spoilt = xs.clone()
+    spoilt[2, 1, 1], spoilt[9, 2, 4], spoilt[20, 0, 3] = math.nan, math.inf, -math.inf
+    with running(operation, backend), torch.no_grad():
+        if operation == "grouped_eigh":
+            clean, results = [(*ops.grouped_eigh(x), ops.grouped_eigvalsh(x)) for x in (xs, spoilt)]
+        else:
+            clean, results = [(ops.grouped_damped_inverse(x, 0.1),) for x in (xs, spoilt)]
+    for before, after in zip(clean, results, strict=True):
+        for index in range(21):
+            assert after[index].isnan().all() if index in (2, 9, 20) else torch.equal(after[index], before[index])
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("rank", [1, 4, 8, 16, 33, 64, 128])
+@pytest.mark.parametrize("damping", [0.0, 1e-5, 0.3])
+def test_damped_inverse(backend: str, dtype: torch.dtype, rank: int, damping: float) -> None:
+    """``R_δ⁻ᵀ (RᵀR + δI) R_δ⁻¹ = I`` to rounding times the condition number of ``[R; √δ I]``, not its square."""
+    eps, identity = torch.finfo(dtype).eps, torch.eye(rank, dtype=DOUBLE)
+    kappas = [1.0, 1e2, WORST_KAPPA[dtype] ** 0.5, WORST_KAPPA[dtype]]
+    rs = torch.stack([10 * torch.linalg.qr(conditioned(2 * rank, rank, kappa), mode="r").R for kappa in kappas]).to(dtype)
+    if damping:
+        rs = torch.cat([rs, torch.zeros(1, rank, rank, dtype=dtype)])  # B = 0, as training starts
+        kappas.append(1.0)
+    rs = rs.mT.contiguous().mT
+    with running("grouped_damped_inverse", backend), torch.no_grad():
+        inverses = ops.grouped_damped_inverse(rs, damping)
+    assert inverses.dtype == dtype and inverses.is_contiguous()
+    for r, inverse in zip(rs.double(), inverses.double(), strict=True):
+        assert torch.equal(inverse, inverse.triu()) and (inverse.diagonal() > 0).all()
+        tall = torch.cat([r, damping**0.5 * identity])
+        # The columns of [R; √δ I] R_δ⁻¹ are orthonormal.
+        assert orthogonality(tall @ inverse) <= 8 * rank * eps * torch.linalg.cond(tall)
+
+
 # ------------------------------------------------------------------------------------------------------------------ SVD
 
 
@@ -451,6 +568,8 @@ CALLS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
     "grouped_svd_product": lambda xs: ops.grouped_svd_product(xs, [x.flip(0) for x in xs], 3)[0],
     "grouped_svd": lambda xs: ops.grouped_svd(xs, 3)[0],
     "grouped_polar": lambda xs: ops.grouped_polar(xs),
+    "grouped_eigh": lambda xs: list(ops.grouped_eigh(torch.stack([x.mT @ x for x in xs]))[1]),
+    "grouped_damped_inverse": lambda xs: list(ops.grouped_damped_inverse(torch.stack([(x.mT @ x).triu() for x in xs]), 0.1)),
 }
 for_every_operation = pytest.mark.parametrize("operation", CALLS)
 
@@ -498,6 +617,8 @@ def test_empty_lists() -> None:
     assert ops.grouped_svd_product([], [], 2)[0] == []
     assert ops.grouped_svd([], 2)[0] == []
     assert ops.grouped_polar([]) == []
+    assert ops.grouped_eigh(torch.empty(0, 3, 3))[1].shape == (0, 3, 3)
+    assert ops.grouped_damped_inverse(torch.empty(0, 3, 3)).shape == (0, 3, 3)
 
 
 @on_every_backend
@@ -519,6 +640,9 @@ def test_opcheck(backend: str) -> None:
         ("grouped_svd", namespace.grouped_svd, (xs, 2, 1, None)),
         ("grouped_polar", namespace.grouped_polar, (strided,)),
         ("grouped_polar", namespace.grouped_polar_out, (xs, out)),
+        ("grouped_eigh", namespace.grouped_eigh, (spd,)),
+        ("grouped_eigh", namespace.grouped_eigvalsh, (spd.mT,)),
+        ("grouped_damped_inverse", namespace.grouped_damped_inverse, (spd.triu(), 0.1)),
     ):
         if backend in implementations(operation):
             with force(f"{operation}={backend}"):
@@ -566,6 +690,14 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_polar([WIDE]), r"xs\[0\] must be tall"),
     (lambda: ops.grouped_polar([X], out=[TALLER]), r"out\[0\] has shape \(11, 4\)"),
     (lambda: ops.grouped_polar([X], out=[X, X]), r"out: 2"),
+    (lambda: ops.grouped_eigh([EYE[0]]), r"grouped_eigh: xs must be one stacked tensor"),
+    (lambda: ops.grouped_eigh(EYE[0]), r"grouped_eigh: xs must be \(N, r, r\), got \(4, 4\)"),
+    (lambda: ops.grouped_eigvalsh(EYE[:, :3]), r"grouped_eigvalsh: xs must be \(N, r, r\), got \(1, 3, 4\)"),
+    (lambda: ops.grouped_eigh(EYE.bfloat16()), r"grouped_eigh: xs must be fp32 or fp64, got torch.bfloat16"),
+    (lambda: ops.grouped_damped_inverse([EYE[0]]), r"grouped_damped_inverse: rs must be one stacked tensor"),
+    (lambda: ops.grouped_damped_inverse(EYE[0]), r"grouped_damped_inverse: rs must be \(N, r, r\), got \(4, 4\)"),
+    (lambda: ops.grouped_damped_inverse(EYE.long()), r"grouped_damped_inverse: rs must be fp32 or fp64"),
+    (lambda: ops.grouped_damped_inverse(EYE, -1.0), r"grouped_damped_inverse: damping must be ≥ 0, got -1"),
 ]
 
 

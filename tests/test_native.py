@@ -643,11 +643,56 @@ def test_polar_of_what_is_not_finite() -> None:
     assert polars[1].isnan().all() and torch.equal(polars[0], clean[0]) and torch.equal(polars[2], clean[2])
 
 
+# --- grouped_eigh and grouped_damped_inverse --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 2, 5, 16, 33])
+def test_eigh_of_every_instruction_set(rank: int, dtype: torch.dtype, instruction_set: str) -> None:
+    x = torch.randn(19, rank, rank, dtype=dtype)
+    x = x + x.mT
+    x[3], x[4] = 0, x[4, 0, 0] * torch.eye(rank)
+    values, vectors = (torch.full(shape, torch.nan, dtype=dtype) for shape in ((19, rank), (19, rank, rank)))
+    native.eigh.grouped_eigh(x, values, vectors)
+    eps, wide_vectors = torch.finfo(dtype).eps, vectors.double()
+    size = torch.linalg.matrix_norm(x.double())[:, None, None] + torch.finfo(dtype).tiny
+    residual = x.double() @ wide_vectors - wide_vectors * values.double()[:, None, :]
+    assert (residual.abs() / size).max() <= 8 * rank * eps
+    assert (wide_vectors.mT @ wide_vectors - torch.eye(rank)).abs().max() <= 8 * rank * eps
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16, 33])
+def test_damped_inverse_of_every_instruction_set(rank: int, instruction_set: str) -> None:
+    r = torch.randn(19, rank, rank, dtype=torch.float64).triu() * 1e-2
+    out = torch.full_like(r, torch.nan)
+    native.damped_inverse.grouped_damped_inverse(r, 1e-3, out)
+    inverse = torch.linalg.inv(r.mT @ r + 1e-3 * torch.eye(rank, dtype=torch.float64))
+    torch.testing.assert_close(out @ out.mT, inverse, rtol=1e-10, atol=1e-10 * inverse.abs().max().item())
+
+
+def test_small_stacks_do_not_depend_on_threads(threads: None) -> None:
+    x = torch.randn(301, 16, 16, dtype=torch.float64)
+    results = [(*ops.grouped_eigh(x), ops.grouped_eigvalsh(x), ops.grouped_damped_inverse(x.triu(), 0.1)) for _ in range(2)]
+    torch.set_num_threads(1)
+    results.append((*ops.grouped_eigh(x), ops.grouped_eigvalsh(x), ops.grouped_damped_inverse(x.triu(), 0.1)))
+    assert all(torch.equal(a, b) for got in results[1:] for a, b in zip(results[0], got, strict=True))
+
+
 # --- what holds for all of them ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "operation", ["grouped_adamw_", "grouped_gram", "grouped_polar", "grouped_qr", "grouped_solve", "grouped_svd_product"]
+    "operation",
+    [
+        "grouped_adamw_",
+        "grouped_damped_inverse",
+        "grouped_eigh",
+        "grouped_gram",
+        "grouped_polar",
+        "grouped_qr",
+        "grouped_solve",
+        "grouped_svd_product",
+    ],
 )
 def test_one_call_whatever_the_number_of_layers(operation: str) -> None:
     counts = []
@@ -659,6 +704,8 @@ def test_one_call_whatever_the_number_of_layers(operation: str) -> None:
             ops.grouped_adamw_(xs, xs, states, [s.clone() for s in states], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
         elif operation == "grouped_solve":
             ops.grouped_solve(torch.eye(8).repeat(layers, 1, 1), xs, side="right")
+        elif operation in ("grouped_eigh", "grouped_damped_inverse"):
+            getattr(ops, operation)(torch.eye(8).repeat(layers, 1, 1))
         elif operation in ("grouped_gram", "grouped_polar", "grouped_qr"):
             getattr(ops, operation)(xs)
         else:
@@ -707,6 +754,9 @@ def test_refusals_name_the_reason() -> None:
         ops.grouped_qr([wide_factor])
     with pytest.raises(registry.BackendError, match="129 columns"):
         ops.grouped_svd_product([wide_factor], [wide_factor], 4)
+    for operation in (ops.grouped_eigh, ops.grouped_damped_inverse):
+        with pytest.raises(registry.BackendError, match="rank 129"):
+            operation(torch.eye(129)[None])
     channels_last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = torch.zeros(2, 3, 4, 5)
     with pytest.raises(registry.BackendError, match="strides"):

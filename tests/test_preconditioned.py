@@ -534,3 +534,32 @@ def test_peft_and_our_layers_train_alike(method: type[LowRankOptimizer]) -> None
             mine.A.copy_(other.A)
     losses = train_peft(theirs, method(theirs, lr=1e-2, damping=1e-3), 0, 12)
     torch.testing.assert_close(train_peft(ours, method(ours, lr=1e-2, damping=1e-3), 0, 12), losses, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [AltLoRA, AltLoRAPlus, LoRARITE], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_atomic_undoes_a_step_that_moves_stacked_state(method: type, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that puts views of one stack into the state fails after it has written them: the state is what it was."""
+    problem, whole = Targets(), Targets()
+    optimizer, plain = method(problem.model, lr=0.02, atomic=True), method(whole.model, lr=0.02)
+    problem.run(optimizer, steps)
+    whole.run(plain, steps)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # the stacks are gone
+    before = copy.deepcopy(list(optimizer.state.values()))
+    write = method._write_stacked_state
+
+    def fails(self, *args) -> None:
+        write(self, *args)
+        args[-2].fill_(7.0)
+        raise RuntimeError("simulated")
+
+    problem.set_gradients()
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "_write_stacked_state", fails)
+        with pytest.raises(RuntimeError, match="simulated"):
+            optimizer.step()
+    for old, new in zip(before, optimizer.state.values(), strict=False):
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    problem.run(optimizer, 3)
+    whole.run(plain, 3)
+    assert all(map(torch.equal, problem.deltas(), whole.deltas()))

@@ -288,6 +288,32 @@ void polar(const py::list& xs, int64_t x_transposed, const py::list& outs, int64
   grouped_polar(dtype_of(dtype), items.data(), x.size(), r, threads);
 }
 
+// A stack (n, r, r) by address and strides, and results by addresses; what is null is not asked for.
+Stack stack_of(const char* what, int64_t n, int64_t r, intptr_t data, int64_t matrix_stride, int64_t row_stride,
+               int64_t column_stride, intptr_t out) {
+  check_rank(r);
+  if (n * r > 0 && (data == 0 || out == 0))
+    throw std::invalid_argument(std::string(what) + ": a tensor without memory (fake, meta or distributed)");
+  return {reinterpret_cast<const void*>(data), matrix_stride, row_stride, column_stride};
+}
+
+// Values (n, r) and vectors (n, r, r), or 0, contiguous.
+void eigh(int64_t n, int64_t r, int dtype, intptr_t xs, int64_t matrix_stride, int64_t row_stride,
+          int64_t column_stride, intptr_t values, intptr_t vectors, int threads) {
+  const Stack stack = stack_of("grouped_eigh", n, r, xs, matrix_stride, row_stride, column_stride, values);
+  const py::gil_scoped_release released;
+  grouped_eigh(dtype_of(dtype), stack, reinterpret_cast<void*>(values), reinterpret_cast<void*>(vectors), n, r,
+               threads);
+}
+
+// The inverses (n, r, r), contiguous.
+void damped_inverse(int64_t n, int64_t r, int dtype, intptr_t rs, int64_t matrix_stride, int64_t row_stride,
+                    int64_t column_stride, double damping, intptr_t out, int threads) {
+  const Stack stack = stack_of("grouped_damped_inverse", n, r, rs, matrix_stride, row_stride, column_stride, out);
+  const py::gil_scoped_release released;
+  grouped_damped_inverse(dtype_of(dtype), stack, damping, reinterpret_cast<void*>(out), n, r, threads);
+}
+
 // Sections of the layers: u, v, out_u, out_v, d_out, d_in, row and column strides of u, v, out_u, out_v. Of the terms,
 // term by term for all layers: left, right, k, row and column strides of left, of right, dtype (+4: dense). One double
 // c for each term of each layer.
@@ -338,6 +364,8 @@ void bind_cpu(py::module_& m) {
   m.def("gram", &gram, "Gram and cross-Gram matrices of a list of thin matrices.");
   m.def("solve", &solve, "Damped positive definite systems of a list.");
   m.def("polar", &polar, "Orthonormal polar factors of a list of tall matrices.");
+  m.def("eigh", &eigh, "Eigenvalues and eigenvectors of a stack of symmetric matrices.");
+  m.def("damped_inverse", &damped_inverse, "Inverses of the triangular factors of a stack, with damping.");
   m.def("lorsum", &lorsum,
         "Rank-r approximations of sums of low-rank matrices of a list, by alternating least squares.");
   m.attr("max_lorsum_terms") = kMaxLorsumTerms;

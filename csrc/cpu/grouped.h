@@ -25,6 +25,13 @@ void grouped_solve(DType dtype, bool wide, const SolveItem* items, int64_t n, in
 // Orthonormal polar factors of n tall matrices with r columns each.
 void grouped_polar(DType dtype, const PolarItem* items, int64_t n, int64_t r, int threads);
 
+// Of n symmetric matrices of double or of float, of which the lower triangles are used, eigenvalues (n, r), ascending,
+// and, unless null, eigenvectors (n, r, r); both contiguous.
+void grouped_eigh(DType dtype, const Stack& xs, void* values, void* vectors, int64_t n, int64_t r, int threads);
+
+// (n, r, r), contiguous: the inverses of the triangular factors of [R; √δ I] for n upper triangular R.
+void grouped_damped_inverse(DType dtype, const Stack& rs, double damping, void* out, int64_t n, int64_t r, int threads);
+
 // LoRSum of n layers, computed in double for fp64 factors and else in float; r × r matrices always in double.
 void grouped_lorsum(const LorsumScalars& scalars, const LorsumItem* items, int64_t n, int threads);
 

@@ -64,6 +64,12 @@ struct SvdProductItem {
   void* s = nullptr;
 };
 
+// A stack of small matrices.
+struct Stack {
+  const void* data = nullptr;
+  int64_t matrix_stride = 0, row_stride = 0, column_stride = 0;
+};
+
 // One term of one layer: c P Qᵀ with P (d_out, k) on the left and Q (d_in, k) on the right, or c D with D on the left.
 struct LorsumTerm {
   View left, right;
@@ -148,6 +154,12 @@ struct Kernels {
   void (*svd_product)(DType, const SvdProductItem&, int64_t k, int64_t rank, const QrWork<T>& left,
                       const QrWork<T>& right, int threads);
   void (*polar)(DType, const PolarItem&, int64_t r, const QrWork<T>&, int threads);
+  // `count` matrices of T from the `first` on. Values (n, r), vectors (n, r, r) or null; scratch for eigh_scratch(r)
+  // doubles.
+  void (*eigh)(const Stack&, void* values, void* vectors, int64_t first, int64_t count, int64_t r, double* scratch);
+  // As eigh; out (n, r, r), scratch for damped_inverse_scratch(r) doubles.
+  void (*damped_inverse)(const Stack&, double damping, void* out, int64_t first, int64_t count, int64_t r,
+                         double* scratch);
   void (*lorsum)(const LorsumScalars&, const LorsumItem&, const LorsumWork<T>&, int threads);
 };
 

@@ -1,5 +1,7 @@
 // Included by kernels_*.cpp with LOWRANK_ISA and LOWRANK_VECTOR_BYTES defined, after kernels_begin.h.
 #include "cpu/adamw.h"
+#include "cpu/damped_inverse.h"
+#include "cpu/eigh.h"
 #include "cpu/gram_rows.h"
 #include "cpu/lorsum.h"
 #include "cpu/polar.h"
@@ -12,7 +14,8 @@ namespace lowrank::LOWRANK_ISA {
 template <class T>
 const Kernels<T>& table() {
   static constexpr Kernels<T> kernels = {
-      adamw_range<T>, adamw_mapped_rows<T>, gram_rows<T>, solve<T>, qr<T>, svd_product<T>, polar<T>, lorsum<T>,
+      adamw_range<T>, adamw_mapped_rows<T>, gram_rows<T>, solve<T>, qr<T>, svd_product<T>, polar<T>,
+      eigh<T>,        damped_inverse<T>,    lorsum<T>,
   };
   return kernels;
 }

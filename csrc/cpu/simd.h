@@ -50,6 +50,7 @@ struct Vec {
   LOWRANK_OPERATOR(+)
   LOWRANK_OPERATOR(-)
   LOWRANK_OPERATOR(*)
+  LOWRANK_OPERATOR(/)
 #undef LOWRANK_OPERATOR
 };
 template <class T>
@@ -72,6 +73,54 @@ LOWRANK_INLINE Vec<T> splat(T value) {
 
 template <class T>
 constexpr int kLanes = static_cast<int>(LOWRANK_VECTOR_BYTES / sizeof(T));
+
+// Lane by lane: comparisons, and what depends on them.
+#if defined(__GNUC__)
+template <class T>
+using Mask = decltype(Vec<T>{} > Vec<T>{});
+template <class T>
+LOWRANK_INLINE Mask<T> greater(const Vec<T>& a, const Vec<T>& b) {
+  return a > b;
+}
+template <class T>
+LOWRANK_INLINE Vec<T> select(const Mask<T>& mask, const Vec<T>& yes, const Vec<T>& no) {
+  return mask ? yes : no;
+}
+#else
+template <class T>
+struct Mask {
+  bool lane[LOWRANK_VECTOR_BYTES / sizeof(T)] = {};
+  friend Mask operator&(Mask a, const Mask& b) {
+    for (size_t i = 0; i < LOWRANK_VECTOR_BYTES / sizeof(T); ++i) a.lane[i] = a.lane[i] && b.lane[i];
+    return a;
+  }
+  friend Mask operator|(Mask a, const Mask& b) {
+    for (size_t i = 0; i < LOWRANK_VECTOR_BYTES / sizeof(T); ++i) a.lane[i] = a.lane[i] || b.lane[i];
+    return a;
+  }
+};
+template <class T>
+LOWRANK_INLINE Mask<T> greater(const Vec<T>& a, const Vec<T>& b) {
+  Mask<T> mask;
+  for (int i = 0; i < kLanes<T>; ++i) mask.lane[i] = a[i] > b[i];
+  return mask;
+}
+template <class T>
+LOWRANK_INLINE Vec<T> select(const Mask<T>& mask, Vec<T> yes, const Vec<T>& no) {
+  for (int i = 0; i < kLanes<T>; ++i) yes[i] = mask.lane[i] ? yes[i] : no[i];
+  return yes;
+}
+#endif
+template <class T>
+LOWRANK_INLINE Vec<T> absolute(const Vec<T>& v) {
+  return select<T>(greater<T>(Vec<T>{}, v), Vec<T>{} - v, v);
+}
+template <class T>
+LOWRANK_INLINE Vec<T> square_root(const Vec<T>& v) {
+  Vec<T> out;
+  for (int i = 0; i < kLanes<T>; ++i) out[i] = std::sqrt(v[i]);
+  return out;
+}
 
 // kLanes<A> elements of type T at p, as a vector of A: T itself, or float widened to double.
 template <class A, class T>

@@ -57,6 +57,11 @@ constexpr int64_t kLorsumTile = kLorsumRows * kLorsumColumns;
 constexpr int64_t kMaxLorsumTerms = 16;
 constexpr int64_t lorsum_chunks(int64_t d) { return d == 0 ? 1 : (d + kLorsumRows - 1) / kLorsumRows; }
 
+// Small matrices are worked on side by side, in groups of the widest vector; the scratch of a group, in doubles.
+constexpr int64_t kLaneGroup = 8;
+constexpr int64_t eigh_scratch(int64_t r) { return (r + 4) * r * kLaneGroup; }
+constexpr int64_t damped_inverse_scratch(int64_t r) { return 2 * r * r * kLaneGroup; }
+
 // Row pitch of small r × r matrices: whole vectors of doubles.
 constexpr int64_t small_pitch(int64_t r) { return round_up(r, 8); }
 

@@ -1,6 +1,8 @@
 """Operations: schemas, checks, meta implementations and autograd. What runs them is in ``backends/``."""
 
 from .adamw import grouped_adamw_
+from .damped_inverse import grouped_damped_inverse
+from .eigh import grouped_eigh, grouped_eigvalsh
 from .gram import grouped_gram
 from .lora_linear import lora_linear
 from .lora_shared import lora_down, lora_up
@@ -13,6 +15,9 @@ from .svd_product import grouped_svd_product
 
 __all__ = [
     "grouped_adamw_",
+    "grouped_damped_inverse",
+    "grouped_eigh",
+    "grouped_eigvalsh",
     "grouped_gram",
     "grouped_lorsum",
     "grouped_lorsum_product",

@@ -39,7 +39,9 @@ NONFINITE_GRADS = ("keep", "skip", "raise")
 _grad = attrgetter("grad")
 
 #: Operations that make new tensors only. A step that failed before any other one began has changed nothing.
-_PURE_OPERATIONS = frozenset({"lora_linear", "lora_linear_backward", "grouped_gram", "grouped_solve"})
+_PURE_OPERATIONS = frozenset(
+    {"lora_linear", "lora_linear_backward", "grouped_damped_inverse", "grouped_eigh", "grouped_gram", "grouped_solve"}
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,15 @@ class FactorPair:
 
 
 class LikePairs(list[FactorPair]):
-    """Pairs of one device, dtype, rank and parameter groups; ``indices`` are their factors' places within the groups, by side."""
+    """Pairs of one device, dtype, rank and parameter groups; ``indices`` are their factors' places within the groups, by side.
+
+    ``kept`` is for what a method keeps from step to step; it goes when shapes, dtypes, devices or the pairs themselves change.
+    """
 
     def __init__(self, pairs: Iterable[FactorPair]) -> None:
         super().__init__(pairs)
         self.indices = {"A": [pair.a[1] for pair in self], "B": [pair.b[1] for pair in self]}
+        self.kept: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -537,12 +543,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         # The shallow copies hold what the host counts; what the device counts is counted back.
         before = [{**group, "missed": dict(group["missed"])} for group in self.param_groups]
         copies = [(tensor, tensor.clone()) for tensor in self._written()] if self._atomic else None
+        held = [(state, dict(state)) for state in self.state.values()] if self._atomic else []
         begun = _writes_begun()
         try:
             for group in self.param_groups:
                 group["step"] += 1
             self._update()
         except BaseException as error:
+            for state, tensors in held:  # a step may put other tensors into the state
+                state.update(tensors)
             self._undo(before, copies, begun, error)
             if isinstance(error, Exception) and (misfit := self._misfit()):
                 raise RuntimeError(f"{type(self).__name__}: {misfit}") from error

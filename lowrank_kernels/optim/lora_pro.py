@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from ..ops import grouped_gram
+from ..ops import grouped_eigh, grouped_gram
 from .base import AdamWOptions, LikePairs, ParamsT
-from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer, symmetric_eigen
+from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
 
 
 class LoRAPro(PreconditionedOptimizer):
@@ -81,11 +82,19 @@ class LoRAPro(PreconditionedOptimizer):
         self._step_side(pairs, "A", grad_maps=map_a, param_maps=sign * x)
         self._step_side(pairs, "B", grad_maps=s * inverse_a, param_maps=-sign * (s * inverse_b @ overlap_b @ inverse_a + x))
 
+    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        yield from super()._example_calls()
+        for pairs in self._alike(self._pairs):
+            if self._group(pairs, "A")["sylvester"]:
+                rank, device = self._rank(pairs[0]), self._at(pairs[0].a).device
+                grams = torch.empty(len(pairs), rank, rank, dtype=torch.float64, device=device)
+                yield "grouped_eigh", device.type, (grams, grams[:, 0], grams)
+
 
 def _solve_sylvester(left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
     """X of ``left X + X right = rhs`` for symmetric positive semidefinite (N, r, r) stacks; directions that neither has stay zero."""
-    values_l, vectors_l = symmetric_eigen(left)
-    values_r, vectors_r = symmetric_eigen(right)
+    values_l, vectors_l = grouped_eigh(left)
+    values_r, vectors_r = grouped_eigh(right)
     sums = values_l[:, :, None] + values_r[:, None, :]
     rotated = vectors_l.mT @ rhs @ vectors_r
     floor = sums.amax(dim=(1, 2), keepdim=True) * torch.finfo(sums.dtype).eps

@@ -8,10 +8,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..ops import grouped_gram, grouped_qr
+from ..backends.lists import column, states
+from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
 from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, Position, moments, state_dtype
-from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer, symmetric_eigen
+from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 from .shards import KEEP_WHOLE
+
+#: The most memory that one side of like pairs may keep between steps for the next bases.
+SPARE_BYTES = 1 << 20
 
 
 class LoRARITE(PreconditionedOptimizer):
@@ -60,7 +64,10 @@ class LoRARITE(PreconditionedOptimizer):
         raise RuntimeError(f"LoRARITE: {pair.name} is sharded (a DTensor), and each step takes the QR of whole factors; {KEEP_WHOLE}")
 
     def _create_state(self) -> None:
+        known = len(self.state)
         super()._create_state()
+        if len(self.state) == known:
+            return
         for pair in self._pairs:
             for factor, partner in ((self._at(pair.a), self._at(pair.b)), (self._at(pair.b), self._at(pair.a).mT)):
                 state = self.state.get(factor)
@@ -97,34 +104,53 @@ class LoRARITE(PreconditionedOptimizer):
 
     def _maps(self, pairs: LikePairs, side: str) -> tuple[Tensor, Tensor, Tensor]:
         """``(V̂ + ρ̂I + eps I)^{-1/2} R⁻ᵀ``, Π and R⁻¹ (each (N, r, r), fp64) for the factors of a side; moves V, ρ and Q."""
-        group, states = self._group(pairs, side), [self.state[factor] for factor in self._factors_of(pairs, side)]
-        (_, beta2), device = group["betas"], self._at(pairs[0].a).device
-        partners = [x.to(states[0]["basis"].dtype) for x in self._tall(pairs, OTHER[side])]
-        qs, rs = grouped_qr(partners)
-        inverse_r = _damped_inverse(rs.double(), group["damping"])
-        change = grouped_gram(qs, [state["basis"] for state in states], dtype=torch.float64)
+        group, of_factors = self._group(pairs, side), states(self.state, self._factors_of(pairs, side))
+        (_, beta2), bases = group["betas"], column(of_factors, "basis")
+        partners = self._tall(pairs, OTHER[side])
+        if partners[0].dtype != bases[0].dtype:
+            partners = [x.to(bases[0].dtype) for x in partners]
+        qs, rs = grouped_qr(partners, out=self._spare(pairs, side, bases))
+        inverse_r = grouped_damped_inverse(rs.double(), group["damping"])
+        change = grouped_gram(qs, bases, dtype=torch.float64)
         energy = inverse_r.mT @ grouped_gram(self._tall_grads(pairs, side), dtype=torch.float64) @ inverse_r
 
-        before = torch.stack([state["second"] for state in states]).double()
+        stacked = {key: self._stacked_state(pairs, side, key) for key in ("second", "escaped")}
+        before = stacked["second"].double()
         moved = change @ before @ change.mT
-        lost = (symmetric_eigen(before)[0] - symmetric_eigen(moved)[0]).abs().amax(dim=1)
-        escaped = beta2 * (torch.stack([state["escaped"] for state in states]).double() + lost)
+        lost = (grouped_eigvalsh(before) - grouped_eigvalsh(moved)).abs().amax(dim=1)
+        escaped = beta2 * (stacked["escaped"].double() + lost)
         second = beta2 * moved + (1 - beta2) * energy
-        for state, q, v, rho in zip(states, qs, second, escaped, strict=True):
-            state["basis"].copy_(q)
-            state["second"].copy_(v)
-            state["escaped"].copy_(rho)
+        self._write_stacked_state(pairs, side, "second", stacked["second"], second)
+        self._write_stacked_state(pairs, side, "escaped", stacked["escaped"], escaped)
+        torch._foreach_copy_(bases, qs)
 
-        missed = [group["missed"].get(self._position(pair, side)[1], 0) for pair in pairs]
-        steps = group["step"] - torch.tensor(missed, dtype=torch.float64, device=device)
-        eigenvalues, vectors = symmetric_eigen(second)
-        hat = (eigenvalues.clamp_min(0) + escaped[:, None]) / (1 - beta2**steps)[:, None] + group["eps"]
+        eigenvalues, vectors = grouped_eigh(second)
+        hat = (eigenvalues.clamp_min(0) + escaped[:, None]) / (1 - beta2 ** self._steps(pairs, side)) + group["eps"]
         return vectors @ (hat.rsqrt()[:, :, None] * vectors.mT) @ inverse_r.mT, change, inverse_r
 
+    @staticmethod
+    def _spare(pairs: LikePairs, side: str, bases: list[Tensor]) -> list[Tensor]:
+        """Where the new bases go while the old ones are needed: kept from step to step where making them costs more than filling them."""
+        spare = pairs.kept.get(side)
+        if spare is None:
+            spare = list(map(torch.empty_like, bases))
+            if sum(x.nbytes for x in spare) <= SPARE_BYTES:
+                pairs.kept[side] = spare
+        return spare
 
-def _damped_inverse(rs: Tensor, damping: float) -> Tensor:
-    """``R_δ⁻¹`` with ``R_δᵀ R_δ = RᵀR + δI``, from the QR of [R; √δ I]: the condition number is not squared."""
-    identity = torch.eye(rs.shape[1], dtype=rs.dtype, device=rs.device)
-    if damping > 0:
-        _, rs = grouped_qr(list(torch.cat([rs, (damping**0.5 * identity).expand_as(rs)], dim=1)))
-    return torch.linalg.solve_triangular(rs, identity.expand_as(rs), upper=True)
+    def _steps(self, pairs: LikePairs, side: str) -> int | Tensor:
+        """How many updates the factors have had: one number, or one for each (N, 1)."""
+        group = self._group(pairs, side)
+        if not group["missed"]:
+            return group["step"]
+        missed = [group["missed"].get(index, 0) for index in pairs.indices[side]]
+        return group["step"] - torch.tensor(missed, dtype=torch.float64, device=self._at(pairs[0].a).device)[:, None]
+
+    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        yield from (call for call in super()._example_calls() if call[0] != "grouped_solve")
+        for pairs in self._alike(self._pairs):
+            tall, damping = [x.detach() for x in self._tall(pairs, "B")], self._group(pairs, "B")["damping"]
+            stack = torch.empty(len(pairs), tall[0].shape[1], tall[0].shape[1], dtype=torch.float64, device=tall[0].device)
+            yield "grouped_qr", stack.device.type, (tall, None, tall, stack.to(state_dtype(tall[0].dtype)))
+            yield "grouped_damped_inverse", stack.device.type, (stack, damping, stack)
+            yield "grouped_eigh", stack.device.type, (stack, stack[:, 0], stack)

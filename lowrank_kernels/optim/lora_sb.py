@@ -9,10 +9,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..ops import grouped_gram
+from ..ops import grouped_eigh, grouped_gram
 from ..pairs import core_owners
 from .base import _FLAT, AdamWOptions, Core, LowRankOptimizer, ParamsT, is_sharded, moments, state_dtype
-from .preconditioned import symmetric_eigen
 from .shards import KEEP_WHOLE
 
 UPDATES = ("adam", "sgd")
@@ -168,7 +167,7 @@ def _inverse(tall: list[Tensor], cores: list[Core]) -> Tensor:
         by_dtype[x.dtype].append(index)
     inverses = torch.empty(len(tall), tall[0].shape[1], tall[0].shape[1], dtype=torch.float64, device=tall[0].device)
     for members in by_dtype.values():
-        values, vectors = symmetric_eigen(grouped_gram([tall[i] for i in members], dtype=torch.float64))
+        values, vectors = grouped_eigh(grouped_gram([tall[i] for i in members], dtype=torch.float64))
         floor = values[:, -1] * values.shape[1] * torch.finfo(torch.float64).eps
         for index, full_rank in zip(members, (values[:, 0] > floor).tolist(), strict=True):
             if not full_rank:

@@ -27,13 +27,6 @@ OTHER = {"A": "B", "B": "A"}
 RANK_DIM = {"A": 0, "B": 1}
 
 
-def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (N, r) and eigenvectors (N, r, r) of symmetric matrices; NaN for one that is not finite, where torch's raises."""
-    finite = matrices.isfinite().flatten(1).all(dim=1)[:, None, None]
-    values, vectors = torch.linalg.eigh(torch.where(finite, matrices, 0))
-    return torch.where(finite[:, 0], values, torch.nan), torch.where(finite, vectors, torch.nan)
-
-
 class PreconditionedOptimizer(LowRankOptimizer):
     """Factors are stepped side by side (all As, or all Bs, of like pairs in one call), each with r×r maps; the rest gets AdamW."""
 

@@ -16,6 +16,6 @@ except ImportError as error:
         "LOWRANK_KERNELS_REQUIRE_NATIVE=1, which shows the compiler's own error"
     ) from error
 
-from . import adamw, gram, lora_linear, lorsum, polar, qr, solve, svd, svd_product
+from . import adamw, damped_inverse, eigh, gram, lora_linear, lorsum, polar, qr, solve, svd, svd_product
 
-__all__ = ["_csrc", "adamw", "gram", "lora_linear", "lorsum", "polar", "qr", "solve", "svd", "svd_product"]
+__all__ = ["_csrc", "adamw", "damped_inverse", "eigh", "gram", "lora_linear", "lorsum", "polar", "qr", "solve", "svd", "svd_product"]

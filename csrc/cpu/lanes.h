@@ -1,0 +1,78 @@
+// Small matrices side by side: a lane is a matrix, and each element a vector of lanes. So neither short rows nor square
+// roots and divisions that wait for each other leave the vector units idle. What a lane gets depends on its matrix
+// alone, to the bit.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "cpu/sizes.h"
+
+namespace lowrank::LOWRANK_ISA {
+
+// What is known of the matrices of a group: scaled by 2^-exponent, their largest entries are at most 1.
+struct LaneFacts {
+  int exponents[kLanes<double>];
+  bool finite[kLanes<double>];
+};
+
+// 2^exponent for -1022 ≤ exponent ≤ 1023.
+LOWRANK_INLINE double power_of_two(int exponent) {
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return power;
+}
+
+// x · 2^exponent, in two halves, as the power alone may be out of range where the product is not.
+class PowerOfTwo {
+ public:
+  explicit PowerOfTwo(int exponent) : half(power_of_two(exponent / 2)), rest(power_of_two(exponent - exponent / 2)) {}
+  double operator()(double x) const { return x * half * rest; }
+
+  const double half, rest;
+};
+
+// The upper triangles of `count` matrices of T, (n, n) in `to`, scaled; the scale is taken from their entries, but from
+// `least` at least. Zero takes the place of a matrix that is not finite, and of what is missing in the group.
+template <class T>
+LaneFacts load_lanes(const Stack& stack, int64_t first, int64_t count, int64_t n, double least, double* to) {
+  constexpr int W = kLanes<double>;
+  using V = Vec<double>;
+  LaneFacts facts;
+  for (int lane = 0; lane < W; ++lane) {
+    const T* source = static_cast<const T*>(stack.data) + (first + lane) * stack.matrix_stride;
+    for (int64_t i = 0; i < n; ++i) {
+      double* const row = to + i * n * W + lane;
+      for (int64_t j = 0; j < n; ++j) {
+        row[j * W] = lane < count ? static_cast<double>(source[i * stack.row_stride + j * stack.column_stride]) : 0;
+      }
+    }
+  }
+  V sum{}, largest = splat(least);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const V value = load(to + (i * n + j) * W), size = absolute<double>(value);
+      sum += value - value;  // NaN from the first infinity or NaN on
+      if (j >= i) largest = select<double>(greater<double>(size, largest), size, largest);
+    }
+  }
+  const auto finite = greater<double>(splat(0.5), sum);
+  alignas(64) double half[W], rest[W];
+  for (int lane = 0; lane < W; ++lane) {
+    facts.finite[lane] = sum[lane] == 0;
+    facts.exponents[lane] = 0;
+    if (facts.finite[lane] && largest[lane] > 0) std::frexp(largest[lane], &facts.exponents[lane]);
+    const PowerOfTwo scale(-facts.exponents[lane]);
+    half[lane] = scale.half;
+    rest[lane] = scale.rest;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = i; j < n; ++j) {
+      double* const at = to + (i * n + j) * W;
+      store(at, select<double>(finite, load(at) * load(half) * load(rest), V{}));
+    }
+  }
+  return facts;
+}
+
+}  // namespace lowrank::LOWRANK_ISA

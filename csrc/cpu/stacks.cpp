@@ -1,0 +1,62 @@
+// Operations on stacks of small matrices: spreads groups of them over threads.
+#include <algorithm>
+
+#include "cpu/grouped.h"
+#include "cpu/parallel.h"
+#include "cpu/schedule.h"
+#include "cpu/scratch.h"
+#include "cpu/sizes.h"
+
+namespace lowrank {
+namespace {
+
+// body(first, count, scratch) for groups of n matrices (r, r).
+template <class Body>
+void for_each_group(int64_t n, int64_t r, int threads, int64_t scratch_elements, const Body& body) {
+  if (n == 0 || r == 0) return;
+  const int64_t groups = (n + kLaneGroup - 1) / kLaneGroup;
+  const int64_t useful = (8 * n * r * r + kThreadElements - 1) / kThreadElements;  // some 10 ns for each element
+  const int workers = usable_threads(std::min(groups, useful), threads);
+  const Scratch scratch(static_cast<size_t>(scratch_elements) * sizeof(double), workers);
+  parallel_for(groups, workers, [&](int64_t group, int worker) {
+    const int64_t first = group * kLaneGroup;
+    body(first, std::min(kLaneGroup, n - first), scratch.of<double>(worker));
+  });
+}
+
+template <class T>
+void run_eigh(const Stack& xs, void* values, void* vectors, int64_t n, int64_t r, int threads) {
+  const Kernels<T>& kernel = kernels<T>();
+  for_each_group(n, r, threads, eigh_scratch(r), [&](int64_t first, int64_t count, double* scratch) {
+    kernel.eigh(xs, values, vectors, first, count, r, scratch);
+  });
+}
+
+template <class T>
+void run_damped_inverse(const Stack& rs, double damping, void* out, int64_t n, int64_t r, int threads) {
+  const Kernels<T>& kernel = kernels<T>();
+  for_each_group(n, r, threads, damped_inverse_scratch(r), [&](int64_t first, int64_t count, double* scratch) {
+    kernel.damped_inverse(rs, damping, out, first, count, r, scratch);
+  });
+}
+
+}  // namespace
+
+void grouped_eigh(DType dtype, const Stack& xs, void* values, void* vectors, int64_t n, int64_t r, int threads) {
+  if (dtype == DType::kFloat64) {
+    run_eigh<double>(xs, values, vectors, n, r, threads);
+  } else {
+    run_eigh<float>(xs, values, vectors, n, r, threads);
+  }
+}
+
+void grouped_damped_inverse(DType dtype, const Stack& rs, double damping, void* out, int64_t n, int64_t r,
+                            int threads) {
+  if (dtype == DType::kFloat64) {
+    run_damped_inverse<double>(rs, damping, out, n, r, threads);
+  } else {
+    run_damped_inverse<float>(rs, damping, out, n, r, threads);
+  }
+}
+
+}  // namespace lowrank

@@ -1,0 +1,28 @@
+"""``grouped_damped_inverse`` on the CPU: one call into compiled code, Householder and substitution with matrices as lanes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import count_launch, implements
+from . import _csrc
+from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+
+
+def verify(rs: Tensor, damping: float, out: Tensor) -> tuple[bool, str]:
+    """Takes CPU matrices of any strides, up to rank 128."""
+    reason = refuse_device(rs)
+    if reason is not None:
+        return False, reason
+    if rs.shape[1] > MAX_RANK:
+        return False, f"rank {rs.shape[1]}: the compiled code stops at {MAX_RANK}"
+    return True, f"compiled code ({_csrc.instruction_set()}), Householder and substitution in fp64"
+
+
+@implements("grouped_damped_inverse", "native", verify)
+def grouped_damped_inverse(rs: Tensor, damping: float, out: Tensor) -> None:
+    """See the reference."""
+    count_launch()
+    count, rank, _ = rs.shape
+    _csrc.damped_inverse(count, rank, DTYPE_CODES[rs.dtype], rs.data_ptr(), *rs.stride(), damping, out.data_ptr(), torch.get_num_threads())

@@ -1,0 +1,29 @@
+"""``grouped_eigh`` on the CPU: one call into compiled code, tridiagonal form and implicit QL steps with matrices as lanes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import count_launch, implements
+from . import _csrc
+from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+
+
+def verify(xs: Tensor, values: Tensor, vectors: Tensor | None) -> tuple[bool, str]:
+    """Takes CPU matrices of any strides, up to rank 128 (where it still is faster than LAPACK)."""
+    reason = refuse_device(xs)
+    if reason is not None:
+        return False, reason
+    if xs.shape[1] > MAX_RANK:
+        return False, f"rank {xs.shape[1]}: the compiled code stops at {MAX_RANK}"
+    return True, f"compiled code ({_csrc.instruction_set()}), Householder and implicit QL in fp64"
+
+
+@implements("grouped_eigh", "native", verify)
+def grouped_eigh(xs: Tensor, values: Tensor, vectors: Tensor | None) -> None:
+    """See the reference."""
+    count_launch()
+    count, rank, _ = xs.shape
+    into = values.data_ptr(), 0 if vectors is None else vectors.data_ptr()
+    _csrc.eigh(count, rank, DTYPE_CODES[xs.dtype], xs.data_ptr(), *xs.stride(), *into, torch.get_num_threads())
