@@ -39,7 +39,7 @@ NONFINITE_GRADS = ("keep", "skip", "raise")
 _grad = attrgetter("grad")
 
 #: Operations that make new tensors only. A step that failed before any other one began has changed nothing.
-_PURE_OPERATIONS = frozenset({"lora_linear", "lora_linear_backward", "grouped_gram", "grouped_solve"})
+_PURE_OPERATIONS = frozenset({"lora_linear", "lora_linear_backward", "dropout_mask", "grouped_gram", "grouped_solve"})
 
 
 @dataclass(frozen=True)

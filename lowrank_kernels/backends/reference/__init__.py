@@ -1,5 +1,5 @@
 """The specification of every operation in plain PyTorch. Runs on any device; each other backend is tested against it."""
 
-from . import adamw, gram, lora_linear, lora_shared, lorsum, polar, qr, solve, svd, svd_product
+from . import adamw, dropout, gram, lora_linear, lora_shared, lorsum, polar, qr, solve, svd, svd_product
 
-__all__ = ["adamw", "gram", "lora_linear", "lora_shared", "lorsum", "polar", "qr", "solve", "svd", "svd_product"]
+__all__ = ["adamw", "dropout", "gram", "lora_linear", "lora_shared", "lorsum", "polar", "qr", "solve", "svd", "svd_product"]
