@@ -24,6 +24,7 @@ from ..registry import Verdict, implements
 from ._device import divide, root, scalar
 from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, Table, addresses, first_chunks, signature, table
+from ._tuned import configuration
 from .gram import GramSizes, launch_partials, launch_sum
 from .qr import COLUMNS as THIN_COLUMNS
 from .qr import thin_table
@@ -501,7 +502,10 @@ def grouped_adamw_(
         return
     rank = first.shape[rank_dims[0]]
     heavy = param_maps is not None or direction_maps is not None or new_grams is not None
-    padded, rows = padded_rank(rank), block_d(rank, first.dtype == torch.float64, heavy)
+    padded = padded_rank(rank)
+    default = {"BLOCK_D": block_d(rank, first.dtype == torch.float64, heavy), "num_warps": 4 if padded <= (16 if heavy else 32) else 8}
+    chosen = configuration("mapped_adamw_heavy" if heavy else "mapped_adamw", padded, (first.dtype,), first.device, default)
+    rows = chosen["BLOCK_D"]
     # Triton 3.6 fails to compile an fp64 product of tiles that are 16-bit in memory and fp32 in between.
     mixed = new_grams is not None and new_grams.dtype == torch.float64 and first.dtype.itemsize < 4
     fused = padded <= _LARGEST_FUSED and not mixed
@@ -530,7 +534,7 @@ def grouped_adamw_(
                    HAS_G_MAP=grad_maps is not None, HAS_M_MAP=momentum_maps is not None and bool(exp_avgs),
                    HAS_P_MAP=param_maps is not None, HAS_D_MAP=direction_maps is not None,
                    KEEP_OLD=new_grams is not None and not fused, GRAMS=new_grams is not None and fused, FUSED=fused,
-                   R=padded, STEP=16, BLOCK_D=rows, CHUNK=chunk, num_warps=4 if padded <= (16 if heavy else 32) else 8)  # fmt: skip
+                   R=padded, STEP=16, CHUNK=chunk, **chosen)  # fmt: skip
         if new_grams is not None:
             _write_grams(params, rank_dims, new_grams, work, olds, partials, fused)
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ..registry import Verdict, implements
 from ._device import scalar
 from ._launch import INTERPRET, TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
+from ._tuned import configuration
 from .dropout import NOTHING, Drop, dropped, what_drops
 
 _LARGEST_RANK = 128
@@ -184,26 +185,23 @@ def add_splits_kernel(partials, out, splits, size, factor: tl.float64, BLOCK: tl
 
 
 class _Kinds:
-    """Constants of the kernels for one rank and dtype."""
+    """Constants of one kernel (a name of ``_tuned.KNOBS``) for one rank and dtype: those of the device's table, else of a heuristic."""
 
-    def __init__(self, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, kernel: str, rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self.R = padded_rank(rank)
         wide = dtype in (torch.float32, torch.float64)
-        self.BLOCK_T = 64 if self.R <= 32 and not wide else 32
-        self.BLOCK_D = 64 if self.R <= 64 else 32
+        block_t = 64 if self.R <= 32 and not wide else 32
+        block_d = 64 if self.R <= 64 else 32
         if wide:
-            self.BLOCK_D = 32 if self.R <= 64 else 16
+            block_d = 32 if self.R <= 64 else 16
         if self.R > 64 and dtype == torch.float64:
-            self.BLOCK_T = 16
-        self.warps = 8
-        self.options = {
-            "COMPUTE": TL_DTYPE[compute_dtype(dtype)],
-            "UPCAST": INTERPRET and not wide,
-            "R": self.R,
-            "BLOCK_T": self.BLOCK_T,
-            "BLOCK_D": self.BLOCK_D,
-            "num_warps": self.warps,
-        }
+            block_t = 16
+        default = {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": 8}
+        if kernel == "output_grads":
+            default |= {"BLOCK_D": 4 * block_d, "num_stages": 2}
+        chosen = configuration(kernel, self.R, (dtype,), device, default)
+        self.BLOCK_T, self.BLOCK_D = chosen["BLOCK_T"], chosen["BLOCK_D"]
+        self.options = {"COMPUTE": TL_DTYPE[compute_dtype(dtype)], "UPCAST": INTERPRET and not wide, "R": self.R, **chosen}
 
 
 def _project(
@@ -215,7 +213,7 @@ def _project(
     """
     tokens, length = x.shape
     rank = first.shape[1]
-    kinds = _Kinds(rank, x.dtype)
+    kinds = _Kinds("project", rank, x.dtype, x.device)
     out = x.new_empty(tokens, rank, dtype=x.dtype if mix is None else mix.dtype)
     second = second if mix is None else mix
     other = None if second is None else x.new_empty(tokens, rank)
@@ -235,7 +233,7 @@ def _expand(y: Tensor, base: Tensor | None, drop: Drop | None, factor: float, fi
     Rows of H are contiguous.
     """
     tokens, length = y.shape
-    kinds = _Kinds(first.shape[1], first.dtype)
+    kinds = _Kinds("expand", first.shape[1], first.dtype, first.device)
     if second_h is None or second is None:
         second_h, second, two = first_h, first, False
     else:
@@ -252,7 +250,7 @@ def _token_sum(hidden: Tensor, x: Tensor, drop: Drop | None, factor: float, out:
     """``factor · Σ_t H[t, k] x̃[t, d]`` into ``out``, contiguous, whose strides for d and k are given."""
     tokens, length = x.shape
     rank = hidden.shape[1]
-    kinds = _Kinds(rank, x.dtype)
+    kinds = _Kinds("token_sum", rank, x.dtype, x.device)
     columns = triton.cdiv(length, kinds.BLOCK_D)
     splits = max(1, min(triton.cdiv(_FILL, columns), tokens // (4 * kinds.BLOCK_T)))
     per_split = triton.cdiv(triton.cdiv(tokens, splits), kinds.BLOCK_T) * kinds.BLOCK_T
@@ -278,8 +276,8 @@ def _output_grads(
     """
     tokens, length = grad.shape
     rank = hidden.shape[1]
-    kinds = _Kinds(rank, grad.dtype)
-    columns = 4 * kinds.BLOCK_D
+    kinds = _Kinds("output_grads", rank, grad.dtype, grad.device)
+    columns = kinds.BLOCK_D
     factors = 1 if second is None else 2
     if not tokens or 2 * compute_dtype(grad.dtype).itemsize * kinds.R * factors > 0.75 * columns * grad.dtype.itemsize:
         through_first, through_second = _project(grad, None, factor, first, second, False)
@@ -292,7 +290,7 @@ def _output_grads(
     other = first if second is None else second
     launch(output_grads_kernel, (across, splits), hidden, grad, first, other, sums, partials[0], partials[-1], tokens, length, rank, per_split,
            hidden.stride(0), *grad.stride(), *first.stride(), *other.stride(), TWO=second is not None,
-           **(kinds.options | {"BLOCK_D": columns, "num_stages": 2}))  # fmt: skip
+           **kinds.options)  # fmt: skip
     through = [_add_splits(partial, grad.new_empty(tokens, rank), factor) for partial in partials]
     return through[0], None if second is None else through[1], _add_splits(sums, grad.new_empty(length, rank), factor_b)
 
