@@ -4,8 +4,8 @@
 #     bash benchmarks/gpu_session.sh [folder for logs and figures; default: $OUT, else benchmarks/results/gpu]
 #
 # Needs: Python with torch (CUDA) and triton, pybind11, pytest, a C++ compiler; no network. Nothing stops at a part that
-# fails; the summary says how each one ended. Knobs: PYTHON, MODEL_SHAPES, RANKS, DTYPES, SECONDS_PER_CASE, and for a rehearsal
-# without a GPU: DEVICE=cpu TESTS=tests/test_benchmarks.py MODEL_SHAPES=minilm BIG_SHAPES=minilm TOKENS=64 RANKS=8 DTYPES=float32
+# fails; the summary says how each one ended. Knobs: PYTHON, MODEL_SHAPES, RANKS, DTYPES, SECONDS_PER_CASE, TUNE (1: look for launch
+# configurations first, for 85 of the tests' seconds, and measure with the table that comes out), and for a rehearsal without a GPU: DEVICE=cpu TESTS=tests/test_benchmarks.py MODEL_SHAPES=minilm BIG_SHAPES=minilm TOKENS=64 RANKS=8 DTYPES=float32
 # SECONDS_PER_CASE=0.1 bash benchmarks/gpu_session.sh /tmp/rehearsal
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -20,6 +20,8 @@ RANKS=${RANKS:-16,64}
 DTYPES=${DTYPES:-float32,bfloat16}
 SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
 TESTS=${TESTS:-tests}
+TUNE=${TUNE:-0}
+TEST_SECONDS=145
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 LOWRANK_KERNELS_REQUIRE_NATIVE=1
 summary=()
@@ -58,10 +60,16 @@ bench() {  # bench NAME SECONDS OPTIONS...: some suites, into $OUT/$DEVICE.csv
   shift 2
   part "$name" "$limit" "$PYTHON" -m benchmarks --device "$DEVICE" --tokens "$TOKENS" --out "$OUT/$DEVICE.csv" "$@"
 }
+if [ "$TUNE" = 1 ]; then
+  part tune 85 "$PYTHON" -m benchmarks.tune --device "$DEVICE" --rank "${RANKS%%,*}" --dtype "${DTYPES##*,}" --tokens "$TOKENS" \
+    --seconds 70 --out "$OUT/tuned.json"
+  [ -e "$OUT/tuned.json" ] && export LOWRANK_KERNELS_TUNED=$OUT/tuned.json
+  TEST_SECONDS=60
+fi
 bench forward 75 --suite forward --model-shapes "$BIG_SHAPES" --rank 16 --dtype "${DTYPES##*,}" --seconds "$SECONDS_PER_CASE" --compile-seconds 15
 bench operations 75 --suite linalg,optimizer --model-shapes "$MODEL_SHAPES" --rank "$RANKS" --dtype "$DTYPES" \
   --seconds "$SECONDS_PER_CASE" --compile-seconds 0
-part tests 145 "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider --deselect tests/test_triton_aot.py "$TESTS"
+part tests "$TEST_SECONDS" "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider --deselect tests/test_triton_aot.py "$TESTS"
 bench step 40 --suite step --model-shapes "$BIG_SHAPES" --rank 16 --dtype "${DTYPES##*,}" --seconds "$SECONDS_PER_CASE"
 bench scaling 40 --suite scaling,memory --model-shapes "$BIG_SHAPES" --rank 16 --dtype float32 --seconds "$SECONDS_PER_CASE"
 bench init 35 --suite init --model-shapes "$BIG_SHAPES" --rank 16 --dtype float32 --seconds "$SECONDS_PER_CASE"

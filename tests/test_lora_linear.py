@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import checkpoint
 
 from lowrank_kernels import ops
-from lowrank_kernels.backends import registry
+from lowrank_kernels.backends import reference, registry
 
+module = importlib.import_module("lowrank_kernels.ops.lora_linear")
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = [(device, backend) for device in DEVICES for backend in registry.PREFERENCE[device]]
 NAMES = ("x", "weight", "bias", "a", "b")
@@ -62,10 +66,10 @@ def run_with_grads(function, tensors, grad, dtype, **kwargs) -> dict[str, Tensor
 def assert_as_good_as_torch(ours: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
     """|out − ref64| ≤ 2·|torch in the same dtype − ref64| + 8·eps·max|ref64|, maxima over elements."""
     assert ours.keys() == exact.keys()
-    for name, reference in exact.items():
+    for name, truth in exact.items():
         assert ours[name].dtype == dtype
-        error, floor = ((t[name].double() - reference).abs().max() for t in (ours, torchs))
-        assert error <= 2 * floor + 8 * torch.finfo(dtype).eps * reference.abs().max(), f"{name}: {error:.3g}, torch has {floor:.3g}"
+        error, floor = ((t[name].double() - truth).abs().max() for t in (ours, torchs))
+        assert error <= 2 * floor + 8 * torch.finfo(dtype).eps * truth.abs().max(), f"{name}: {error:.3g}, torch has {floor:.3g}"
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["plain", "decoupled"])
@@ -74,21 +78,24 @@ def assert_as_good_as_torch(ours: dict[str, Tensor], torchs: dict[str, Tensor], 
 def test_forward_and_gradients(device: str, backend: str, dtype: torch.dtype, decoupled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = 0
     for tokens, d_in, d_out, rank, whole, dropped in [
-        (37, 40, 24, 5, True, False),
-        (64, 64, 96, 16, True, True),
-        (1, 96, 80, 8, True, False),
-        (20, 33, 17, 1, True, False),
-        (50, 48, 31, 8, False, True),
-        (130, 160, 144, 64, True, True),
+        (37, 40, 24, 5, True, None),
+        (64, 64, 96, 16, True, "mask"),
+        (1, 96, 80, 8, True, None),
+        (20, 33, 17, 1, True, "seed"),
+        (50, 48, 31, 8, False, "mask"),
+        (50, 48, 31, 8, False, "seed"),
+        (130, 160, 144, 64, True, "seed"),
     ]:
         tensors = make(tokens, d_in, d_out, rank, dtype, device, decoupled)
         if not whole:
             tensors |= {"weight": None, "bias": None}
-        # One mask for all three: the operation draws it by bernoulli_, which is answered with ours.
+        # One mask for all three: what the operation draws is ours.
         keep = 0.75 if dropped else 1.0
-        mask = torch.rand(tokens, d_in, device=device) < keep if dropped else None
-        if mask is not None:
-            monkeypatch.setattr(Tensor, "bernoulli_", lambda self, p, mask=mask: self.copy_(mask))
+        mask, seed = torch.rand(tokens, d_in, device=device) < keep if dropped else None, torch.randint(2**62, (1,), device=device)
+        drawn = (mask, None, keep)
+        if dropped == "seed":
+            mask, drawn = reference.dropout.dropout_mask(seed, tokens, d_in, keep), (None, seed, keep)
+        monkeypatch.setattr(module, "_draw", lambda x, rank, p, drawn=drawn: drawn)
         grad = torch.randn(tokens, d_out, dtype=torch.float64, device=device).to(dtype)
         exact = run_with_grads(naive, tensors, grad, torch.float64, scale=0.7, mask=mask, keep=keep)
         plain = run_with_grads(naive, tensors, grad, dtype, scale=0.7, mask=mask, keep=keep)
@@ -136,7 +143,9 @@ def test_gradcheck_and_opcheck(decoupled: bool) -> None:
     adapter = [t["x"], t["a"], t["b"]]
     assert torch.autograd.gradcheck(lambda x, a, b: ops.lora_linear(x, None, None, a, b, 0.5, q_a=t["q_a"], q_b=t["q_b"]), adapter)
     mask = torch.rand(4, 6) < 0.5
+    seed = torch.tensor([7])
     torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear, (*leaves, t["q_a"], t["q_b"], 0.5, mask, 0.5, None))
+    torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear, (*leaves, t["q_a"], t["q_b"], 0.5, None, 0.5, None, seed))
     torch.library.opcheck(
         torch.ops.lowrank_kernels.lora_linear, (t["x"], None, None, t["a"], t["b"], t["q_a"], t["q_b"], 0.5, None, 1.0, None)
     )
@@ -145,6 +154,7 @@ def test_gradcheck_and_opcheck(decoupled: bool) -> None:
     for needs in ([True] * 5, [False, False, False, True, True], [True, False, False, False, False]):
         args = (grad, x, weight, a, b, t["q_a"], t["q_b"], hidden, 0.5, mask, 0.5, [*needs, False], None)
         torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear_backward, args)
+        torch.library.opcheck(torch.ops.lowrank_kernels.lora_linear_backward, (*args[:9], None, 0.5, [*needs, False], None, seed))
 
 
 def gemms(function) -> list[tuple[int, int, int]]:
@@ -236,6 +246,172 @@ def test_dropout_drops_the_adapters_input_only_and_only_in_training() -> None:
     kept = ratio.abs() > 1e-6
     torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / 0.6), rtol=1e-6, atol=0)
     assert abs(kept.double().mean() - 0.6) < 5 * (0.24 / 4096) ** 0.5
+
+
+# --- dropout by seed --------------------------------------------------------------------------------------------------
+
+
+def unsigned(*words: int) -> int:
+    """64 bits as the int64 that holds them."""
+    value = sum(word << 32 * i for i, word in enumerate(words))
+    return value - 2**64 if value >= 2**63 else value
+
+
+PI = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "rounds", "expected"),
+    [
+        ((0,) * 4, (0,) * 2, 10, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, 10, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (*PI, 10, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        ((0,) * 4, (0,) * 2, 7, "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, 7, "5207ddc2 45165e59 4d8ee751 8c52f662"),
+        (*PI, 7, "4dfccaba 190a87f0 c47362ba b6b5242a"),
+    ],
+)
+def test_random_bits_are_philoxs(counter: tuple[int, ...], key: tuple[int, int], rounds: int, expected: str) -> None:
+    """The known answers of the authors' library, Random123."""
+    seed, words = torch.tensor([unsigned(*key)]), tuple(torch.tensor([word]) for word in counter)
+    assert " ".join(f"{int(word):08x}" for word in reference.dropout.philox4x32(seed, words, rounds)) == expected
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.9, 1 / 65536, 1.0])
+def test_masks_of_seeds_look_random(keep: float) -> None:
+    tokens, columns = 4096, 100
+    keep = round(keep * 65536) / 65536
+    masks = torch.stack([reference.dropout.dropout_mask(torch.tensor([seed]), tokens, columns, keep) for seed in (1, 2, 2**32 + 1, -1)])
+    noise = masks.double() - keep
+    deviation = (keep * (1 - keep)) ** 0.5
+
+    def unbiased(values: Tensor, of: float) -> bool:
+        """Whether the means over the tokens (or more) could be those of independent values: none beyond 5.5 sigma, 800 of them at most."""
+        return bool((values.mean(1).abs() <= 5.5 * of / math.sqrt(values.shape[1]) + 1e-12).all())
+
+    assert unbiased(noise.flatten(1), deviation)
+    assert unbiased(noise.movedim(1, 2).flatten(0, 1), deviation)
+    for shift, dim in ((1, 1), (1, 2), (2, 2), (4, 2), (8, 2)):  # neighbours, halves and words of one counter, neighbouring counters
+        products = (noise * noise.roll(shift, dim)).movedim(1, 2).flatten(0, 1)
+        assert unbiased(products, deviation**2) or keep < 0.01  # where hardly any entry is kept, products are far from Gaussian
+    for other in (1, 2, 3):
+        assert unbiased((noise[0] * noise[other]).flatten()[None], deviation**2) or keep < 0.01
+    assert keep < 1 or masks.all()
+
+
+def test_a_mask_depends_on_seed_token_and_column_alone() -> None:
+    seed = torch.tensor([2**62 + 12345])
+    whole = reference.dropout.dropout_mask(seed, 70, 70, 0.5)
+    for tokens, columns in ((1, 1), (70, 8), (3, 69), (0, 5), (64, 64)):
+        assert torch.equal(reference.dropout.dropout_mask(seed, tokens, columns, 0.5), whole[:tokens, :columns])
+
+
+def test_who_draws_seeds() -> None:
+    pytest.importorskip("triton")
+    assert module._by_seed(torch.device("cuda"), torch.bfloat16, 128)
+    assert not module._by_seed(torch.device("cuda"), torch.bfloat16, 129)  # a rank that Triton refuses
+    assert not module._by_seed(torch.device("cpu"), torch.float32, 8)
+    assert not module._by_seed(torch.device("meta"), torch.float32, 8)
+    with registry.force("reference"):
+        assert not module._by_seed(torch.device("cuda"), torch.bfloat16, 8)
+    with registry.force("lora_linear=triton"):
+        assert module._by_seed(torch.device("cuda"), torch.float32, 8)
+
+
+@pytest.fixture
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout by seed on every backend, also on those that would draw a mask."""
+    monkeypatch.setattr(module, "_by_seed", lambda *args: True)
+
+
+def test_a_seed_is_all_that_is_kept(seeded: None) -> None:
+    t = make(T, D_IN, D_OUT, R, decoupled=True)
+    leaves = [t[name].requires_grad_() for name in ("x", "a", "b")]
+    kept: list[Tensor] = []
+    torch.manual_seed(3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: (kept.append(s), s)[1], lambda s: s):
+        y = ops.lora_linear(t["x"], t["weight"], None, t["a"], t["b"], q_a=t["q_a"], q_b=t["q_b"], dropout=0.4)
+    assert not any(s.dtype == torch.bool for s in kept)
+    (seed,) = (s for s in kept if s.dtype == torch.int64)
+    # Forward, ∂x and ∂A used its mask, with the rounded probability.
+    keep = round(0.6 * 65536) / 65536
+    mask = reference.dropout.dropout_mask(seed, T, D_IN, keep)
+    expected = naive(t["x"], t["weight"], None, t["a"], t["b"], 1.0, t["q_a"], t["q_b"], mask, keep)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    # The generator decides.
+    torch.manual_seed(3)
+    assert torch.equal(ops.lora_linear(t["x"], t["weight"], None, t["a"], t["b"], q_a=t["q_a"], q_b=t["q_b"], dropout=0.4), y)
+    assert not torch.equal(ops.lora_linear(t["x"], t["weight"], None, t["a"], t["b"], q_a=t["q_a"], q_b=t["q_b"], dropout=0.4), y)
+
+
+def test_what_is_captured_is_the_input_behind_the_seeds_mask(seeded: None) -> None:
+    t = make(T, D_IN, D_OUT, R)
+    a = t["a"].requires_grad_()
+    found: list[Tensor] = []
+    y = ops.lora_linear(t["x"], t["weight"], None, a, t["b"], 0.7, dropout=0.4, capture=lambda x, grad: found.extend((x, grad)))
+    (of_a,) = torch.autograd.grad(y.square().sum(), a)
+    x, grad = found
+    torch.testing.assert_close(0.7 * t["b"].mT @ (grad.mT @ x), of_a, rtol=1e-11, atol=1e-11)
+    assert (x == 0).any() and not (x == 0).all()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_repeats_a_seed(seeded: None, reentrant: bool) -> None:
+    t = make(T, D_IN, D_IN, R)
+    leaves = [t[name].requires_grad_() for name in ("x", "a", "b")]
+
+    def function(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = ops.lora_linear(x, t["weight"], None, t["a"], t["b"], 0.7, dropout=0.4)
+        return x.square().sum()
+
+    found = []
+    for run in (function, lambda x: checkpoint.checkpoint(function, x, use_reentrant=reentrant)):
+        torch.manual_seed(11)
+        found.append([y := run(t["x"]), *torch.autograd.grad(y, leaves)] if not reentrant else _backward(run, t["x"], leaves))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def _backward(run, x: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """As torch.autograd.grad, which reentrant checkpointing refuses."""
+    for leaf in leaves:
+        leaf.grad = None
+    y = run(x)
+    y.backward()
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize(
+    "backend, dynamic", [("aot_eager", None), ("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.large)]
+)
+def test_seeds_compile_without_graph_breaks(backend: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    device = DEVICES[-1]
+    if device == "cpu" and not importlib.import_module("lowrank_kernels.backends.triton._launch").INTERPRET:
+        pytest.skip("Triton needs a GPU or its interpreter")
+    t = make(T, D_IN, D_OUT, R, torch.float32, device)
+    leaves = [t[name].requires_grad_() for name in ("x", "a", "b")]
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return ops.lora_linear(x, t["weight"], None, a, b, 0.5, dropout=0.4)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+    with registry.force("triton"):
+        torch.manual_seed(2)
+        y = compiled(*leaves)
+        grads = torch.autograd.grad(y.sum(), leaves)
+        assert not torch.equal(compiled(*leaves), y)
+        # Linear in x: only the forward pass's own mask gives back its sum.
+        torch.testing.assert_close((grads[0] * t["x"]).sum(), y.sum(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close((grads[1] * t["a"]).sum(), (grads[2] * t["b"]).sum(), rtol=1e-4, atol=1e-4)
+        if backend == "aot_eager":  # inductor has a generator of its own
+            torch.manual_seed(2)
+            assert torch.equal(function(*leaves), y)
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["plain", "decoupled"])

@@ -176,9 +176,7 @@ def test_adamw_drifts(rank: int, dtype: torch.dtype, instruction_set: str) -> No
     for options in ({}, {"grad_maps": maps, "momentum_maps": maps}, {"direction_maps": maps}):
         before = [param.double() for param in params]
         drifts = torch.full((len(params), rank, rank), torch.nan, dtype=wide(dtype))
-        *results, drifts = run_adamw(
-            "native", dtype, params, grads, first, second, step=3, rank_dims=rank_dims, drifts=drifts, **options
-        )
+        *results, drifts = run_adamw("native", dtype, params, grads, first, second, step=3, rank_dims=rank_dims, drifts=drifts, **options)
         without = run_adamw("native", dtype, params, grads, first, second, step=3, rank_dims=rank_dims, **options)
         if options:
             assert all(torch.equal(a, b) for a, b in zip(results, without, strict=True))

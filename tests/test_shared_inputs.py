@@ -126,6 +126,76 @@ def test_gradcheck(device: str, backend: str, base: bool, decoupled: bool) -> No
             first.sum().backward()
 
 
+@pytest.mark.parametrize("dynamic, decoupled, base", [(None, False, True), (True, True, True), (None, True, False)])
+def test_operations_compile_as_nodes(dynamic: bool | None, decoupled: bool, base: bool) -> None:
+    """Without graph breaks, and with the same results as eager calls, whatever wants gradients."""
+
+    def draw(*shape: int, grad: bool = False) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).requires_grad_(grad)
+
+    a, b, q_a, q_b = [draw(2, 6), draw(3, 6)], [draw(5, 2), draw(4, 3)], [draw(2, 6), draw(3, 6)], [draw(5, 2), draw(4, 3)]
+    weights, seen = [draw(5, 6), draw(4, 6)], []
+
+    def function(x: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        passed, hiddens, hiddens_q = ops.lora_down(x, a, q_a if decoupled else None)
+        total = passed.sin().sum()
+        for i in range(2):
+            options = {} if hiddens_q is None else {"hidden_q": hiddens_q[i], "q_b": q_b[i]}
+            first = (passed, weights[i], None) if base else (None, None, None)
+            total = total + ops.lora_up(*first, hiddens[i], b[i], 0.7, **options).sin().sum()
+        return total
+
+    def backend(graph: torch.fx.GraphModule, examples: object) -> Callable[..., object]:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.backends.debugging.aot_eager(graph, examples)
+
+    for wanted in ("xab", "ab", "b"):
+        torch._dynamo.reset()
+        x = draw(2, 4, 6, grad="x" in wanted)
+        for name, tensors in (("a", a), ("b", b)):
+            for tensor in tensors:
+                tensor.requires_grad_(name in wanted)
+        leaves = [tensor for tensor in (x, *a, *b) if tensor.requires_grad]
+        expected = torch.autograd.grad(function(x, a, b), leaves)
+        compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+        assert_same(list(torch.autograd.grad(compiled(x, a, b), leaves)), list(expected))
+    assert {"lowrank_kernels.lora_down", "lowrank_kernels.lora_up"} <= set(seen)
+
+
+@pytest.mark.parametrize("decoupled", [False, True], ids=["plain", "decoupled"])
+def test_opcheck(decoupled: bool) -> None:
+    def draw(*shape: int, grad: bool = False) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).requires_grad_(grad)
+
+    x, a, b = draw(2, 4, 6, grad=True), draw(3, 6, grad=True), draw(5, 3, grad=True)
+    q, q_b, hidden_q = (draw(3, 6), draw(5, 3), draw(8, 3, grad=True)) if decoupled else (None, None, None)
+    check = torch.library.opcheck
+    check(torch.ops.lowrank_kernels.lora_down, (x, a, q))
+    check(torch.ops.lowrank_kernels.lora_down, (x.detach(), a, q))
+    on_a, on_q = draw(2, 4, 3), draw(2, 4, 3) if decoupled else None
+    for inputs in ((on_a, on_q, x.detach(), a.detach(), q), (on_a, None, x.detach(), None, None), (on_a, on_q, None, a.detach(), q)):
+        check(torch.ops.lowrank_kernels.lora_down_backward, inputs)
+    flat, weight, bias, hidden = draw(8, 6, grad=True), draw(5, 6), draw(5), draw(8, 3, grad=True)
+    check(torch.ops.lowrank_kernels.lora_up, (flat, weight, bias, hidden, b, hidden_q, q_b, 0.5))
+    check(torch.ops.lowrank_kernels.lora_up, (None, None, None, hidden, b, hidden_q, q_b, 0.5))
+    for needs in ([True, True, True, decoupled], [False, False, True, False], [False, True, False, decoupled], [True, False, False, False]):
+        check(torch.ops.lowrank_kernels.lora_up_backward, (draw(8, 5), weight, hidden.detach(), b.detach(), q_b, 0.5, needs))
+
+
+def test_second_derivatives_of_nodes_are_refused_and_transforms_work() -> None:
+    x, a, b = (torch.randn(s, dtype=torch.float64) for s in ((4, 6), (2, 6), (5, 2)))
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return ops.lora_up(None, None, None, ops.lora_down(x, [a])[1][0], b, 0.5)
+
+    direct = torch.ops.lowrank_kernels.lora_down(x, a.requires_grad_(), None)[0]
+    (first,) = torch.autograd.grad(direct.square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        first.sum().backward()
+    batched = torch.func.vmap(function, (0, None, None))(x, a, b)
+    torch.testing.assert_close(batched, function(x, a, b))
+
+
 def test_operations_give_what_lora_linear_gives() -> None:
     a, b, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((2, 8), (6, 2), (6, 8), (6,)))
     passed, (hidden,), none = ops.lora_down(X, [a])

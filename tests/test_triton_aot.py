@@ -12,24 +12,32 @@ pytest.importorskip("triton")
 GROUPS = {
     "adamw": {"adamw_kernel", "mapped_adamw_kernel"},
     "qr": {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel"},
+    "qr_wide": {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel"},
     "svd": {"jacobi_kernel"},
     "small": {"partial_gram_kernel", "sum_chunks_kernel", "cholesky_kernel", "substitute_kernel", "join_kernel"},
     "lorsum": {"copy_kernel", "contract_kernel", "factor_kernel", "map_kernel", "expand_kernel", "finish_kernel"},
-    "lora_linear": {"project_kernel", "expand_kernel", "token_sum_kernel", "output_grads_kernel", "add_splits_kernel"},
+    "lorsum_wide": {"copy_kernel", "contract_kernel", "factor_kernel", "map_kernel", "expand_kernel", "finish_kernel"},
+    "lora_linear": {"project_kernel", "expand_kernel", "token_sum_kernel", "output_grads_kernel", "add_splits_kernel", "mask_kernel"},
 }
-#: How many cubins a group may take: at most 133 in all, for the time that it takes.
-MOST = {"adamw": 15, "qr": 30, "svd": 6, "small": 24, "lorsum": 24, "lora_linear": 32}
+#: How many cubins a group may take.
+MOST = {"adamw": 15, "qr": 18, "qr_wide": 12, "svd": 6, "small": 24, "lorsum": 18, "lorsum_wide": 12, "lora_linear": 37}
+#: Those that only `make test-all` compiles.
+WIDE = {"qr_wide", "lorsum_wide"}
 
 
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 
 
-@pytest.mark.parametrize("group", GROUPS)
+def test_the_time_is_bounded() -> None:
+    assert sum(count for group, count in MOST.items() if group not in WIDE) <= 120
+
+
+@pytest.mark.parametrize("group", [pytest.param(group, marks=pytest.mark.large if group in WIDE else ()) for group in GROUPS])
 def test_compiles_without_spills(group: str) -> None:
     reports = compile_group(group)
     assert {report["kernel"] for report in reports} == GROUPS[group]
     assert len(reports) <= MOST[group]
-    assert {report["arch"] for report in reports} == set(ARCHITECTURES)
+    assert group in WIDE or {report["arch"] for report in reports} == set(ARCHITECTURES)
     if TRITON >= (3, 7):
         # Triton 3.6 allocates registers worse, above all for fp64 products on sm_100: slower there, not wrong.
         assert [report for report in reports if report["stack"] or report["local"]] == []
@@ -39,7 +47,7 @@ def test_compiles_without_spills(group: str) -> None:
         # Tables of pointers lose their vector loads without a hint; matrices may lose them with a stride of unknown alignment.
         if report["kernel"] == "adamw_kernel":
             assert "128:" in report["loads"] or "64:" in report["loads"], report
-        if group == "lora_linear" and "bf16" in report["case"] and report["kernel"] != "add_splits_kernel":
+        if group == "lora_linear" and "bf16" in report["case"] and report["kernel"] not in ("add_splits_kernel", "mask_kernel"):
             assert "MMA" in report["tensor_cores"], report
     committed = [row for row in read() if row["group"] == group]
     if {row["triton"] for row in committed} == {version("triton")}:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from lowrank_kernels.backends import force, launch_count, reference, select
-from lowrank_kernels.backends.triton import _tables, adamw, gram, lora_linear, lora_shared, polar, qr, solve, svd_product
+from lowrank_kernels.backends.triton import _tables, adamw, dropout, gram, lora_linear, lora_shared, polar, qr, solve, svd_product
 
 WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -397,25 +397,36 @@ def test_what_has_no_kernel_says_why(device: torch.device, operation: str) -> No
 
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("rank, tokens", [(1, 70), (8, 530), (33, 40), (128, 40), (4, 0)])
-@pytest.mark.parametrize("kind, dropout", [("plain", False), ("decoupled", True), ("core", True)])
-def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens: int, kind: str, dropout: bool) -> None:
+@pytest.mark.parametrize("kind, drop", [("plain", "nothing"), ("plain", "mask"), ("decoupled", "seed"), ("core", "seed")])
+def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens: int, kind: str, drop: str) -> None:
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
 
     d_in, d_out = 70, 50
+    if tokens > 100 and drop == "seed":
+        drop = "mask"  # random bits are slow in the interpreter; the test of tile shapes below draws them for many tokens
     for base in (True, False):
         x, grad, a, b = make(d_in, tokens).mT, make(tokens, d_out), make(rank, d_in), make(d_out, rank)
         weight, bias = (make(d_out, d_in), make(d_out)) if base else (None, None)
         q_a, q_b = (make(rank, d_in), make(d_out, rank)) if kind == "decoupled" else (None, None)
         wide_core = torch.randn(rank, rank, dtype=torch.float64, device=device) if kind == "core" else None
         core = None if wide_core is None else wide_core.to(torch.promote_types(dtype, torch.float32))
-        mask, keep = (torch.rand(tokens, d_in, device=device) > 0.3, 0.7) if dropout else (None, 1.0)
+        keep = 1.0 if drop == "nothing" else 0.75
+        mask = torch.rand(tokens, d_in, device=device) < keep if drop == "mask" else None
+        # The reference gets the mask, the kernels the seed.
+        seed, theirs_mask = None, mask
+        if drop == "seed":
+            seed = torch.randint(-(2**62), 2**62, (1,), device=device)
+            theirs_mask = reference.dropout.dropout_mask(seed, tokens, d_in, keep)
         narrow = (x, weight, bias, a, b, q_a, q_b)
         exact = tuple(None if t is None else t.double() for t in narrow)
-        tail = (0.7, mask, keep)
+        tail, their_tail = (0.7, mask, keep), (0.7, theirs_mask, keep)
         cores = (core, core, None if core is None else core.double())
-        outs = [f(*data, *tail, c) for (f, data), c in zip(((lora_linear.lora_linear, narrow), (reference.lora_linear.lora_linear, narrow),
-                                                (reference.lora_linear.lora_linear, exact)), cores, strict=True)]  # fmt: skip
+        outs = [
+            lora_linear.lora_linear(*narrow, *tail, cores[0], seed),
+            reference.lora_linear.lora_linear(*narrow, *their_tail, cores[1]),
+            reference.lora_linear.lora_linear(*exact, *their_tail, cores[2]),
+        ]
         for out, theirs, truth in zip(*outs, strict=True):
             assert_accurate(out, theirs, truth, "forward")
         has_core = core is not None
@@ -426,16 +437,44 @@ def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens
             [False] * 5 + [has_core],
         ):
             grads = []
-            for f, (xx, w, _, aa, bb, qa, qb), g, hidden, c in (
-                (lora_linear.lora_linear_backward, narrow, grad, outs[1][1], cores[0]),
-                (reference.lora_linear.lora_linear_backward, narrow, grad, outs[1][1], cores[1]),
-                (reference.lora_linear.lora_linear_backward, exact, grad.double(), outs[2][1], cores[2]),
+            for f, (xx, w, _, aa, bb, qa, qb), g, hidden, rest, last in (
+                (lora_linear.lora_linear_backward, narrow, grad, outs[1][1], tail, (cores[0], seed)),
+                (reference.lora_linear.lora_linear_backward, narrow, grad, outs[1][1], their_tail, (cores[1],)),
+                (reference.lora_linear.lora_linear_backward, exact, grad.double(), outs[2][1], their_tail, (cores[2],)),
             ):
-                grads.append(f(g, xx, w, aa, bb, qa, qb, hidden, *tail, needs, c))
+                grads.append(f(g, xx, w, aa, bb, qa, qb, hidden, *rest, needs, *last))
             assert len(grads[0]) == sum(needs)
             for out, theirs, truth in zip(*grads, strict=True):
                 assert out.shape == truth.shape
                 assert_accurate(out, theirs, truth, "backward")
+
+
+@pytest.mark.parametrize("tokens, columns", [(1, 1), (70, 130), (33, 8), (3, 777), (0, 5), (4, 0)])
+def test_the_kernels_masks_are_the_references(device: torch.device, tokens: int, columns: int) -> None:
+    for number in (0, 7, 2**31, 2**62 + 3, -1, -(2**63)):
+        for keep in (0.5, 1 / 65536, 0.9000091552734375, 1.0):
+            seed = torch.tensor([number], device=device)
+            ours, theirs = (module.dropout_mask(seed, tokens, columns, keep) for module in (dropout, reference.dropout))
+            assert ours.dtype == theirs.dtype == torch.bool and ours.device == theirs.device
+            assert torch.equal(ours, theirs)
+
+
+def test_every_kernel_and_every_tile_shape_drops_the_same(device: torch.device) -> None:
+    """Forward, ∂x and ∂A by identity matrices, whose entries show x̃ itself; ranks and dtypes that differ in their tiles."""
+    tokens, d = 300, 16
+    seed, keep = torch.tensor([-12345678901234], device=device), 0.5
+    mask = reference.dropout.dropout_mask(seed, tokens, d, keep)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x, grad = torch.ones(tokens, d, device=device, dtype=dtype), torch.ones(tokens, d, device=device, dtype=dtype)
+        for rank in (d, 70):  # the identity, padded with zeros
+            a = torch.eye(rank, d, device=device, dtype=dtype)
+            b = a.mT.contiguous()
+            y, hidden = lora_linear.lora_linear(x, None, None, a, b, None, None, 1.0, None, keep, None, seed)
+            assert torch.equal(y != 0, mask) and torch.equal(hidden[:, :d] != 0, mask)
+            needs = [True, False, False, True, False, False]
+            of_x, of_a = lora_linear.lora_linear_backward(grad, x, None, a, b, None, None, hidden, 1.0, None, keep, needs, None, seed)
+            assert torch.equal(of_x != 0, mask)
+            assert torch.equal(of_a[0].double(), mask.sum(0) / keep)
 
 
 @pytest.mark.parametrize("dtype", WIDE)

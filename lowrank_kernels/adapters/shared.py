@@ -100,7 +100,7 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] = SHARED_NAMES
     """Let adapted layers that stand in one module and get the same input project it together: one read of it forward, one for ∂A.
 
     Outputs and gradients are what the layers compute apart, up to rounding. Layers apart compute as before: under ``torch.compile`` and
-    other tracing, with active dropout (each layer draws a mask of its own), merged in eval mode, with a core ("xs"), while an optimizer
+    other tracing, with active dropout (each layer drops entries of its own), merged in eval mode, with a core ("xs"), while an optimizer
     captures full gradients, and in a forward in which they get different tensors. The tensor must be the same object; a copy or a
     view of it is another one. Checkpoint the module that holds the layers, or a larger one; layers that are checkpointed one by one compute
     apart.

@@ -50,6 +50,12 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
     return _eager() and _PLAIN.issuperset(map(type, tensors)) and tensors[0].device.type != "meta"  # type: ignore[union-attr]
 
 
+def is_plain_node(*tensors: Tensor | None) -> bool:
+    """Whether an operation may stand as a node: nothing but a compiler or a dispatch mode is there, no transform and no tensor subclass."""
+    in_transform = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not in_transform and _PLAIN.issuperset(map(type, tensors))
+
+
 def are_plain_eager(first: Sequence[Tensor], *others: Sequence[Tensor] | None) -> bool:
     """:func:`is_plain_eager` of whole lists; the first one is not empty."""
     return _eager() and first[0].device.type != "meta" and all(map(plain, (first, *(other for other in others if other is not None))))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from operator import index
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.registry import run
+from ..backends.registry import run, select
 from ._library import FLOATING, LIBRARY, NAMESPACE, accumulation_dtype, define, is_plain_eager, no_backward
 
 
@@ -43,8 +44,10 @@ def lora_linear(
         q_b: Q_B, (d_out, r) with orthonormal columns.
         core: R, (r, r); not together with q_a and q_b. It, the activations of width r on both sides of it and its gradient stay
             in fp32 at least, whatever the dtype of x: the correction of LoRA-SB's Theorem 2 gains nothing on a rounded gradient.
-        dropout: probability with which an entry of the adapter's input x̃ is dropped (the base sees x whole); the mask
-            is drawn from torch's generator of the device, so checkpointing with ``preserve_rng_state`` repeats it.
+        dropout: probability with which an entry of the adapter's input x̃ is dropped (the base sees x whole). What is drawn comes from
+            torch's generator of the device, so checkpointing with ``preserve_rng_state`` repeats it: where Triton takes the call (CUDA), a
+            seed, from which the kernels compute the mask wherever they need it, with the probability of keeping rounded to a multiple
+            of 2⁻¹⁶; elsewhere the mask itself, which is kept for the backward pass.
         training: False switches dropout off.
         capture: called in the backward pass, once for this forward call (recomputed or not), with what the full gradient
             ``∂L/∂ΔW = Sᵀx̃`` is made of: x̃ (tokens, d_in) and S = ∂L/∂y (tokens, d_out). Not called where A wants no gradient.
@@ -69,11 +72,8 @@ def lora_linear(
     if core is not None:
         core = core.to(accumulation_dtype(x.dtype))
     tokens = x.reshape(-1, x.shape[-1])
-    mask = None
-    if training and dropout > 0.0:
-        mask = torch.empty(tokens.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout)
-    keep = 1.0 - dropout if mask is not None else 1.0
-    arguments = (tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep, core)
+    mask, seed, keep = _draw(tokens, a.shape[0], dropout) if training and dropout > 0.0 else (None, None, 1.0)
+    arguments = (tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
     if capture is not None and torch.is_grad_enabled():
         y, _ = _captured(*arguments, capture)
     elif is_plain_eager(tokens, weight, bias, a, b, q_a, q_b, core):
@@ -81,6 +81,35 @@ def lora_linear(
     else:
         y, _ = torch.ops.lowrank_kernels.lora_linear(*arguments)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Sketch(NamedTuple):
+    """All that the backends' ``verify`` functions look at in a tensor."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@torch.compiler.assume_constant_result
+def _by_seed(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
+    """Whether dropout is by a seed: where Triton takes the forward call. The one place that decides it.
+
+    A seed costs no memory, but random bits in every kernel that needs the mask: on the CPU, and for a reference that expands it, the mask
+    itself is cheaper. Every backend understands both, so a backward pass elsewhere, or a compiled graph for which this was decided
+    once, is right in any case.
+    """
+    if device.type == "meta":
+        return False
+    x, a, b = (_Sketch(device, dtype, shape) for shape in ((1, 1), (rank, 1), (1, rank)))
+    return select("lora_linear", device.type, (x, None, None, a, b, None, None, 1.0, None, 1.0)).implementation.backend == "triton"
+
+
+def _draw(x: Tensor, rank: int, dropout: float) -> tuple[Tensor | None, Tensor | None, float]:
+    """A mask or a seed for one call, and the probability of keeping an entry; nothing is read on the host."""
+    if _by_seed(x.device, x.dtype, index(rank)):  # index: traced, a symbolic rank becomes a number
+        return None, torch.randint(2**63 - 1, (1,), device=x.device), max(1, round((1.0 - dropout) * 65536)) / 65536
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout), None, 1.0 - dropout
 
 
 def _eager(*args: Any) -> tuple[Tensor, Tensor]:
@@ -180,8 +209,9 @@ def _forward(
     mask: Tensor | None,
     keep: float,
     core: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return run("lora_linear", x.device.type, x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core)
+    return run("lora_linear", x.device.type, x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
 
 
 def _backward(
@@ -198,17 +228,18 @@ def _backward(
     keep: float,
     needs: list[bool],
     core: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
-    return run("lora_linear_backward", x.device.type, grad, x, weight, a, b, q_a, q_b, hidden, scale, mask, keep, needs, core)
+    return run("lora_linear_backward", x.device.type, grad, x, weight, a, b, q_a, q_b, hidden, scale, mask, keep, needs, core, seed)
 
 
 def _forward_fake(x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, q_a: Any, q_b: Any, scale: float, mask: Any, keep: float,
-                  core: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                  core: Tensor | None = None, seed: Any = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape[0], b.shape[0]), (x if core is None else core).new_empty(x.shape[0], a.shape[0])
 
 
 def _backward_fake(grad: Tensor, x: Tensor, weight: Any, a: Tensor, b: Tensor, q_a: Any, q_b: Any, hidden: Any, scale: float,
-                   mask: Any, keep: float, needs: list[bool], core: Tensor | None = None) -> list[Tensor]:  # fmt: skip
+                   mask: Any, keep: float, needs: list[bool], core: Tensor | None = None, seed: Any = None) -> list[Tensor]:  # fmt: skip
     # x itself comes without columns where no gradient reads it.
     shapes = ((grad.shape[0], a.shape[1]), (b.shape[0], a.shape[1]), (b.shape[0],), a.shape, b.shape)
     grads = [grad.new_empty(shape) for shape, needed in zip(shapes, needs, strict=False) if needed]
@@ -216,7 +247,7 @@ def _backward_fake(grad: Tensor, x: Tensor, weight: Any, a: Tensor, b: Tensor, q
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core = inputs
+    x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed = inputs
     hidden = output[1]
     ctx.mark_non_differentiable(hidden)
     need_x, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
@@ -232,6 +263,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         hidden if need_b or need_core else None,
         mask if need_x or need_a else None,
         core,
+        seed if need_x or need_a else None,
     )
     ctx.capture = None
     ctx.scale, ctx.keep, ctx.has_bias, ctx.has_weight, ctx.x_shape = scale, keep, bias is not None, weight is not None, x.shape
@@ -239,19 +271,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd_backward(ctx: Any, grad: Tensor, grad_hidden: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing refuses a second look
-    x, weight, a, b, q_a, q_b, hidden, mask, core = saved
+    x, weight, a, b, q_a, q_b, hidden, mask, core, seed = saved
     needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[10]]
     if ctx.capture is not None and needs[3]:
-        ctx.capture((x if mask is None else x * mask * (1.0 / ctx.keep)).detach(), grad.detach())
+        kept = mask if seed is None else run("dropout_mask", x.device.type, seed, *x.shape, ctx.keep)
+        ctx.capture((x if kept is None else x * kept * (1.0 / ctx.keep)).detach(), grad.detach())
     x = grad.new_empty(ctx.x_shape[0], 0) if x is None else x
     hidden = grad.new_empty(0) if hidden is None else hidden
     # With a graph of the backward pass, or traced, the operation stands in it as a node (one that refuses a second derivative).
     as_node = torch.is_grad_enabled() or not is_plain_eager(grad, *saved)
     backward = torch.ops.lowrank_kernels.lora_linear_backward if as_node else _backward
-    grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs, core)
+    grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs, core, seed)
     found = iter(grads)
     *of_inputs, of_core = (next(found) if needed else None for needed in needs)
-    return (*of_inputs, None, None, None, None, None, of_core)
+    return (*of_inputs, None, None, None, None, None, of_core, None)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -268,13 +301,13 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_hidden: Tensor | None) -> tuple[Any, ...]:
-        return (None,) * 12 if grad is None else (*_autograd_backward(ctx, grad, grad_hidden), None)
+        return (None,) * 13 if grad is None else (*_autograd_backward(ctx, grad, grad_hidden), None)
 
 
 define(
     "lora_linear",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, Tensor? q_a, Tensor? q_b, float scale, Tensor? mask, float keep, "
-    "Tensor? core)"
+    "Tensor? core, Tensor? seed=None)"
     " -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -282,7 +315,7 @@ define(
 define(
     "lora_linear_backward",
     "(Tensor grad, Tensor x, Tensor? weight, Tensor a, Tensor b, Tensor? q_a, Tensor? q_b, Tensor hidden, float scale, "
-    "Tensor? mask, float keep, bool[] needs, Tensor? core) -> Tensor[]",
+    "Tensor? mask, float keep, bool[] needs, Tensor? core, Tensor? seed=None) -> Tensor[]",
     _backward,
     _backward_fake,
 )

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..backends.registry import run
-from ._library import FLOATING, is_plain_eager
+from ._library import FLOATING, LIBRARY, NAMESPACE, define, is_plain_eager, is_plain_node, no_backward
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -48,7 +48,13 @@ def lora_down(
     q = None if bases is None else torch.cat(list(bases)).detach().to(x.dtype)
     through_q: Tensor | None
     if not is_plain_eager(x, *factors):
-        through_a, through_q = F.linear(x, a), None if q is None else F.linear(x, q)
+        if is_plain_node(x, *factors):
+            through_a, *rest = torch.ops.lowrank_kernels.lora_down(x, a, q)
+            through_q = rest[0] if rest else None
+            if through_q is not None and not x.requires_grad:  # then nothing reads its gradient
+                through_q = through_q.detach()
+        else:
+            through_a, through_q = F.linear(x, a), None if q is None else F.linear(x, q)
     elif torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
         passed, through_a, through_q = _Down.apply(x, a, q)
         x = x if passed is None else passed
@@ -88,13 +94,16 @@ def lora_up(
         x = x.to(dtype)
         weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     frozen = not any(t is not None and t.requires_grad for t in (weight, bias))
-    if not (frozen and is_plain_eager(hidden, x, weight, bias, b, hidden_q, q_b)):
+    eager = frozen and is_plain_eager(hidden, x, weight, bias, b, hidden_q, q_b)
+    if not eager and not (frozen and is_plain_node(hidden, x, weight, bias, b, hidden_q, q_b)):
         delta = F.linear(hidden, b) if q_b is None or hidden_q is None else F.linear(hidden, q_b) + F.linear(hidden_q, b)
         return scale * delta if x is None or weight is None else F.linear(x, weight, bias) + scale * delta
     leading = hidden.shape[:-1]
     flat = tuple(None if t is None else t.flatten(0, -2) if t.ndim > 1 else t[None] for t in (x, hidden, hidden_q))
     arguments = (flat[0], weight, bias, flat[1], b, flat[2], q_b, scale)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, b, hidden_q)):
+    if not eager:
+        y = torch.ops.lowrank_kernels.lora_up(*arguments)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, b, hidden_q)):
         y = _Up.apply(*arguments)
     else:
         y = _up(*arguments)
@@ -195,4 +204,97 @@ class _Up(torch.autograd.Function):
         return of_x, None, None, of_hidden, of_b, of_q, None, None
 
 
+# The same as nodes, for compilers and dispatch modes. A node cannot hand x through, so gradients that reach it by other roads join outside.
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _down_node(x: Tensor, a: Tensor, q: Tensor | None) -> list[Tensor]:
+    return _given(*_down(x, a, q))
+
+
+def _down_fake(x: Tensor, a: Tensor, q: Tensor | None) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], a.shape[0]) for factor in (a, q) if factor is not None]
+
+
+def _down_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, a, q = inputs
+    need_x, need_a = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if need_a else None, a if need_x else None, q if need_x else None)
+
+
+def _down_autograd(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None, None]:
+    x, a, q = ctx.saved_tensors
+    on_a, on_q = (*grads, None)[:2]
+    found = iter(torch.ops.lowrank_kernels.lora_down_backward(on_a, None if q is None else on_q, x, a, q))
+    return next(found) if a is not None else None, next(found) if x is not None else None, None
+
+
+def _down_backward(on_a: Tensor, on_q: Tensor | None, x: Tensor | None, a: Tensor | None, q: Tensor | None) -> list[Tensor]:
+    flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (on_a, on_q, x)]
+    of_x, of_a = run("lora_down_backward", on_a.device.type, None, *flat, a, q)
+    return _given(None if of_x is None else of_x.view(*on_a.shape[:-1], of_x.shape[-1]), of_a)
+
+
+def _down_backward_fake(on_a: Tensor, on_q: Tensor | None, x: Tensor | None, a: Tensor | None, q: Tensor | None) -> list[Tensor]:
+    of_x = None if a is None else on_a.new_empty(*on_a.shape[:-1], a.shape[1])
+    return _given(of_x, None if x is None else x.new_empty(on_a.shape[-1], x.shape[-1]))
+
+
+def _up_fake(x: Any, weight: Any, bias: Any, hidden: Tensor, b: Tensor, hidden_q: Any, q_b: Any, scale: float) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], b.shape[0])
+
+
+def _up_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, _, hidden, b, hidden_q, q_b, scale = inputs
+    need_x, _, _, need_hidden, need_b, need_q, *_ = ctx.needs_input_grad
+    ctx.needs, ctx.scale = [need_x, need_hidden, need_b, need_q], scale
+    of_b = hidden if hidden_q is None else hidden_q
+    ctx.save_for_backward(weight if need_x else None, of_b if need_b else None, b, q_b)
+
+
+def _up_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    found = iter(torch.ops.lowrank_kernels.lora_up_backward(grad.contiguous(), *saved, ctx.scale, ctx.needs))
+    of_x, of_hidden, of_b, of_q = (next(found) if needed else None for needed in ctx.needs)
+    return of_x, None, None, of_hidden, of_b, of_q, None, None
+
+
+def _up_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
+    # Slices of one product are several results here, which must not share memory.
+    found = run("lora_up_backward", grad.device.type, grad, *rest)
+    return [tensor.contiguous() for tensor in found]
+
+
+def _up_backward_fake(grad: Tensor, weight: Any, hidden: Any, b: Tensor, q_b: Any, scale: float, needs: list[bool]) -> list[Tensor]:
+    tokens, (d_out, rank) = grad.shape[0], b.shape
+    shapes = (tokens, 0 if weight is None else weight.shape[1]), (tokens, rank), (d_out, rank), (tokens, rank)
+    return [grad.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+
+
+define("lora_down", "(Tensor x, Tensor a, Tensor? q) -> Tensor[]", _down_node, _down_fake)
+define(
+    "lora_down_backward",
+    "(Tensor on_a, Tensor? on_q, Tensor? x, Tensor? a, Tensor? q) -> Tensor[]",
+    _down_backward,
+    _down_backward_fake,
+)
+define(
+    "lora_up",
+    "(Tensor? x, Tensor? weight, Tensor? bias, Tensor hidden, Tensor b, Tensor? hidden_q, Tensor? q_b, float scale) -> Tensor",
+    _up,
+    _up_fake,
+)
+define(
+    "lora_up_backward",
+    "(Tensor grad, Tensor? weight, Tensor? hidden, Tensor b, Tensor? q_b, float scale, bool[] needs) -> Tensor[]",
+    _up_backward,
+    _up_backward_fake,
+)
+for _name in ("lora_down_backward", "lora_up_backward"):
+    no_backward(_name, "second derivatives through a low-rank layer are not implemented")
+torch.library.register_autograd(f"{NAMESPACE}::lora_down", _down_autograd, setup_context=_down_setup, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::lora_up", _up_autograd, setup_context=_up_setup, lib=LIBRARY)
 __all__ = ["lora_down", "lora_up"]

@@ -36,8 +36,8 @@ class AltLoRA(PreconditionedOptimizer):
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
             DistributedDataParallel and torch.compile do not like parameters whose ``requires_grad`` changes.
 
-    State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. ``group["late"]`` holds
-    the positions of factors that missed their last turn.
+    State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. ``group["late"]``
+    holds the positions of factors that missed their last turn.
     """
 
     factors_share_steps = True
@@ -89,22 +89,23 @@ class AltLoRA(PreconditionedOptimizer):
         maps = {side: self._maps(active[side], side) for side in turn if active[side]}
         late = {side: self._with_late_partner(active[side], side) for side in maps}
         behind = {side: self._maps(late[side], OTHER[side])[1] for side in late if late[side]}
-        for side in maps:
-            drift = self._stacked_state(active[side], side, "drift")
-            self._write_stacked_state(active[side], side, "drift", drift, drift.new_zeros(()))
+        drifts = {}
         for side, (inverse, misaligned) in maps.items():
             aligned = torch.eye(inverse.shape[1], dtype=inverse.dtype, device=inverse.device) - misaligned
-            drift = self._stacked_state(active[side], OTHER[side], "drift")
+            drifts[side] = inverse.new_empty(inverse.shape, dtype=state_dtype(self._at(pairs[0].a).dtype))
             self._step_side(
                 active[side],
                 side,
                 grad_maps=inverse if pairs[0].scale == 1 else inverse / pairs[0].scale ** 2,
                 momentum_maps=aligned if side == "A" else aligned.mT,
-                drifts=drift,
+                drifts=drifts[side],
                 **self._moments(self._group(pairs, side)),
             )
+        for side, drift in drifts.items():  # aligned now
+            self._set_drift(active[side], side, drift.new_zeros(()))
+        for side, drift in drifts.items():
             self._over_shards(drift, active[side], side).diagonal(dim1=1, dim2=2).add_(self._group(pairs, side)["damping"])
-            self._write_stacked_state(active[side], OTHER[side], "drift", drift, drift)
+            self._set_drift(active[side], OTHER[side], drift)
             if side in behind:
                 self._carry_twice(late[side], side, behind[side])
         if group["freeze_idle"]:
@@ -127,14 +128,16 @@ class AltLoRA(PreconditionedOptimizer):
         inverse = self._inverse_grams(pairs, OTHER[side])
         return inverse, inverse @ self._stacked_state(pairs, side, "drift").to(inverse.dtype)
 
+    def _set_drift(self, pairs: LikePairs, side: str, value: Tensor) -> None:
+        self._write_stacked_state(pairs, side, "drift", self._stacked_state(pairs, side, "drift"), value)
+
     def _carry_twice(self, pairs: LikePairs, side: str, misaligned: Tensor) -> None:
         """After an update of X whose partners missed their turns: ``C ← (I - (XᵀX + δI)⁻¹ K) C_old`` by
         ``K ← K + (XᵀX + δI - K)(I - C_old)``; ``misaligned``: I - C_old."""
-        grams, damping = self._grams(pairs, side), self._group(pairs, side)["damping"]
-        drift = self._stacked_state(pairs, OTHER[side], "drift")
-        grams.diagonal(dim1=1, dim2=2).add_(damping)
-        wide = drift.to(grams.dtype)
-        self._write_stacked_state(pairs, OTHER[side], "drift", drift, wide + (grams - wide) @ misaligned)
+        damped = self._grams(pairs, side)
+        damped.diagonal(dim1=1, dim2=2).add_(self._group(pairs, side)["damping"])
+        drift = self._stacked_state(pairs, OTHER[side], "drift").to(damped.dtype)
+        self._set_drift(pairs, OTHER[side], drift + (damped - drift) @ misaligned)
 
     def _note_late(self, pairs: LikePairs, active: LikePairs, side: str) -> None:
         """Remember which factors miss this turn of theirs."""

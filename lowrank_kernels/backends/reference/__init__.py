@@ -1,5 +1,19 @@
 """The specification of every operation in plain PyTorch. Runs on any device; each other backend is tested against it."""
 
-from . import adamw, damped_inverse, eigh, gram, lora_linear, lora_shared, lorsum, polar, qr, solve, svd, svd_product
+from . import adamw, damped_inverse, dropout, eigh, gram, lora_linear, lora_shared, lorsum, polar, qr, solve, svd, svd_product
 
-__all__ = ["adamw", "damped_inverse", "eigh", "gram", "lora_linear", "lora_shared", "lorsum", "polar", "qr", "solve", "svd", "svd_product"]
+__all__ = [
+    "adamw",
+    "damped_inverse",
+    "dropout",
+    "eigh",
+    "gram",
+    "lora_linear",
+    "lora_shared",
+    "lorsum",
+    "polar",
+    "qr",
+    "solve",
+    "svd",
+    "svd_product",
+]

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..registry import implements
 from ._common import always
+from .dropout import dropout_mask
 
 
 def dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
@@ -28,12 +29,16 @@ def lora_linear(
     mask: Tensor | None,
     keep: float,
     core: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``y = x W0ᵀ + bias + s·(x̃ Aᵀ Q_Bᵀ + x̃ Q_A Bᵀ)`` for x (tokens, d_in); plain LoRA: ``s·x̃ Aᵀ Bᵀ``; with a core R: ``s·x̃ Aᵀ Rᵀ Bᵀ``.
 
     Returns y and the rank-r activation that the gradient of B (or R) needs: ``x̃ Q_A`` (decoupled) or ``x̃ Aᵀ`` (plain, core).
     With a core that activation and the core are fp32 at least: their product over the tokens is all that R learns from.
+    Dropout is by a ``mask`` (tokens, d_in), or by a ``seed`` (1,) int64 in its place, which stands for :func:`dropout_mask` of it.
     """
+    if seed is not None:
+        mask = dropout_mask(seed, *x.shape, keep)
     x_adapter = dropped(x, mask, keep)
     if core is not None:
         hidden = x_adapter.to(core.dtype) @ a.to(core.dtype).mT
@@ -68,6 +73,7 @@ def lora_linear_backward(
     keep: float,
     needs: list[bool],
     core: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, of (x, weight, bias, A, B) and, with a core, R, in this order; no GEMM for any other.
 
@@ -76,6 +82,8 @@ def lora_linear_backward(
     """
     need_x, need_weight, need_bias, need_a, need_b, *need_more = needs
     need_core = any(need_more)
+    if seed is not None and (need_x or need_a):
+        mask = dropout_mask(seed, grad.shape[0], a.shape[1], keep)
     decoupled = q_a is not None and q_b is not None
     rank = a.shape[0]
     out: list[Tensor] = []

@@ -25,6 +25,7 @@ from ..registry import Verdict, implements
 from ._device import divide, root, scalar
 from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, Table, addresses, first_chunks, signature, table
+from ._tuned import configuration
 from .gram import GramSizes, launch_partials, launch_sum
 from .qr import COLUMNS as THIN_COLUMNS
 from .qr import thin_table
@@ -503,7 +504,10 @@ def grouped_adamw_(
         return
     rank = first.shape[rank_dims[0]]
     heavy = (param_maps is not None or direction_maps is not None) + (drifts is not None)
-    padded, rows = padded_rank(rank), block_d(rank, first.dtype == torch.float64, heavy)
+    padded = padded_rank(rank)
+    default = {"BLOCK_D": block_d(rank, first.dtype == torch.float64, heavy), "num_warps": 4 if padded <= (16 if heavy else 32) else 8}
+    chosen = configuration("mapped_adamw_heavy" if heavy else "mapped_adamw", padded, (first.dtype,), first.device, default)
+    rows = chosen["BLOCK_D"]
     fused = padded <= _LARGEST_FUSED
     chunk = rows * _DRIFT_TILES if fused and drifts is not None else rows
     compute = compute_dtype(first.dtype)
@@ -531,7 +535,7 @@ def grouped_adamw_(
                    HAS_G_MAP=grad_maps is not None, HAS_M_MAP=momentum_maps is not None and bool(exp_avgs),
                    HAS_P_MAP=param_maps is not None, HAS_D_MAP=direction_maps is not None, KEEP_MOVE=keep_move, KEEP_NEW=keep_new,
                    DRIFT=drifts is not None and fused, FUSED=fused,
-                   R=padded, STEP=16, BLOCK_D=rows, CHUNK=chunk, num_warps=4 if padded <= (16 if heavy else 32) else 8)  # fmt: skip
+                   R=padded, STEP=16, CHUNK=chunk, **chosen)  # fmt: skip
         if drifts is None:
             return
         target = drifts if drifts.is_contiguous() else torch.empty_like(drifts, memory_format=torch.contiguous_format)

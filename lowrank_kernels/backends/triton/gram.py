@@ -15,6 +15,7 @@ from torch import Tensor
 from ..registry import Verdict, implements
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Table
+from ._tuned import configuration
 from .qr import COLUMNS, load_tile, thin_table, vector
 
 #: Elements of a result that one program of the summation adds up.
@@ -88,16 +89,16 @@ class GramSizes:
         # So that the partial products stay a small part of what is read.
         self.CHUNK = max(512, 32 * padded)
         # A product holds all of its inner dimension in registers: more rows would spill.
-        self.BLOCK_D = 32 if padded <= 16 else 16
-        self.warps = 4 if padded <= 32 else 8
+        self.padded, self.default = padded, {"BLOCK_D": 32 if padded <= 16 else 16, "num_warps": 4 if padded <= 32 else 8}
 
 
 def launch_partials(work: Table, partials: Tensor, x_rank: int, y_rank: int, dtype: torch.dtype, *, symmetric: bool) -> None:
     """The first launch, on a table of ``thin_table`` with ``GramSizes.CHUNK``; ``partials`` (programs, stride ≥ r·k)."""
     sizes = GramSizes(x_rank, y_rank)
+    chosen = configuration("partial_gram", sizes.padded, (dtype, partials.dtype), partials.device, sizes.default)
     launch(partial_gram_kernel, (work.programs, sizes.tiles_x * sizes.TILES_Y), work.tensors, work.chunks, partials, x_rank, y_rank,
            partials.stride(0), X=TL_DTYPE[dtype], SYMMETRIC=symmetric, TILE_X=sizes.TILE_X, TILE_Y=sizes.TILE_Y, TILES_Y=sizes.TILES_Y,
-           CHUNK=sizes.CHUNK, BLOCK_D=sizes.BLOCK_D, VECTOR=vector(dtype), num_warps=sizes.warps)  # fmt: skip
+           CHUNK=sizes.CHUNK, VECTOR=vector(dtype), **chosen)  # fmt: skip
 
 
 def launch_sum(tensors: Tensor, count: int, partials: Tensor, out: Tensor, *, symmetric: bool) -> None:

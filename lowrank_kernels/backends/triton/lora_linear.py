@@ -3,6 +3,7 @@
 Forward: ``H = x̃ [A; Q_Aᵀ]ᵀ`` (one read of x, both factors by pointer), ``y = x W0ᵀ + bias`` (torch), ``y += s H [Q_B B]ᵀ``
 (one read and write of y). Backward: ``P = ∂y [Q_B B]`` and ``∂B = s ∂yᵀ H₂`` in one read of ∂y, ``∂x = ∂y W0`` (torch),
 ``∂x += s mask∘(P [A; Q_Aᵀ])/keep``, ``∂A = s P₁ᵀ x̃``. Sums over tokens or columns are split into partial sums, which are added in a fixed order.
+Dropout is by a seed, from which each kernel computes the mask of its own tile (``dropout.py``), or by a mask in memory.
 
 Floor of the adapter's part, with b bytes an element and t tokens: forward ``b·t·(d_in + 2·d_out)`` (x once, y twice), backward
 ``b·t·(d_out + 2·d_in)`` for P, ∂B and ∂x, ``b·t·d_in`` for ∂A; factors and activations of width r are small.
@@ -27,6 +28,8 @@ from torch.nn import functional as F
 from ..registry import Verdict, implements
 from ._device import scalar
 from ._launch import INTERPRET, TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
+from ._tuned import configuration
+from .dropout import NOTHING, Drop, dropped, what_drops
 
 _LARGEST_RANK = 128
 #: Programs that fill a large GPU; sums over tokens are split until there are about as many.
@@ -51,12 +54,12 @@ def _load_factor(pointer, d, k, length, rank, stride_d, stride_k, BY_RANK: tl.co
         return tl.load(pointer + d[:, None] * stride_d + k[None, :] * stride_k, mask=(d[:, None] < length) & (k[None, :] < rank), other=0.0)
 
 
-@triton.jit(do_not_specialize=["tokens", "factor"])
-def project_kernel(x, mask, first, second, out_first, out_second, tokens, length, rank, x_t, x_d, first_d, first_k, second_d, second_k,
-                   factor: tl.float64, MASKED: tl.constexpr, TWO: tl.constexpr, MIXED: tl.constexpr, BY_RANK: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "limit", "factor"])
+def project_kernel(x, drop, first, second, out_first, out_second, tokens, length, rank, x_t, x_d, first_d, first_k, second_d, second_k,
+                   limit, factor: tl.float64, DROP: tl.constexpr, TWO: tl.constexpr, MIXED: tl.constexpr, BY_RANK: tl.constexpr,
                    COMPUTE: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """``factor · (mask∘x) F₁`` and, TWO, ``… F₂`` in one read of x (tokens, length); F (length, r) by strides.
+    """``factor · x̃ F₁`` and, TWO, ``… F₂`` in one read of x (tokens, length), of which x̃ is what is not dropped; F (length, r) by strides.
 
     MIXED: ``second`` is (r, r), and the second result is the first one times it.
     """
@@ -69,8 +72,7 @@ def project_kernel(x, mask, first, second, out_first, out_second, tokens, length
         d = start + tl.arange(0, BLOCK_D)
         inside = (t[:, None] < tokens) & (d[None, :] < length)
         tile = tl.load(x + rows * x_t + d[None, :] * x_d, mask=inside, other=0.0)
-        if MASKED:
-            tile = tl.where(tl.load(mask + rows * length + d[None, :], mask=inside, other=0) != 0, tile, 0.0)
+        tile = dropped(tile, drop, t, start, inside, length, limit, DROP, BLOCK_T, BLOCK_D)
         total = _dot(tile, _load_factor(first, d, k, length, rank, first_d, first_k, BY_RANK), total, UPCAST)
         if TWO:
             other = _dot(tile, _load_factor(second, d, k, length, rank, second_d, second_k, BY_RANK), other, UPCAST)
@@ -92,12 +94,12 @@ def project_kernel(x, mask, first, second, out_first, out_second, tokens, length
             )
 
 
-@triton.jit(do_not_specialize=["tokens", "factor"])
-def expand_kernel(y, base, mask, first_h, second_h, first, second, tokens, length, rank, first_h_t, second_h_t,
-                  first_d, first_k, second_d, second_k, factor: tl.float64, HAS_BASE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr, BY_RANK: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "limit", "factor"])
+def expand_kernel(y, base, drop, first_h, second_h, first, second, tokens, length, rank, first_h_t, second_h_t,
+                  first_d, first_k, second_d, second_k, limit, factor: tl.float64, HAS_BASE: tl.constexpr, DROP: tl.constexpr, TWO: tl.constexpr, BY_RANK: tl.constexpr,
                   COMPUTE: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """``y = base + factor · mask∘(H₁ F₁ᵀ + H₂ F₂ᵀ)`` for contiguous y and base (tokens, length), H (tokens, r) with contiguous rows, F (length, r)
-    by strides; ``base`` may be y."""
+    """``y = base + factor · (H₁ F₁ᵀ + H₂ F₂ᵀ)``, the product less its dropped entries, for contiguous y and base (tokens, length), H (tokens, r)
+    with contiguous rows, F (length, r) by strides; ``base`` may be y."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, R)
@@ -112,18 +114,17 @@ def expand_kernel(y, base, mask, first_h, second_h, first, second, tokens, lengt
     total *= scalar(factor, COMPUTE)
     target = rows * length + d[None, :]
     inside = (t[:, None] < tokens) & (d[None, :] < length)
-    if MASKED:
-        total = tl.where(tl.load(mask + target, mask=inside, other=0) != 0, total, 0.0)
+    total = dropped(total, drop, t, tl.program_id(1) * BLOCK_D, inside, length, limit, DROP, BLOCK_T, BLOCK_D)
     if HAS_BASE:
         total += tl.load(base + target, mask=inside, other=0.0).to(COMPUTE)
     tl.store(y + target, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "per_split", "factor"])
-def token_sum_kernel(hidden, x, mask, out, tokens, length, rank, per_split, hidden_t, x_t, x_d, out_d, out_k, factor: tl.float64,
-                     MASKED: tl.constexpr, COMPUTE: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "per_split", "limit", "factor"])
+def token_sum_kernel(hidden, x, drop, out, tokens, length, rank, per_split, hidden_t, x_t, x_d, out_d, out_k, limit, factor: tl.float64,
+                     DROP: tl.constexpr, COMPUTE: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr,
                      BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """``factor · Σ_t H[t, k] (mask∘x)[t, d]`` over one split of the tokens; ``out`` is the result or partial sums (split, …)."""
+    """``factor · Σ_t H[t, k] x̃[t, d]`` over one split of the tokens; ``out`` is the result or partial sums (split, …)."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
     k = tl.arange(0, R)
@@ -134,8 +135,7 @@ def token_sum_kernel(hidden, x, mask, out, tokens, length, rank, per_split, hidd
         rows = t.to(tl.int64)[:, None]
         inside = (t[:, None] < tokens) & (d[None, :] < length)
         tile = tl.load(x + rows * x_t + d[None, :] * x_d, mask=inside, other=0.0)
-        if MASKED:
-            tile = tl.where(tl.load(mask + rows * length + d[None, :], mask=inside, other=0) != 0, tile, 0.0)
+        tile = dropped(tile, drop, t, tl.program_id(0) * BLOCK_D, inside, length, limit, DROP, BLOCK_T, BLOCK_D)
         h = tl.load(hidden + rows * hidden_t + k[None, :], mask=(t[:, None] < tokens) & (k[None, :] < rank), other=0.0)
         total = _dot(tl.trans(h), tile, total, UPCAST)
     target = out + split.to(tl.int64) * rank * length + k[:, None] * out_k + d[None, :] * out_d
@@ -185,76 +185,79 @@ def add_splits_kernel(partials, out, splits, size, factor: tl.float64, BLOCK: tl
 
 
 class _Kinds:
-    """Constants of the kernels for one rank and dtype."""
+    """Constants of one kernel (a name of ``_tuned.KNOBS``) for one rank and dtype: those of the device's table, else of a heuristic."""
 
-    def __init__(self, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, kernel: str, rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self.R = padded_rank(rank)
         wide = dtype in (torch.float32, torch.float64)
-        self.BLOCK_T = 64 if self.R <= 32 and not wide else 32
-        self.BLOCK_D = 64 if self.R <= 64 else 32
+        block_t = 64 if self.R <= 32 and not wide else 32
+        block_d = 64 if self.R <= 64 else 32
         if wide:
-            self.BLOCK_D = 32 if self.R <= 64 else 16
+            block_d = 32 if self.R <= 64 else 16
         if self.R > 64 and dtype == torch.float64:
-            self.BLOCK_T = 16
-        self.warps = 8
-        self.options = {
-            "COMPUTE": TL_DTYPE[compute_dtype(dtype)],
-            "UPCAST": INTERPRET and not wide,
-            "R": self.R,
-            "BLOCK_T": self.BLOCK_T,
-            "BLOCK_D": self.BLOCK_D,
-            "num_warps": self.warps,
-        }
+            block_t = 16
+        default = {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": 8}
+        if kernel == "output_grads":
+            default |= {"BLOCK_D": 4 * block_d, "num_stages": 2}
+        chosen = configuration(kernel, self.R, (dtype,), device, default)
+        self.BLOCK_T, self.BLOCK_D = chosen["BLOCK_T"], chosen["BLOCK_D"]
+        self.options = {"COMPUTE": TL_DTYPE[compute_dtype(dtype)], "UPCAST": INTERPRET and not wide, "R": self.R, **chosen}
 
 
 def _project(
-    x: Tensor, mask: Tensor | None, factor: float, first: Tensor, second: Tensor | None, by_rank: bool, mix: Tensor | None = None
+    x: Tensor, drop: Drop | None, factor: float, first: Tensor, second: Tensor | None, by_rank: bool, mix: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``P₁ = factor · (mask∘x) F₁`` and P₂ likewise, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``).
+    """``P₁ = factor · x̃ F₁`` and P₂ likewise, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``).
 
     With ``mix`` (r, r) instead of F₂: P₁ in the dtype of ``mix``, and ``P₁ · mix`` in that of x.
     """
     tokens, length = x.shape
     rank = first.shape[1]
-    kinds = _Kinds(rank, x.dtype)
+    kinds = _Kinds("project", rank, x.dtype, x.device)
     out = x.new_empty(tokens, rank, dtype=x.dtype if mix is None else mix.dtype)
     second = second if mix is None else mix
     other = None if second is None else x.new_empty(tokens, rank)
+    source, how, limit = drop or Drop(x, NOTHING, 0)
     if tokens:
-        launch(project_kernel, (triton.cdiv(tokens, kinds.BLOCK_T),), x, x if mask is None else mask, first, first if second is None else second,
+        launch(project_kernel, (triton.cdiv(tokens, kinds.BLOCK_T),), x, source, first, first if second is None else second,
                out, out if other is None else other, tokens, length, rank, *x.stride(), *first.stride(),
-               *(first if second is None else second).stride(), factor, MASKED=mask is not None,
+               *(first if second is None else second).stride(), limit, factor, DROP=how,
                TWO=second is not None and mix is None, MIXED=mix is not None, BY_RANK=by_rank, BLOCK_K=16, **kinds.options)  # fmt: skip
     return out, other
 
 
-def _expand(y: Tensor, base: Tensor | None, mask: Tensor | None, factor: float, first_h: Tensor, first: Tensor, second_h: Tensor | None,
+def _expand(y: Tensor, base: Tensor | None, drop: Drop | None, factor: float, first_h: Tensor, first: Tensor, second_h: Tensor | None,
             second: Tensor | None, by_rank: bool) -> None:  # fmt: skip
-    """``y = base + factor · mask∘(H₁F₁ᵀ + H₂F₂ᵀ)``; a base of None is zero, and y itself may be it. Rows of H are contiguous."""
+    """``y = base + factor · (H₁F₁ᵀ + H₂F₂ᵀ)``, the product less what ``drop`` drops; a base of None is zero, and y itself may be it.
+
+    Rows of H are contiguous.
+    """
     tokens, length = y.shape
-    kinds = _Kinds(first.shape[1], first.dtype)
+    kinds = _Kinds("expand", first.shape[1], first.dtype, first.device)
     if second_h is None or second is None:
         second_h, second, two = first_h, first, False
     else:
         two = True
+    source, how, limit = drop or Drop(y, NOTHING, 0)
     if tokens:
         launch(expand_kernel, (triton.cdiv(tokens, kinds.BLOCK_T), triton.cdiv(length, kinds.BLOCK_D)), y, y if base is None else base,
-               y if mask is None else mask, first_h, second_h, first, second, tokens, length, first.shape[1], first_h.stride(0),
-               second_h.stride(0), *first.stride(), *second.stride(), factor, HAS_BASE=base is not None, MASKED=mask is not None, TWO=two,
+               source, first_h, second_h, first, second, tokens, length, first.shape[1], first_h.stride(0),
+               second_h.stride(0), *first.stride(), *second.stride(), limit, factor, HAS_BASE=base is not None, DROP=how, TWO=two,
                BY_RANK=by_rank, **kinds.options)  # fmt: skip
 
 
-def _token_sum(hidden: Tensor, x: Tensor, mask: Tensor | None, factor: float, out: Tensor, out_d: int, out_k: int) -> Tensor:
+def _token_sum(hidden: Tensor, x: Tensor, drop: Drop | None, factor: float, out: Tensor, out_d: int, out_k: int) -> Tensor:
     """``factor · Σ_t H[t, k] x̃[t, d]`` into ``out``, contiguous, whose strides for d and k are given."""
     tokens, length = x.shape
     rank = hidden.shape[1]
-    kinds = _Kinds(rank, x.dtype)
+    kinds = _Kinds("token_sum", rank, x.dtype, x.device)
     columns = triton.cdiv(length, kinds.BLOCK_D)
     splits = max(1, min(triton.cdiv(_FILL, columns), tokens // (4 * kinds.BLOCK_T)))
     per_split = triton.cdiv(triton.cdiv(tokens, splits), kinds.BLOCK_T) * kinds.BLOCK_T
     target = out if splits == 1 else out.new_empty(splits, out.numel(), dtype=compute_dtype(out.dtype))
-    launch(token_sum_kernel, (columns, splits), hidden, x, x if mask is None else mask, target, tokens, length, rank, per_split, hidden.stride(0),
-           *x.stride(), out_d, out_k, factor if splits == 1 else 1.0, MASKED=mask is not None, **kinds.options)  # fmt: skip
+    source, how, limit = drop or Drop(x, NOTHING, 0)
+    launch(token_sum_kernel, (columns, splits), hidden, x, source, target, tokens, length, rank, per_split, hidden.stride(0),
+           *x.stride(), out_d, out_k, limit, factor if splits == 1 else 1.0, DROP=how, **kinds.options)  # fmt: skip
     return out if splits == 1 else _add_splits(target, out, factor)
 
 
@@ -273,8 +276,8 @@ def _output_grads(
     """
     tokens, length = grad.shape
     rank = hidden.shape[1]
-    kinds = _Kinds(rank, grad.dtype)
-    columns = 4 * kinds.BLOCK_D
+    kinds = _Kinds("output_grads", rank, grad.dtype, grad.device)
+    columns = kinds.BLOCK_D
     factors = 1 if second is None else 2
     if not tokens or 2 * compute_dtype(grad.dtype).itemsize * kinds.R * factors > 0.75 * columns * grad.dtype.itemsize:
         through_first, through_second = _project(grad, None, factor, first, second, False)
@@ -287,7 +290,7 @@ def _output_grads(
     other = first if second is None else second
     launch(output_grads_kernel, (across, splits), hidden, grad, first, other, sums, partials[0], partials[-1], tokens, length, rank, per_split,
            hidden.stride(0), *grad.stride(), *first.stride(), *other.stride(), TWO=second is not None,
-           **(kinds.options | {"BLOCK_D": columns, "num_stages": 2}))  # fmt: skip
+           **kinds.options)  # fmt: skip
     through = [_add_splits(partial, grad.new_empty(tokens, rank), factor) for partial in partials]
     return through[0], None if second is None else through[1], _add_splits(sums, grad.new_empty(length, rank), factor_b)
 
@@ -313,6 +316,7 @@ def verify(
     mask: Tensor | None,
     keep: float,
     core: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Verdict:
     """Refuses ranks above 128, mixed dtypes, and other devices than a GPU."""
     return _verify(x, (weight, bias, a, b, q_a, q_b), a.shape[0])
@@ -331,18 +335,19 @@ def lora_linear(
     mask: Tensor | None,
     keep: float,
     core: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two launches and one cuBLAS GEMM; see the module's text, and the reference for the formula."""
-    decoupled = q_a is not None and q_b is not None
+    decoupled, drop = q_a is not None and q_b is not None, what_drops(mask, seed, keep)
     with on_device(x):
         if decoupled:
             assert q_a is not None and q_b is not None
-            first, hidden = _project(x, mask, 1.0 / keep, a.mT, q_a.mT, True)
+            first, hidden = _project(x, drop, 1.0 / keep, a.mT, q_a.mT, True)
             assert hidden is not None
         elif core is not None:
-            hidden, first = _project(x, mask, 1.0 / keep, a.mT, None, True, mix=core.mT)
+            hidden, first = _project(x, drop, 1.0 / keep, a.mT, None, True, mix=core.mT)
         else:
-            first, _ = _project(x, mask, 1.0 / keep, a.mT, None, True)
+            first, _ = _project(x, drop, 1.0 / keep, a.mT, None, True)
             hidden = first
         base = None if weight is None else F.linear(x, weight, bias).contiguous()
         y = x.new_empty(x.shape[0], b.shape[0]) if base is None else base
@@ -368,6 +373,7 @@ def verify_backward(
     keep: float,
     needs: list[bool],
     core: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Verdict:
     """Refuses ranks above 128, mixed dtypes, and other devices than a GPU."""
     return _verify(grad, (x, weight, a, b, q_a, q_b, hidden if core is None else None), a.shape[0])
@@ -388,12 +394,13 @@ def lora_linear_backward(
     keep: float,
     needs: list[bool],
     core: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, and no product for any other; see the reference for the formulas."""
     need_x, need_weight, need_bias, need_a, need_b, *need_more = needs
     need_core = any(need_more)
     out: list[Tensor] = []
-    grad_b = None
+    grad_b, drop = None, what_drops(mask, seed, keep)
     with on_device(grad):
         if core is None and need_b and (need_x or need_a):
             second = b if need_x and q_b is not None else None
@@ -408,7 +415,7 @@ def lora_linear_backward(
         if need_x:
             base = None if weight is None else (grad @ weight).contiguous()
             grad_x = grad.new_empty(grad.shape[0], a.shape[1]) if base is None else base
-            _expand(grad_x, base, mask, scale / keep, through_a, a.mT, through_b, None if q_a is None else q_a.mT, True)
+            _expand(grad_x, base, drop, scale / keep, through_a, a.mT, through_b, None if q_a is None else q_a.mT, True)
             out.append(grad_x)
         if need_weight:
             out.append(grad.mT @ x)
@@ -416,7 +423,7 @@ def lora_linear_backward(
             out.append(grad.sum(dim=0))
         if need_a:
             rank, d_in = a.shape
-            out.append(_token_sum(through_a, x, mask, scale / keep, grad.new_empty(rank, d_in), 1, d_in))
+            out.append(_token_sum(through_a, x, drop, scale / keep, grad.new_empty(rank, d_in), 1, d_in))
         if grad_b is not None:
             out.append(grad_b)
         elif need_b:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..registry import Verdict, implements
 from ._device import divide, root, rounded, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
+from ._tuned import configuration
 from .qr import COLUMNS, load_tile, multiply, store_tile, thin_table, vector
 
 _LARGEST_RANK = 128
@@ -138,9 +139,10 @@ def grouped_solve(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, lef
     """Write ``(G + δI)⁻¹ rhs`` or ``rhs (G + δI)⁻¹``; two launches, nothing read on the host."""
     rank = grams.shape[1]
     padded = padded_rank(rank)
-    block_d = 64 if padded <= 32 else 2048 // padded
+    default = {"BLOCK_D": 64 if padded <= 32 else 2048 // padded, "num_warps": 4}
+    chosen = configuration("substitute", padded, (grams.dtype, rhs[0].dtype), grams.device, default)
     tall, tall_out = ([m.mT if left else m for m in matrices] for matrices in (rhs, out))
-    work = thin_table("grouped_solve", tall, None, tall_out, block_d)
+    work = thin_table("grouped_solve", tall, None, tall_out, chosen["BLOCK_D"])
     if not work.programs or not rank:
         return
     factors = torch.empty(len(rhs), padded, padded, dtype=grams.dtype, device=grams.device)
@@ -151,4 +153,4 @@ def grouped_solve(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, lef
         launch(cholesky_kernel, (len(rhs),), grams.contiguous(), factors, inverses, rank, float(damping),
                R=padded, TILE=min(padded, 32), num_warps=warps)  # fmt: skip
         launch(substitute_kernel, (work.programs,), work.tensors, work.chunks, factors, inverses, rank,
-               X=TL_DTYPE[rhs[0].dtype], R=padded, BLOCK_D=block_d, VECTOR=vector(rhs[0].dtype), num_warps=4)  # fmt: skip
+               X=TL_DTYPE[rhs[0].dtype], R=padded, VECTOR=vector(rhs[0].dtype), **chosen)  # fmt: skip
