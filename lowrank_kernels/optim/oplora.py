@@ -476,7 +476,8 @@ class OPLoRA(LowRankOptimizer):
         kept = torch.ones_like(steps) - group["lr"] * group["factor_weight_decay"]
         terms, coefficients = [(us, vs)], [kept]
         if momentum:
-            terms.append((mus, vs if group["momentum_mode"] == "naive" else mvs))
+            # A term has one dtype: M_U is fp32 where A is 16-bit.
+            terms.append((mus, widened(vs, mus[0].dtype) if group["momentum_mode"] == "naive" else mvs))
             coefficients.append(momentum * steps)
             if group["momentum_mode"] != "lowrank":
                 new_momentum = self._projected_momentum(gradients, mus, mvs, vs)
