@@ -293,6 +293,46 @@ def test_a_parameter_that_is_unfrozen_late_starts_anew(build) -> None:
     torch.testing.assert_close(head.weight.detach(), expected, rtol=0, atol=1e-6 * lr)
 
 
+@every_optimizer
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_the_partner_of_a_frozen_factor_goes_on(build, side: str) -> None:
+    """Frozen before the first step and thawed later, as if its gradient had been None; LoRA-FA freezes every A."""
+    model, twin = make_model("ours"), make_model("ours")
+    optimizer, other = build(model.named_parameters(), scale=0.7), build(twin.named_parameters(), scale=0.7)
+    if isinstance(optimizer, (lk.OPLoRA, lk.LoRAPro)) or optimizer.defaults.get("freeze_idle"):
+        pytest.skip("moves both factors or none, or freezes and thaws them itself")
+    halves = [getattr(pair, side).requires_grad_(False) for pair in pairs(model)]
+    before = [p.detach().clone() for p in halves]
+    for step in range(12):
+        run(model, optimizer, step, step + 1)
+        other.zero_grad()
+        loss_of(twin, step).backward()
+        for pair in pairs(twin):
+            getattr(pair, side).grad = None
+        other.step()
+    if not isinstance(optimizer, lk.SDSLoRA):  # which balances both factors after the tenth step
+        assert all(torch.equal(p, q) for p, q in zip(halves, before, strict=True))
+    for p in halves:
+        p.requires_grad_(True)
+    run(model, optimizer, 12, 15)
+    run(twin, other, 12, 15)
+    for p, q in zip(pairs(model), pairs(twin), strict=True):
+        assert pair_delta(p).any() == (side != "B" or bool(pair_delta(q).any()))
+        torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-10, atol=1e-13)
+
+
+@every_optimizer
+def test_a_layer_that_was_frozen_before_the_first_step_is_trained_once_it_is_thawed(build) -> None:
+    model = make_model("ours")
+    optimizer = build(model)
+    frozen = [pairs(model)[1].A.requires_grad_(False), pairs(model)[1].B.requires_grad_(False)]
+    run(model, optimizer, 0, 14)
+    assert not any(optimizer.state[p] for p in frozen) or optimizer.defaults.get("freeze_idle")  # reading leaves empty states behind
+    start = [p.requires_grad_(True).detach().clone() for p in frozen]
+    run(model, optimizer, 14, 18)
+    assert not any(torch.equal(p, before) for p, before in zip(frozen, start, strict=True))
+
+
 def launches_per_step(build, layers: int) -> list[int]:
     model = make_model("ours", rank=2, dtype=torch.float32, shapes=[(12, 12)] * (layers - 1) + [(9, 12)])
     optimizer = build(model, lr=1e-4)

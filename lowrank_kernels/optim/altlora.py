@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, moments, state_dtype
+from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, Position, moments, state_dtype
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
@@ -61,6 +61,11 @@ class AltLoRA(PreconditionedOptimizer):
         rank = min(part.shape)
         drift = torch.zeros(rank, rank, dtype=state_dtype(part.dtype), device=part.device)
         return {**moments(part, "exp_avg"), "drift": drift}
+
+    def _reads_of_frozen(self) -> frozenset[Position]:
+        # What moves a factor is written into its partner's drift.
+        partners = {p: q for pair in self._pairs for p, q in ((pair.a, pair.b), (pair.b, pair.a))}
+        return frozenset(q for p, q in partners.items() if self._at(p).requires_grad)
 
     def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
         """How the moment step differs from AdamW's."""

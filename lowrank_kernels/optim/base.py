@@ -680,20 +680,28 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _create_state(self) -> None:
         """Every key of every parameter's state, at once, in its final shape."""
-        if len(self.state) == sum(len(group["params"]) for group in self.param_groups):
+        if len(self.state) == sum(len(group["params"]) for group in self.param_groups) and all(self.state.values()):
             return
+        wanted = self._reads_of_frozen()
         for group_index, group in enumerate(self.param_groups):
             if group["capturable"] and not isinstance(group["step"], Tensor):
                 group["step"] = torch.tensor(float(group["step"]), device=group["params"][0].device)
             parts = None
             for index, p in enumerate(group["params"]):
-                if p.requires_grad and p not in self.state:
-                    if due := int(self._updates_due(group_index, index)):
-                        group["missed"][index] = due
+                # Asked for what it lacks, torch's defaultdict has an empty state, which is none, unless the method keeps none.
+                if not self.state.get(p) and (p.requires_grad or (group_index, index) in wanted):
                     parts = self._trained_parts(group_index) if parts is None else parts
                     part = p[parts[index]] if index in parts else p
                     is_factor = index in self._factors[group_index]
-                    self.state[p] = self._factor_state(group, part) if is_factor else moments(part, "exp_avg", "exp_avg_sq")
+                    state = self._factor_state(group, part) if is_factor else moments(part, "exp_avg", "exp_avg_sq")
+                    if state or p not in self.state:
+                        if due := int(self._updates_due(group_index, index)):
+                            group["missed"][index] = due
+                        self.state[p] = state
+
+    def _reads_of_frozen(self) -> frozenset[Position]:
+        """Factors that get state though they may be frozen, since a step of their partners reads or writes it."""
+        return frozenset()
 
     def _updates_due(self, group_index: int, index: int) -> int | Tensor:
         """How many updates, counted since its moments were zero, the parameter has had if it always had a gradient."""
@@ -774,7 +782,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Zero the factors' moments in the groups of these pairs and restart their bias correction; other state stays."""
         for group_index in {position[0] for pair in cleared for position in (pair.a, pair.b)}:
             group, factors = self.param_groups[group_index], self._factors[group_index]
-            torch._foreach_zero_([value for i in factors for value in self.state[group["params"][i]].values()])
+            values = [value for i in factors for value in self.state.get(group["params"][i], {}).values()]
+            if values:  # none, where all were frozen so far
+                torch._foreach_zero_(values)
             group["cleared_at"] = group["step"].clone() if isinstance(group["step"], Tensor) else group["step"]
             group["missed"] = {i: n for i, n in group["missed"].items() if i not in factors}
 
