@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -208,6 +209,25 @@ def test_peft_gradients_of_untrained_halves_are_zero() -> None:
     model.zero_grad()
     loss_of(model, 0).backward()
     assert pairs(model)[0].B.grad[:, :3].any(), "the hooks must go with the optimizer"
+
+
+@pytest.mark.parametrize("copier", [None, copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["same", "deepcopy", "pickle"])
+def test_peft_adapters_that_are_frozen_are_hooked_for_when_they_are_thawed(copier) -> None:
+    """Two adapters of which one is inactive, which is PEFT's word for frozen; LoRA-FA, whose A always are."""
+    model = make_model("peft")
+    model.add_adapter("other", model.peft_config["default"])
+    optimizer = SDSLoRA(model.named_parameters(), lr=1e-2, total_steps=60, scale=0.7)
+    train(model, optimizer, 0, 3)
+    if copier is not None:
+        model, optimizer = copier((model, optimizer))
+    model.base_model.set_adapter("other")
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_B.other" in name)
+    loss_of(model, 0).backward()
+    found = [p.grad for name, p in model.named_parameters() if "lora_B.other" in name]
+    assert all(grad[:, :3].any() and not grad[:, 3:].any() for grad in found)
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora_A.other" in name)
+    optimizer.step()
 
 
 def test_refresh_schedule() -> None:

@@ -354,7 +354,10 @@ class DecoupledOptimizer(LowRankOptimizer):
                     grad[self._half_of(pair, position, self.param_groups[position[0]]["step"], idle=True)] = 0
                     return grad
 
-                handle = parameter.register_hook(zero_idle_half)
+                # torch hooks only what is trained at the moment, and the hook stays when that changes: a frozen one may be thawed.
+                trained = parameter.requires_grad
+                handle = parameter.requires_grad_(True).register_hook(zero_idle_half)
+                parameter.requires_grad_(trained)
                 weakref.finalize(self, handle.remove)
                 self._idle_hooks[position] = (weakref.ref(parameter), handle)
 
