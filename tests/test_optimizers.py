@@ -212,6 +212,24 @@ def test_add_param_group(build) -> None:
         torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-12, atol=0)
 
 
+def test_parameters_without_names_are_taken_beside_a_model() -> None:
+    model, head = make_model("ours"), nn.Linear(9, 2).double()
+    optimizer = lk.AdamW(model, lr=1e-2)
+    optimizer.add_param_group({"params": head.weight, "lr": 0.1})
+    optimizer.add_param_group({"params": (p for p in [head.bias])})
+    assert [group["param_names"] for group in optimizer.param_groups[1:]] == [["param_groups[1][0]"], ["param_groups[2][0]"]]
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [head.bias]})
+    with pytest.raises(TypeError, match="can only optimize Tensors"):
+        optimizer.add_param_group({"params": [1.0]})
+    before = head.weight.detach().clone()
+    nn.Sequential(model, head)(torch.ones(1, 12).double()).sum().backward()
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+    resumed = lk.AdamW([{"params": trainable(model)}, {"params": [head.weight]}, {"params": [head.bias]}])
+    resumed.load_state_dict(optimizer.state_dict())
+
+
 @every_optimizer
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_and_accumulation_change_nothing(build, reentrant: bool) -> None:

@@ -284,11 +284,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return list(params)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; pairs among the new parameters (and with unpaired older ones) are found. If it raises, nothing was added."""
+        """As torch's; pairs among the new parameters (and with unpaired older ones) are found. If it raises, nothing was added.
+
+        Parameters without names are taken beside named ones (a model's have names), and are named by their positions.
+        """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             self._check_hyperparameters({**self.defaults, **param_group})
             if isinstance(param_group.get("params"), nn.Module):
                 raise TypeError(f"{type(self).__name__}: params of a group must be tensors, got a module; pass its parameters()")
+            param_group = self._named_as_the_others(param_group)
         before = list(self._pairs), list(self._cores), self._factors, self._second_factors, self._kinds
         super().add_param_group(param_group)
         try:
@@ -305,6 +309,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._pairs, self._cores, self._factors, self._second_factors, self._kinds = before
             self._buckets = (None, [])
             raise
+
+    def _named_as_the_others(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """The group, its parameters with names if those of the other groups have names, which torch wants of all or none."""
+        params = param_group.get("params")
+        if not (self.param_groups and "param_names" in self.param_groups[0]) or "param_names" in param_group or isinstance(params, set):
+            return param_group
+        params = [params] if isinstance(params, Tensor) else list(params or ())
+        if not all(isinstance(p, Tensor) for p in params):
+            return {**param_group, "params": params}
+        number = len(self.param_groups)
+        return {**param_group, "params": [(f"param_groups[{number}][{index}]", p) for index, p in enumerate(params)]}
 
     def _check_parameters(self, group: dict[str, Any]) -> None:
         """Refuse parameters that no step can train."""
