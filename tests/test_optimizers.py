@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -309,6 +311,25 @@ def test_a_parameter_that_is_unfrozen_late_starts_anew(build) -> None:
     optimizer.step()
     expected = before * (1 - lr * optimizer.param_groups[0]["weight_decay"]) - lr * head.weight.grad.sign()
     torch.testing.assert_close(head.weight.detach(), expected, rtol=0, atol=1e-6 * lr)
+
+
+@every_optimizer
+def test_warnings_name_the_line_that_led_to_them(build) -> None:
+    model = make_model("peft", dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(ValueError):  # OPLoRA, which must see the layers
+            build(model.named_parameters())
+        optimizer = build(model, nonfinite_grads="skip")
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)  # wraps step()
+        for p in trainable(model):
+            p.grad = torch.full_like(p, torch.inf)
+        optimizer.step()
+        scheduler.step()
+    ours = [w for w in caught if type(optimizer).__name__ in str(w.message)]
+    assert ["infinite" in str(w.message) for w in ours] == [False] * (len(ours) - 1) + [True]
+    assert len(ours) == (1 if isinstance(optimizer, (lk.AdamW, lk.OPLoRA)) else 2)
+    assert {w.filename for w in ours} == {__file__}
 
 
 @every_optimizer

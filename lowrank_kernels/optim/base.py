@@ -6,12 +6,14 @@ A method is a subclass that says what happens to the factors of each pair; every
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from operator import attrgetter
+from os.path import dirname, join
 from typing import Any, TypeAlias, TypedDict
 
 import torch
@@ -112,6 +114,18 @@ def shard_group(tensor: Tensor) -> Any:
     """The process group over which a DTensor is sharded (along one mesh dimension), None for a plain or replicated tensor."""
     dims = shard_dims(tensor)
     return tensor.device_mesh.get_group(dims[0][0]) if dims else None  # type: ignore[attr-defined]
+
+
+#: Where no line of the user's stands.
+_OUR_AND_TORCHS_CODE = (join(dirname(dirname(__file__)), ""), join(dirname(torch.__file__), ""))
+
+
+def _warn(message: str) -> None:
+    """Warn at the line of the user's code that has led here: how many of ours and of torch's lie between depends on the method."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OUR_AND_TORCHS_CODE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 _FLAT = (
@@ -421,10 +435,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._buckets = (None, [])
         self._accept_pairs()
         if unknown_scale and self.requires_pairs:
-            warnings.warn(
-                f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…",
-                stacklevel=4,
-            )
+            _warn(f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…")
         if self.requires_pairs:
             self._notice_unpaired(range(since_group, len(self.param_groups)))
 
@@ -446,11 +457,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         ]
         if left:
             kinds = f"convolutions{' in groups, transposed or 3-d' if self.trains_convolutions else ''}"
-            warnings.warn(
+            _warn(
                 f"{type(self).__name__}: {len(left)} adapter parameter(s) are no {'pair of matrices' if self.trains_pairs else 'cores'} "
                 f"(embeddings, {kinds}, DoRA's magnitudes, lone factors) and get AdamW: "
-                f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}",
-                stacklevel=5,
+                f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}"
             )
 
     def _name_at(self, position: Position) -> str:
@@ -627,7 +637,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self._nonfinite_grads == "raise":
             raise FloatingPointError(f"{type(self).__name__}: {which} is infinite or NaN; nothing was changed")
         if not self.skipped_steps:
-            warnings.warn(f"{type(self).__name__}: {which} is infinite or NaN; such steps are skipped", stacklevel=5)
+            _warn(f"{type(self).__name__}: {which} is infinite or NaN; such steps are skipped")
         self.skipped_steps += 1
         return True
 
