@@ -397,6 +397,31 @@ def test_launches_do_not_depend_on_the_number_of_layers(build) -> None:
         assert build not in (OPTIMIZERS["AdamW"], OPTIMIZERS["SDSLoRA"]), "was the native extension built?"
 
 
+@every_optimizer
+def test_why_there_is_no_pair(build) -> None:
+    ratio = {"lr_ratio": 16.0} if "AdamW" in type(build(make_model("ours"))).__name__ else {}
+    cores = lk.adapt(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), rank=2, method="xs")
+    for p in pairs(cores):
+        nn.init.normal_(p.A), nn.init.normal_(p.B)
+    with pytest.raises(ValueError, match="no pair .* the model has 2 cores .*method='xs'.* LoRASB"):
+        build(cores, **ratio)
+    for road in ("ours", "peft"):
+        model = make_model(road)
+        for pair in pairs(model):
+            pair.A.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"no pair .* of .*0.* and 2 more only B is among them, its partner is frozen"):
+            build(model, **ratio)
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        with pytest.raises(ValueError, match="no pair .* only B is among|no pair .*lora_B.* have no partner"):
+            build(trained, **ratio)
+        for pair in pairs(model):
+            pair.B.requires_grad_(False)
+        with pytest.raises(ValueError, match="no pair .* the model's 3 pairs are frozen"):
+            build(nn.ModuleList([model, nn.Linear(2, 2)]), **ratio)
+    with pytest.raises(ValueError, match=r"no pair .*Pass the adapted model itself"):
+        build(make_model("peft").parameters(), **ratio)
+
+
 def takes(build, *names: str) -> bool:
     """Whether a method has these arguments: not every one is an AdamW."""
     initialize = type(build(make_model("ours"))).__init__

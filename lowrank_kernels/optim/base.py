@@ -421,11 +421,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     f"{name}: found no core lora_R among the {sum(len(g['params']) for g in self.param_groups)} parameters; "
                     "adapt the model with method='xs', and pass it or its parameters"
                 )
-            raise ValueError(
-                f"{name}: found no pair of low-rank factors among the {sum(len(g['params']) for g in self.param_groups)} parameters. "
-                "Pass the adapted model itself, or model.named_parameters() with names such as '….lora_A[.adapter].weight' and "
-                "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt"
-            )
+            raise ValueError(f"{name}: {self._why_no_pair(known, ours, named)}")
+        ratio = next((group["lr_ratio"] for group in self.param_groups if group["lr_ratio"] != 1.0), None)
+        if ratio is not None and self.trains_pairs and not self._pairs:
+            raise ValueError(f"{name}: lr_ratio={ratio} is the lr of B over that of A, but {self._why_no_pair(known, ours, named)}")
         positions_of_factors = [position for pair in self._pairs for position in (pair.a, pair.b)]
         positions_of_factors += [core.position for core in self._cores]
         groups = range(len(self.param_groups))
@@ -438,6 +437,37 @@ class LowRankOptimizer(torch.optim.Optimizer):
             _warn(f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…")
         if self.requires_pairs:
             self._notice_unpaired(range(since_group, len(self.param_groups)))
+
+    def _why_no_pair(self, known: list[Pair], ours: list[Pair], named: list[tuple[str, Tensor]]) -> str:
+        """What to say when there is none: where cores, frozen or lone factors are the reason, that."""
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        found = f"found no pair of low-rank factors among the {len(held)} parameters"
+        layers = [*known, *ours]
+        if cores := len({id(pair.core) for pair in layers if pair.core is not None} & held):
+            return f"{found}: the model has {cores} cores between constant factors (method='xs'); train them with LoRASB, or plain AdamW"
+        lone: dict[int, Pair] = {}
+        for pair in layers:
+            if (id(pair.A) in held) != (id(pair.B) in held):
+                lone.setdefault(id(pair.A), pair)
+        if lone:
+            first = next(iter(lone.values()))
+            which = f"{first.name or 'one layer'}{f' and {len(lone) - 1} more' if len(lone) > 1 else ''}"
+            side, partner = ("A", first.B) if id(first.A) in held else ("B", first.A)
+            return (
+                f"{found}: of {which} only {side} is among them, its partner {'was left out' if partner.requires_grad else 'is frozen'}. "
+                "Pass both, as model.named_parameters() does (frozen ones stay as they are), or train lone factors with AdamW"
+            )
+        if known and not any(p.requires_grad for pair in known for p in (pair.A, pair.B, pair.core) if p is not None):
+            return f"{found}: the model's {len(known)} pairs are frozen; call requires_grad_(True) on their factors first"
+        if left := [n for n, _ in named if is_adapter_parameter(n)]:
+            return (
+                f"{found}: {', '.join(left[:4])}{', …' if len(left) > 4 else ''} have no partner among them that fits. Pass the adapted "
+                "model itself, or all of model.named_parameters(), frozen factors too"
+            )
+        return (
+            f"{found}. Pass the adapted model itself, or model.named_parameters() with names such as '….lora_A[.adapter].weight' and "
+            "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt"
+        )
 
     def _by_kind(self, group_index: int, second_has_own_lr: bool, among: Iterable[int] | None = None) -> list[tuple[bool, bool, list[int]]]:
         """``(factors?, Bs with an lr of their own?, indices)`` of the parameters of a group that agree in both."""
