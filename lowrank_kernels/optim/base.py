@@ -6,15 +6,17 @@ A method is a subclass that says what happens to the factors of each pair; every
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from difflib import get_close_matches
+from numbers import Integral, Real
 from operator import attrgetter
 from os.path import dirname, join
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Never, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +130,15 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def pythons_number(value: Any) -> Any:
+    """A number of another library (NumPy's) as Python's, which checkpoints can hold; anything else as it is."""
+    if type(value) in (int, float, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
 _FLAT = (
     "FSDP1 (FullyShardedDataParallel) and DeepSpeed ZeRO flatten parameters, and a factor that is no matrix cannot be paired; "
     "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
@@ -230,8 +241,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         atomic: bool = False,
         model: nn.Module | None = None,
         method_defaults: dict[str, Any] | None = None,
+        **unknown: Never,
     ) -> None:
         name = type(self).__name__
+        if unknown:
+            given = next(iter(unknown))
+            taken = {*inspect.signature(type(self)).parameters, *AdamWOptions.__annotations__}
+            meant = "".join(f"; did you mean {close}?" for close in get_close_matches(given, taken, 1))
+            raise TypeError(f"{name}() got an unexpected keyword argument {given!r}{meant}")
         if amsgrad:
             raise ValueError(f"{name}: amsgrad=True is not supported; leave it out")
         if differentiable:
@@ -275,7 +292,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             method=name,
             **(method_defaults or {}),
         )
-        super().__init__(self._groups_of(params), defaults)
+        super().__init__(self._groups_of(params), {key: pythons_number(value) for key, value in defaults.items()})
         self._constructed = True
         self._find_pairs(known, since_group=0)
 
@@ -303,6 +320,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Parameters without names are taken beside named ones (a model's have names), and are named by their positions.
         """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
+            for key, value in param_group.items():
+                param_group[key] = pythons_number(value)
             self._check_hyperparameters({**self.defaults, **param_group})
             if isinstance(param_group.get("params"), nn.Module):
                 raise TypeError(f"{type(self).__name__}: params of a group must be tensors, got a module; pass its parameters()")

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from .base import AdamWOptions, ParamsT
+from .base import AdamWOptions, ParamsT, pythons_number
 from .decoupled import Action, DecoupledOptimizer
 
 
@@ -50,6 +50,7 @@ class ODLoRA(DecoupledOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        rounds, round_steps = pythons_number(rounds), pythons_number(round_steps)
         for key, value in (("rounds", rounds), ("round_steps", round_steps)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"ODLoRA: {key} must be a positive integer, got {value!r}")

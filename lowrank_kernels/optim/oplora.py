@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
 from ..pairs import owners
-from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, state_dtype
+from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, pythons_number, state_dtype
 from .capture import Patches, Recorder, watch
 from .early import EarlyWork, start
 from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, random_matrix, widened
@@ -121,6 +121,7 @@ class OPLoRA(LowRankOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        seed = pythons_number(seed)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"OPLoRA: seed must be an integer, got {seed!r}")
         if model is not None and not isinstance(model, nn.Module):

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from .base import AdamWOptions, ParamsT
+from .base import AdamWOptions, ParamsT, pythons_number
 from .decoupled import Action, DecoupledOptimizer
 
 
@@ -54,6 +54,7 @@ class SDSLoRA(DecoupledOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        warmup_steps = pythons_number(warmup_steps)
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ValueError(f"SDSLoRA: warmup_steps must be a non-negative integer, got {warmup_steps!r}")
         super().__init__(
