@@ -334,6 +334,21 @@ def test_warnings_name_the_line_that_led_to_them(build) -> None:
 
 
 @every_optimizer
+def test_a_scale_that_is_not_the_layers_goes_unused_with_a_warning(build) -> None:
+    model = make_model("ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(model, scale=0.7)
+        if build is OPTIMIZERS["AdamW"]:
+            build(model, scale=2.0)  # which needs none
+            return
+    for params in (model, model.parameters()):
+        with pytest.warns(UserWarning, match=r"scale=2.0 .* has s = 0.7") as caught:
+            optimizer = build(params, scale=2.0)
+        assert len(caught) == 1 and {pair.scale for pair in optimizer._pairs} == {0.7}
+
+
+@every_optimizer
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_the_partner_of_a_frozen_factor_goes_on(build, side: str) -> None:
     """Frozen before the first step and thawed later, as if its gradient had been None; LoRA-FA freezes every A."""

@@ -195,7 +195,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             number holds for both. In a group they stand as ``factor_weight_decay`` and ``weight_decay``.
         amsgrad, differentiable: not supported; True is an error.
         foreach, fused: accepted as ``torch.optim.AdamW`` accepts them; there is one, fused, implementation.
-        scale: s of every pair whose module is not known (only tensors or names were given).
+        scale: s of every pair whose module is not known (only tensors or names were given). Where it is known, its s is taken; a
+            warning says so if that is another.
         lr_ratio: the learning rate of every B over that of its A (LoRA+, Hayou et al. 2024); 1 is AdamW's.
         nonfinite_grads: what a step does that meets an infinite or NaN gradient: "keep" computes with it, as torch does, and looks at
             nothing; "skip" changes nothing, neither parameters nor state nor counters, counts it in ``skipped_steps``, and warns the
@@ -408,7 +409,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             named += zip(group.get("param_names", ()), group["params"], strict=False)
         ours = [own_pair("", layer) for layer in owners().values()]  # type: ignore[arg-type]
-        unknown_scale = False
+        unknown_scale, unlike = False, None
         for pair in [*known, *ours, *pairs_by_name(named)]:
             if pair.core is not None:
                 position = positions.get(id(pair.core))
@@ -424,6 +425,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 continue
             scale = pair.scale if pair.scale is not None else self._scale
             unknown_scale |= scale is None
+            if self._scale is not None and scale != self._scale:
+                unlike = unlike or f"{pair.name or self._name_at(a)} has s = {scale:g}"
             holds_bases, name = hasattr(pair.layer, "q_a"), pair.name or self._name_at(a)
             if self.factors_share_steps and self.param_groups[a[0]]["step"] != self.param_groups[b[0]]["step"]:
                 raise ValueError(f"{type(self).__name__}: A and B of {name} were added at different steps; add both in one add_param_group")
@@ -454,6 +457,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._accept_pairs()
         if unknown_scale and self.requires_pairs:
             _warn(f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…")
+        if unlike and self.requires_pairs:
+            _warn(f"{name}: scale={self._scale} is for pairs whose layer is not known and goes unused where it is: {unlike}, from its layer")
         if self.requires_pairs:
             self._notice_unpaired(range(since_group, len(self.param_groups)))
 
