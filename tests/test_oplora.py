@@ -88,7 +88,7 @@ def naive_twins(model: nn.Module, optimizer: OPLoRA) -> list[OPLoRALayer]:
     for pair in pairs(model):
         start = state[pair.A]["momentum_v"].clone() if "momentum_v" in state[pair.A] else torch.zeros_like(pair.A.T)
         keys = ("lr", "momentum", "sweeps", "proximal", "momentum_mode")
-        settings = {key: group[key] for key in keys} | {"weight_decay": group["factor_weight_decay"]}
+        settings = {key: group[key] for key in keys} | {"weight_decay": optimizer._factor_decay(group)}
         if group["metric"]:
             settings["metrics"] = tuple(
                 Kronecker(state[p]["metric_basis"].clone(), group["metric_decay"], group["metric_damping"], group["sweeps"])

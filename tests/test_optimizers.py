@@ -86,6 +86,38 @@ def test_default_weight_decay_spares_factors_only() -> None:
 
 
 @every_optimizer
+def test_weight_decay_can_be_edited_and_resumed(build) -> None:
+    """As torch's: the group's number is read in every step. Factors have it where they were given it, or a number of their own."""
+
+    def left_over(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+        """What a step without gradient leaves of a ΔW and of a head, over a step without decay."""
+        with torch.no_grad():
+            head.weight.fill_(1.0)
+            for pair in pairs(model):
+                pair.A.fill_(1.0), pair.B.fill_(1.0)
+        for _ in range(2):  # either factor's turn
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        return float(pair_delta(pairs(model)[0])[0, 0] / 2.1), float(head.weight.detach()[0, 0])
+
+    model, head = make_model("ours"), nn.Linear(9, 2).double()
+    params = [*trainable(model), head.weight]
+    for given, edit, factors, rest in (
+        (None, {"weight_decay": 5.0}, False, True),
+        (0.1, {"weight_decay": 5.0}, True, True),
+        (0.0, {"weight_decay": 5.0, "factor_weight_decay": 0.0}, False, True),
+        (None, {"weight_decay": 0.0, "factor_weight_decay": 5.0}, True, False),
+    ):
+        optimizer, resumed = (build(params, lr=1e-2, weight_decay=given) for _ in range(2))
+        optimizer.param_groups[0].update(edit)
+        resumed.load_state_dict(optimizer.state_dict())
+        for optimizer in (optimizer, resumed):
+            delta, weight = left_over(optimizer)
+            assert (weight < 0.95) == rest and (delta < 0.95) == factors, (given, edit, delta, weight)
+
+
+@every_optimizer
 def test_state_is_created_by_the_first_step(build) -> None:
     model = make_model("ours")
     optimizer, parameters = build(model), set(trainable(model))

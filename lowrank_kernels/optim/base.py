@@ -192,7 +192,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             state and the device tables. The graph keeps what the host knew when it was captured: numbers (an lr to be scheduled must be
             a tensor on the device, changed in place), and which parameters have a gradient.
         weight_decay: decoupled, multiplied by lr. None means 0 for factors and AdamW's 0.01 for everything else; a
-            number holds for both. In a group they stand as ``factor_weight_decay`` and ``weight_decay``.
+            number holds for both. In a group, ``weight_decay`` is that of everything else, and of factors too where
+            ``factor_weight_decay`` is None, which a number makes it; a number there is that of factors. Both may be edited.
         amsgrad, differentiable: not supported; True is an error.
         foreach, fused: accepted as ``torch.optim.AdamW`` accepts them; there is one, fused, implementation.
         scale: s of every pair whose module is not known (only tensors or names were given). Where it is known, its s is taken; a
@@ -333,7 +334,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             group = self.param_groups[-1]
             self._check_parameters(group)
             decay = group["weight_decay"]
-            group["factor_weight_decay"] = 0.0 if decay is None else decay
+            group["factor_weight_decay"] = 0.0 if decay is None else None  # None: as everything else
             group["weight_decay"] = REST_WEIGHT_DECAY if decay is None else decay
             group["step"], group["cleared_at"], group["missed"] = 0, 0, {}
             if self._constructed:
@@ -818,6 +819,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """The learning rate of a group, or of the Bs in it."""
         return group["lr"] * group["lr_ratio"] if is_second and group["lr_ratio"] != 1.0 else group["lr"]
 
+    @staticmethod
+    def _factor_decay(group: dict[str, Any]) -> float | Tensor:
+        """The weight decay of the factors of a group."""
+        return group["weight_decay"] if group["factor_weight_decay"] is None else group["factor_weight_decay"]
+
     def _adamw(
         self,
         group_index: int,
@@ -847,7 +853,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "lr": self._lr(group, is_second),
             "betas": group["betas"],
             "eps": group["eps"],
-            "weight_decay": group["factor_weight_decay" if is_factor else "weight_decay"],
+            "weight_decay": self._factor_decay(group) if is_factor else group["weight_decay"],
             "step": self._updates_due(group_index, members[0]),
             "missed": missed if any(missed) else (),
             "maximize": group["maximize"],

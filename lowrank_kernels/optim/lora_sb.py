@@ -126,7 +126,7 @@ class LoRASB(LowRankOptimizer):
                 "betas": (group["momentum"], 0.0),
                 "bias_correction": False,
                 "lr": group["lr"] / keep,
-                "weight_decay": group["factor_weight_decay"] * keep,
+                "weight_decay": self._factor_decay(group) * keep,
             }
         members = [cores[i].position[1] for i in active]
         self._adamw(cores[0].position[0], members, is_factor=True, is_second=False, grads=list(grads), **options)

@@ -204,7 +204,8 @@ class OPLoRA(LowRankOptimizer):
         layers, new = owners(), self._pairs[len(self._recorders) :]
         for pair in new:
             group, partner = self._group(pair), self.param_groups[pair.b[0]]
-            different = [key for key in (*self.defaults, "factor_weight_decay") if key != "weight_decay" and group[key] != partner[key]]
+            different = [key for key in self.defaults if key != "weight_decay" and group[key] != partner[key]]
+            different += ["weight_decay"] if self._factor_decay(group) != self._factor_decay(partner) else []
             if different:
                 raise ValueError(
                     f"{type(self).__name__}: A and B of {pair.name} are in groups with different {', '.join(different)}; they move together"
@@ -474,7 +475,7 @@ class OPLoRA(LowRankOptimizer):
         lr, momentum = group["lr"] * (-1.0 if group["maximize"] else 1.0), group["momentum"]
         inverse_scales = torch.tensor([1.0 / pair.scale for pair in pairs], dtype=torch.float64, device=us[0].device)
         steps = -lr * inverse_scales
-        kept = torch.ones_like(steps) - group["lr"] * group["factor_weight_decay"]
+        kept = torch.ones_like(steps) - group["lr"] * self._factor_decay(group)
         terms, coefficients = [(us, vs)], [kept]
         if momentum:
             # A term has one dtype: M_U is fp32 where A is 16-bit.

@@ -84,5 +84,5 @@ class ScaledGD(ScaledAdamW):
             "betas": (group["momentum"], 0.0),
             "bias_correction": False,
             "lr": self._lr(group, is_second=side == "B") / keep,
-            "weight_decay": group["factor_weight_decay"] * keep,
+            "weight_decay": self._factor_decay(group) * keep,
         }
