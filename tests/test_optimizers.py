@@ -85,6 +85,29 @@ def test_default_weight_decay_spares_factors_only() -> None:
         assert torch.equal(p, before[name])
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_lone_factors_are_decayed_as_factors(named: bool) -> None:
+    """LoRA-FA under AdamW; a core among pairs."""
+    model = make_model("ours")
+    model[0].lora_A.requires_grad_(False)
+    cores = lk.adapt(nn.Sequential(nn.Linear(6, 6)), rank=2, method="xs").double()
+    params = nn.ModuleDict({"pairs": model, "cores": cores, "head": nn.Linear(9, 2)}).double()
+    given = params if named else trainable(params)
+    for decay, of_adapters, of_rest in ((None, 0.0, 0.01), (0.5, 0.5, 0.5)):
+        with torch.no_grad():
+            pairs(cores)[0].A.fill_(1.0), pairs(cores)[0].B.fill_(1.0)
+            for p in trainable(params):
+                p.fill_(1.0).grad = torch.zeros_like(p)
+        lk.AdamW(given, lr=0.1, weight_decay=decay).step()
+        for name, p in params.named_parameters():
+            if p.requires_grad:
+                expected = 1 - 0.1 * (of_adapters if "lora_" in name else of_rest)
+                torch.testing.assert_close(p, torch.full_like(p, expected), rtol=1e-12, atol=0)
+        if named:
+            optimizer = lk.ScaledAdamW(params, lr=0.1, weight_decay=decay)
+            assert len(optimizer._lone_factors[0]) == 2, "lora_B of the first layer, and the core"
+
+
 @every_optimizer
 def test_weight_decay_can_be_edited_and_resumed(build) -> None:
     """As torch's: the group's number is read in every step. Factors have it where they were given it, or a number of their own."""
@@ -112,8 +135,8 @@ def test_weight_decay_can_be_edited_and_resumed(build) -> None:
         optimizer, resumed = (build(params, lr=1e-2, weight_decay=given) for _ in range(2))
         optimizer.param_groups[0].update(edit)
         resumed.load_state_dict(optimizer.state_dict())
-        for optimizer in (optimizer, resumed):
-            delta, weight = left_over(optimizer)
+        for either in (optimizer, resumed):
+            delta, weight = left_over(either)
             assert (weight < 0.95) == rest and (delta < 0.95) == factors, (given, edit, delta, weight)
 
 

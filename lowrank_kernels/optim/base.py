@@ -186,12 +186,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         params: what ``torch.optim.AdamW`` takes (tensors, dicts of groups, named parameters), or the model itself
             (then its trainable parameters). Factors are paired by our adapters or by name; s is read from the module
             when the model is given. Adapter parameters that are no pair of matrices (LoRA on embeddings and convolutions,
-            DoRA's magnitudes) get AdamW; one warning names them.
+            DoRA's magnitudes) and lone factors get AdamW, with the factors' weight decay; one warning names them.
         lr, betas, eps, maximize: as ``torch.optim.AdamW``.
         capturable: ``step()`` reads nothing on the host and can be captured in a CUDA graph, after one ordinary step, which makes the
             state and the device tables. The graph keeps what the host knew when it was captured: numbers (an lr to be scheduled must be
             a tensor on the device, changed in place), and which parameters have a gradient.
-        weight_decay: decoupled, multiplied by lr. None means 0 for factors and AdamW's 0.01 for everything else; a
+        weight_decay: decoupled, multiplied by lr. None means 0 for adapters and AdamW's 0.01 for everything else; a
             number holds for both. In a group, ``weight_decay`` is that of everything else, and of factors too where
             ``factor_weight_decay`` is None, which a number makes it; a number there is that of factors. Both may be edited.
         amsgrad, differentiable: not supported; True is an error.
@@ -276,6 +276,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._cores: list[Core] = []
         self._factors: list[frozenset[int]] = []
         self._second_factors: list[frozenset[int]] = []
+        #: What belongs to an adapter and is no factor here: weight decay is the factors', the rest AdamW's.
+        self._lone_factors: list[frozenset[int]] = []
         self._kinds: list[dict[bool, list[tuple[bool, bool, list[int]]]]] = []
         self._scale = scale
         self._constructed = False
@@ -328,7 +330,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if isinstance(param_group.get("params"), nn.Module):
                 raise TypeError(f"{type(self).__name__}: params of a group must be tensors, got a module; pass its parameters()")
             param_group = self._named_as_the_others(param_group)
-        before = list(self._pairs), list(self._cores), self._factors, self._second_factors, self._kinds
+        before = list(self._pairs), list(self._cores), self._factors, self._second_factors, self._lone_factors, self._kinds
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -341,7 +343,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self._find_pairs([], since_group=len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
-            self._pairs, self._cores, self._factors, self._second_factors, self._kinds = before
+            self._pairs, self._cores, self._factors, self._second_factors, self._lone_factors, self._kinds = before
             self._buckets = (None, [])
             raise
 
@@ -453,13 +455,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         groups = range(len(self.param_groups))
         self._factors = [frozenset(i for g, i in positions_of_factors if g == index) for index in groups]
         self._second_factors = [frozenset(pair.b[1] for pair in self._pairs if pair.b[0] == index) for index in groups]
+        lone = {p for x in (*known, *ours) for tensor in (x.A, x.B, x.core) if (p := positions.get(id(tensor))) is not None}
+        names = [group.get("param_names", ()) for group in self.param_groups]
+        lone |= {(g, i) for g in groups for i, name_ in enumerate(names[g]) if is_adapter_parameter(name_) and i not in self._factors[g]}
+        self._lone_factors = [frozenset(i for g, i in lone if g == index) for index in groups]
         self._kinds = [{own_lr: self._by_kind(index, own_lr) for own_lr in (False, True)} for index in groups]
         self._buckets = (None, [])
         self._accept_pairs()
         if unknown_scale and self.requires_pairs:
             _warn(f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…")
         if unlike and self.requires_pairs:
-            _warn(f"{name}: scale={self._scale} is for pairs whose layer is not known and goes unused where it is: {unlike}, from its layer")
+            _warn(
+                f"{name}: scale={self._scale} is for pairs whose layer is not known and goes unused where it is: {unlike}, from its layer"
+            )
         if self.requires_pairs:
             self._notice_unpaired(range(since_group, len(self.param_groups)))
 
@@ -495,12 +503,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
 
     def _by_kind(self, group_index: int, second_has_own_lr: bool, among: Iterable[int] | None = None) -> list[tuple[bool, bool, list[int]]]:
-        """``(factors?, Bs with an lr of their own?, indices)`` of the parameters of a group that agree in both."""
-        factors, second = self._factors[group_index], self._second_factors[group_index]
-        kinds: defaultdict[tuple[bool, bool], list[int]] = defaultdict(list)
+        """``(factors?, Bs with an lr of their own?, indices)`` of the parameters of a group that agree in both and in weight decay."""
+        factors, second, lone = (of[group_index] for of in (self._factors, self._second_factors, self._lone_factors))
+        kinds: defaultdict[tuple[bool, bool, bool], list[int]] = defaultdict(list)
         for index in range(len(self.param_groups[group_index]["params"])) if among is None else among:
-            kinds[index in factors, second_has_own_lr and index in second].append(index)
-        return [(*kind, members) for kind, members in kinds.items()]
+            kinds[index in factors, second_has_own_lr and index in second, index in lone].append(index)
+        return [(is_factor, is_second, members) for (is_factor, is_second, _), members in kinds.items()]
 
     def _notice_unpaired(self, groups: Iterable[int]) -> None:
         """Say once, by name, which adapter parameters the method does not reach."""
@@ -839,7 +847,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     ) -> None:
         """One call of ``grouped_adamw_`` on parameters (and gradients, where the caller has read them) of which ``parts`` are trained;
         ``fit``: the gradients are known to fit; ``options`` replace what AdamW would pass."""
-        group = self.param_groups[group_index]
+        group, lone = self.param_groups[group_index], self._lone_factors[group_index]
         params = [group["params"][index] for index in members] if params is None else params
         grads = list(map(_grad, params)) if grads is None else grads
         of_params = states(self.state, params)
@@ -853,7 +861,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "lr": self._lr(group, is_second),
             "betas": group["betas"],
             "eps": group["eps"],
-            "weight_decay": self._factor_decay(group) if is_factor else group["weight_decay"],
+            "weight_decay": self._factor_decay(group) if is_factor or members[0] in lone else group["weight_decay"],
             "step": self._updates_due(group_index, members[0]),
             "missed": missed if any(missed) else (),
             "maximize": group["maximize"],
@@ -958,7 +966,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_kinds", "_scale", "_constructed")
+        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_lone_factors", "_kinds", "_scale", "_constructed")
         kept = (*pairing, "_nonfinite_grads", "_atomic", "skipped_steps", "_torn")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
