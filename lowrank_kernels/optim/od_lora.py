@@ -27,8 +27,6 @@ class ODLoRA(DecoupledOptimizer):
         rounds: N.
         round_steps: T.
         phases, refresh_every, basis, split_work, process_group: see :class:`SDSLoRA`.
-
-    The layers must be at least 2r wide both ways: ΔW has rank up to 2r before it is truncated.
     """
 
     def __init__(
@@ -71,16 +69,6 @@ class ODLoRA(DecoupledOptimizer):
             method_defaults={"round_steps": round_steps},
             **options,
         )
-
-    def _accept_pairs(self) -> None:
-        super()._accept_pairs()
-        for pair in self._pairs:
-            d_out, d_in = self._at(pair.b).shape[0], self._at(pair.a).shape[1]
-            if 2 * self._rank(pair) > min(d_out, d_in):
-                raise ValueError(
-                    f"ODLoRA: {pair.name} is {d_out} × {d_in}: rank {self._rank(pair)} is too large, ΔW may have twice that rank "
-                    f"before it is truncated; use at most {min(d_out, d_in) // 2}"
-                )
 
     def _is_decoupled(self, group: dict[str, Any], step: int) -> bool:
         return step >= group["round_steps"]
