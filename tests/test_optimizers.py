@@ -104,7 +104,8 @@ def test_lone_factors_are_decayed_as_factors(named: bool) -> None:
                 expected = 1 - 0.1 * (of_adapters if "lora_" in name else of_rest)
                 torch.testing.assert_close(p, torch.full_like(p, expected), rtol=1e-12, atol=0)
         if named:
-            optimizer = lk.ScaledAdamW(params, lr=0.1, weight_decay=decay)
+            with pytest.warns(UserWarning, match="lone factors"):
+                optimizer = lk.ScaledAdamW(params, lr=0.1, weight_decay=decay)
             assert len(optimizer._lone_factors[0]) == 2, "lora_B of the first layer, and the core"
 
 

@@ -35,7 +35,8 @@ class LoRASB(LowRankOptimizer):
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`. ``scale`` is not used:
             s is read from the layers, which must live in this process since they hold A and B.
         update: "adam"; or "sgd", which is ``torch.optim.SGD`` on g, with decoupled weight decay.
-        momentum: μ of ``m ← μ m + g``, for "sgd" only; 0 keeps no state for the cores.
+        momentum: μ of ``m ← μ m + g``, for "sgd" only; 0 keeps no state for the cores. OneCycleLR and CyclicLR cycle ``betas`` instead:
+            pass them ``cycle_momentum=False``.
 
     Raises:
         ValueError: no core among ``params``, arguments out of range; at a step, a core whose factors are zero or rank deficient.

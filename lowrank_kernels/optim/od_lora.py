@@ -14,7 +14,8 @@ class ODLoRA(DecoupledOptimizer):
     """OD-LoRA (Algorithm 1): AdamW on A and B of ``ΔW = s(Q_B A + B Q_Aᵀ)`` (Eq. 4), from bases that short rounds have found.
 
     1. ``rounds`` rounds of ``round_steps`` steps, the first as plain LoRA, the others decoupled. After each: ``ΔW ≈ U_rΣ_rV_rᵀ``,
-       ``Q_A = V_r``, ``Q_B = U_r``, ``A = B = 0``, the factors' optimizer state cleared: the model is back at W0.
+       ``Q_A = V_r``, ``Q_B = U_r``, ``A = B = 0``, the factors' optimizer state cleared (a head's is not, as in :class:`SDSLoRA`): the
+       adapted layers are back at W0.
     2. Main run, t = 1, 2, …: up to t = ``round_steps`` on fixed bases; then once ``A = Σ_rV_rᵀ/2s``, ``B = U_rΣ_r/2s``, ``Q_A = V_r``,
        ``Q_B = U_r`` (Eq. 5), state cleared; from there on, after the update of step t, if
        ``t mod ⌈phases·t/(total_steps - rounds·round_steps)⌉ = 0``, the bases are refreshed by QR of Aᵀ and B.

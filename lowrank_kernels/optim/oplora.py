@@ -65,7 +65,8 @@ class OPLoRA(LowRankOptimizer):
     Args:
         params, lr, maximize, scale, …: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with its default betas
             and eps. Layers that are not ours need the model: as ``params``, or as ``model`` beside groups.
-        momentum: α of ``M ← αM + G``; 0 keeps no state for the factors.
+        momentum: α of ``M ← αM + G``; 0 keeps no state for the factors. OneCycleLR and CyclicLR cycle ``betas`` instead, which are
+            those of the parameters that are no factors: pass them ``cycle_momentum=False``.
         weight_decay: decoupled, multiplied by lr; of ΔW as a whole, and of the rest. None: 0 for ΔW, AdamW's 0.01 for the rest.
         sweeps: K ≥ 1. One or two are enough in the paper.
         proximal: λ ≥ 0, absolute, in both solves of a sweep (the paper's 1e-3).

@@ -15,7 +15,8 @@ class SDSLoRA(DecoupledOptimizer):
 
     1. ``warmup_steps`` steps of plain LoRA, ``ΔW = sBA``.
     2. Once: ``sBA = UΣVᵀ``; ``A = ΣVᵀ/2s``, ``B = UΣ/2s``, ``Q_A = V``, ``Q_B = U`` (Eq. 8; ΔW does not change); the
-       factors' optimizer state is cleared, the step counter of Adam's bias correction too.
+       factors' optimizer state is cleared, the step counter of Adam's bias correction too. (By the paper's "all
+       optimizer states" those are meant, here as in :class:`ODLoRA`: they belong to coordinates that are gone. A head's do not.)
     3. Main run, t = 1, 2, …: AdamW on A and B with ``∂A = sQ_BᵀG``, ``∂B = sGQ_A`` (Eq. 6); after the update of step t, if
        ``t mod ⌈phases·t/(total_steps - warmup_steps)⌉ = 0``, the bases are refreshed by QR of Aᵀ and B.
 
