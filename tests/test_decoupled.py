@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.naive.od_lora import ODLoRALayer
 from benchmarks.naive.sds_lora import SDSLoRALayer
 from lowrank_kernels import LowRankLinear, ODLoRA, SDSLoRA, pairs
 from lowrank_kernels.optim.decoupled import refresh_due
+from lowrank_kernels.pairs import owners
 
 ROADS = ["ours", "peft"]
 
@@ -37,12 +39,12 @@ def factor_gradients(layer: SDSLoRALayer, full: torch.Tensor) -> tuple[torch.Ten
 METHODS = {"SDSLoRA": (SDSLoRA, SDSLoRALayer, 310), "ODLoRA": (ODLoRA, ODLoRALayer, 250)}
 
 
-@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize(("clip", "rank"), [(None, 3), (0.05, 3), (None, 5)], ids=["free", "clipped", "layers-narrower-than-2r"])
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("method", METHODS)
-def test_trajectory_is_algorithm_1(method: str, road: str, clip: float | None) -> None:
+def test_trajectory_is_algorithm_1(method: str, road: str, clip: float | None, rank: int) -> None:
     ours, plain, total = METHODS[method]
-    rank, lr = 3, 1e-2
+    lr = 1e-2
     model = make_model(road, rank=rank)
     optimizer = ours(model, lr=lr, total_steps=total)
     naive = [plain(p.A[:rank].detach().clone(), p.B[:, :rank].detach().clone(), p.scale, total_steps=total, lr=lr) for p in pairs(model)]
@@ -110,6 +112,41 @@ def train(model: nn.Module, optimizer: SDSLoRA, first: int, last: int) -> None:
 
 
 SHORT = {"SDSLoRA": {"total_steps": 60}, "ODLoRA": {"total_steps": 60, "rounds": 3, "round_steps": 7}}
+
+
+@pytest.mark.parametrize("shape", [(9, 40), (40, 9)])
+def test_bases_of_a_narrow_layer_without_update_are_orthonormal(shape: tuple[int, int]) -> None:
+    model = make_model("ours", rank=5, shapes=[shape])
+    optimizer = ODLoRA(model, lr=1e-2, total_steps=60, rounds=2, round_steps=2)
+    for _ in range(4):
+        optimizer.step()
+    for basis in (model[0].q_a, model[0].q_b.T):
+        torch.testing.assert_close(basis @ basis.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_reparametrization_rounds_16_bit_factors_once() -> None:
+    model = make_model("peft", dtype=torch.bfloat16)
+    optimizer = SDSLoRA(model, lr=0.0, total_steps=60, warmup_steps=1)
+    with torch.no_grad():
+        for pair in pairs(model):
+            pair.B[:, :3].normal_()
+    products = [pair.B[:, :3].detach().double() @ pair.A[:3].detach().double() for pair in pairs(model)]
+    loss_of(model, 0, torch.bfloat16).backward()
+    optimizer.step()
+    for pair, product in zip(pairs(model), products, strict=True):
+        u, sigma, vh = (x[..., :3] if i < 2 else x[:3] for i, x in enumerate(torch.linalg.svd(product, full_matrices=False)))
+        (position,) = [p for p in optimizer._pairs if optimizer._at(p.a) is pair.A]
+        decoupled = optimizer._views(position, owners(), True)
+        signs = (decoupled.q_b.detach().double() * u).sum(dim=0).sign()
+        for found, exact in (
+            (decoupled.q_b, u * signs),
+            (decoupled.q_a, signs[:, None] * vh),
+            (decoupled.b, u * signs * sigma / 2),
+            (decoupled.a, (signs * sigma)[:, None] / 2 * vh),
+        ):
+            assert found.dtype == torch.bfloat16
+            error = (found.detach().double() - exact).abs() - 2.0**-8 * exact.abs()  # half a unit in the last place
+            assert float(error.max()) <= 1e-6
 
 
 @pytest.mark.parametrize("stop", [4, 7, 10, 18, 21, 24, 28, 41])
@@ -210,6 +247,25 @@ def test_peft_gradients_of_untrained_halves_are_zero() -> None:
     assert pairs(model)[0].B.grad[:, :3].any(), "the hooks must go with the optimizer"
 
 
+@pytest.mark.parametrize("copier", [None, copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["same", "deepcopy", "pickle"])
+def test_peft_adapters_that_are_frozen_are_hooked_for_when_they_are_thawed(copier) -> None:
+    """Two adapters of which one is inactive, which is PEFT's word for frozen; LoRA-FA, whose A always are."""
+    model = make_model("peft")
+    model.add_adapter("other", model.peft_config["default"])
+    optimizer = SDSLoRA(model.named_parameters(), lr=1e-2, total_steps=60, scale=0.7)
+    train(model, optimizer, 0, 3)
+    if copier is not None:
+        model, optimizer = copier((model, optimizer))
+    model.base_model.set_adapter("other")
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_B.other" in name)
+    loss_of(model, 0).backward()
+    found = [p.grad for name, p in model.named_parameters() if "lora_B.other" in name]
+    assert all(grad[:, :3].any() and not grad[:, 3:].any() for grad in found)
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora_A.other" in name)
+    optimizer.step()
+
+
 def test_refresh_schedule() -> None:
     assert [t for t in range(1, 301) if refresh_due(t, 300, 5)][:61] == [*range(1, 61), 62]
     for t in range(1, 400):
@@ -307,8 +363,8 @@ class TestBadInput:
             SDSLoRA(ours.parameters(), lr=1e-2, total_steps=100)
 
     def test_od_lora(self) -> None:
-        with pytest.raises(ValueError, match="rank 3 is too large"):
-            ODLoRA(make_model("ours", shapes=[(20, 12), (5, 20)]), total_steps=100)
+        with pytest.raises(ValueError, match="would train rank 3, more than its 2 × 20 allow"):
+            ODLoRA(make_model("peft", shapes=[(20, 12), (2, 20)]), total_steps=100)
         with pytest.raises(ValueError, match="larger than the 50 steps"):
             ODLoRA(make_model("ours"), total_steps=50)
         with pytest.raises(ValueError, match="rounds must be a positive integer"):

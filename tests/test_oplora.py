@@ -88,7 +88,7 @@ def naive_twins(model: nn.Module, optimizer: OPLoRA) -> list[OPLoRALayer]:
     for pair in pairs(model):
         start = state[pair.A]["momentum_v"].clone() if "momentum_v" in state[pair.A] else torch.zeros_like(pair.A.T)
         keys = ("lr", "momentum", "sweeps", "proximal", "momentum_mode")
-        settings = {key: group[key] for key in keys} | {"weight_decay": group["factor_weight_decay"]}
+        settings = {key: group[key] for key in keys} | {"weight_decay": optimizer._factor_decay(group)}
         if group["metric"]:
             settings["metrics"] = tuple(
                 Kronecker(state[p]["metric_basis"].clone(), group["metric_decay"], group["metric_damping"], group["sweeps"])
@@ -513,6 +513,26 @@ def test_operators_of_a_step_do_not_depend_on_the_number_of_layers(kind: dict, m
         assert len(norms) == 1 and len(norms[0]) == layers
         counts.append(launches.count)
     assert counts[0] == counts[1], counts
+
+
+@every_kind
+@pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_factors_follow_float32_ones(kind: dict, mode: str, dtype: torch.dtype) -> None:
+    """Momentum enters from the second step on, in fp32 beside factors that are not."""
+    found = []
+    for of_factors in (torch.float32, dtype):
+        torch.manual_seed(0)
+        model = lk.adapt(nn.Sequential(nn.Linear(12, 10)), rank=3, dtype=of_factors)
+        optimizer = make(model, **{"lr": 0.02, **kind}, sketch_width=12, momentum_mode=mode)
+        for step in range(3):
+            x, y = batch(step, d_out=10, dtype=torch.float32)
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        found += deltas(model)
+    exact, rounded = (delta.float() for delta in found)
+    assert float((exact - rounded).norm() / exact.norm()) <= 0.05
 
 
 def storages(tensors) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
 import pickle
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from _models import loss_of, make_model, pair_delta, trainable
@@ -80,6 +83,62 @@ def test_default_weight_decay_spares_factors_only() -> None:
         torch.testing.assert_close(p, before[name] * (1 - 1e-3 * 1e-2))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_lone_factors_are_decayed_as_factors(named: bool) -> None:
+    """LoRA-FA under AdamW; a core among pairs."""
+    model = make_model("ours")
+    model[0].lora_A.requires_grad_(False)
+    cores = lk.adapt(nn.Sequential(nn.Linear(6, 6)), rank=2, method="xs").double()
+    params = nn.ModuleDict({"pairs": model, "cores": cores, "head": nn.Linear(9, 2)}).double()
+    given = params if named else trainable(params)
+    for decay, of_adapters, of_rest in ((None, 0.0, 0.01), (0.5, 0.5, 0.5)):
+        with torch.no_grad():
+            pairs(cores)[0].A.fill_(1.0), pairs(cores)[0].B.fill_(1.0)
+            for p in trainable(params):
+                p.fill_(1.0).grad = torch.zeros_like(p)
+        lk.AdamW(given, lr=0.1, weight_decay=decay).step()
+        for name, p in params.named_parameters():
+            if p.requires_grad:
+                expected = 1 - 0.1 * (of_adapters if "lora_" in name else of_rest)
+                torch.testing.assert_close(p, torch.full_like(p, expected), rtol=1e-12, atol=0)
+        if named:
+            with pytest.warns(UserWarning, match="lone factors"):
+                optimizer = lk.ScaledAdamW(params, lr=0.1, weight_decay=decay)
+            assert len(optimizer._lone_factors[0]) == 2, "lora_B of the first layer, and the core"
+
+
+@every_optimizer
+def test_weight_decay_can_be_edited_and_resumed(build) -> None:
+    """As torch's: the group's number is read in every step. Factors have it where they were given it, or a number of their own."""
+
+    def left_over(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+        """What a step without gradient leaves of a ΔW and of a head, over a step without decay."""
+        with torch.no_grad():
+            head.weight.fill_(1.0)
+            for pair in pairs(model):
+                pair.A.fill_(1.0), pair.B.fill_(1.0)
+        for _ in range(2):  # either factor's turn
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        return float(pair_delta(pairs(model)[0])[0, 0] / 2.1), float(head.weight.detach()[0, 0])
+
+    model, head = make_model("ours"), nn.Linear(9, 2).double()
+    params = [*trainable(model), head.weight]
+    for given, edit, factors, rest in (
+        (None, {"weight_decay": 5.0}, False, True),
+        (0.1, {"weight_decay": 5.0}, True, True),
+        (0.0, {"weight_decay": 5.0, "factor_weight_decay": 0.0}, False, True),
+        (None, {"weight_decay": 0.0, "factor_weight_decay": 5.0}, True, False),
+    ):
+        optimizer, resumed = (build(params, lr=1e-2, weight_decay=given) for _ in range(2))
+        optimizer.param_groups[0].update(edit)
+        resumed.load_state_dict(optimizer.state_dict())
+        for either in (optimizer, resumed):
+            delta, weight = left_over(either)
+            assert (weight < 0.95) == rest and (delta < 0.95) == factors, (given, edit, delta, weight)
 
 
 @every_optimizer
@@ -212,6 +271,24 @@ def test_add_param_group(build) -> None:
         torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-12, atol=0)
 
 
+def test_parameters_without_names_are_taken_beside_a_model() -> None:
+    model, head = make_model("ours"), nn.Linear(9, 2).double()
+    optimizer = lk.AdamW(model, lr=1e-2)
+    optimizer.add_param_group({"params": head.weight, "lr": 0.1})
+    optimizer.add_param_group({"params": (p for p in [head.bias])})
+    assert [group["param_names"] for group in optimizer.param_groups[1:]] == [["param_groups[1][0]"], ["param_groups[2][0]"]]
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [head.bias]})
+    with pytest.raises(TypeError, match="can only optimize Tensors"):
+        optimizer.add_param_group({"params": [1.0]})
+    before = head.weight.detach().clone()
+    nn.Sequential(model, head)(torch.ones(1, 12).double()).sum().backward()
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+    resumed = lk.AdamW([{"params": trainable(model)}, {"params": [head.weight]}, {"params": [head.bias]}])
+    resumed.load_state_dict(optimizer.state_dict())
+
+
 @every_optimizer
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_and_accumulation_change_nothing(build, reentrant: bool) -> None:
@@ -293,6 +370,80 @@ def test_a_parameter_that_is_unfrozen_late_starts_anew(build) -> None:
     torch.testing.assert_close(head.weight.detach(), expected, rtol=0, atol=1e-6 * lr)
 
 
+@every_optimizer
+def test_warnings_name_the_line_that_led_to_them(build) -> None:
+    model = make_model("peft", dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(ValueError):  # OPLoRA, which must see the layers
+            build(model.named_parameters())
+        optimizer = build(model, nonfinite_grads="skip")
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)  # wraps step()
+        for p in trainable(model):
+            p.grad = torch.full_like(p, torch.inf)
+        optimizer.step()
+        scheduler.step()
+    ours = [w for w in caught if type(optimizer).__name__ in str(w.message)]
+    assert ["infinite" in str(w.message) for w in ours] == [False] * (len(ours) - 1) + [True]
+    assert len(ours) == (1 if isinstance(optimizer, (lk.AdamW, lk.OPLoRA)) else 2)
+    assert {w.filename for w in ours} == {__file__}
+
+
+@every_optimizer
+def test_a_scale_that_is_not_the_layers_goes_unused_with_a_warning(build) -> None:
+    model = make_model("ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(model, scale=0.7)
+        if build is OPTIMIZERS["AdamW"]:
+            build(model, scale=2.0)  # which needs none
+            return
+    for params in (model, model.parameters()):
+        with pytest.warns(UserWarning, match=r"scale=2.0 .* has s = 0.7") as caught:
+            optimizer = build(params, scale=2.0)
+        assert len(caught) == 1 and {pair.scale for pair in optimizer._pairs} == {0.7}
+
+
+@every_optimizer
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_the_partner_of_a_frozen_factor_goes_on(build, side: str) -> None:
+    """Frozen before the first step and thawed later, as if its gradient had been None; LoRA-FA freezes every A."""
+    model, twin = make_model("ours"), make_model("ours")
+    optimizer, other = build(model.named_parameters(), scale=0.7), build(twin.named_parameters(), scale=0.7)
+    if isinstance(optimizer, lk.OPLoRA) or optimizer.defaults.get("freeze_idle"):
+        pytest.skip("moves both factors or none, or freezes and thaws them itself")
+    halves = [getattr(pair, side).requires_grad_(False) for pair in pairs(model)]
+    before = [p.detach().clone() for p in halves]
+    for step in range(12):
+        run(model, optimizer, step, step + 1)
+        other.zero_grad()
+        loss_of(twin, step).backward()
+        for pair in pairs(twin):
+            getattr(pair, side).grad = None
+        other.step()
+    if not isinstance(optimizer, lk.SDSLoRA):  # which balances both factors after the tenth step
+        assert all(torch.equal(p, q) for p, q in zip(halves, before, strict=True))
+    for p in halves:
+        p.requires_grad_(True)
+    run(model, optimizer, 12, 15)
+    run(twin, other, 12, 15)
+    for p, q in zip(pairs(model), pairs(twin), strict=True):
+        assert pair_delta(p).any() == (side != "B" or bool(pair_delta(q).any()))
+        torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-10, atol=1e-13)
+
+
+@every_optimizer
+def test_a_layer_that_was_frozen_before_the_first_step_is_trained_once_it_is_thawed(build) -> None:
+    model = make_model("ours")
+    optimizer = build(model)
+    frozen = [pairs(model)[1].A.requires_grad_(False), pairs(model)[1].B.requires_grad_(False)]
+    run(model, optimizer, 0, 14)
+    assert not any(optimizer.state[p] for p in frozen) or optimizer.defaults.get("freeze_idle")  # reading leaves empty states behind
+    start = [p.requires_grad_(True).detach().clone() for p in frozen]
+    run(model, optimizer, 14, 18)
+    assert not any(torch.equal(p, before) for p, before in zip(frozen, start, strict=True))
+
+
 def launches_per_step(build, layers: int) -> list[int]:
     model = make_model("ours", rank=2, dtype=torch.float32, shapes=[(12, 12)] * (layers - 1) + [(9, 12)])
     optimizer = build(model, lr=1e-4)
@@ -316,6 +467,49 @@ def test_launches_do_not_depend_on_the_number_of_layers(build) -> None:
         assert max(counts) > 0, "the compiled code ran, but counted no launch"
     else:
         assert build not in (OPTIMIZERS["AdamW"], OPTIMIZERS["SDSLoRA"]), "was the native extension built?"
+
+
+def test_numbers_of_numpy_are_taken_and_become_pythons() -> None:
+    model = make_model("ours")
+    number = np.int64(3)
+    for optimizer in (
+        lk.SDSLoRA(model, lr=np.float64(1e-3), total_steps=np.int64(1000), warmup_steps=number, phases=number),
+        lk.ODLoRA(model, lr=np.float32(1e-3), total_steps=np.int64(1000), rounds=number, round_steps=number),
+        lk.OPLoRA(model, lr=np.float64(1e-3), sweeps=number, momentum_rank=number, seed=number),
+        lk.AdamW([{"params": trainable(model), "lr": np.float64(1e-3)}]),
+    ):
+        assert not any(isinstance(value, np.generic) for value in optimizer.param_groups[0].values())
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    with pytest.raises(ValueError, match="total_steps must be a positive integer, got 5.0"):
+        lk.SDSLoRA(model, total_steps=np.float64(5))
+
+
+@every_optimizer
+def test_why_there_is_no_pair(build) -> None:
+    ratio = {"lr_ratio": 16.0} if "AdamW" in type(build(make_model("ours"))).__name__ else {}
+    cores = lk.adapt(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), rank=2, method="xs")
+    for p in pairs(cores):
+        nn.init.normal_(p.A), nn.init.normal_(p.B)
+    with pytest.raises(ValueError, match="no pair .* the model has 2 cores .*method='xs'.* LoRASB"):
+        build(cores, **ratio)
+    for road in ("ours", "peft"):
+        model = make_model(road)
+        for pair in pairs(model):
+            pair.A.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"no pair .* of .*0.* and 2 more only B is among them, its partner is frozen"):
+            build(model, **ratio)
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        with pytest.raises(ValueError, match="no pair .* only B is among|no pair .*lora_B.* have no partner"):
+            build(trained, **ratio)
+        for pair in pairs(model):
+            pair.B.requires_grad_(False)
+        with pytest.raises(ValueError, match="no pair .* the model's 3 pairs are frozen"):
+            build(nn.ModuleList([model, nn.Linear(2, 2)]), **ratio)
+    with pytest.raises(ValueError, match=r"no pair .*Pass the adapted model itself"):
+        build(make_model("peft").parameters(), **ratio)
 
 
 def takes(build, *names: str) -> bool:
@@ -347,8 +541,9 @@ def test_adamws_checks(build) -> None:
                 build(model, **bad)
     with pytest.raises(RuntimeError, match="fused"):
         build(model, fused=True, foreach=True)
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        build(model, learning_rate=1.0)
+    name = type(build(model)).__name__
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'maximise'; did you mean maximize\?"):
+        build(model, maximise=True)
     with pytest.raises(TypeError, match="iterable of tensors"):
         build(trainable(model)[0])
     build(model, fused=True), build(model, foreach=True)

@@ -509,10 +509,14 @@ def test_peft_embeddings_convolutions_and_dora_are_left_to_adamw_with_one_notice
     # A, B and magnitude of the embedding and of the convolution, and the magnitude of the linear layer.
     assert text.startswith("AltLoRAPlus: 7 adapter parameter(s)") and "get AdamW" in text and notice.filename == __file__
     assert "embedding" in text and "head" not in text
-    yardstick = torch.optim.AdamW([nn.Parameter(torch.empty(0))], lr=1e-2)
-    others = [p for n, p in model.named_parameters() if p.requires_grad and "up.lora_A" not in n and "up.lora_B" not in n]
+    names = [n for n, p in model.named_parameters() if p.requires_grad and "up.lora_A" not in n and "up.lora_B" not in n]
+    others = [model.get_parameter(n) for n in names]
     twins = [nn.Parameter(p.detach().clone()) for p in others]
-    yardstick.add_param_group({"params": twins})
+    decays = [0.0 if "lora_" in n else 0.01 for n in names]
+    yardstick = torch.optim.AdamW(
+        [{"params": [twin], "weight_decay": decay} for twin, decay in zip(twins, decays, strict=True)],
+        lr=1e-2,
+    )
     for step in range(5):
         train_peft(model, optimizer, step, step + 1)
         for p, twin in zip(others, twins, strict=True):

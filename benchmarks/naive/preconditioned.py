@@ -131,10 +131,15 @@ class LoRAProLayer(_Layer):
         self.sylvester = sylvester
 
     def step(self, grad_A: Tensor | None, grad_B: Tensor | None) -> None:
-        """``g_A = s⁻²(BᵀB)⁻¹∂A + XA``, ``g_B = s⁻²[I - B(BᵀB)⁻¹Bᵀ]∂B(AAᵀ)⁻¹ - BX``; without both gradients there is no step."""
-        if grad_A is None or grad_B is None:
-            return
+        """``g_A = s⁻²(BᵀB)⁻¹∂A + XA``, ``g_B = s⁻²[I - B(BᵀB)⁻¹Bᵀ]∂B(AAᵀ)⁻¹ - BX``; a factor alone: ``s⁻²(BᵀB)⁻¹∂A`` or
+        ``s⁻²∂B(AAᵀ)⁻¹``, which then is the step that is closest to G."""
         A, B = self.A, self.B
+        if grad_A is None or grad_B is None:
+            if grad_A is not None:
+                self.adamw("A", self.inverse(B.T @ B) @ grad_A / self.s**2)
+            if grad_B is not None:
+                self.adamw("B", grad_B @ self.inverse(A @ A.T) / self.s**2)
+            return
         inverse_B, inverse_A = self.inverse(B.T @ B), self.inverse(A @ A.T)
         g_A = inverse_B @ grad_A / self.s**2
         g_B = (grad_B - B @ (inverse_B @ (B.T @ grad_B))) @ inverse_A / self.s**2

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, moments, state_dtype
+from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, Position, moments, state_dtype
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
@@ -28,16 +28,19 @@ class AltLoRA(PreconditionedOptimizer):
     Args:
         params, lr, maximize, scale, lr_ratio, …: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with
             its default betas, eps and weight decay.
-        momentum: β₁, without bias correction.
+        momentum: β₁, without bias correction. OneCycleLR and CyclicLR, where they find ``betas``, cycle those (here of the parameters
+            that are no factors) and leave ``momentum``: pass them ``cycle_momentum=False`` and schedule ``momentum`` yourself.
         weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
         order: whose turn is first: "B" (B = 0 at the start, so A's gradient is zero), "A", or "joint": both in every step, from the
             factors as they were. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
         damping: δ, absolute.
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
-            DistributedDataParallel and torch.compile do not like parameters whose ``requires_grad`` changes.
+            DistributedDataParallel and torch.compile do not like parameters whose ``requires_grad`` changes. It is the optimizer's
+            then: a factor that you froze is thawed at its turn, and after the last step half of the factors stay frozen, which
+            ``for p in optimizer.param_groups[0]["params"]: p.requires_grad_(True)`` undoes.
 
-    State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. ``group["late"]``
-    holds the positions of factors that missed their last turn.
+    State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. A frozen factor has
+    it too if its partner is trained. ``group["late"]`` holds the positions of factors that missed their last turn.
     """
 
     factors_share_steps = True
@@ -61,6 +64,11 @@ class AltLoRA(PreconditionedOptimizer):
         rank = min(part.shape)
         drift = torch.zeros(rank, rank, dtype=state_dtype(part.dtype), device=part.device)
         return {**moments(part, "exp_avg"), "drift": drift}
+
+    def _reads_of_frozen(self) -> frozenset[Position]:
+        # What moves a factor is written into its partner's drift.
+        partners = {p: q for pair in self._pairs for p, q in ((pair.a, pair.b), (pair.b, pair.a))}
+        return frozenset(q for p, q in partners.items() if self._at(p).requires_grad)
 
     def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
         """How the moment step differs from AdamW's."""

@@ -6,13 +6,17 @@ A method is a subclass that says what happens to the factors of each pair; every
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from difflib import get_close_matches
+from numbers import Integral, Real
 from operator import attrgetter
-from typing import Any, TypeAlias, TypedDict
+from os.path import dirname, join
+from typing import Any, Never, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +124,27 @@ def shard_group(tensor: Tensor) -> Any:
     return tensor.device_mesh.get_group(dims[0][0]) if dims else None  # type: ignore[attr-defined]
 
 
+#: Where no line of the user's stands.
+_OUR_AND_TORCHS_CODE = (join(dirname(dirname(__file__)), ""), join(dirname(torch.__file__), ""))
+
+
+def _warn(message: str) -> None:
+    """Warn at the line of the user's code that has led here: how many of ours and of torch's lie between depends on the method."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OUR_AND_TORCHS_CODE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def pythons_number(value: Any) -> Any:
+    """A number of another library (NumPy's) as Python's, which checkpoints can hold; anything else as it is."""
+    if type(value) in (int, float, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
 _FLAT = (
     "FSDP1 (FullyShardedDataParallel) and DeepSpeed ZeRO flatten parameters, and a factor that is no matrix cannot be paired; "
     "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
@@ -167,16 +192,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
         params: what ``torch.optim.AdamW`` takes (tensors, dicts of groups, named parameters), or the model itself
             (then its trainable parameters). Factors are paired by our adapters or by name; s is read from the module
             when the model is given. Adapter parameters that are no pair of matrices (LoRA on embeddings and convolutions,
-            DoRA's magnitudes) get AdamW; one warning names them.
+            DoRA's magnitudes) and lone factors get AdamW, with the factors' weight decay; one warning names them.
         lr, betas, eps, maximize: as ``torch.optim.AdamW``.
         capturable: ``step()`` reads nothing on the host and can be captured in a CUDA graph, after one ordinary step, which makes the
             state and the device tables. The graph keeps what the host knew when it was captured: numbers (an lr to be scheduled must be
             a tensor on the device, changed in place), and which parameters have a gradient.
-        weight_decay: decoupled, multiplied by lr. None means 0 for factors and AdamW's 0.01 for everything else; a
-            number holds for both. In a group they stand as ``factor_weight_decay`` and ``weight_decay``.
+        weight_decay: decoupled, multiplied by lr. None means 0 for adapters and AdamW's 0.01 for everything else; a
+            number holds for both. In a group, ``weight_decay`` is that of everything else, and of factors too where
+            ``factor_weight_decay`` is None, which a number makes it; a number there is that of factors. Both may be edited.
         amsgrad, differentiable: not supported; True is an error.
         foreach, fused: accepted as ``torch.optim.AdamW`` accepts them; there is one, fused, implementation.
-        scale: s of every pair whose module is not known (only tensors or names were given).
+        scale: s of every pair whose module is not known (only tensors or names were given). Where it is known, its s is taken; a
+            warning says so if that is another.
         lr_ratio: the learning rate of every B over that of its A (LoRA+, Hayou et al. 2024); 1 is AdamW's.
         nonfinite_grads: what a step does that meets an infinite or NaN gradient: "keep" computes with it, as torch does, and looks at
             nothing; "skip" changes nothing, neither parameters nor state nor counters, counts it in ``skipped_steps``, and warns the
@@ -222,8 +249,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         atomic: bool = False,
         model: nn.Module | None = None,
         method_defaults: dict[str, Any] | None = None,
+        **unknown: Never,
     ) -> None:
         name = type(self).__name__
+        if unknown:
+            given = next(iter(unknown))
+            taken = {*inspect.signature(type(self)).parameters, *AdamWOptions.__annotations__}
+            meant = "".join(f"; did you mean {close}?" for close in get_close_matches(given, taken, 1))
+            raise TypeError(f"{name}() got an unexpected keyword argument {given!r}{meant}")
         if amsgrad:
             raise ValueError(f"{name}: amsgrad=True is not supported; leave it out")
         if differentiable:
@@ -249,6 +282,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._cores: list[Core] = []
         self._factors: list[frozenset[int]] = []
         self._second_factors: list[frozenset[int]] = []
+        #: What belongs to an adapter and is no factor here: weight decay is the factors', the rest AdamW's.
+        self._lone_factors: list[frozenset[int]] = []
         self._kinds: list[dict[bool, list[tuple[bool, bool, list[int]]]]] = []
         self._scale = scale
         self._constructed = False
@@ -267,7 +302,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             method=name,
             **(method_defaults or {}),
         )
-        super().__init__(self._groups_of(params), defaults)
+        super().__init__(self._groups_of(params), {key: pythons_number(value) for key, value in defaults.items()})
         self._constructed = True
         self._find_pairs(known, since_group=0)
 
@@ -290,27 +325,44 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return list(params)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; pairs among the new parameters (and with unpaired older ones) are found. If it raises, nothing was added."""
+        """As torch's; pairs among the new parameters (and with unpaired older ones) are found. If it raises, nothing was added.
+
+        Parameters without names are taken beside named ones (a model's have names), and are named by their positions.
+        """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
+            for key, value in param_group.items():
+                param_group[key] = pythons_number(value)
             self._check_hyperparameters({**self.defaults, **param_group})
             if isinstance(param_group.get("params"), nn.Module):
                 raise TypeError(f"{type(self).__name__}: params of a group must be tensors, got a module; pass its parameters()")
-        before = list(self._pairs), list(self._cores), self._factors, self._second_factors, self._kinds
+            param_group = self._named_as_the_others(param_group)
+        before = list(self._pairs), list(self._cores), self._factors, self._second_factors, self._lone_factors, self._kinds
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             self._check_parameters(group)
             decay = group["weight_decay"]
-            group["factor_weight_decay"] = 0.0 if decay is None else decay
+            group["factor_weight_decay"] = 0.0 if decay is None else None  # None: as everything else
             group["weight_decay"] = REST_WEIGHT_DECAY if decay is None else decay
             group["step"], group["cleared_at"], group["missed"] = 0, 0, {}
             if self._constructed:
                 self._find_pairs([], since_group=len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
-            self._pairs, self._cores, self._factors, self._second_factors, self._kinds = before
+            self._pairs, self._cores, self._factors, self._second_factors, self._lone_factors, self._kinds = before
             self._buckets = (None, [])
             raise
+
+    def _named_as_the_others(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """The group, its parameters with names if those of the other groups have names, which torch wants of all or none."""
+        params = param_group.get("params")
+        if not (self.param_groups and "param_names" in self.param_groups[0]) or "param_names" in param_group or isinstance(params, set):
+            return param_group
+        params = [params] if isinstance(params, Tensor) else list(params or ())
+        if not all(isinstance(p, Tensor) for p in params):
+            return {**param_group, "params": params}
+        number = len(self.param_groups)
+        return {**param_group, "params": [(f"param_groups[{number}][{index}]", p) for index, p in enumerate(params)]}
 
     def _check_parameters(self, group: dict[str, Any]) -> None:
         """Refuse parameters that no step can train."""
@@ -366,7 +418,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             named += zip(group.get("param_names", ()), group["params"], strict=False)
         ours = [own_pair("", layer) for layer in owners().values()]  # type: ignore[arg-type]
-        unknown_scale = False
+        unknown_scale, unlike = False, None
         for pair in [*known, *ours, *pairs_by_name(named)]:
             if pair.core is not None:
                 position = positions.get(id(pair.core))
@@ -382,6 +434,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 continue
             scale = pair.scale if pair.scale is not None else self._scale
             unknown_scale |= scale is None
+            if self._scale is not None and scale != self._scale:
+                unlike = unlike or f"{pair.name or self._name_at(a)} has s = {scale:g}"
             holds_bases, name = hasattr(pair.layer, "q_a"), pair.name or self._name_at(a)
             if self.factors_share_steps and self.param_groups[a[0]]["step"] != self.param_groups[b[0]]["step"]:
                 raise ValueError(f"{type(self).__name__}: A and B of {name} were added at different steps; add both in one add_param_group")
@@ -398,34 +452,69 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     f"{name}: found no core lora_R among the {sum(len(g['params']) for g in self.param_groups)} parameters; "
                     "adapt the model with method='xs', and pass it or its parameters"
                 )
-            raise ValueError(
-                f"{name}: found no pair of low-rank factors among the {sum(len(g['params']) for g in self.param_groups)} parameters. "
-                "Pass the adapted model itself, or model.named_parameters() with names such as '….lora_A[.adapter].weight' and "
-                "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt"
-            )
+            raise ValueError(f"{name}: {self._why_no_pair(known, ours, named)}")
+        ratio = next((group["lr_ratio"] for group in self.param_groups if group["lr_ratio"] != 1.0), None)
+        if ratio is not None and self.trains_pairs and not self._pairs:
+            raise ValueError(f"{name}: lr_ratio={ratio} is the lr of B over that of A, but {self._why_no_pair(known, ours, named)}")
         positions_of_factors = [position for pair in self._pairs for position in (pair.a, pair.b)]
         positions_of_factors += [core.position for core in self._cores]
         groups = range(len(self.param_groups))
         self._factors = [frozenset(i for g, i in positions_of_factors if g == index) for index in groups]
         self._second_factors = [frozenset(pair.b[1] for pair in self._pairs if pair.b[0] == index) for index in groups]
+        lone = {p for x in (*known, *ours) for tensor in (x.A, x.B, x.core) if (p := positions.get(id(tensor))) is not None}
+        names = [group.get("param_names", ()) for group in self.param_groups]
+        lone |= {(g, i) for g in groups for i, name_ in enumerate(names[g]) if is_adapter_parameter(name_) and i not in self._factors[g]}
+        self._lone_factors = [frozenset(i for g, i in lone if g == index) for index in groups]
         self._kinds = [{own_lr: self._by_kind(index, own_lr) for own_lr in (False, True)} for index in groups]
         self._buckets = (None, [])
         self._accept_pairs()
         if unknown_scale and self.requires_pairs:
-            warnings.warn(
-                f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…",
-                stacklevel=4,
+            _warn(f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…")
+        if unlike and self.requires_pairs:
+            _warn(
+                f"{name}: scale={self._scale} is for pairs whose layer is not known and goes unused where it is: {unlike}, from its layer"
             )
         if self.requires_pairs:
             self._notice_unpaired(range(since_group, len(self.param_groups)))
 
+    def _why_no_pair(self, known: list[Pair], ours: list[Pair], named: list[tuple[str, Tensor]]) -> str:
+        """What to say when there is none: where cores, frozen or lone factors are the reason, that."""
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        found = f"found no pair of low-rank factors among the {len(held)} parameters"
+        layers = [*known, *ours]
+        if cores := len({id(pair.core) for pair in layers if pair.core is not None} & held):
+            return f"{found}: the model has {cores} cores between constant factors (method='xs'); train them with LoRASB, or plain AdamW"
+        lone: dict[int, Pair] = {}
+        for pair in layers:
+            if (id(pair.A) in held) != (id(pair.B) in held):
+                lone.setdefault(id(pair.A), pair)
+        if lone:
+            first = next(iter(lone.values()))
+            which = f"{first.name or 'one layer'}{f' and {len(lone) - 1} more' if len(lone) > 1 else ''}"
+            side, partner = ("A", first.B) if id(first.A) in held else ("B", first.A)
+            return (
+                f"{found}: of {which} only {side} is among them, its partner {'was left out' if partner.requires_grad else 'is frozen'}. "
+                "Pass both, as model.named_parameters() does (frozen ones stay as they are), or train lone factors with AdamW"
+            )
+        if known and not any(p.requires_grad for pair in known for p in (pair.A, pair.B, pair.core) if p is not None):
+            return f"{found}: the model's {len(known)} pairs are frozen; call requires_grad_(True) on their factors first"
+        if left := [n for n, _ in named if is_adapter_parameter(n)]:
+            return (
+                f"{found}: {', '.join(left[:4])}{', …' if len(left) > 4 else ''} have no partner among them that fits. Pass the adapted "
+                "model itself, or all of model.named_parameters(), frozen factors too"
+            )
+        return (
+            f"{found}. Pass the adapted model itself, or model.named_parameters() with names such as '….lora_A[.adapter].weight' and "
+            "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt"
+        )
+
     def _by_kind(self, group_index: int, second_has_own_lr: bool, among: Iterable[int] | None = None) -> list[tuple[bool, bool, list[int]]]:
-        """``(factors?, Bs with an lr of their own?, indices)`` of the parameters of a group that agree in both."""
-        factors, second = self._factors[group_index], self._second_factors[group_index]
-        kinds: defaultdict[tuple[bool, bool], list[int]] = defaultdict(list)
+        """``(factors?, Bs with an lr of their own?, indices)`` of the parameters of a group that agree in both and in weight decay."""
+        factors, second, lone = (of[group_index] for of in (self._factors, self._second_factors, self._lone_factors))
+        kinds: defaultdict[tuple[bool, bool, bool], list[int]] = defaultdict(list)
         for index in range(len(self.param_groups[group_index]["params"])) if among is None else among:
-            kinds[index in factors, second_has_own_lr and index in second].append(index)
-        return [(*kind, members) for kind, members in kinds.items()]
+            kinds[index in factors, second_has_own_lr and index in second, index in lone].append(index)
+        return [(is_factor, is_second, members) for (is_factor, is_second, _), members in kinds.items()]
 
     def _notice_unpaired(self, groups: Iterable[int]) -> None:
         """Say once, by name, which adapter parameters the method does not reach."""
@@ -437,11 +526,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         ]
         if left:
             kinds = f"convolutions{' in groups, transposed or 3-d' if self.trains_convolutions else ''}"
-            warnings.warn(
+            _warn(
                 f"{type(self).__name__}: {len(left)} adapter parameter(s) are no {'pair of matrices' if self.trains_pairs else 'cores'} "
                 f"(embeddings, {kinds}, DoRA's magnitudes, lone factors) and get AdamW: "
-                f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}",
-                stacklevel=5,
+                f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}"
             )
 
     def _name_at(self, position: Position) -> str:
@@ -621,7 +709,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self._nonfinite_grads == "raise":
             raise FloatingPointError(f"{type(self).__name__}: {which} is infinite or NaN; nothing was changed")
         if not self.skipped_steps:
-            warnings.warn(f"{type(self).__name__}: {which} is infinite or NaN; such steps are skipped", stacklevel=5)
+            _warn(f"{type(self).__name__}: {which} is infinite or NaN; such steps are skipped")
         self.skipped_steps += 1
         return True
 
@@ -689,20 +777,28 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _create_state(self) -> None:
         """Every key of every parameter's state, at once, in its final shape."""
-        if len(self.state) == sum(len(group["params"]) for group in self.param_groups):
+        if len(self.state) == sum(len(group["params"]) for group in self.param_groups) and all(self.state.values()):
             return
+        wanted = self._reads_of_frozen()
         for group_index, group in enumerate(self.param_groups):
             if group["capturable"] and not isinstance(group["step"], Tensor):
                 group["step"] = torch.tensor(float(group["step"]), device=group["params"][0].device)
             parts = None
             for index, p in enumerate(group["params"]):
-                if p.requires_grad and p not in self.state:
-                    if due := int(self._updates_due(group_index, index)):
-                        group["missed"][index] = due
+                # Asked for what it lacks, torch's defaultdict has an empty state, which is none, unless the method keeps none.
+                if not self.state.get(p) and (p.requires_grad or (group_index, index) in wanted):
                     parts = self._trained_parts(group_index) if parts is None else parts
                     part = p[parts[index]] if index in parts else p
                     is_factor = index in self._factors[group_index]
-                    self.state[p] = self._factor_state(group, part) if is_factor else moments(part, "exp_avg", "exp_avg_sq")
+                    state = self._factor_state(group, part) if is_factor else moments(part, "exp_avg", "exp_avg_sq")
+                    if state or p not in self.state:
+                        if due := int(self._updates_due(group_index, index)):
+                            group["missed"][index] = due
+                        self.state[p] = state
+
+    def _reads_of_frozen(self) -> frozenset[Position]:
+        """Factors that get state though they may be frozen, since a step of their partners reads or writes it."""
+        return frozenset()
 
     def _updates_due(self, group_index: int, index: int) -> int | Tensor:
         """How many updates, counted since its moments were zero, the parameter has had if it always had a gradient."""
@@ -740,6 +836,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """The learning rate of a group, or of the Bs in it."""
         return group["lr"] * group["lr_ratio"] if is_second and group["lr_ratio"] != 1.0 else group["lr"]
 
+    @staticmethod
+    def _factor_decay(group: dict[str, Any]) -> float | Tensor:
+        """The weight decay of the factors of a group."""
+        return group["weight_decay"] if group["factor_weight_decay"] is None else group["factor_weight_decay"]
+
     def _adamw(
         self,
         group_index: int,
@@ -755,7 +856,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     ) -> None:
         """One call of ``grouped_adamw_`` on parameters (and gradients, where the caller has read them) of which ``parts`` are trained;
         ``fit``: the gradients are known to fit; ``options`` replace what AdamW would pass."""
-        group = self.param_groups[group_index]
+        group, lone = self.param_groups[group_index], self._lone_factors[group_index]
         params = [group["params"][index] for index in members] if params is None else params
         grads = list(map(_grad, params)) if grads is None else grads
         of_params = states(self.state, params)
@@ -769,7 +870,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "lr": self._lr(group, is_second),
             "betas": group["betas"],
             "eps": group["eps"],
-            "weight_decay": group["factor_weight_decay" if is_factor else "weight_decay"],
+            "weight_decay": self._factor_decay(group) if is_factor or members[0] in lone else group["weight_decay"],
             "step": self._updates_due(group_index, members[0]),
             "missed": missed if any(missed) else (),
             "maximize": group["maximize"],
@@ -783,7 +884,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Zero the factors' moments in the groups of these pairs and restart their bias correction; other state stays."""
         for group_index in {position[0] for pair in cleared for position in (pair.a, pair.b)}:
             group, factors = self.param_groups[group_index], self._factors[group_index]
-            torch._foreach_zero_([value for i in factors for value in self.state[group["params"][i]].values()])
+            values = [value for i in factors for value in self.state.get(group["params"][i], {}).values()]
+            if values:  # none, where all were frozen so far
+                torch._foreach_zero_(values)
             group["cleared_at"] = group["step"].clone() if isinstance(group["step"], Tensor) else group["step"]
             group["missed"] = {i: n for i, n in group["missed"].items() if i not in factors}
 
@@ -872,7 +975,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_kinds", "_scale", "_constructed")
+        pairing = ("_pairs", "_cores", "_factors", "_second_factors", "_lone_factors", "_kinds", "_scale", "_constructed")
         kept = (*pairing, "_nonfinite_grads", "_atomic", "skipped_steps", "_torn")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 

@@ -56,6 +56,15 @@ def _half(pair_a: bool, rank: int, decoupled: bool, idle: bool) -> tuple[slice, 
     return (slice(None), last if decoupled != idle else first)
 
 
+def _no_wider_than_tall(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same ``left @ rightᵀ`` with no more columns than rows: in a layer narrower than 2r, I and the product itself."""
+    rows = min(len(left), len(right))
+    if left.shape[1] <= rows:
+        return left, right
+    identity = torch.eye(rows, dtype=left.dtype, device=left.device)
+    return (identity, right @ left.mT) if len(left) == rows else (left @ right.mT, identity)
+
+
 def _renew(factors: Sequence[Tensor], bases: Sequence[Tensor], polar: bool) -> None:
     """Write orthonormal bases of the factors' ranges over the old ones, whose signs QR keeps."""
     if polar:
@@ -210,7 +219,10 @@ class DecoupledOptimizer(LowRankOptimizer):
 
     def _truncated_svds(self, due: list[FactorPair]) -> Iterator[tuple[DecoupledFactors, Tensor, Tensor, Tensor]]:
         """Makes the pairs decoupled with ``Q_A = V_r``, ``Q_B = U_r`` of their ΔW = sUΣVᵀ (from thin factors, d_out × d_in is
-        never formed), and hands back their views and ``U_r, Σ_r, V_r``; A and B are the caller's to write."""
+        never formed), and hands back their views and ``U_r, Σ_r, V_r``; A and B are the caller's to write.
+
+        All in the dtype of the state: what is written into 16-bit factors and bases is rounded then, and once.
+        """
         layers = owners()
         for pairs in self._alike(due):
             group = self.param_groups[pairs[0].a[0]]
@@ -221,14 +233,23 @@ class DecoupledOptimizer(LowRankOptimizer):
             if decoupled:
                 lefts = [torch.cat([v.q_b, b], dim=1) for v, b in zip(old, lefts, strict=True)]
                 rights = [torch.cat([a, v.q_a.mT], dim=1) for v, a in zip(old, rights, strict=True)]
-            us, ss, vs = self._svd_products(lefts, rights, self._rank(pairs[0]))
-            for pair, u, sigma, v in zip(pairs, us, ss, vs, strict=True):
+            wide = state_dtype(lefts[0].dtype)
+            thin = [_no_wider_than_tall(left.to(wide), right.to(wide)) for left, right in zip(lefts, rights, strict=True)]
+            by_width: defaultdict[int, list[int]] = defaultdict(list)
+            for index, (left, _) in enumerate(thin):
+                by_width[left.shape[1]].append(index)
+            found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+            for members in by_width.values():
+                lefts, rights = [thin[i][0] for i in members], [thin[i][1] for i in members]
+                found.update(zip(members, zip(*self._svd_products(lefts, rights, self._rank(pairs[0])), strict=True), strict=True))
+            for index, pair in enumerate(pairs):
+                u, sigma, v = found[index]
                 new = self._views(pair, layers, decoupled=True)
                 new.q_a.copy_(v.mT)
                 new.q_b.copy_(u)
                 if pair.holds_bases:
                     layers[id(self._at(pair.a))].decoupled = True  # type: ignore[assignment]
-                yield new, u, sigma.to(u.dtype), v
+                yield new, u, sigma, v
 
     def _svd_products(self, lefts: list[Tensor], rights: list[Tensor], rank: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """``grouped_svd_product``, divided among the ranks if that was asked for."""
@@ -354,7 +375,10 @@ class DecoupledOptimizer(LowRankOptimizer):
                     grad[self._half_of(pair, position, self.param_groups[position[0]]["step"], idle=True)] = 0
                     return grad
 
-                handle = parameter.register_hook(zero_idle_half)
+                # torch hooks only what is trained at the moment, and the hook stays when that changes: a frozen one may be thawed.
+                trained = parameter.requires_grad
+                handle = parameter.requires_grad_(True).register_hook(zero_idle_half)
+                parameter.requires_grad_(trained)
                 weakref.finalize(self, handle.remove)
                 self._idle_hooks[position] = (weakref.ref(parameter), handle)
 

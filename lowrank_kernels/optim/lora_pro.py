@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import grouped_eigh, grouped_gram
 from .base import AdamWOptions, LikePairs, ParamsT
-from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 
 
 class LoRAPro(PreconditionedOptimizer):
@@ -20,7 +20,9 @@ class LoRAPro(PreconditionedOptimizer):
         g_B = s⁻² [I - B(BᵀB + δI)⁻¹Bᵀ] ∂B (AAᵀ + δI)⁻¹ - B X
 
     X changes how the step is split between the factors, not (to first order) what it does to ΔW. Everything is taken from the factors as
-    they were; as the terms with X and the projection are r×r maps of the factor itself, no full-size matrix is formed.
+    they were; as the terms with X and the projection are r×r maps of the factor itself, no full-size matrix is formed. Of a pair of
+    which one factor has no gradient (frozen, LoRA-FA), the other's step alone is as close to G as it can be:
+    ``g_A = s⁻² (BᵀB + δI)⁻¹ ∂A`` or ``g_B = s⁻² ∂B (AAᵀ + δI)⁻¹``.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
@@ -54,17 +56,19 @@ class LoRAPro(PreconditionedOptimizer):
             )
 
     def _step_pairs(self, pairs: LikePairs) -> None:
-        group = self._group(pairs, "A")
         with_a, with_b = self._with_gradient(pairs, "A"), self._with_gradient(pairs, "B")
-        if with_a is not pairs or with_b is not pairs:  # the adjusted gradients need both
-            both = set(with_a) & set(with_b)
-            pairs = LikePairs(pair for pair in with_a if pair in both)
-            for side, present in (("A", with_a), ("B", with_b)):
-                for pair in present:
-                    if pair not in both:
-                        self._miss(self._group(present, side), self._position(pair, side)[1])
-        if not pairs:
+        if with_a is pairs and with_b is pairs:
+            self._step_both(pairs)
             return
+        of_a, of_b = set(with_a), set(with_b)
+        if both := LikePairs(pair for pair in with_a if pair in of_b):
+            self._step_both(both)
+        for side, present, others in (("A", with_a, of_b), ("B", with_b, of_a)):
+            if alone := LikePairs(pair for pair in present if pair not in others):
+                self._step_side(alone, side, grad_maps=alone[0].scale ** -2 * self._inverse_grams(alone, OTHER[side]))
+
+    def _step_both(self, pairs: LikePairs) -> None:
+        group = self._group(pairs, "A")
         gram_b, gram_a = self._grams(pairs, "B"), self._grams(pairs, "A")
         inverse_b, inverse_a = self._inverse_grams(pairs, "B", gram_b), self._inverse_grams(pairs, "A", gram_a)
         s = pairs[0].scale ** -2

@@ -34,7 +34,8 @@ class LoRASB(LowRankOptimizer):
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`. ``scale`` is not used:
             s is read from the layers, which must live in this process since they hold A and B.
         update: "adam"; or "sgd", which is ``torch.optim.SGD`` on g, with decoupled weight decay.
-        momentum: μ of ``m ← μ m + g``, for "sgd" only; 0 keeps no state for the cores.
+        momentum: μ of ``m ← μ m + g``, for "sgd" only; 0 keeps no state for the cores. OneCycleLR and CyclicLR cycle ``betas`` instead:
+            pass them ``cycle_momentum=False``.
 
     Raises:
         ValueError: no core among ``params``, arguments out of range; at a step, a core whose factors are zero or rank deficient.
@@ -125,7 +126,7 @@ class LoRASB(LowRankOptimizer):
                 "betas": (group["momentum"], 0.0),
                 "bias_correction": False,
                 "lr": group["lr"] / keep,
-                "weight_decay": group["factor_weight_decay"] * keep,
+                "weight_decay": self._factor_decay(group) * keep,
             }
         members = [cores[i].position[1] for i in active]
         self._adamw(cores[0].position[0], members, is_factor=True, is_second=False, grads=list(grads), **options)

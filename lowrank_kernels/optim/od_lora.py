@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from .base import AdamWOptions, ParamsT
+from .base import AdamWOptions, ParamsT, pythons_number
 from .decoupled import Action, DecoupledOptimizer
 
 
@@ -14,7 +14,8 @@ class ODLoRA(DecoupledOptimizer):
     """OD-LoRA (Algorithm 1): AdamW on A and B of ``ΔW = s(Q_B A + B Q_Aᵀ)`` (Eq. 4), from bases that short rounds have found.
 
     1. ``rounds`` rounds of ``round_steps`` steps, the first as plain LoRA, the others decoupled. After each: ``ΔW ≈ U_rΣ_rV_rᵀ``,
-       ``Q_A = V_r``, ``Q_B = U_r``, ``A = B = 0``, the factors' optimizer state cleared: the model is back at W0.
+       ``Q_A = V_r``, ``Q_B = U_r``, ``A = B = 0``, the factors' optimizer state cleared (a head's is not, as in :class:`SDSLoRA`): the
+       adapted layers are back at W0.
     2. Main run, t = 1, 2, …: up to t = ``round_steps`` on fixed bases; then once ``A = Σ_rV_rᵀ/2s``, ``B = U_rΣ_r/2s``, ``Q_A = V_r``,
        ``Q_B = U_r`` (Eq. 5), state cleared; from there on, after the update of step t, if
        ``t mod ⌈phases·t/(total_steps - rounds·round_steps)⌉ = 0``, the bases are refreshed by QR of Aᵀ and B.
@@ -27,8 +28,6 @@ class ODLoRA(DecoupledOptimizer):
         rounds: N.
         round_steps: T.
         phases, refresh_every, basis, split_work, process_group: see :class:`SDSLoRA`.
-
-    The layers must be at least 2r wide both ways: ΔW has rank up to 2r before it is truncated.
     """
 
     def __init__(
@@ -50,6 +49,7 @@ class ODLoRA(DecoupledOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        rounds, round_steps = pythons_number(rounds), pythons_number(round_steps)
         for key, value in (("rounds", rounds), ("round_steps", round_steps)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"ODLoRA: {key} must be a positive integer, got {value!r}")
@@ -70,16 +70,6 @@ class ODLoRA(DecoupledOptimizer):
             method_defaults={"round_steps": round_steps},
             **options,
         )
-
-    def _accept_pairs(self) -> None:
-        super()._accept_pairs()
-        for pair in self._pairs:
-            d_out, d_in = self._at(pair.b).shape[0], self._at(pair.a).shape[1]
-            if 2 * self._rank(pair) > min(d_out, d_in):
-                raise ValueError(
-                    f"ODLoRA: {pair.name} is {d_out} × {d_in}: rank {self._rank(pair)} is too large, ΔW may have twice that rank "
-                    f"before it is truncated; use at most {min(d_out, d_in) // 2}"
-                )
 
     def _is_decoupled(self, group: dict[str, Any], step: int) -> bool:
         return step >= group["round_steps"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
 from ..pairs import owners
-from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, state_dtype
+from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, pythons_number, state_dtype
 from .capture import Patches, Recorder, watch
 from .early import EarlyWork, start
 from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, random_matrix, widened
@@ -65,7 +65,8 @@ class OPLoRA(LowRankOptimizer):
     Args:
         params, lr, maximize, scale, …: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with its default betas
             and eps. Layers that are not ours need the model: as ``params``, or as ``model`` beside groups.
-        momentum: α of ``M ← αM + G``; 0 keeps no state for the factors.
+        momentum: α of ``M ← αM + G``; 0 keeps no state for the factors. OneCycleLR and CyclicLR cycle ``betas`` instead, which are
+            those of the parameters that are no factors: pass them ``cycle_momentum=False``.
         weight_decay: decoupled, multiplied by lr; of ΔW as a whole, and of the rest. None: 0 for ΔW, AdamW's 0.01 for the rest.
         sweeps: K ≥ 1. One or two are enough in the paper.
         proximal: λ ≥ 0, absolute, in both solves of a sweep (the paper's 1e-3).
@@ -121,6 +122,7 @@ class OPLoRA(LowRankOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        seed = pythons_number(seed)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"OPLoRA: seed must be an integer, got {seed!r}")
         if model is not None and not isinstance(model, nn.Module):
@@ -203,7 +205,8 @@ class OPLoRA(LowRankOptimizer):
         layers, new = owners(), self._pairs[len(self._recorders) :]
         for pair in new:
             group, partner = self._group(pair), self.param_groups[pair.b[0]]
-            different = [key for key in (*self.defaults, "factor_weight_decay") if key != "weight_decay" and group[key] != partner[key]]
+            different = [key for key in self.defaults if key != "weight_decay" and group[key] != partner[key]]
+            different += ["weight_decay"] if self._factor_decay(group) != self._factor_decay(partner) else []
             if different:
                 raise ValueError(
                     f"{type(self).__name__}: A and B of {pair.name} are in groups with different {', '.join(different)}; they move together"
@@ -473,10 +476,11 @@ class OPLoRA(LowRankOptimizer):
         lr, momentum = group["lr"] * (-1.0 if group["maximize"] else 1.0), group["momentum"]
         inverse_scales = torch.tensor([1.0 / pair.scale for pair in pairs], dtype=torch.float64, device=us[0].device)
         steps = -lr * inverse_scales
-        kept = torch.ones_like(steps) - group["lr"] * group["factor_weight_decay"]
+        kept = torch.ones_like(steps) - group["lr"] * self._factor_decay(group)
         terms, coefficients = [(us, vs)], [kept]
         if momentum:
-            terms.append((mus, vs if group["momentum_mode"] == "naive" else mvs))
+            # A term has one dtype: M_U is fp32 where A is 16-bit.
+            terms.append((mus, widened(vs, mus[0].dtype) if group["momentum_mode"] == "naive" else mvs))
             coefficients.append(momentum * steps)
             if group["momentum_mode"] != "lowrank":
                 new_momentum = self._projected_momentum(gradients, mus, mvs, vs)

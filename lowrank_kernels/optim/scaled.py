@@ -51,7 +51,8 @@ class ScaledGD(ScaledAdamW):
 
     Args:
         params, lr: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with its default betas and eps.
-        momentum: μ of ``m ← μ m + ĝ``; 0 keeps no state for the factors.
+        momentum: μ of ``m ← μ m + ĝ``; 0 keeps no state for the factors. OneCycleLR and CyclicLR cycle ``betas`` instead, which are
+            those of the parameters that are no factors: pass them ``cycle_momentum=False``.
         weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
         damping: δ, absolute.
     """
@@ -84,5 +85,5 @@ class ScaledGD(ScaledAdamW):
             "betas": (group["momentum"], 0.0),
             "bias_correction": False,
             "lr": self._lr(group, is_second=side == "B") / keep,
-            "weight_decay": group["factor_weight_decay"] * keep,
+            "weight_decay": self._factor_decay(group) * keep,
         }

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from .base import AdamWOptions, ParamsT
+from .base import AdamWOptions, ParamsT, pythons_number
 from .decoupled import Action, DecoupledOptimizer
 
 
@@ -15,7 +15,8 @@ class SDSLoRA(DecoupledOptimizer):
 
     1. ``warmup_steps`` steps of plain LoRA, ``ΔW = sBA``.
     2. Once: ``sBA = UΣVᵀ``; ``A = ΣVᵀ/2s``, ``B = UΣ/2s``, ``Q_A = V``, ``Q_B = U`` (Eq. 8; ΔW does not change); the
-       factors' optimizer state is cleared, the step counter of Adam's bias correction too.
+       factors' optimizer state is cleared, the step counter of Adam's bias correction too. (By the paper's "all
+       optimizer states" those are meant, here as in :class:`ODLoRA`: they belong to coordinates that are gone. A head's do not.)
     3. Main run, t = 1, 2, …: AdamW on A and B with ``∂A = sQ_BᵀG``, ``∂B = sGQ_A`` (Eq. 6); after the update of step t, if
        ``t mod ⌈phases·t/(total_steps - warmup_steps)⌉ = 0``, the bases are refreshed by QR of Aᵀ and B.
 
@@ -54,6 +55,7 @@ class SDSLoRA(DecoupledOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        warmup_steps = pythons_number(warmup_steps)
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ValueError(f"SDSLoRA: warmup_steps must be a non-negative integer, got {warmup_steps!r}")
         super().__init__(
