@@ -385,6 +385,7 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("decoupled", [False, True], ids=["plain", "decoupled"])
 def test_layer_compiles_without_graph_breaks(decoupled: bool, dropout: float) -> None:
+    torch._dynamo.reset()  # the graphs of other tests' layers count
     layer = lrk.LowRankLinear(nn.Linear(8, 6).requires_grad_(False), 3, 0.7, method="sds", dropout=dropout)
     randomize(layer, decoupled)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -403,6 +404,24 @@ def test_layer_compiles_without_graph_breaks(decoupled: bool, dropout: float) ->
         layer.merged = False
         layer.decoupled = not decoupled  # what an optimizer does in the middle of training
         torch.testing.assert_close(compiled(x), dense(layer, x))
+
+
+@pytest.mark.parametrize("change", ["train", "load", "write"])
+def test_a_compiled_merged_model_sees_new_factors(change: str) -> None:
+    torch._dynamo.reset()
+    model = lrk.merge(adapted_net().eval())
+    compiled = torch.compile(model, backend="aot_eager")
+    layer = model.blocks[1].down
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IDS), model(IDS))
+        if change == "load":
+            model.load_state_dict({name: tensor + (0.5 if "lora_B" in name else 0) for name, tensor in model.state_dict().items()})
+        else:
+            model.train(change == "train")
+            layer.lora_B.add_(0.5)
+            model.eval()
+        y = compiled(IDS)
+        torch.testing.assert_close(y, lrk.unmerge(model)(IDS))
 
 
 def test_autocast_bf16() -> None:

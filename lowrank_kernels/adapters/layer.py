@@ -242,8 +242,8 @@ class LowRankLinear(nn.Module):
         return (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
 
     def _cached_weight(self) -> Tensor:
-        if torch.compiler.is_compiling():  # version counters cannot be traced; a compiled graph takes the cache as it finds it
-            return self.merged_weight() if self._merged_weight is None else self._merged_weight
+        if torch.compiler.is_compiling():  # an exported graph holds the sum and not the cache
+            return self.merged_weight()
         tensors = [self.base_layer.weight, self.lora_A, self.lora_B]
         if self._decoupled:
             tensors += [self.q_a, self.q_b]
@@ -280,6 +280,8 @@ class LowRankLinear(nn.Module):
         """Whether a forward now runs on the merged weight."""
         if not self._merged or self.training:
             return False
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return False  # version counters cannot be traced: a graph with the cache in it would not see a factor change
         trained = (self.lora_R,) if self.method == "xs" else (self.lora_A, self.lora_B)
         return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained))
 
