@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -484,6 +485,53 @@ def test_state_dict_round_trip_restores_the_decoupled_flag() -> None:
         twin.load_state_dict(state, assign=assign)
         assert all(m.decoupled for m in twin.modules() if isinstance(m, lrk.LowRankLinear))
         assert torch.equal(twin(IDS), model(IDS))
+
+
+def copied_in_place(twin: nn.Module, model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for x, y in zip([*twin.parameters(), *twin.buffers()], [*model.parameters(), *model.buffers()], strict=True):
+            x.copy_(y)
+    return twin
+
+
+def averaged(twin: nn.Module, model: nn.Module) -> nn.Module:
+    mean = torch.optim.swa_utils.AveragedModel(twin, use_buffers=True)
+    mean.update_parameters(model)
+    return mean
+
+
+@pytest.mark.parametrize("follow", [copied_in_place, averaged])
+def test_the_decoupled_flag_follows_its_buffer(follow: Callable[[nn.Module, nn.Module], nn.Module]) -> None:
+    model = adapted_net()
+    twin = randomize(copy.deepcopy(model))
+    for layer in twin.modules():
+        if isinstance(layer, lrk.LowRankLinear):
+            layer.decoupled = False
+    assert not torch.allclose(twin(IDS), model(IDS))
+    assert torch.equal(follow(twin, model)(IDS), model(IDS))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert torch.equal(torch.func.functional_call(randomize(adapted_net(), False), tensors, (IDS,)), model(IDS))
+
+
+def test_the_decoupled_flag_is_read_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read waits for the device. DDP writes the buffers before every forward, and only its first time can bring news."""
+    layer = randomize(lrk.LowRankLinear(nn.Linear(8, 6), 3, 0.7, method="sds"))
+    reads, item = [], Tensor.item
+    monkeypatch.setattr(Tensor, "item", lambda self: reads.append(None) or item(self))
+    x = torch.randn(2, 8)
+    layer(x), layer(x)
+    assert len(reads) == 0  # the setter knows what it writes
+    layer.is_decoupled.zero_()
+    assert not layer.decoupled and len(reads) == 1
+    layer(x), layer(x)
+    assert len(reads) == 1
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", nn.Identity())
+    for _ in range(3):
+        layer.is_decoupled.fill_(1)
+        layer(x)
+        assert layer.decoupled and len(reads) == 2
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    assert layer.decoupled and len(reads) == 2
 
 
 def test_meta_device_then_loading() -> None:
