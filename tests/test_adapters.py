@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -385,6 +386,7 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("decoupled", [False, True], ids=["plain", "decoupled"])
 def test_layer_compiles_without_graph_breaks(decoupled: bool, dropout: float) -> None:
+    torch._dynamo.reset()  # the graphs of other tests' layers count
     layer = lrk.LowRankLinear(nn.Linear(8, 6).requires_grad_(False), 3, 0.7, method="sds", dropout=dropout)
     randomize(layer, decoupled)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -403,6 +405,24 @@ def test_layer_compiles_without_graph_breaks(decoupled: bool, dropout: float) ->
         layer.merged = False
         layer.decoupled = not decoupled  # what an optimizer does in the middle of training
         torch.testing.assert_close(compiled(x), dense(layer, x))
+
+
+@pytest.mark.parametrize("change", ["train", "load", "write"])
+def test_a_compiled_merged_model_sees_new_factors(change: str) -> None:
+    torch._dynamo.reset()
+    model = lrk.merge(adapted_net().eval())
+    compiled = torch.compile(model, backend="aot_eager")
+    layer = model.blocks[1].down
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IDS), model(IDS))
+        if change == "load":
+            model.load_state_dict({name: tensor + (0.5 if "lora_B" in name else 0) for name, tensor in model.state_dict().items()})
+        else:
+            model.train(change == "train")
+            layer.lora_B.add_(0.5)
+            model.eval()
+        y = compiled(IDS)
+        torch.testing.assert_close(y, lrk.unmerge(model)(IDS))
 
 
 def test_autocast_bf16() -> None:
@@ -465,6 +485,53 @@ def test_state_dict_round_trip_restores_the_decoupled_flag() -> None:
         twin.load_state_dict(state, assign=assign)
         assert all(m.decoupled for m in twin.modules() if isinstance(m, lrk.LowRankLinear))
         assert torch.equal(twin(IDS), model(IDS))
+
+
+def copied_in_place(twin: nn.Module, model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for x, y in zip([*twin.parameters(), *twin.buffers()], [*model.parameters(), *model.buffers()], strict=True):
+            x.copy_(y)
+    return twin
+
+
+def averaged(twin: nn.Module, model: nn.Module) -> nn.Module:
+    mean = torch.optim.swa_utils.AveragedModel(twin, use_buffers=True)
+    mean.update_parameters(model)
+    return mean
+
+
+@pytest.mark.parametrize("follow", [copied_in_place, averaged])
+def test_the_decoupled_flag_follows_its_buffer(follow: Callable[[nn.Module, nn.Module], nn.Module]) -> None:
+    model = adapted_net()
+    twin = randomize(copy.deepcopy(model))
+    for layer in twin.modules():
+        if isinstance(layer, lrk.LowRankLinear):
+            layer.decoupled = False
+    assert not torch.allclose(twin(IDS), model(IDS))
+    assert torch.equal(follow(twin, model)(IDS), model(IDS))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert torch.equal(torch.func.functional_call(randomize(adapted_net(), False), tensors, (IDS,)), model(IDS))
+
+
+def test_the_decoupled_flag_is_read_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read waits for the device. DDP writes the buffers before every forward, and only its first time can bring news."""
+    layer = randomize(lrk.LowRankLinear(nn.Linear(8, 6), 3, 0.7, method="sds"))
+    reads, item = [], Tensor.item
+    monkeypatch.setattr(Tensor, "item", lambda self: reads.append(None) or item(self))
+    x = torch.randn(2, 8)
+    layer(x), layer(x)
+    assert len(reads) == 0  # the setter knows what it writes
+    layer.is_decoupled.zero_()
+    assert not layer.decoupled and len(reads) == 1
+    layer(x), layer(x)
+    assert len(reads) == 1
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", nn.Identity())
+    for _ in range(3):
+        layer.is_decoupled.fill_(1)
+        layer(x)
+        assert layer.decoupled and len(reads) == 2
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    assert layer.decoupled and len(reads) == 2
 
 
 def test_meta_device_then_loading() -> None:

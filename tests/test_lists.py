@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -145,3 +145,24 @@ def test_torch_without_the_exchange_table() -> None:
     options = ["-q", "-p", "no:cacheprovider", "-k", "compiled", __file__]
     done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+GRAM = torch.eye(4).repeat(2, 1, 1)
+TRACED: dict[str, Callable[..., object]] = {
+    "gram": lambda x, y: ops.grouped_gram([x, y], [y, x]),
+    "qr": lambda x, y: ops.grouped_qr([x, y], [x, y]),
+    "polar": lambda x, y: ops.grouped_polar([x, y]),
+    "solve": lambda x, y: ops.grouped_solve(GRAM, [x, y], 1.0, side="right"),
+    "svd_product": lambda x, y: ops.grouped_svd_product([x, y], [y, x], 2),
+    "lorsum_product": lambda x, y: ops.grouped_lorsum_product([([x], [y])], [y], torch.ones(1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_operations_on_lists_compile_without_graph_breaks(name: str) -> None:
+    torch._dynamo.reset()
+    arguments = torch.randn(9, 4), torch.randn(9, 4)
+    compiled = torch.compile(TRACED[name], fullgraph=True, backend="eager")
+    with torch.no_grad():
+        found, expected = map(torch.utils._pytree.tree_leaves, (compiled(*arguments), TRACED[name](*arguments)))
+    assert all(map(torch.equal, found, expected))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import lora_linear, lora_up
 from ..ops.lora_shared import autocast_dtype
@@ -80,6 +83,9 @@ class LowRankLinear(nn.Module):
     #: Set by optimizers that need the full gradient: called in the backward pass with the adapter's input (tokens, d_in), the gradient of
     #: the layer's output (tokens, d_out), and whether this begins a new accumulation (``lora_B.grad is None``).
     capture: Callable[[Tensor, Tensor, bool], None] | None = None
+    # The buffer and its version of which ``_decoupled`` is the host's copy; the DDP wrapper in whose forward it was read.
+    _decoupled_read: tuple[Tensor, int] | None = None
+    _decoupled_wrapper: weakref.ref[nn.Module] | None = None
     #: Set by :func:`~lowrank_kernels.share_inputs`: the layers that may get the same input.
     shared_input: SharedInput | None = None
 
@@ -169,8 +175,32 @@ class LowRankLinear(nn.Module):
 
     @property
     def decoupled(self) -> bool:
-        """Whether ΔW is ``s(Q_B A + B Q_Aᵀ)``; False: ``s·B A``. Saved with the state, as ``is_decoupled``."""
+        """Whether ΔW is ``s(Q_B A + B Q_Aᵀ)``; False: ``s·B A``. Saved with the state, as ``is_decoupled``.
+
+        The host's copy of that buffer, read anew when the buffer was replaced or written by others (averaged models, broadcasts).
+        While a graph is traced the copy is taken as it is.
+        """
+        if self.method == "sds" and not torch.compiler.is_compiling():
+            buffer, read = self._buffers["is_decoupled"], self._decoupled_read
+            if buffer is not None and (read is None or read[0] is not buffer or read[1] != _state(buffer)[1]):
+                self._read_decoupled(buffer)
         return self._decoupled
+
+    def _read_decoupled(self, buffer: Tensor) -> None:
+        """Bring the host's copy of ``is_decoupled`` up to date, if the buffer has a value that can be read."""
+        if type(buffer) is not Tensor or buffer.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(buffer):
+            return
+        # DDP writes all buffers before every forward. Only the first time it may bring news (one rank has loaded, DDP was made): later
+        # the ranks' optimizers switch together, and a read would stall the device once a layer.
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        before = None if self._decoupled_wrapper is None else self._decoupled_wrapper()
+        same = self._decoupled_read is not None and self._decoupled_read[0] is buffer
+        if wrapper is None or before is not wrapper or not same:
+            with _disable_current_modes():  # what is traced or counted here is the layer's work
+                self._decoupled = bool(buffer.item())
+        if wrapper is not None:
+            self._decoupled_wrapper = weakref.ref(wrapper)
+        self._decoupled_read = buffer, _state(buffer)[1]
 
     @decoupled.setter
     def decoupled(self, value: bool) -> None:
@@ -178,6 +208,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"LowRankLinear: a layer adapted with method={self.method!r} cannot be decoupled; use method='sds'")
         if self.method == "sds":
             self.is_decoupled.fill_(value)
+            self._decoupled_read = self.is_decoupled, _state(self.is_decoupled)[1]
         self._decoupled = bool(value)
 
     @property
@@ -219,7 +250,7 @@ class LowRankLinear(nn.Module):
         """What the factors add to the base layer's weight as it is now."""
         dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        if self._decoupled:
+        if self.decoupled:
             return self.scale * (self.q_b.to(dtype) @ a + b @ self.q_a.to(dtype))
         if self.method == "xs":
             a = self.lora_R.to(dtype) @ a
@@ -242,10 +273,10 @@ class LowRankLinear(nn.Module):
         return (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
 
     def _cached_weight(self) -> Tensor:
-        if torch.compiler.is_compiling():  # version counters cannot be traced; a compiled graph takes the cache as it finds it
-            return self.merged_weight() if self._merged_weight is None else self._merged_weight
+        if torch.compiler.is_compiling():  # an exported graph holds the sum and not the cache
+            return self.merged_weight()
         tensors = [self.base_layer.weight, self.lora_A, self.lora_B]
-        if self._decoupled:
+        if self.decoupled:
             tensors += [self.q_a, self.q_b]
         if self.method == "xs":
             tensors.append(self.lora_R)
@@ -265,7 +296,7 @@ class LowRankLinear(nn.Module):
             if projected is not None:
                 return self._from_projected(x, projected)
         core = self.lora_R if self.method == "xs" else None
-        q_a, q_b = (self.q_a, self.q_b) if self._decoupled else (None, None)
+        q_a, q_b = (self.q_a, self.q_b) if self.decoupled else (None, None)
         adapter = (self.lora_A, self.lora_B, self.scale)
         options: dict[str, Any] = {"q_a": q_a, "q_b": q_b, "core": core, "dropout": self.dropout, "training": self.training}
         if self.capture is not None:
@@ -280,6 +311,8 @@ class LowRankLinear(nn.Module):
         """Whether a forward now runs on the merged weight."""
         if not self._merged or self.training:
             return False
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return False  # version counters cannot be traced: a graph with the cache in it would not see a factor change
         trained = (self.lora_R,) if self.method == "xs" else (self.lora_A, self.lora_B)
         return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained))
 
@@ -308,15 +341,16 @@ class LowRankLinear(nn.Module):
             self.capture(x, grad, self.lora_B.grad is None)
 
     def extra_repr(self) -> str:
-        state = f"decoupled={self._decoupled}, merged={self._merged}"
+        state = f"decoupled={self.decoupled}, merged={self._merged}"
         return f"rank={self.rank}, scale={self.scale:g}, method={self.method!r}, dropout={self.dropout}, {state}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.start_A is None and f"{prefix}start_A" in state_dict:  # the base weight beside it has been changed
             self.start_A, self.start_B = torch.empty_like(self.lora_A), torch.empty_like(self.lora_B)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self.method == "sds" and not self.is_decoupled.is_meta:
-            self._decoupled = bool(self.is_decoupled.item())
+        self._decoupled_read = self._decoupled_wrapper = None
+        if self.method == "sds":
+            self._read_decoupled(self.is_decoupled)  # now: a compiled graph takes the host's copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
         super()._apply(fn, recurse)
@@ -325,7 +359,8 @@ class LowRankLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A merged layer is saved with its factors and the flag; the sum of the weights is computed anew.
-        return self.__dict__ | {"_merged_weight": None, "_merged_state": None, "_capture": None}
+        caches = dict.fromkeys(("_merged_weight", "_merged_state", "_capture", "_decoupled_read", "_decoupled_wrapper"))
+        return self.__dict__ | caches
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # deepcopy and unpickling come through here and not through __init__.

@@ -45,6 +45,11 @@ class Tall(Sequence[Tensor]):
             yield self[index]
 
 
+def _compiled() -> bool:
+    """Whether to ask compiled code: it is built, and this is no graph being traced, into which it cannot go."""
+    return _csrc is not None and not torch.compiler.is_compiling()
+
+
 def as_stored(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """A list as it is stored, and how many of it, from the first on, stand for their transposes."""
     if isinstance(tensors, Tall):
@@ -55,7 +60,7 @@ def as_stored(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
 def plain(tensors: Sequence[Tensor]) -> bool:
     """Whether all are their own memory: no subclass but ``Parameter``."""
     stored, _ = as_stored(tensors)
-    return _csrc.plain(stored) if _csrc else PLAIN.issuperset(map(type, stored))
+    return _csrc.plain(stored) if _compiled() else PLAIN.issuperset(map(type, stored))
 
 
 def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | None = None) -> bool:
@@ -63,7 +68,7 @@ def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | Non
     stored, _ = as_stored(tensors)
     if not stored:
         return True
-    if _csrc:
+    if _compiled():
         return _csrc.alike(stored, like, -1 if ndim is None else ndim)
     like = stored[0] if like is None else like
     if not PLAIN.issuperset(map(type, (like, *stored))) or like.dtype not in FLOATING:
@@ -74,7 +79,7 @@ def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | Non
 def signature(tensors: Sequence[Tensor]) -> Any:
     """Something to compare: the dtypes, devices and shapes of all; None if one is not plain, strided and floating."""
     stored, transposed = as_stored(tensors)
-    if _csrc:
+    if _compiled():
         return _csrc.signature(stored, transposed)
     if not (PLAIN.issuperset(map(type, stored)) and all(x.layout is torch.strided and x.dtype in FLOATING for x in stored)):
         return None
@@ -83,7 +88,7 @@ def signature(tensors: Sequence[Tensor]) -> Any:
 
 def match(params: list[Tensor], others: list[Tensor]) -> bool:
     """Whether the parameters are :func:`alike`, and each of ``others`` (its gradient, say) is like its parameter and of its shape."""
-    if _csrc:
+    if _compiled():
         return _csrc.match(params, others)
     found = signature(params)
     return found is not None and alike(params) and found == signature(others)
@@ -91,7 +96,7 @@ def match(params: list[Tensor], others: list[Tensor]) -> bool:
 
 def sized(params: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether each of ``others`` (moments; none at all is right, too) is plain, strided, of that dtype and its parameter's size."""
-    if _csrc:
+    if _compiled():
         return _csrc.sized(list(params), list(others), DTYPE_CODES[dtype])
     if len(others) not in (0, len(params)) or not PLAIN.issuperset(map(type, others)):
         return False
@@ -102,13 +107,13 @@ def sized(params: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype
 def sizes(matrices: Sequence[Tensor], dim: int) -> list[int]:
     """Their sizes along dimension 0 or 1."""
     stored, transposed = as_stored(matrices)
-    found = _csrc.sizes(stored, transposed, dim) if _csrc else None
+    found = _csrc.sizes(stored, transposed, dim) if _compiled() else None
     return [x.shape[1 - dim if i < transposed else dim] for i, x in enumerate(stored)] if found is None else found
 
 
 def consecutive(tensors: list[Tensor]) -> bool:
     """Whether they lie one behind the other, each contiguous."""
-    if _csrc:
+    if _compiled():
         return _csrc.consecutive(tensors)
     begins = [x.data_ptr() for x in tensors]
     return all(x.is_contiguous() for x in tensors) and begins[1:] == [
@@ -118,7 +123,7 @@ def consecutive(tensors: list[Tensor]) -> bool:
 
 def gradients(params: list[Tensor], indices: list[int]) -> tuple[list[int], list[Tensor], list[Tensor], list[int]]:
     """Of the parameters at ``indices``: the indices of those that have a gradient, they, their gradients; the indices of the others."""
-    if _csrc:
+    if _compiled():
         return _csrc.gradients(params, indices)
     found = [(index, params[index], params[index].grad) for index in indices]
     idle = [index for index, _, grad in found if grad is None]
@@ -129,12 +134,12 @@ def gradients(params: list[Tensor], indices: list[int]) -> tuple[list[int], list
 
 def states(state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> list[dict[str, Any]]:
     """The optimizer's state of each of the parameters."""
-    return _csrc.states(state, params) if _csrc else [state[p] for p in params]
+    return _csrc.states(state, params) if _compiled() else [state[p] for p in params]
 
 
 def column(of: list[dict[str, Any]], key: str) -> list[Any]:
     """What stands under ``key``, for those states that have it."""
-    return _csrc.column(of, key) if _csrc else [state[key] for state in of if key in state]
+    return _csrc.column(of, key) if _compiled() else [state[key] for state in of if key in state]
 
 
 try:  # last, since that package imports from here

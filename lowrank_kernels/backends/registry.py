@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +53,10 @@ class Selection:
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _unavailable: dict[str, str] = {}
-_forced: list[dict[str, str]] = []
+#: What :func:`force` asks for in this thread (or asynchronous task).
+_forced: ContextVar[dict[str, str] | None] = ContextVar("lowrank_kernels_forced", default=None)
+#: What it asks for in any thread, the newest last: for autograd's own threads, in which backward passes on a device run.
+_forced_anywhere: list[dict[str, str]] = []
 _loaded = False
 _calls: Counter[tuple[str, str]] = Counter()
 _launches = 0
@@ -126,9 +131,10 @@ _environment_cache: tuple[str, dict[str, str]] = ("", {})
 
 def _forced_backend(operation: str) -> str | None:
     global _environment_cache
-    if _forced:
-        mapping = _forced[-1]
-    else:
+    mapping = _forced.get()
+    if mapping is None and _forced_anywhere and isinstance(threading.current_thread(), threading._DummyThread):
+        mapping = _forced_anywhere[-1]
+    if mapping is None:
         text = os.environ.get(ENVIRONMENT_VARIABLE, "")
         if not text:
             return None
@@ -140,13 +146,19 @@ def _forced_backend(operation: str) -> str | None:
 
 @contextlib.contextmanager
 def force(backends: str) -> Iterator[None]:
-    """Within the context, operations run on the named backend (the syntax of ``LOWRANK_KERNELS_BACKEND``)."""
+    """Within the context, operations run on the named backend (the syntax of ``LOWRANK_KERNELS_BACKEND``).
+
+    It holds for the thread that enters it, and for autograd's threads, which run the backward passes of all.
+    """
     _load()
-    _forced.append(_parse_forced(backends))
+    mapping = _parse_forced(backends)
+    token = _forced.set(mapping)
+    _forced_anywhere.append(mapping)
     try:
         yield
     finally:
-        _forced.pop()
+        del _forced_anywhere[next(i for i, entry in enumerate(_forced_anywhere) if entry is mapping)]
+        _forced.reset(token)
 
 
 def select(operation: str, device_type: str, args: tuple[Any, ...]) -> Selection:

@@ -1,0 +1,65 @@
+"""The registry of backends: whose choice is forced, and what it says of a backend that cannot take a call."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from lowrank_kernels.backends import registry
+
+
+def in_a_thread(function: Callable[[], None]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join(10)
+
+
+def in_a_foreign_thread(function: Callable[[], None]) -> None:
+    """One that Python's ``threading`` did not start, as autograd's are."""
+    done = threading.Event()
+    _thread.start_new_thread(lambda: (function(), done.set()), ())
+    assert done.wait(10)
+
+
+def test_a_forced_backend_is_the_threads_own() -> None:
+    found: list[str | None] = []
+
+    def look() -> None:
+        found.append(registry._forced_backend("grouped_gram"))
+
+    def force_too() -> None:
+        with registry.force("native"):
+            look()
+        look()
+
+    with registry.force("reference"):
+        in_a_thread(look)
+        in_a_thread(force_too)
+        look()
+        in_a_foreign_thread(look)
+    look()
+    assert found == [None, "native", None, "reference", "reference", None]
+    assert not registry._forced_anywhere
+
+
+def test_forces_that_end_in_another_order() -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with registry.force("native"):
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=other)
+    with registry.force("reference"):
+        thread.start()
+        assert entered.wait(10)
+    assert registry._forced_backend("grouped_gram") is None
+    left.set()
+    thread.join(10)
+    with pytest.raises(registry.BackendError, match="cannot read 'nativ'"), registry.force("nativ"):
+        pass
+    assert not registry._forced_anywhere
