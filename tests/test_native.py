@@ -779,7 +779,7 @@ def test_lists_are_checked() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         _csrc.qr([x], 0, None, 0, [x[:8]], 0, 0, 4, rs.data_ptr(), 1)
     with pytest.raises(ValueError, match="another size"):
-        _csrc.adamw([x], [x[:8]], [], [], [], [], 0, 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True, False, 0, 0, 0, 0, 0, 0, False, 1)
+        _csrc.adamw([x], [x[:8]], [], [], [], [], 0, 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True, False, 0, 0, 0, 0, 0, 0, 1)
 
 
 def test_a_missing_extension_is_reported_once_with_its_cause() -> None:

@@ -775,11 +775,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """The initial state of a factor, of which ``part`` is trained."""
         return moments(part, "exp_avg", "exp_avg_sq")
 
-    def _create_state(self) -> None:
-        """Every key of every parameter's state, at once, in its final shape."""
+    def _create_state(self) -> bool:
+        """Every key of every parameter's state, at once, in its final shape; whether any was missing."""
         if len(self.state) == sum(len(group["params"]) for group in self.param_groups) and all(self.state.values()):
-            return
-        wanted = self._reads_of_frozen()
+            return False
+        created, wanted = False, self._reads_of_frozen()
         for group_index, group in enumerate(self.param_groups):
             if group["capturable"] and not isinstance(group["step"], Tensor):
                 group["step"] = torch.tensor(float(group["step"]), device=group["params"][0].device)
@@ -794,7 +794,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     if state or p not in self.state:
                         if due := int(self._updates_due(group_index, index)):
                             group["missed"][index] = due
-                        self.state[p] = state
+                        self.state[p], created = state, True
+        return created
 
     def _reads_of_frozen(self) -> frozenset[Position]:
         """Factors that get state though they may be frozen, since a step of their partners reads or writes it."""

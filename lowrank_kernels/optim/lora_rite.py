@@ -63,16 +63,15 @@ class LoRARITE(PreconditionedOptimizer):
     def _accept_sharded(self, pair: FactorPair) -> None:
         raise RuntimeError(f"LoRARITE: {pair.name} is sharded (a DTensor), and each step takes the QR of whole factors; {KEEP_WHOLE}")
 
-    def _create_state(self) -> None:
-        known = len(self.state)
-        super()._create_state()
-        if len(self.state) == known:
-            return
+    def _create_state(self) -> bool:
+        if not super()._create_state():
+            return False
         for pair in self._pairs:
             for factor, partner in ((self._at(pair.a), self._at(pair.b)), (self._at(pair.b), self._at(pair.a).mT)):
                 state = self.state.get(factor)
                 if state and "basis" not in state:
                     state["basis"] = torch.zeros(partner.shape, dtype=state_dtype(partner.dtype), device=partner.device)
+        return True
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         partners = {p: self._at(q).shape for pair in self._pairs for p, q in ((pair.a, pair.b), (pair.b, pair.a))}
