@@ -77,6 +77,8 @@ def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operation}: {argument}[{index}] must be a tensor, got {type(tensor).__name__}")
         like = tensor if like is None else like
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{operation}: {argument}[{index}] is {tensor.layout}; only strided tensors are taken, call .to_dense()")
         if ndim is not None and tensor.ndim != ndim:
             raise ValueError(f"{operation}: {argument}[{index}] must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATING:
@@ -88,7 +90,10 @@ def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like
 
 
 def check_same_length(operation: str, **lists: Sequence[Any]) -> None:
-    """Refuse lists of different lengths."""
+    """Refuse lists of different lengths, and what has no length."""
+    for name, values in lists.items():
+        if not hasattr(values, "__len__"):
+            raise TypeError(f"{operation}: {name} must be a list, got {type(values).__name__}")
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{operation}: lists must have equal lengths, got {', '.join(f'{n}: {c}' for n, c in lengths.items())}")

@@ -57,7 +57,11 @@ def lora_linear(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, only one of q_a and q_b is given, or a core with them.
     """
-    if not (_fits(x, weight, bias, a, b, q_a, q_b, core) and 0.0 <= dropout < 1.0):
+    try:
+        fits = _fits(x, weight, bias, a, b, q_a, q_b, core) and 0.0 <= dropout < 1.0
+    except AttributeError:  # something is no tensor
+        fits = False
+    if not fits:
         _check(x, weight, bias, a, b, q_a, q_b, core, dropout)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         if x.dtype != torch.float64:
@@ -140,8 +144,10 @@ def _check(
 ) -> None:
     given = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b, "q_a": q_a, "q_b": q_b, "core": core}
     for name, tensor in given.items():
-        if tensor is None:
+        if tensor is None and name not in ("x", "a", "b"):
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:
             raise TypeError(f"lora_linear: {name} has dtype {tensor.dtype}; use one of {', '.join(map(str, FLOATING))}")
         if tensor.device != x.device:

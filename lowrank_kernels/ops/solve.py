@@ -32,6 +32,8 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
     The result is a constant for autograd; its backward says so.
     """
     name = "grouped_solve"
+    if not isinstance(grams, Tensor):
+        raise TypeError(f"{name}: grams must be one tensor (N, r, r), got {type(grams).__name__}; torch.stack a list of matrices")
     if grams.ndim != 3 or grams.shape[1] != grams.shape[2] or grams.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name}: grams must be (N, r, r), fp32 or fp64, got {tuple(grams.shape)} {grams.dtype}")
     if side not in ("left", "right"):
