@@ -525,6 +525,18 @@ def test_opcheck(backend: str) -> None:
                 torch.library.opcheck(overload, arguments)
 
 
+def test_forward_mode_is_refused() -> None:
+    x = torch.randn(9, 4)
+    for call in (
+        lambda x: ops.grouped_gram([x]),
+        lambda x: ops.grouped_qr([x])[1],
+        lambda x: ops.grouped_solve(torch.eye(4)[None], x.mT[None]),
+    ):
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative .* detached"):
+            torch.func.jvp(call, (x,), (x,))
+        assert torch.equal(torch.func.jvp(lambda x, call=call: call(x.detach()) + x[0, 0] * 0, (x,), (x,))[0], call(x))
+
+
 X, TALLER, WIDE, THREE = torch.ones(9, 4), torch.ones(11, 4), torch.ones(3, 4), torch.ones(9, 3)
 EYE = torch.eye(4)[None]
 NUMBERS: dict[str, object] = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}

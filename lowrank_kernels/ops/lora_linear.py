@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..backends.registry import run
-from ._library import FLOATING, LIBRARY, NAMESPACE, accumulation_dtype, define, is_plain_eager, no_backward
+from ._library import FLOATING, LIBRARY, NAMESPACE, accumulation_dtype, define, is_plain_eager, is_transformed, no_backward
 
 
 def lora_linear(
@@ -53,6 +54,7 @@ def lora_linear(
     Factors of another dtype than x are cast to it; their gradients come back in their own. Under ``torch.autocast``
     everything is cast as ``F.linear`` would cast it.
     No GEMM is done for a gradient that nobody asked for.
+    Under ``torch.func`` transforms (grad, vmap, jvp, …) and in forward mode the formula is computed by torch's own operations.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, only one of q_a and q_b is given, or a core with them.
@@ -79,12 +81,40 @@ def lora_linear(
     keep = 1.0 - dropout if mask is not None else 1.0
     arguments = (tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep, core)
     if capture is not None and torch.is_grad_enabled():
+        if is_transformed():
+            raise RuntimeError("lora_linear: full gradients cannot be captured under torch.func transforms; use loss.backward()")
         y, _ = _captured(*arguments, capture)
     elif is_plain_eager(tokens, weight, bias, a, b, q_a, q_b, core):
         y, _ = _eager(*arguments)
+    elif is_transformed():
+        return _composed(*arguments).reshape(*x.shape[:-1], b.shape[0])
     else:
         y, _ = torch.ops.lowrank_kernels.lora_linear(*arguments)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    core: Tensor | None,
+) -> Tensor:
+    """The operation in terms that any transform of torch's knows: nothing in place, no autograd of its own."""
+    inner = x if mask is None else x * mask.to(x.dtype) * (1.0 / keep)
+    if core is not None:
+        delta = F.linear(F.linear(F.linear(inner.to(core.dtype), a.to(core.dtype)), core).to(x.dtype), b)
+    elif q_a is None or q_b is None:
+        delta = F.linear(F.linear(inner, a), b)
+    else:
+        delta = F.linear(F.linear(inner, a), q_b) + F.linear(F.linear(inner, q_a), b)
+    return scale * delta if weight is None else F.linear(x, weight, bias) + scale * delta
 
 
 def _eager(*args: Any) -> tuple[Tensor, Tensor]:
