@@ -123,7 +123,7 @@ def _eager(*args: Any) -> tuple[Tensor, Tensor]:
     return _forward(*args)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def _captured(*args: Any) -> tuple[Tensor, Tensor]:
     return _LoraLinear.apply(*args)
 
