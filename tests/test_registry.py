@@ -10,7 +10,10 @@ import threading
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import nn
 
+import lowrank_kernels as lrk
 from lowrank_kernels.backends import registry
 
 ENVIRONMENT = {**os.environ, "LOWRANK_KERNELS_BACKEND": ""}
@@ -91,3 +94,15 @@ def test_an_extension_of_another_version_is_refused_and_the_reference_runs(inter
         "assert 'of another version (old.so' in str(caught[-1].message), caught\n"
         "assert registry.call_counts()['grouped_qr', 'reference'] == 1\n"
     )
+
+
+def test_a_refusal_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
+    exceptions = "native,lora_linear=reference,lora_linear_backward=reference"
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "native")
+    with pytest.raises(registry.BackendError, match=rf"^lora_linear: .*; write {exceptions}$"):
+        model(torch.ones(2, 4))
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, exceptions)
+    model(torch.ones(2, 4)).sum().backward()
+    with registry.force("native,lora_linear=native"), pytest.raises(registry.BackendError, match=r"lora_linear: .*(?<!reference)$"):
+        model(torch.ones(2, 4))
