@@ -18,11 +18,12 @@ except ImportError as error:
         f"the compiled extension did not load ({error}). Install a C++17 compiler and reinstall the package with "
         "LOWRANK_KERNELS_REQUIRE_NATIVE=1, which shows the compiler's own error"
     ) from error
-if getattr(_csrc, "interface", None) != INTERFACE:
-    raise ImportError(
-        f"the compiled extension is of another version ({_csrc.__file__} has interface {getattr(_csrc, 'interface', None)}, this package "
-        f"needs {INTERFACE}); reinstall the package: `pip install .`, or `pip install -e .` for a checkout"
-    )
+else:
+    if getattr(_csrc, "interface", None) != INTERFACE:
+        raise ImportError(
+            f"the compiled extension is of another version ({_csrc.__file__} has interface {getattr(_csrc, 'interface', None)}, this package "
+            f"needs {INTERFACE}); reinstall the package: `pip install .`, or `pip install -e .` for a checkout"
+        )
 
 from . import adamw, gram, lora_linear, lorsum, polar, qr, solve, svd, svd_product
 
