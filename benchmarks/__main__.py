@@ -17,12 +17,17 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
+from lowrank_kernels.backends.lists import FLOATING
+
 from . import ceilings, compare, kernels, plot, readme, results
 from .harness import Budget, device_name, run_case
-from .shapes import CHOICES, MODELS
+from .shapes import CHOICES, MODELS, layers
 from .suites import SUITES, WITHOUT_MODEL, Setting
 from .suites.scaling import host_time_per_layer
 from .table import render, render_slopes
+
+#: Names of the dtypes that factors may have.
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
 
 
 def comma_separated(choices: Mapping[str, Any]) -> Callable[[str], list[str]]:
@@ -38,29 +43,81 @@ def comma_separated(choices: Mapping[str, Any]) -> Callable[[str], list[str]]:
     return parse
 
 
+def numbers(least: int) -> Callable[[str], list[int]]:
+    """An argparse type: comma-separated integers, none below ``least``."""
+
+    def parse(text: str) -> list[int]:
+        try:
+            values = [int(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no integer, and no integers with commas between") from None
+        if min(values) < least:
+            raise argparse.ArgumentTypeError(f"{min(values)} is below {least}")
+        return values
+
+    return parse
+
+
+def present_device(text: str) -> str:
+    """An argparse type: a device of this machine on which something can be timed."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not supported; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"torch sees no {text!r} on this machine")
+    return text
+
+
+def check_writable(path: Path) -> None:
+    """An OSError if no file can be written there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
+    with open(path, "a"):
+        pass
+    if fresh:
+        path.unlink()
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside the options, and the description as it stands."""
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=Formatter)
     parser.add_argument("--suite", type=comma_separated(SUITES), default=",".join(SUITES), help="|".join(SUITES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=present_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model-shapes", type=comma_separated(MODELS), default="minilm,roberta-base", help=",".join(MODELS))
     parser.add_argument("--layers", type=comma_separated(CHOICES), default="all", help="adapted layers: " + ",".join(CHOICES))
-    parser.add_argument("--rank", type=lambda text: [int(part) for part in text.split(",")], default="8,16")
-    parser.add_argument("--dtype", type=lambda text: text.split(","), default="float32", help="of the factors: float32, bfloat16, …")
+    parser.add_argument("--rank", type=numbers(1), default="8,16")
+    parser.add_argument("--dtype", type=comma_separated(DTYPES), default="float32", help="of the factors: float32, bfloat16, …")
     parser.add_argument("--provider", type=lambda text: text.split(","), help="only these; a name or its beginning (default: all)")
     parser.add_argument("--tokens", type=int, help="rows of the activations (default: 256, on a GPU 8192)")
     parser.add_argument("--compile-seconds", type=float, default=60.0, help="limit for torch.compile; 0: without it")
     parser.add_argument("--op", type=lambda text: text.split(","), help="only these operations (default: all of the suites)")
     parser.add_argument("--seconds", type=float, default=Budget.seconds, help="time for each case")
-    parser.add_argument("--threads", type=lambda text: [int(part) for part in text.split(",")], default=[0],
+    parser.add_argument("--threads", type=numbers(0), default=[0],
                         help="CPU threads of torch and of this package, such as 1,2; 0 is torch's choice")  # fmt: skip
     parser.add_argument("--out", type=Path, help="CSV (default: benchmarks/results/DEVICE.csv)")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
+    if not WITHOUT_MODEL.issuperset(args.suite):
+        for model, choice in product(args.model_shapes, args.layers):
+            most = min(min(shape) for shape in layers(model, choice))
+            if max(args.rank) > most:
+                parser.error(f"argument --rank: {max(args.rank)} is above {most}, the smallest dimension of {model}/{choice}")
     args.tokens = args.tokens or (8192 if torch.device(args.device).type == "cuda" else 256)
     args.out = args.out or Path(__file__).parent / "results" / f"{torch.device(args.device).type}.csv"
+    try:
+        check_writable(args.out)
+    except OSError as error:
+        parser.error(f"argument --out: cannot write {args.out}: {error.strerror}")
     return args
 
 
@@ -69,6 +126,8 @@ def main(argv: list[str] | None = None) -> list[results.Row]:
     device = torch.device(args.device)
     console = Console(width=None if Console().is_terminal else 140)
     rows: list[results.Row] = []
+    ops: dict[str, None] = {}
+    providers: dict[str, None] = {}
     for threads, dtype_name in product(args.threads, args.dtype):
         if threads:
             torch.set_num_threads(threads)
@@ -83,11 +142,17 @@ def main(argv: list[str] | None = None) -> list[results.Row]:
         work = [(suite, setting) for suite in args.suite for setting in (settings[:1] if suite in WITHOUT_MODEL else settings)]
         for suite, setting in tqdm(work, desc=f"{dtype_name}, {torch.get_num_threads()} threads", unit="case"):
             for case in SUITES[suite](setting):
+                ops[case.op] = None
                 if args.op and case.op not in args.op:
                     continue
+                providers |= dict.fromkeys(case.providers)
                 new = run_case(case, limits, Budget(seconds=args.seconds), args.provider)
                 results.upsert(args.out, new)
                 rows += new
+    for option, wanted, known in (("--op", args.op, ops), ("--provider", args.provider, providers)):
+        unknown = [name for name in wanted or () if not any(x == name or (option == "--provider" and x.startswith(name)) for x in known)]
+        if unknown and known:
+            make_parser().error(f"argument {option}: {unknown[0]!r} is none of {', '.join(known)}")
     console.print(render(rows))
     slopes = host_time_per_layer(results.as_text(row) for row in rows)
     if slopes:

@@ -19,6 +19,8 @@ from .results import as_float, read
 from .suites.scaling import COUNTS, OP, host_time_per_layer
 
 Rows = list[dict[str, str]]
+#: Columns without which there is no figure.
+NEEDED = ("op", "provider", "shapes", "rank", "median_ms", "ratio_to_naive", "copy_share", "torch")
 #: Rows that may stand in one figure.
 FIGURE = ("device", "device_name", "dtype", "threads")
 
@@ -179,7 +181,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     args = parser.parse_args(argv)
     if not args.results.exists():
-        parser.error(f"{args.results} does not exist")
+        parser.error(f"argument RESULTS.csv: {args.results} does not exist")
+    found = read(args.results)
+    missing = [name for name in (*FIGURE, *NEEDED) if found and name not in found[0]]
+    if missing or not found:
+        why = f"it has no column {missing[0]}" if missing else "it has no rows"
+        parser.error(f"argument RESULTS.csv: {args.results} holds no results of the benchmark: {why}")
     for path in draw(args.results, args.out, args.threads, args.op, args.without, args.format):
         print(path)
     return 0

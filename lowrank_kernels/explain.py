@@ -25,9 +25,9 @@ class Choice:
     reasons: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
-    """What :func:`explain` found; its text is the report."""
+    """What :func:`explain` found; its ``str`` is the report, and its ``repr``, which a notebook shows beside what was printed, is short."""
 
     choices: list[Choice]
     unavailable: dict[str, str]
@@ -43,10 +43,11 @@ class Explanation:
             yield f"backend {backend} is not available: {cause}"
         for line in self.libraries:
             yield f"CUDA libraries of the native backend: {line}"
-        for choice in self.choices:
-            yield f"{choice.operation} on {choice.device} ({choice.what}): {choice.backend}"
-            for backend, reason in choice.reasons.items():
-                yield f"    {backend}: {reason}"
+        for (operations, device, backend, reasons), kinds in _grouped(self.choices).items():
+            shown = "; ".join(kinds[:_SHOWN]) + (f"; and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else "")
+            yield f"{', '.join(operations)} on {device} ({shown}): {backend}"
+            for name, reason in reasons:
+                yield f"    {name}: {reason}"
         if not self.choices:
             yield "pass a model or an optimizer to see what its calls run on"
         for (operation, backend), count in sorted(self.calls.items()):
@@ -55,10 +56,28 @@ class Explanation:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def __repr__(self) -> str:
+        return f"<Explanation of {len(self.choices)} calls; print it for the report>"
+
+
+#: How many kinds of calls a line of the report names.
+_SHOWN = 4
+
+
+def _grouped(choices: list[Choice]) -> dict[tuple[tuple[str, ...], str, str, tuple[tuple[str, str], ...]], list[str]]:
+    """Operations, device, backend and reasons → the kinds of calls of which all that is true."""
+    calls: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for choice in choices:
+        calls.setdefault((choice.operation, choice.device, choice.backend, tuple(choice.reasons.items())), []).append(choice.what)
+    operations: dict[tuple[object, ...], list[str]] = {}
+    for (operation, *rest), kinds in calls.items():
+        operations.setdefault((*rest, tuple(kinds)), []).append(operation)
+    return {(tuple(operations[*rest, tuple(kinds)]), *rest): kinds for (_, *rest), kinds in calls.items()}  # type: ignore[misc]
+
 
 def _cuda_libraries() -> list[str]:
-    """Where the native backend finds cuSOLVER and cuBLAS, or why it does not; nothing without that backend."""
-    if "native" in registry.unavailable():
+    """Where the native backend finds cuSOLVER and cuBLAS, or why it does not; nothing without that backend or CUDA."""
+    if torch.version.cuda is None or "native" in registry.unavailable():
         return []
     from .backends.native.cuda_libraries import report
 
@@ -89,21 +108,25 @@ def _model_calls(model: nn.Module) -> Iterator[tuple[str, str, str, tuple[object
         yield "lora_linear_backward", a.device.type, what, (y, x, weight, a, b, *bases, hidden, 1.0, None, 1.0, needs, core)
 
 
-def explain(model: nn.Module | torch.optim.Optimizer | None = None, optimizer: torch.optim.Optimizer | None = None) -> Explanation:
+def explain(
+    model: nn.Module | torch.optim.Optimizer | None = None, optimizer: nn.Module | torch.optim.Optimizer | None = None
+) -> Explanation:
     """Print and return which backend the operations of ``model`` and ``optimizer`` run on, with each backend's reason.
 
     Args:
         model: a model with our adapters; or an optimizer alone; or nothing.
-        optimizer: an optimizer of this package.
+        optimizer: an optimizer of this package. (In the other order they are taken, too.)
 
     The report also counts what ran in this process so far: "was the fast path used at all?".
 
     Raises:
-        TypeError: an optimizer that is not one of ours.
+        TypeError: something that is no model, or an optimizer that is not one of ours.
         BackendError: a forced backend cannot take one of the calls.
     """
-    if isinstance(model, torch.optim.Optimizer):
-        model, optimizer = None, model
+    if isinstance(model, torch.optim.Optimizer) or isinstance(optimizer, nn.Module):
+        model, optimizer = optimizer, model
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"explain: model must be a module, got {type(model).__module__}.{type(model).__name__}; pass one of each at most")
     if optimizer is not None and not isinstance(optimizer, LowRankOptimizer):
         raise TypeError(f"explain: optimizer must be one of lowrank_kernels, got {type(optimizer).__module__}.{type(optimizer).__name__}")
     calls = list(_model_calls(model)) if model is not None else []

@@ -568,6 +568,17 @@ def test_reset_and_bad_layers() -> None:
             lrk.LowRankLinear(nn.Linear(8, 6), **{"rank": 3, "scale": 1.0} | kwargs)
 
 
+def test_bare_attention_projections_are_named() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12)
+    with pytest.warns(UserWarning, match=r"q, k and v of 1 nn.MultiheadAttention \(the first is 'self_attn'\)"):
+        lrk.adapt(layer, rank=2)
+    assert sorted(n for n, m in layer.named_modules() if isinstance(m, lrk.LowRankLinear)) == ["linear1", "linear2", "self_attn.out_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lrk.adapt(nn.TransformerEncoderLayer(8, 2, 12), rank=2, target_modules=["linear1"])
+        lrk.adapt(nn.TransformerEncoderLayer(8, 2, 12), rank=2, modules_to_save=["self_attn"])
+
+
 # --- merge, unmerge, delta_weights -----------------------------------------------------------------------------------
 
 

@@ -500,3 +500,9 @@ def test_export_errors(tmp_path: Path) -> None:
     zero = lrk.adapt(nn.Sequential(nn.Linear(8, 8)), "lora", rank=3)
     assert lrk.export_peft(zero, tmp_path / "x", rank=2) == {"0": 0.0}  # ΔW = 0, and no 0/0
     assert not any(t.isnan().any() for t in load_file(tmp_path / "x" / "adapter_model.safetensors").values())
+
+
+def test_saving_into_a_missing_folder_names_the_folder(tmp_path: Path) -> None:
+    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
+    with pytest.raises(FileNotFoundError, match="save_adapter: no folder '.*/missing'; create it first"):
+        lrk.save_adapter(model, tmp_path / "missing" / "adapter.safetensors")

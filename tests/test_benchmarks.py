@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 
 import pytest
 import torch
 
 import lowrank_kernels as lrk
-from benchmarks import compare, plot, readme
+from benchmarks import ceilings, compare, plot, readme
+from benchmarks.__main__ import main as benchmark
+from benchmarks.__main__ import parse_arguments
 from benchmarks.ceilings import Ceilings
 from benchmarks.compiled import compiled
 from benchmarks.harness import Budget, Case, Trial, interleave, passes, peak_temporary_bytes, run_case, worst
@@ -283,6 +286,40 @@ def test_plots_are_drawn_from_the_file(tmp_path):
     assert file.name == "cpu-layers.svg" and texts[0] == texts[1], "the same rows give the same file"
     assert plot.main([str(path), *options, "--without", "ours-AdamW", "--out", str(tmp_path / "none")]) == 0
     assert not list((tmp_path / "none").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "x"], "argument --rank: 'x' is no integer"),
+        (["--rank", "8,0"], "argument --rank: 0 is below 1"),
+        (["--rank", "4096"], "argument --rank: 4096 is above 384, the smallest dimension of minilm/all"),
+        (["--dtype", "int8"], "argument --dtype: 'int8' is none of float64"),
+        (["--device", "foo"], "argument --device: 'foo' is no device"),
+        (["--device", "cuda:99"], "argument --device: torch sees no 'cuda:99'"),
+        (["--out", "{tmp}/file/results.csv"], "argument --out: cannot write"),
+        (["plot", "{tmp}/file"], "argument RESULTS.csv: .* has no column device"),
+        (["plot", "{tmp}/empty"], "argument RESULTS.csv: .* has no rows"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("a,b\n1,2\n")
+    (tmp_path / "empty").touch()
+    command, *options = [argument.format(tmp=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit) as caught:
+        plot.main(options) if command == "plot" else parse_arguments([command, *options])
+    assert caught.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_an_operation_or_provider_that_nobody_offers_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(
+        SUITES, "scaling", lambda setting: iter([make_case(naive=lambda: Trial(run=lambda: None, check=lambda: (0.0, 1.0)))])
+    )
+    monkeypatch.setattr(ceilings, "measure", lambda *_: CEILINGS)
+    for option in ("--op", "--provider"):
+        with pytest.raises(SystemExit) as caught:
+            benchmark(["--suite", "scaling", "--device", "cpu", "--out", str(tmp_path / "out.csv"), option, "foo"])
+        assert caught.value.code == 2 and f"argument {option}: 'foo' is none of" in capsys.readouterr().err
 
 
 def test_readme_shows_what_the_results_say(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import lowrank_kernels as lrk
 from benchmarks.ablations.variants import AnisotropicODLoRA, OrthonormalLoRA
 from lowrank_kernels import diagnostics
 from lowrank_kernels.diagnostics import FullGradientProbe, Projections, frames
+from lowrank_kernels.diagnostics.__main__ import main
 from lowrank_kernels.pairs import register_layer
 
 S = 0.7
@@ -480,3 +482,14 @@ def test_anisotropic_variant_keeps_its_weight_and_scales_the_gradient() -> None:
         assert r.diagonal().abs().max() > 1.2 * r.diagonal().abs().min(), "anisotropic"
         torch.testing.assert_close(pair.layer.q_b, scaled, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(pair.A.grad, S * scaled.T @ G, rtol=1e-9, atol=1e-12)
+
+
+def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("a,b\n")
+    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
+    with pytest.raises(OSError, match="FullGradientProbe: csv=.* cannot be written"):
+        FullGradientProbe(model, csv=tmp_path / "file" / "run.csv")
+    for name, message in (("file", "argument csv: .* was not written by"), ("none", "argument csv or --output: .*No such file")):
+        with pytest.raises(SystemExit) as caught:
+            main(["plot", str(tmp_path / name)])
+        assert caught.value.code == 2 and re.search(message, capsys.readouterr().err)

@@ -649,9 +649,53 @@ def test_opcheck(backend: str) -> None:
                 torch.library.opcheck(overload, arguments)
 
 
+def test_forward_mode_is_refused() -> None:
+    x = torch.randn(9, 4)
+    for call in (
+        lambda x: ops.grouped_gram([x]),
+        lambda x: ops.grouped_qr([x])[1],
+        lambda x: ops.grouped_solve(torch.eye(4)[None], x.mT[None]),
+    ):
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative .* detached"):
+            torch.func.jvp(call, (x,), (x,))
+        assert torch.equal(torch.func.jvp(lambda x, call=call: call(x.detach()) + x[0, 0] * 0, (x,), (x,))[0], call(x))
+
+
 X, TALLER, WIDE, THREE = torch.ones(9, 4), torch.ones(11, 4), torch.ones(3, 4), torch.ones(9, 3)
 EYE = torch.eye(4)[None]
+NUMBERS: dict[str, object] = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+
+
+def adamw(param: Tensor = X, **changed: object) -> None:
+    """A step that is refused, and so changes nothing."""
+    own = X.clone()
+    try:
+        ops.grouped_adamw_([own, param], [X, param], [X * 0, X * 0], [X * 0, X * 0], **NUMBERS | changed)
+    finally:
+        assert torch.equal(own, X)
+
+
 MISUSES: list[tuple[Callable[[], object], str]] = [
+    (lambda: adamw(X.to_sparse()), r"grouped_adamw_: params\[1\] is torch.sparse_coo; only strided"),
+    (lambda: adamw(step=0), r"grouped_adamw_: step counts from 1, .* got step=0"),
+    (lambda: adamw(step=2, missed=[0, 2]), r"must be above missed; got step=2 and missed=2"),
+    (lambda: adamw(missed=[0, 0.5]), r"missed must be whole numbers"),
+    (lambda: adamw(step="1"), r"step must be a whole number or a one-element tensor, got '1'"),
+    (lambda: adamw(step=torch.ones(2)), r"step must be one number, got a tensor of shape \(2,\)"),
+    (lambda: adamw(lr=math.nan), r"lr must be finite, got nan"),
+    (lambda: adamw(lr=None), r"lr must be a number or a one-element tensor, got None"),
+    (lambda: adamw(betas=0.9), r"betas must be two numbers, such as \(0.9, 0.999\), got 0.9"),
+    (lambda: adamw(betas=(0.9,)), r"betas must be two numbers"),
+    (lambda: adamw(betas=(0.9, 1.0)), r"betas must be in \[0, 1\)"),
+    (lambda: adamw(eps=None), r"eps must be a number, got None"),
+    (lambda: adamw(eps=-1.0), r"eps must be finite and ≥ 0, got -1.0"),
+    (lambda: ops.grouped_adamw_([X], (x for x in [X]), [], [], **NUMBERS), r"grads must be a list, got generator"),
+    (lambda: ops.grouped_gram([X, X.to_sparse()]), r"xs\[1\] is torch.sparse_coo; only strided tensors are taken"),
+    (lambda: ops.grouped_solve([EYE[0]], [X.mT]), r"grouped_solve: grams must be one tensor \(N, r, r\), got list"),
+    (lambda: ops.grouped_svd_product((x for x in [X]), [X], 2), r"grouped_svd_product: lefts must be a list, got generator"),
+    (lambda: ops.lora_linear([X], None, None, THREE, THREE), r"lora_linear: x must be a tensor, got list"),
+    (lambda: ops.lora_linear(X, None, None, THREE.mT, None), r"lora_linear: b must be a tensor, got NoneType"),
+    (lambda: ops.grouped_lorsum_product([([X], [THREE])], [X], [1.0]), r"^grouped_lorsum_product: terms\[0\]"),
     (lambda: ops.grouped_gram(X), r"grouped_gram: xs must be a list"),
     (lambda: ops.grouped_gram([X, THREE]), r"xs\[1\] has 3 columns"),
     (lambda: ops.grouped_gram([X, X.double()]), r"xs\[1\] has dtype torch.float64, expected torch.float32"),

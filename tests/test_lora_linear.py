@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Iterator
@@ -217,6 +218,36 @@ def test_double_use_in_one_graph_adds_up() -> None:
         y.square().sum().backward()
     for name in ("x", "a", "b"):
         torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["plain", "decoupled", "core"])
+def test_transforms_of_torch_func(kind: str) -> None:
+    t = make(T, D_IN, D_OUT, R, decoupled=kind == "decoupled")
+    options = {name: t[name] for name in ("q_a", "q_b") if name in t}
+    delta = t["b"] @ t["a"]
+    if kind == "core":
+        options["core"] = torch.randn(R, R, dtype=t["a"].dtype)
+        delta = t["b"] @ options["core"] @ t["a"]
+    elif kind == "decoupled":
+        delta = t["q_b"] @ t["a"] + t["b"] @ t["q_a"]
+
+    def ours(x: Tensor, a: Tensor) -> Tensor:
+        return ops.lora_linear(x, t["weight"], t["bias"], a, t["b"], 0.3, **options)
+
+    weight, x, v = t["weight"] + 0.3 * delta, t["x"].detach(), torch.randn_like(t["x"])
+    close = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
+    close(torch.func.jvp(lambda x: ours(x, t["a"]), (x,), (v,))[1], v @ weight.mT)
+    close(torch.func.jacfwd(lambda x: ours(x, t["a"]))(x[0]), weight)
+    with torch.autograd.forward_ad.dual_level():
+        y = ours(torch.autograd.forward_ad.make_dual(x, v), t["a"].clone().requires_grad_())
+        close(torch.autograd.forward_ad.unpack_dual(y).tangent.detach(), v @ weight.mT)
+    a = t["a"].detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad(ours(x, a).square().sum(), a)
+    close(torch.func.grad(lambda a: ours(x, a).square().sum())(a.detach()), expected)
+    per_row = torch.func.vmap(torch.func.grad(lambda a, x: ours(x, a).square().sum()), (None, 0))(a.detach(), x)
+    close(per_row.sum(0), expected)
+    with pytest.raises(RuntimeError, match="cannot be captured under torch.func"):
+        torch.func.grad(lambda a: ops.lora_linear(x, None, None, a, t["b"], capture=print).sum())(t["a"])
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -555,11 +555,30 @@ def test_explain_names_a_backend_and_a_reason_for_every_operation(build, capsys)
     explanation = lk.explain(model, build(model))
     assert {c.operation for c in explanation.choices} >= {"lora_linear", "lora_linear_backward", "grouped_adamw_"}
     assert all(c.backend in c.reasons and all(c.reasons.values()) for c in explanation.choices)
-    assert "native" in explanation.unavailable or any(line.startswith("cusolver") for line in explanation.libraries)
+    assert (
+        torch.version.cuda is None
+        or "native" in explanation.unavailable
+        or any(line.startswith("cusolver") for line in explanation.libraries)
+    )
     assert all(line in str(explanation) for line in explanation.libraries)
     assert str(explanation) in capsys.readouterr().out
     with pytest.raises(TypeError, match="one of lowrank_kernels"):
         lk.explain(model, torch.optim.AdamW(trainable(model)))
+
+
+def test_explain_is_short_and_takes_either_order(capsys) -> None:
+    model = lk.adapt(torch.nn.Sequential(*(torch.nn.Linear(4 + i, 5 + i) for i in range(6))), rank=2)
+    optimizer = lk.AdamW(model)
+    explanation = lk.explain(model, optimizer)
+    text = capsys.readouterr().out
+    assert text.count("lora_linear, lora_linear_backward on cpu (5 × 4, r = 2; 6 × 5, r = 2; ") == 1 and "; and 2 more): " in text
+    assert len(explanation.choices) > 12 and text.count("reference PyTorch takes every call") <= 2
+    assert "\n" not in repr(explanation)
+    assert torch.version.cuda is not None or "CUDA libraries" not in text
+    assert lk.explain(optimizer, model).choices == explanation.choices
+    for wrong in ((optimizer, optimizer), (model, model), ("model",)):
+        with pytest.raises(TypeError, match="explain: "):
+            lk.explain(*wrong)
 
 
 def test_forcing_a_backend_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

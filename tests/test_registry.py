@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import _thread
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import nn
 
+import lowrank_kernels as lrk
 from lowrank_kernels.backends import registry
+
+ENVIRONMENT = {**os.environ, "LOWRANK_KERNELS_BACKEND": ""}
 
 
 def in_a_thread(function: Callable[[], None]) -> None:
@@ -63,3 +71,38 @@ def test_forces_that_end_in_another_order() -> None:
     with pytest.raises(registry.BackendError, match="cannot read 'nativ'"), registry.force("nativ"):
         pass
     assert not registry._forced_anywhere
+
+
+def run(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_does_not_import_torchs_compiler() -> None:
+    run("import sys, lowrank_kernels; assert 'torch._dynamo' not in sys.modules")
+
+
+@pytest.mark.parametrize("interface", ["", "stale.interface = -1; "])
+def test_an_extension_of_another_version_is_refused_and_the_reference_runs(interface: str) -> None:
+    run(
+        "import sys, types, warnings; stale = types.ModuleType('_csrc'); stale.__file__ = 'old.so'; " + interface + "\n"
+        "sys.modules['lowrank_kernels.backends.native._csrc'] = stale\n"
+        "import torch; from lowrank_kernels import ops; from lowrank_kernels.backends import registry\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    ops.grouped_qr([torch.randn(9, 3)])\n"
+        "assert 'of another version (old.so' in str(caught[-1].message), caught\n"
+        "assert registry.call_counts()['grouped_qr', 'reference'] == 1\n"
+    )
+
+
+def test_a_refusal_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
+    exceptions = "native,lora_linear=reference,lora_linear_backward=reference"
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "native")
+    with pytest.raises(registry.BackendError, match=rf"^lora_linear: .*; write {exceptions}$"):
+        model(torch.ones(2, 4))
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, exceptions)
+    model(torch.ones(2, 4)).sum().backward()
+    with registry.force("native,lora_linear=native"), pytest.raises(registry.BackendError, match=r"lora_linear: .*(?<!reference)$"):
+        model(torch.ones(2, 4))

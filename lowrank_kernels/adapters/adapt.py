@@ -52,6 +52,7 @@ def adapt(
             (``"query"``, ``"attention.self.query"``). A string: a regular expression that the full name must match entirely. (Both are
             PEFT's rules.) "all-linear": every ``nn.Linear`` except the output head, that is what the model's
             ``get_output_embeddings()`` returns, or where it returns nothing the top-level module ``classifier`` or ``score``.
+            (``nn.MultiheadAttention`` holds q, k and v as bare parameters: of it only ``out_proj`` is adapted, and a warning says so.)
         dropout: probability of dropping an entry of the adapters' input, in training mode.
         modules_to_save: modules to train in full, beside the adapters, a new classification head say; named like targets.
             They are never adapted, even when ``target_modules`` matches them.
@@ -222,6 +223,14 @@ def _match_targets(
         matched = [name for name in linears if not _inside(name, heads)]
         head_modules = {id(named[name]) for name in heads}
         matched = [name for name in matched if id(named[name]) not in head_modules]
+        bare = [name for name, module in named.items() if isinstance(module, nn.MultiheadAttention) and not _inside(name, saved)]
+        if bare:
+            warnings.warn(
+                f"adapt: the projections to q, k and v of {len(bare)} nn.MultiheadAttention (the first is {bare[0]!r}) are bare parameters "
+                "and no nn.Linear; they are frozen without an adapter. Train such a module in full by modules_to_save, or write it with "
+                "Linear layers",
+                stacklevel=3,
+            )
     elif isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)

@@ -231,6 +231,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model has no adapters, or they are on the meta device.
         OSError: the file could not be written; an earlier file of that name is unchanged.
     """
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"save_adapter: no folder {str(folder)!r}; create it first")
     state = {name: tensor.contiguous() for name, tensor in adapter_state_dict(model).items()}
     on_meta = [name for name, tensor in state.items() if tensor.is_meta]
     if on_meta:

@@ -186,6 +186,15 @@ class LowRankLinear(nn.Module):
                 self._read_decoupled(buffer)
         return self._decoupled
 
+    @decoupled.setter
+    def decoupled(self, value: bool) -> None:
+        if value and self.method != "sds":
+            raise ValueError(f"LowRankLinear: a layer adapted with method={self.method!r} cannot be decoupled; use method='sds'")
+        if self.method == "sds":
+            self.is_decoupled.fill_(value)
+            self._decoupled_read = self.is_decoupled, _state(self.is_decoupled)[1]
+        self._decoupled = bool(value)
+
     def _read_decoupled(self, buffer: Tensor) -> None:
         """Bring the host's copy of ``is_decoupled`` up to date, if the buffer has a value that can be read."""
         if type(buffer) is not Tensor or buffer.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(buffer):
@@ -201,15 +210,6 @@ class LowRankLinear(nn.Module):
         if wrapper is not None:
             self._decoupled_wrapper = weakref.ref(wrapper)
         self._decoupled_read = buffer, _state(buffer)[1]
-
-    @decoupled.setter
-    def decoupled(self, value: bool) -> None:
-        if value and self.method != "sds":
-            raise ValueError(f"LowRankLinear: a layer adapted with method={self.method!r} cannot be decoupled; use method='sds'")
-        if self.method == "sds":
-            self.is_decoupled.fill_(value)
-            self._decoupled_read = self.is_decoupled, _state(self.is_decoupled)[1]
-        self._decoupled = bool(value)
 
     @property
     def merged(self) -> bool:

@@ -129,7 +129,8 @@ def _parse_forced(text: str) -> dict[str, str]:
 _environment_cache: tuple[str, dict[str, str]] = ("", {})
 
 
-def _forced_backend(operation: str) -> str | None:
+def _forced_mapping() -> dict[str, str]:
+    """The backends that are forced now: for operations, and for all others under "*"."""
     global _environment_cache
     mapping = _forced.get()
     if mapping is None and _forced_anywhere and isinstance(threading.current_thread(), threading._DummyThread):
@@ -137,11 +138,27 @@ def _forced_backend(operation: str) -> str | None:
     if mapping is None:
         text = os.environ.get(ENVIRONMENT_VARIABLE, "")
         if not text:
-            return None
+            return {}
         if _environment_cache[0] != text:
             _environment_cache = (text, _parse_forced(text))
         mapping = _environment_cache[1]
-    return mapping.get(operation, mapping.get("*"))
+    return mapping
+
+
+def _forced_backend(operation: str) -> str | None:
+    mapping = _forced_mapping()
+    return mapping.get(operation, mapping.get("*")) if mapping else None
+
+
+def _refused(operation: str, backend: str, why: str) -> BackendError:
+    """The error of a forced backend that cannot take a call; where it was forced for all operations, with the exceptions to write."""
+    mapping, hint = _forced_mapping(), ""
+    if operation not in mapping and backend != "reference":
+        base = operation.removesuffix("_backward")
+        exceptions = {name: "reference" for name in (base, f"{base}_backward") if name in _implementations}
+        rest = {name: value for name, value in mapping.items() if name != "*"} | exceptions
+        hint = f"; write {','.join([backend, *(f'{name}={value}' for name, value in rest.items())])}"
+    return BackendError(f"{operation}: backend {backend!r} was forced, but {why}{hint}")
 
 
 @contextlib.contextmanager
@@ -174,10 +191,10 @@ def select(operation: str, device_type: str, args: tuple[Any, ...]) -> Selection
     if forced is not None:
         if forced not in available:
             why = _unavailable.get(forced, f"it does not implement {operation}")
-            raise BackendError(f"{operation}: backend {forced!r} was forced, but {why}")
+            raise _refused(operation, forced, why)
         ok, reason = available[forced].verify(*args)
         if not ok:
-            raise BackendError(f"{operation}: backend {forced!r} was forced, but {reason}")
+            raise _refused(operation, forced, reason)
         return Selection(available[forced], {forced: f"forced; {reason}"})
     reasons: dict[str, str] = {}
     for backend in PREFERENCE.get(device_type, ("reference",)):

@@ -15,7 +15,15 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--output", type=Path, help="folder for the PNG files (default: beside the first CSV)")
     command.add_argument("--window", type=int, default=5, help="curves are means over so many measured steps")
     args = parser.parse_args(argv)
-    for path in plot(args.csv, args.output or args.csv[0].parent, args.window):
+    try:
+        written = plot(args.csv, args.output or args.csv[0].parent, args.window)
+    except OSError as error:
+        command.error(f"argument csv or --output: {error.filename}: {error.strerror}")
+    except ValueError as error:
+        command.error(f"argument csv: {error}")
+    if not written:
+        command.error(f"argument csv: nothing was measured in {', '.join(map(str, args.csv))}")
+    for path in written:
         print(path)
 
 

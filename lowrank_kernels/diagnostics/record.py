@@ -27,7 +27,14 @@ class Recorder:
         self.run = run
         self.path = None if path is None else Path(path)
         self.writer: Any = None
-        if self.path is not None and self.path.exists() and self.path.stat().st_size:
+        if self.path is not None:
+            try:  # now, and not in the first step that is measured
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8"):
+                    pass
+            except OSError as error:
+                raise type(error)(f"FullGradientProbe: csv={str(self.path)!r} cannot be written: {error.strerror}") from None
+        if self.path is not None and self.path.stat().st_size:
             with open(self.path, newline="", encoding="utf-8") as file:
                 header = tuple(next(csv.reader(file)))
             if header != COLUMNS:

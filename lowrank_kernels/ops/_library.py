@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends.lists import FLOATING, PLAIN, Tall, alike, plain
 
@@ -39,11 +40,28 @@ def _eager() -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 
+def is_transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is at work, and no graph is being traced."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def refuse_tangents(operation: str, argument: str, tensors: Iterable[Any]) -> None:
+    """Refuse tensors with a forward-mode derivative, which the operation would drop without a word."""
+    if any(isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            f"{operation} has no forward-mode derivative (torch.func.jvp, jacfwd), but {argument} has a tangent: "
+            "its result is a constant for autograd; call it on detached tensors"
+        )
+
+
 def is_plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing needs an operation as a node: no compiler, no dispatch mode, no functorch transform, no tensor subclass.
+    """Whether nothing needs an operation as a node: no compiler, dispatch mode, functorch transform, forward mode or tensor subclass.
 
     Then the same implementations are called without the dispatcher, whose Python road costs more than a small operation.
     """
@@ -77,12 +95,16 @@ def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like
     """Refuse a list whose tensors are not strided, floating, of one dtype and on one device (those of ``like``, if given)."""
     if not isinstance(tensors, (list, tuple, Tall)):
         raise TypeError(f"{operation}: {argument} must be a list of tensors, got {type(tensors).__name__}; wrap it in [ ]")
+    if forward_ad._current_level >= 0:
+        refuse_tangents(operation, argument, tensors)
     if alike(tensors, like, ndim):  # what fails here is explained below
         return
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operation}: {argument}[{index}] must be a tensor, got {type(tensor).__name__}")
         like = tensor if like is None else like
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{operation}: {argument}[{index}] is {tensor.layout}; only strided tensors are taken, call .to_dense()")
         if ndim is not None and tensor.ndim != ndim:
             raise ValueError(f"{operation}: {argument}[{index}] must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATING:
@@ -94,7 +116,10 @@ def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like
 
 
 def check_same_length(operation: str, **lists: Sequence[Any]) -> None:
-    """Refuse lists of different lengths."""
+    """Refuse lists of different lengths, and what has no length."""
+    for name, values in lists.items():
+        if not hasattr(values, "__len__"):
+            raise TypeError(f"{operation}: {name} must be a list, got {type(values).__name__}")
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{operation}: lists must have equal lengths, got {', '.join(f'{n}: {c}' for n, c in lengths.items())}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +77,7 @@ def grouped_adamw_(
     # Between two steps a user may cast a model or give a parameter other data: compiled code would write beyond the moments.
     if check or not sized(params, exp_avgs or exp_avg_sqs, accumulation_dtype(params[0].dtype)):
         _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, drifts, rank_dims)
+        _check_numbers(lr, betas, eps, weight_decay, step, missed, bias_correction)
     arguments = (
         list(params),
         list(grads),
@@ -126,6 +130,9 @@ def _check(
             continue
         check_same_length(_NAME, params=params, **{name: states})
         for index, (shape, state) in enumerate(zip(shapes, states, strict=True)):
+            if not isinstance(state, Tensor) or state.layout is not torch.strided:
+                got = state.layout if isinstance(state, Tensor) else type(state).__name__
+                raise TypeError(f"{_NAME}: {name}[{index}] must be a strided tensor, got {got}")
             if state.dtype is not state_dtype or state.shape != shape or state.device != device:
                 raise ValueError(
                     f"{_NAME}: {name}[{index}] must be {state_dtype} of shape {tuple(shape)} on {device}, "
@@ -137,6 +144,41 @@ def _check(
         check_same_length(_NAME, params=params, missed=missed)
     if drifts is not None or any(value is not None for value in maps.values()):
         _check_maps(params, maps, drifts, rank_dims, state_dtype)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_numbers(
+    lr: Any, betas: Any, eps: Any, weight_decay: Any, step: Any, missed: Sequence[Any], bias_correction: bool
+) -> None:  # fmt: skip
+    """Refuse numbers that would write NaN, or that compiled code would not take. Tensors (lr, step) are not read."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_is_number, betas)):
+        raise TypeError(f"{_NAME}: betas must be two numbers, such as (0.9, 0.999), got {betas!r}")
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"{_NAME}: betas must be in [0, 1), got {betas!r}")
+    for name, value, fits in (("lr", lr, _is_number), ("step", step, _is_count)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{_NAME}: {name} must be one number, got a tensor of shape {tuple(value.shape)}")
+        if not isinstance(value, Tensor) and not fits(value):
+            kind = "number" if name == "lr" else "whole number"
+            raise TypeError(f"{_NAME}: {name} must be a {kind} or a one-element tensor, got {value!r}")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+        if not _is_number(value):
+            raise TypeError(f"{_NAME}: {name} must be a number, got {value!r}")
+    for name, value, least in (("lr", lr, -math.inf), ("eps", eps, 0.0), ("weight_decay", weight_decay, -math.inf)):
+        if not isinstance(value, Tensor) and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{_NAME}: {name} must be finite{' and ≥ 0' if least == 0.0 else ''}, got {value}")
+    if not all(_is_count(count) and count >= 0 for count in missed):
+        raise ValueError(f"{_NAME}: missed must be whole numbers ≥ 0, got {list(missed)!r:.80}")
+    if bias_correction and not isinstance(step, Tensor) and step - max(missed, default=0) < 1:
+        said = f"step={step}" + (f" and missed={max(missed)}" if missed else "")
+        raise ValueError(f"{_NAME}: step counts from 1, this one included, and must be above missed; got {said}")
 
 
 def _check_maps(

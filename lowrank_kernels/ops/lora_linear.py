@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..backends.registry import run, select
-from ._library import FLOATING, LIBRARY, NAMESPACE, accumulation_dtype, define, is_plain_eager, no_backward
+from ._library import FLOATING, LIBRARY, NAMESPACE, accumulation_dtype, define, is_plain_eager, is_transformed, no_backward
 
 
 def lora_linear(
@@ -56,11 +57,16 @@ def lora_linear(
     Factors of another dtype than x are cast to it; their gradients come back in their own. Under ``torch.autocast``
     everything is cast as ``F.linear`` would cast it.
     No GEMM is done for a gradient that nobody asked for.
+    Under ``torch.func`` transforms (grad, vmap, jvp, …) and in forward mode the formula is computed by torch's own operations.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, only one of q_a and q_b is given, or a core with them.
     """
-    if not (_fits(x, weight, bias, a, b, q_a, q_b, core) and 0.0 <= dropout < 1.0):
+    try:
+        fits = _fits(x, weight, bias, a, b, q_a, q_b, core) and 0.0 <= dropout < 1.0
+    except AttributeError:  # something is no tensor
+        fits = False
+    if not fits:
         _check(x, weight, bias, a, b, q_a, q_b, core, dropout)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         if x.dtype != torch.float64:
@@ -75,9 +81,13 @@ def lora_linear(
     mask, seed, keep = _draw(tokens, a.shape[0], dropout) if training and dropout > 0.0 else (None, None, 1.0)
     arguments = (tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
     if capture is not None and torch.is_grad_enabled():
+        if is_transformed():
+            raise RuntimeError("lora_linear: full gradients cannot be captured under torch.func transforms; use loss.backward()")
         y, _ = _captured(*arguments, capture)
     elif is_plain_eager(tokens, weight, bias, a, b, q_a, q_b, core):
         y, _ = _eager(*arguments)
+    elif is_transformed():
+        return _composed(*arguments).reshape(*x.shape[:-1], b.shape[0])
     else:
         y, _ = torch.ops.lowrank_kernels.lora_linear(*arguments)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -91,7 +101,6 @@ class _Sketch(NamedTuple):
     shape: tuple[int, ...]
 
 
-@torch.compiler.assume_constant_result
 def _by_seed(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
     """Whether dropout is by a seed: where Triton takes the forward call. The one place that decides it.
 
@@ -105,11 +114,42 @@ def _by_seed(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
     return select("lora_linear", device.type, (x, None, None, a, b, None, None, 1.0, None, 1.0)).implementation.backend == "triton"
 
 
+# What torch.compiler.assume_constant_result does, without the import of torch's compiler that it takes.
+_by_seed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _draw(x: Tensor, rank: int, dropout: float) -> tuple[Tensor | None, Tensor | None, float]:
     """A mask or a seed for one call, and the probability of keeping an entry; nothing is read on the host."""
     if _by_seed(x.device, x.dtype, index(rank)):  # index: traced, a symbolic rank becomes a number
         return None, torch.randint(2**63 - 1, (1,), device=x.device), max(1, round((1.0 - dropout) * 65536)) / 65536
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout), None, 1.0 - dropout
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    core: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    """The operation in terms that any transform of torch's knows: nothing in place, no autograd of its own."""
+    if seed is not None:
+        mask = run("dropout_mask", x.device.type, seed, *x.shape, keep)
+    inner = x if mask is None else x * mask.to(x.dtype) * (1.0 / keep)
+    if core is not None:
+        delta = F.linear(F.linear(F.linear(inner.to(core.dtype), a.to(core.dtype)), core).to(x.dtype), b)
+    elif q_a is None or q_b is None:
+        delta = F.linear(F.linear(inner, a), b)
+    else:
+        delta = F.linear(F.linear(inner, a), q_b) + F.linear(F.linear(inner, q_a), b)
+    return scale * delta if weight is None else F.linear(x, weight, bias) + scale * delta
 
 
 def _eager(*args: Any) -> tuple[Tensor, Tensor]:
@@ -118,7 +158,7 @@ def _eager(*args: Any) -> tuple[Tensor, Tensor]:
     return _forward(*args)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def _captured(*args: Any) -> tuple[Tensor, Tensor]:
     return _LoraLinear.apply(*args)
 
@@ -169,8 +209,10 @@ def _check(
 ) -> None:
     given = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b, "q_a": q_a, "q_b": q_b, "core": core}
     for name, tensor in given.items():
-        if tensor is None:
+        if tensor is None and name not in ("x", "a", "b"):
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:
             raise TypeError(f"lora_linear: {name} has dtype {tensor.dtype}; use one of {', '.join(map(str, FLOATING))}")
         if tensor.device != x.device:

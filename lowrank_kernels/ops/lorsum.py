@@ -24,63 +24,67 @@ def _is_pair(term: Term) -> bool:
     return isinstance(term, (list, tuple)) and len(term) == 2 and all(isinstance(part, (list, tuple)) for part in term)
 
 
-def _check_factors(name: str, factors: object, like: tuple[list[Tensor], list[Tensor]] | None) -> tuple[list[Tensor], list[Tensor]]:
+def _check_factors(
+    operation: str, name: str, factors: object, like: tuple[list[Tensor], list[Tensor]] | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """The two lists of ``factors``; refused unless they are (d_out, k) and (d_in, k), of one k in every layer."""
     if not isinstance(factors, (list, tuple)) or len(factors) != 2:
-        raise TypeError(f"{NAME}: {name} must be two lists of tensors, (lefts, rights), got {type(factors).__name__}")
+        raise TypeError(f"{operation}: {name} must be two lists of tensors, (lefts, rights), got {type(factors).__name__}")
     for side, part in zip(("[0]", "[1]"), factors, strict=True):
-        check_list(NAME, f"{name}{side}", part)
+        check_list(operation, f"{name}{side}", part)
     lefts, rights = list(factors[0]), list(factors[1])
-    check_same_length(NAME, **{f"{name}[0]": lefts, f"{name}[1]": rights}, **({} if like is None else {"targets": like[0]}))
+    check_same_length(operation, **{f"{name}[0]": lefts, f"{name}[1]": rights}, **({} if like is None else {"targets": like[0]}))
     for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
         if left.dtype != right.dtype:
-            raise TypeError(f"{NAME}: {name}[1][{index}] has dtype {right.dtype}, {name}[0][{index}] has {left.dtype}")
+            raise TypeError(f"{operation}: {name}[1][{index}] has dtype {right.dtype}, {name}[0][{index}] has {left.dtype}")
         if left.shape[1] != right.shape[1]:
-            raise ValueError(f"{NAME}: {name}[1][{index}] has {right.shape[1]} columns, {name}[0][{index}] has {left.shape[1]}")
+            raise ValueError(f"{operation}: {name}[1][{index}] has {right.shape[1]} columns, {name}[0][{index}] has {left.shape[1]}")
         if like is not None:
-            _check_against(f"{name}[0][{index}]", left, left.shape[0], like[0][index], like[0][index].shape[0])
-            _check_against(f"{name}[1][{index}]", right, right.shape[0], like[1][index], like[1][index].shape[0])
+            _check_against(operation, f"{name}[0][{index}]", left, left.shape[0], like[0][index], like[0][index].shape[0])
+            _check_against(operation, f"{name}[1][{index}]", right, right.shape[0], like[1][index], like[1][index].shape[0])
     return lefts, rights
 
 
-def _check_against(name: str, tensor: Tensor, got: object, target: Tensor, expected: object) -> None:
+def _check_against(operation: str, name: str, tensor: Tensor, got: object, target: Tensor, expected: object) -> None:
     if got != expected:
-        raise ValueError(f"{NAME}: {name} of shape {tuple(tensor.shape)} does not fit its target: expected {expected}, got {got}")
+        raise ValueError(f"{operation}: {name} of shape {tuple(tensor.shape)} does not fit its target: expected {expected}, got {got}")
     if tensor.device != target.device:
-        raise ValueError(f"{NAME}: {name} is on {tensor.device}, its target is on {target.device}")
+        raise ValueError(f"{operation}: {name} is on {tensor.device}, its target is on {target.device}")
 
 
-def _check_term(name: str, term: Term, targets: tuple[list[Tensor], list[Tensor]]) -> tuple[list[Tensor], list[Tensor | None]]:
+def _check_term(
+    operation: str, name: str, term: Term, targets: tuple[list[Tensor], list[Tensor]]
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """The left and right factors of a term; no right factors if it is dense."""
     count = len(targets[0])
     if _is_pair(term):
-        lefts, rights = _check_factors(name, term, targets)
+        lefts, rights = _check_factors(operation, name, term, targets)
         return lefts, list(rights)
-    check_list(NAME, name, term)  # type: ignore[arg-type]
-    check_same_length(NAME, targets=targets[0], **{name: term})
+    check_list(operation, name, term)  # type: ignore[arg-type]
+    check_same_length(operation, targets=targets[0], **{name: term})
     matrices: list[Tensor] = list(term)  # type: ignore[arg-type]
     for index, (matrix, u, v) in enumerate(zip(matrices, *targets, strict=True)):
-        _check_against(f"{name}[{index}]", matrix, tuple(matrix.shape), u, (u.shape[0], v.shape[0]))
+        _check_against(operation, f"{name}[{index}]", matrix, tuple(matrix.shape), u, (u.shape[0], v.shape[0]))
     return matrices, [None] * count
 
 
 def _check_coefficients(
-    coefficients: Tensor | Sequence[Coefficient], terms: int, layers: int, device: torch.device
+    operation: str, coefficients: Tensor | Sequence[Coefficient], terms: int, layers: int, device: torch.device
 ) -> tuple[list[float], Tensor | None]:
     """Numbers, term by term for every layer, or, if there is a tensor among them, one (J, N) tensor in fp64 on the device."""
     if isinstance(coefficients, Tensor) and coefficients.ndim not in (1, 2):
-        raise ValueError(f"{NAME}: coefficients must be (terms,) or (terms, layers), got shape {tuple(coefficients.shape)}")
+        raise ValueError(f"{operation}: coefficients must be (terms,) or (terms, layers), got shape {tuple(coefficients.shape)}")
     if len(coefficients) != terms:
-        raise ValueError(f"{NAME}: got {len(coefficients)} coefficients for {terms} terms")
+        raise ValueError(f"{operation}: got {len(coefficients)} coefficients for {terms} terms")
     rows: list[list[float] | Tensor] = []
     for index, value in enumerate(coefficients):
         if isinstance(value, Tensor):
             if value.shape not in ((), (layers,)):
-                raise ValueError(f"{NAME}: coefficients[{index}] has shape {tuple(value.shape)}, expected () or ({layers},)")
+                raise ValueError(f"{operation}: coefficients[{index}] has shape {tuple(value.shape)}, expected () or ({layers},)")
             rows.append(value.detach().to(device, torch.float64).expand(layers))
         elif isinstance(value, (list, tuple)):
             if len(value) != layers:
-                raise ValueError(f"{NAME}: coefficients[{index}] has {len(value)} numbers for {layers} layers")
+                raise ValueError(f"{operation}: coefficients[{index}] has {len(value)} numbers for {layers} layers")
             rows.append([float(number) for number in value])
         else:
             rows.append([float(value)] * layers)
@@ -143,7 +147,7 @@ def grouped_lorsum(
 
     The result is a constant for autograd; its backward says so.
     """
-    us, vs = _check_factors("targets", targets, None)
+    us, vs = _check_factors(NAME, "targets", targets, None)
     if us and (us[0].dtype != vs[0].dtype or us[0].device != vs[0].device):
         raise ValueError(f"{NAME}: targets[0] are {us[0].dtype} on {us[0].device}, targets[1] {vs[0].dtype} on {vs[0].device}")
     for index, u in enumerate(us):
@@ -161,16 +165,16 @@ def grouped_lorsum(
     rights: list[Tensor | None] = []
     for index, term in enumerate(terms):
         is_target = _is_pair(term) and term[0] is targets[0] and term[1] is targets[1]
-        term_lefts, term_rights = (us, vs) if is_target else _check_term(f"terms[{index}]", term, (us, vs))
+        term_lefts, term_rights = (us, vs) if is_target else _check_term(NAME, f"terms[{index}]", term, (us, vs))
         lefts += term_lefts
         rights += term_rights
-    numbers, tensor = _check_coefficients(coefficients, len(terms), len(us), us[0].device if us else torch.device("cpu"))
+    numbers, tensor = _check_coefficients(NAME, coefficients, len(terms), len(us), us[0].device if us else torch.device("cpu"))
     if out is None:
         out_us, out_vs = ([torch.empty_like(x) for x in xs] for xs in (us, vs))
     elif out[0] is targets[0] and out[1] is targets[1]:
         out_us, out_vs = us, vs
     else:
-        out_us, out_vs = _check_factors("out", out, (us, vs))
+        out_us, out_vs = _check_factors(NAME, "out", out, (us, vs))
         check_same_length(NAME, targets=us, out=out_us)
         for index, (x, o) in enumerate(zip([*us, *vs], [*out_us, *out_vs], strict=True)):
             if x.shape != o.shape or x.dtype != o.dtype:
@@ -236,7 +240,7 @@ def grouped_lorsum_product(terms: Sequence[Term], xs: Sequence[Tensor], coeffici
     lefts: list[Tensor] = []
     rights: list[Tensor | None] = []
     for index, term in enumerate(terms):
-        term_lefts, term_rights = _check_term(f"terms[{index}]", term, (heads, list(xs)))
+        term_lefts, term_rights = _check_term(name, f"terms[{index}]", term, (heads, list(xs)))
         lefts += term_lefts
         rights += term_rights
     for index, x in enumerate(xs):
@@ -244,7 +248,7 @@ def grouped_lorsum_product(terms: Sequence[Term], xs: Sequence[Tensor], coeffici
             raise ValueError(f"{name}: xs[{index}] has {x.shape[1]} columns, xs[0] has {xs[0].shape[1]}; call once per width")
     if not xs:
         return []
-    numbers, tensor = _check_coefficients(coefficients, len(terms), len(xs), xs[0].device)
+    numbers, tensor = _check_coefficients(name, coefficients, len(terms), len(xs), xs[0].device)
     arguments = (list(xs), lefts, rights, numbers, tensor)
     if not torch.is_grad_enabled() and is_plain_eager(*xs, *lefts, *rights):
         return _grouped_lorsum_product(*arguments)

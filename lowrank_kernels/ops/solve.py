@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends.lists import sizes
 from ..backends.registry import run
-from ._library import FLOATING, are_plain_eager, check_list, define, is_plain_eager, no_backward
+from ._library import FLOATING, are_plain_eager, check_list, define, is_plain_eager, no_backward, refuse_tangents
 
 
 def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float = 0.0, *, side: str = "left") -> list[Tensor] | Tensor:
@@ -32,6 +33,10 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
     The result is a constant for autograd; its backward says so.
     """
     name = "grouped_solve"
+    if not isinstance(grams, Tensor):
+        raise TypeError(f"{name}: grams must be one tensor (N, r, r), got {type(grams).__name__}; torch.stack a list of matrices")
+    if forward_ad._current_level >= 0:
+        refuse_tangents(name, "grams or rhs", (grams, rhs))
     if grams.ndim != 3 or grams.shape[1] != grams.shape[2] or grams.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name}: grams must be (N, r, r), fp32 or fp64, got {tuple(grams.shape)} {grams.dtype}")
     if side not in ("left", "right"):

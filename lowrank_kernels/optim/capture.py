@@ -131,7 +131,7 @@ class _SeeInput:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self.recorder.active:
             self.recorder.pending = args[0] if torch.is_grad_enabled() else None
@@ -143,7 +143,7 @@ class _SeeOutput:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         x, self.recorder.pending = self.recorder.pending, None
         if x is None or not output.requires_grad:

@@ -271,8 +271,8 @@ class OPLoRA(LowRankOptimizer):
                 yield position, "metric_basis", (height, rank)
                 yield position, "metric_values", (rank,)
 
-    def _create_state(self) -> None:
-        super()._create_state()
+    def _create_state(self) -> bool:
+        created = super()._create_state()
         for pair in self._pairs:
             group, of_b = self._group(pair), self.state.get(self._at(pair.b), ())
             if ("momentum_u" in of_b or not group["momentum"]) and ("metric_basis" in of_b or not group["metric"]):
@@ -287,6 +287,8 @@ class OPLoRA(LowRankOptimizer):
                     self.state[p][name] = torch.linalg.qr(random_matrix(p, self._seed, *shape, *position))[0]
                 else:
                     self.state[p][name] = torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)
+                created = True
+        return created
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         shapes: defaultdict[Position, list[tuple[str, tuple[int, ...]]]] = defaultdict(list)

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch  # noqa: F401
 
+#: What this package asks of the extension; ``kInterface`` in csrc/bindings.cpp, where it says when to raise both.
+INTERFACE = 1
+
 try:
     _csrc: Any = import_module("._csrc", __package__)
 except ImportError as error:
@@ -15,7 +18,14 @@ except ImportError as error:
         f"the compiled extension did not load ({error}). Install a C++17 compiler and reinstall the package with "
         "LOWRANK_KERNELS_REQUIRE_NATIVE=1, which shows the compiler's own error"
     ) from error
+else:
+    found = getattr(_csrc, "interface", None)
+    if found != INTERFACE:
+        raise ImportError(
+            f"the compiled extension is of another version ({_csrc.__file__} has interface {found}, this package needs {INTERFACE}); "
+            "reinstall the package: `pip install .`, or `pip install -e .` for a checkout"
+        )
 
-from . import adamw, damped_inverse, eigh, gram, lora_linear, lorsum, polar, qr, solve, svd, svd_product
+from . import adamw, damped_inverse, eigh, gram, lora_linear, lorsum, polar, qr, solve, svd, svd_product  # noqa: E402 (they use the extension)
 
 __all__ = ["_csrc", "adamw", "damped_inverse", "eigh", "gram", "lora_linear", "lorsum", "polar", "qr", "solve", "svd", "svd_product"]
