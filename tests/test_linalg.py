@@ -384,6 +384,49 @@ def test_damped_inverse(backend: str, dtype: torch.dtype, rank: int, damping: fl
         assert orthogonality(tall @ inverse) <= 8 * rank * eps * torch.linalg.cond(tall)
 
 
+# ------------------------------------------------------------------------------------------------------------------ preconditioners
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("rank", [1, 4, 7, 16, 33, 128])
+@pytest.mark.parametrize("kappa", [1.0, 1e3])
+def test_preconditioner(backend: str, dtype: torch.dtype, rank: int, kappa: float) -> None:
+    """``P = w (XᵀX + δI)⁻¹`` and ``C = (XᵀX + δI)⁻¹ XᵀX_old``, from the drift ``K = δI + Xᵀ(X - X_old)``."""
+    damping, identity, layers = 1e-3, torch.eye(rank, dtype=DOUBLE), 11
+    xs = [conditioned(2 * rank, rank, kappa) for _ in range(layers)]
+    olds = [x + 0.1 * torch.randn(x.shape, dtype=DOUBLE) for x in xs]
+    grams = torch.stack([x.mT @ x for x in xs])
+    drifts = torch.stack([damping * identity + x.mT @ (x - old) for x, old in zip(xs, olds, strict=True)]).to(dtype)
+    lower = grams.tril() + torch.full_like(grams, math.nan).triu(1)
+    with running("grouped_preconditioner", backend), torch.no_grad():
+        maps, nothing = ops.grouped_preconditioner(lower, damping, weight=0.25, dtype=dtype)
+        again, realigned = ops.grouped_preconditioner(lower, damping, weight=0.25, drifts=drifts, dtype=dtype)
+        _, transposed = ops.grouped_preconditioner(lower, damping, drifts=drifts, transposed=True, dtype=dtype)
+    assert nothing is None and realigned is not None and maps.dtype == realigned.dtype == dtype
+    assert torch.equal(maps, again) and torch.equal(maps, maps.mT) and torch.equal(realigned, transposed.mT)
+    for i, (x, old) in enumerate(zip(xs, olds, strict=True)):
+        damped = grams[i] + damping * identity
+        eps = torch.finfo(dtype).eps + rank * torch.linalg.cond(damped) * torch.finfo(DOUBLE).eps
+        inverse = torch.linalg.inv(damped)
+        assert (maps[i].double() - 0.25 * inverse).abs().max() <= 8 * eps * inverse.abs().max()
+        exact = inverse @ (x.mT @ old)
+        amplified = (inverse.abs() @ drifts[i].double().abs()).max()
+        assert (realigned[i].double() - exact).abs().max() <= 8 * eps * (1 + amplified)
+
+
+@on_every_backend
+def test_preconditioner_of_what_is_not_positive_definite_is_nan(backend: str) -> None:
+    grams = torch.eye(5, dtype=DOUBLE).repeat(21, 1, 1)
+    spoilt = grams.clone()
+    spoilt[2, 4, 4], spoilt[9, 3, 1], spoilt[13, 0, 0], spoilt[20, 2, 2] = -1.0, math.nan, math.inf, 0.0
+    with running("grouped_preconditioner", backend), torch.no_grad():
+        clean, results = (ops.grouped_preconditioner(g, drifts=torch.ones_like(g)) for g in (grams, spoilt))
+    for before, after in zip(clean, results, strict=True):
+        for index in range(21):
+            assert after[index].isnan().all() if index in (2, 9, 13, 20) else torch.equal(after[index], before[index])
+
+
 # ------------------------------------------------------------------------------------------------------------------ SVD
 
 
@@ -570,6 +613,7 @@ CALLS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
     "grouped_polar": lambda xs: ops.grouped_polar(xs),
     "grouped_eigh": lambda xs: list(ops.grouped_eigh(torch.stack([x.mT @ x for x in xs]))[1]),
     "grouped_damped_inverse": lambda xs: list(ops.grouped_damped_inverse(torch.stack([(x.mT @ x).triu() for x in xs]), 0.1)),
+    "grouped_preconditioner": lambda xs: list(ops.grouped_preconditioner(torch.stack([x.mT @ x for x in xs]).double(), 0.1)[0]),
 }
 for_every_operation = pytest.mark.parametrize("operation", CALLS)
 
@@ -619,6 +663,7 @@ def test_empty_lists() -> None:
     assert ops.grouped_polar([]) == []
     assert ops.grouped_eigh(torch.empty(0, 3, 3))[1].shape == (0, 3, 3)
     assert ops.grouped_damped_inverse(torch.empty(0, 3, 3)).shape == (0, 3, 3)
+    assert ops.grouped_preconditioner(torch.empty(0, 3, 3, dtype=DOUBLE))[0].shape == (0, 3, 3)
 
 
 @on_every_backend
@@ -643,6 +688,8 @@ def test_opcheck(backend: str) -> None:
         ("grouped_eigh", namespace.grouped_eigh, (spd,)),
         ("grouped_eigh", namespace.grouped_eigvalsh, (spd.mT,)),
         ("grouped_damped_inverse", namespace.grouped_damped_inverse, (spd.triu(), 0.1)),
+        ("grouped_preconditioner", namespace.grouped_preconditioner, (spd, None, 0.1, 1.0, False, torch.float32)),
+        ("grouped_preconditioner", namespace.grouped_preconditioner, (spd.mT, spd.triu(), 0.1, 0.5, True, DOUBLE)),
     ):
         if backend in implementations(operation):
             with force(f"{operation}={backend}"):
@@ -742,6 +789,17 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_damped_inverse(EYE[0]), r"grouped_damped_inverse: rs must be \(N, r, r\), got \(4, 4\)"),
     (lambda: ops.grouped_damped_inverse(EYE.long()), r"grouped_damped_inverse: rs must be fp32 or fp64"),
     (lambda: ops.grouped_damped_inverse(EYE, -1.0), r"grouped_damped_inverse: damping must be ≥ 0, got -1"),
+    (lambda: ops.grouped_preconditioner([EYE[0]]), r"grouped_preconditioner: grams must be one stacked tensor"),
+    (lambda: ops.grouped_preconditioner(EYE), r"grouped_preconditioner: grams must be \(N, r, r\) and fp64"),
+    (lambda: ops.grouped_preconditioner(EYE.double(), math.nan), r"grouped_preconditioner: damping must be ≥ 0, got nan"),
+    (
+        lambda: ops.grouped_preconditioner(EYE.double(), dtype=torch.bfloat16),
+        r"dtype must be torch.float64 or torch.float32",
+    ),
+    (
+        lambda: ops.grouped_preconditioner(EYE.double(), drifts=EYE),
+        r"drifts must be torch.float64 of shape \(1, 4, 4\)",
+    ),
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_kernels import ops
-from lowrank_kernels.backends import registry
+from lowrank_kernels.backends import reference, registry
 
 native = pytest.importorskip("lowrank_kernels.backends.native", reason="the native extension is not built")
 _csrc = native._csrc
@@ -668,11 +668,28 @@ def test_damped_inverse_of_every_instruction_set(rank: int, instruction_set: str
     torch.testing.assert_close(out @ out.mT, inverse, rtol=1e-10, atol=1e-10 * inverse.abs().max().item())
 
 
+@pytest.mark.parametrize("rank", [1, 3, 4, 8, 16, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_preconditioner_of_every_instruction_set(rank: int, dtype: torch.dtype, instruction_set: str) -> None:
+    x, drifts = torch.randn(19, 2 * rank, rank, dtype=torch.float64), torch.randn(19, rank, rank, dtype=dtype)
+    found, exact = ([torch.full_like(drifts, torch.nan) for _ in range(2)] for _ in range(2))
+    for backend, out in ((native, found), (reference, exact)):
+        backend.preconditioner.grouped_preconditioner(x.mT @ x, drifts, 1e-2, 0.5, True, *out)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-6
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
 def test_small_stacks_do_not_depend_on_threads(threads: None) -> None:
     x = torch.randn(301, 16, 16, dtype=torch.float64)
-    results = [(*ops.grouped_eigh(x), ops.grouped_eigvalsh(x), ops.grouped_damped_inverse(x.triu(), 0.1)) for _ in range(2)]
+
+    def work() -> tuple[Tensor, ...]:
+        inverses = ops.grouped_damped_inverse(x.triu(), 0.1), *ops.grouped_preconditioner(x.mT @ x, 0.1, drifts=x)
+        return (*ops.grouped_eigh(x), ops.grouped_eigvalsh(x), *inverses)
+
+    results = [work() for _ in range(2)]
     torch.set_num_threads(1)
-    results.append((*ops.grouped_eigh(x), ops.grouped_eigvalsh(x), ops.grouped_damped_inverse(x.triu(), 0.1)))
+    results.append(work())
     assert all(torch.equal(a, b) for got in results[1:] for a, b in zip(results[0], got, strict=True))
 
 
@@ -687,6 +704,7 @@ def test_small_stacks_do_not_depend_on_threads(threads: None) -> None:
         "grouped_eigh",
         "grouped_gram",
         "grouped_polar",
+        "grouped_preconditioner",
         "grouped_qr",
         "grouped_solve",
         "grouped_svd_product",
@@ -704,6 +722,8 @@ def test_one_call_whatever_the_number_of_layers(operation: str) -> None:
             ops.grouped_solve(torch.eye(8).repeat(layers, 1, 1), xs, side="right")
         elif operation in ("grouped_eigh", "grouped_damped_inverse"):
             getattr(ops, operation)(torch.eye(8).repeat(layers, 1, 1))
+        elif operation == "grouped_preconditioner":
+            ops.grouped_preconditioner(torch.eye(8, dtype=torch.float64).repeat(layers, 1, 1))
         elif operation in ("grouped_gram", "grouped_polar", "grouped_qr"):
             getattr(ops, operation)(xs)
         else:
@@ -752,9 +772,9 @@ def test_refusals_name_the_reason() -> None:
         ops.grouped_qr([wide_factor])
     with pytest.raises(registry.BackendError, match="129 columns"):
         ops.grouped_svd_product([wide_factor], [wide_factor], 4)
-    for operation in (ops.grouped_eigh, ops.grouped_damped_inverse):
+    for operation in (ops.grouped_eigh, ops.grouped_damped_inverse, ops.grouped_preconditioner):
         with pytest.raises(registry.BackendError, match="rank 129"):
-            operation(torch.eye(129)[None])
+            operation(torch.eye(129, dtype=torch.float64)[None])
     channels_last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = torch.zeros(2, 3, 4, 5)
     with pytest.raises(registry.BackendError, match="strides"):

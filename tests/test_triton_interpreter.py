@@ -11,7 +11,19 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from lowrank_kernels.backends import force, launch_count, reference, select
-from lowrank_kernels.backends.triton import _tables, adamw, dropout, gram, lora_linear, lora_shared, polar, qr, solve, svd_product
+from lowrank_kernels.backends.triton import (
+    _tables,
+    adamw,
+    dropout,
+    gram,
+    lora_linear,
+    lora_shared,
+    polar,
+    preconditioner,
+    qr,
+    solve,
+    svd_product,
+)
 
 WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -360,6 +372,33 @@ def test_solve_of_ill_conditioned_systems_is_as_accurate_as_cholesky_allows(devi
     assert not ok and "129" in reason
 
 
+# --- grouped_preconditioner -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rank, dtype, with_drifts, transposed",
+    [(1, torch.float64, True, False), (5, torch.float32, True, True), (16, torch.float32, False, False), (33, torch.float64, True, True)],
+)
+def test_preconditioner(device: torch.device, rank: int, dtype: torch.dtype, with_drifts: bool, transposed: bool) -> None:
+    factors = torch.randn(4, 2 * rank, rank, dtype=torch.float64)
+    grams = (factors.mT @ factors).to(device)
+    grams = grams.tril() + torch.full_like(grams, math.nan).triu(1)
+    grams[1, -1, -1] = -1.0
+    grams[2, rank // 2, 0] = math.inf
+    drifts = torch.randn(4, rank, rank, dtype=dtype, device=device) if with_drifts else None
+    out, exact = ([torch.full(grams.shape, math.nan, dtype=dtype, device=device) for _ in range(2)] for _ in range(2))
+    before = launch_count()
+    preconditioner.grouped_preconditioner(grams, drifts, 1e-3, 0.25, transposed, *out)
+    assert launch_count() == before + 1
+    reference.preconditioner.grouped_preconditioner(grams, drifts, 1e-3, 0.25, transposed, *exact)
+    for mine, theirs in zip(out[: 1 + with_drifts], exact, strict=False):
+        assert mine[1:3].isnan().all()
+        tolerance = 8 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-11
+        assert (mine[::3] - theirs[::3]).abs().max() <= tolerance * (1 + theirs[::3].abs().max())
+    ok, reason = preconditioner.verify(torch.empty(1, 129, 129, device=device), None, 0.0, 1.0, False, *out)
+    assert not ok and "129" in reason
+
+
 # --- grouped_polar --------------------------------------------------------------------------------------------------------
 
 
@@ -538,11 +577,12 @@ def test_launches_do_not_grow_with_the_number_of_layers(device: torch.device) ->
             grams = torch.empty(layers, 2, 2, device=device)
             gram.grouped_gram(xs, None, grams)
             solve.grouped_solve(grams, xs, 1.0, False, [torch.empty_like(x) for x in xs])
+            preconditioner.grouped_preconditioner(grams.double(), grams, 1.0, 1.0, False, grams, torch.empty_like(grams))
             polar.grouped_polar(xs[: layers // 3], [torch.empty_like(x) for x in xs[: layers // 3]])
             news = torch.empty(layers, 2, 2, 2, device=device)
             adamw.grouped_adamw_(xs, xs, [], [], *[grams] * 4, [1] * layers, news, 0.1, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
         counts.append(launch_count() - before)
-    assert counts[0] == counts[1] == 7 + 2 + 2 + 9 + 2
+    assert counts[0] == counts[1] == 7 + 2 + 2 + 1 + 9 + 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is the default")

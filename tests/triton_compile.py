@@ -29,7 +29,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.kernels import instructions
-from lowrank_kernels.backends.triton import _launch, adamw, dropout, gram, lora_linear, lorsum, polar, qr, solve, svd_product
+from lowrank_kernels.backends.triton import (
+    _launch,
+    adamw,
+    dropout,
+    gram,
+    lora_linear,
+    lorsum,
+    polar,
+    preconditioner,
+    qr,
+    solve,
+    svd_product,
+)
 
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
          torch.int32: "i32", torch.bool: "i1", torch.int8: "i8", torch.uint8: "u8"}  # fmt: skip
@@ -59,6 +71,11 @@ def gram_case(rank: int, dtype: torch.dtype, accumulator: torch.dtype, cross: bo
 def solve_case(rank: int, dtype: torch.dtype, accumulator: torch.dtype) -> None:
     rhs = [torch.zeros(256, rank, dtype=dtype)]
     solve.grouped_solve(torch.empty(1, rank, rank, dtype=accumulator), rhs, 1e-6, False, [torch.empty_like(x) for x in rhs])
+
+
+def preconditioner_case(rank: int, dtype: torch.dtype, with_drifts: bool = True) -> None:
+    grams, (drifts, *out) = torch.empty(1, rank, rank, dtype=torch.float64), (torch.empty(1, rank, rank, dtype=dtype) for _ in range(3))
+    preconditioner.grouped_preconditioner(grams, drifts if with_drifts else None, 1e-6, 1.0, False, *out)
 
 
 def polar_case(rank: int, dtype: torch.dtype) -> None:
@@ -127,6 +144,8 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "solve r16 fp64": lambda: solve_case(16, torch.float64, torch.float64),
         "solve r128 fp32": lambda: solve_case(128, torch.float32, torch.float32),
         "solve r128 fp64": lambda: solve_case(128, torch.float64, torch.float64),
+        "preconditioner r16 fp32": lambda: preconditioner_case(16, torch.float32),
+        "preconditioner r128 fp32": lambda: preconditioner_case(128, torch.float32),
         "polar r64": lambda: polar_case(64, torch.float32),
     },
     "lorsum": {
@@ -182,6 +201,7 @@ ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("small", "gram r128 fp64"): (90,),
     ("small", "solve r128 fp32"): (90,),
     ("small", "solve r128 fp64"): (90, 100),
+    ("small", "preconditioner r128 fp32"): (90,),
     ("small", "polar r64"): (90,),
     ("adamw", "bf16 on device"): (90,),
     ("adamw", "r16 fp32"): (90,),

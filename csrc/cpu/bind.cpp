@@ -314,6 +314,24 @@ void damped_inverse(int64_t n, int64_t r, int dtype, intptr_t rs, int64_t matrix
   grouped_damped_inverse(dtype_of(dtype), stack, damping, reinterpret_cast<void*>(out), n, r, threads);
 }
 
+// Grams of double, drifts and what realigns (or 0), all (n, r, r), contiguous.
+void preconditioner(int64_t n, int64_t r, int dtype, intptr_t grams, intptr_t drifts, double damping, double weight,
+                    bool transposed, intptr_t out, intptr_t realigned, int threads) {
+  check_rank(r);
+  if (n * r > 0 && (grams == 0 || out == 0 || (drifts != 0 && realigned == 0)))
+    throw std::invalid_argument("grouped_preconditioner: a tensor without memory (fake, meta or distributed)");
+  const PreconditionerArguments arguments{reinterpret_cast<const double*>(grams),
+                                          reinterpret_cast<const void*>(drifts),
+                                          reinterpret_cast<void*>(out),
+                                          reinterpret_cast<void*>(realigned),
+                                          r,
+                                          damping,
+                                          weight,
+                                          transposed};
+  const py::gil_scoped_release released;
+  grouped_preconditioner(dtype_of(dtype), arguments, n, threads);
+}
+
 // Sections of the layers: u, v, out_u, out_v, d_out, d_in, row and column strides of u, v, out_u, out_v. Of the terms,
 // term by term for all layers: left, right, k, row and column strides of left, of right, dtype (+4: dense). One double
 // c for each term of each layer.
@@ -366,6 +384,7 @@ void bind_cpu(py::module_& m) {
   m.def("polar", &polar, "Orthonormal polar factors of a list of tall matrices.");
   m.def("eigh", &eigh, "Eigenvalues and eigenvectors of a stack of symmetric matrices.");
   m.def("damped_inverse", &damped_inverse, "Inverses of the triangular factors of a stack, with damping.");
+  m.def("preconditioner", &preconditioner, "Inverses of a stack of damped Gram matrices, and what realigns momentum.");
   m.def("lorsum", &lorsum,
         "Rank-r approximations of sums of low-rank matrices of a list, by alternating least squares.");
   m.attr("max_lorsum_terms") = kMaxLorsumTerms;

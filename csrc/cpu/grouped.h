@@ -32,6 +32,9 @@ void grouped_eigh(DType dtype, const Stack& xs, void* values, void* vectors, int
 // (n, r, r), contiguous: the inverses of the triangular factors of [R; √δ I] for n upper triangular R.
 void grouped_damped_inverse(DType dtype, const Stack& rs, double damping, void* out, int64_t n, int64_t r, int threads);
 
+// n preconditioners, and what realigns momentum.
+void grouped_preconditioner(DType dtype, const PreconditionerArguments& arguments, int64_t n, int threads);
+
 // LoRSum of n layers, computed in double for fp64 factors and else in float; r × r matrices always in double.
 void grouped_lorsum(const LorsumScalars& scalars, const LorsumItem* items, int64_t n, int threads);
 

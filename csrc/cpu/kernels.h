@@ -70,6 +70,17 @@ struct Stack {
   int64_t matrix_stride = 0, row_stride = 0, column_stride = 0;
 };
 
+// (n, r, r), all contiguous: Grams G, drifts K or null, and where w (G + δI)⁻¹ and, with K, I - (G + δI)⁻¹ K (or its
+// transpose) go; all but the Grams of the type of the computation.
+struct PreconditionerArguments {
+  const double* grams;
+  const void* drifts;
+  void *out, *realigned;
+  int64_t r;
+  double damping, weight;
+  bool transposed;
+};
+
 // One term of one layer: c P Qᵀ with P (d_out, k) on the left and Q (d_in, k) on the right, or c D with D on the left.
 struct LorsumTerm {
   View left, right;
@@ -160,6 +171,8 @@ struct Kernels {
   // As eigh; out (n, r, r), scratch for damped_inverse_scratch(r) doubles.
   void (*damped_inverse)(const Stack&, double damping, void* out, int64_t first, int64_t count, int64_t r,
                          double* scratch);
+  // Of matrices [first, first + count); scratch for preconditioner_scratch(r) doubles.
+  void (*preconditioner)(const PreconditionerArguments&, int64_t first, int64_t count, double* scratch);
   void (*lorsum)(const LorsumScalars&, const LorsumItem&, const LorsumWork<T>&, int threads);
 };
 

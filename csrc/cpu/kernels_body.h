@@ -5,6 +5,7 @@
 #include "cpu/gram_rows.h"
 #include "cpu/lorsum.h"
 #include "cpu/polar.h"
+#include "cpu/preconditioner.h"
 #include "cpu/qr.h"
 #include "cpu/solve.h"
 #include "cpu/svd_product.h"
@@ -15,7 +16,7 @@ template <class T>
 const Kernels<T>& table() {
   static constexpr Kernels<T> kernels = {
       adamw_range<T>, adamw_mapped_rows<T>, gram_rows<T>, solve<T>, qr<T>, svd_product<T>, polar<T>,
-      eigh<T>,        damped_inverse<T>,    lorsum<T>,
+      eigh<T>,        damped_inverse<T>,    preconditioner<T>, lorsum<T>,
   };
   return kernels;
 }

@@ -8,6 +8,7 @@ from .lora_linear import lora_linear
 from .lora_shared import lora_down, lora_up
 from .lorsum import grouped_lorsum, grouped_lorsum_product
 from .polar import grouped_polar
+from .preconditioner import grouped_preconditioner
 from .qr import grouped_qr
 from .solve import grouped_solve
 from .svd import grouped_svd
@@ -22,6 +23,7 @@ __all__ = [
     "grouped_lorsum",
     "grouped_lorsum_product",
     "grouped_polar",
+    "grouped_preconditioner",
     "grouped_qr",
     "grouped_solve",
     "grouped_svd",

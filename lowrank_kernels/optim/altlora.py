@@ -7,6 +7,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from ..ops import grouped_preconditioner
 from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, Position, moments, state_dtype
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 
@@ -94,26 +95,26 @@ class AltLoRA(PreconditionedOptimizer):
         for side in turn:
             self._note_late(pairs, active[side], side)
         # Jacobi: every preconditioner, and what aligns the momentum, from the factors as they were.
-        maps = {side: self._maps(active[side], side) for side in turn if active[side]}
+        misaligned = {side: self._stacked_state(active[side], side, "drift") for side in turn if active[side]}
+        maps = {side: self._maps(active[side], side, drifts) for side, drifts in misaligned.items()}
         late = {side: self._with_late_partner(active[side], side) for side in maps}
-        behind = {side: self._maps(late[side], OTHER[side])[1] for side in late if late[side]}
-        drifts = {}
-        for side, (inverse, misaligned) in maps.items():
-            aligned = torch.eye(inverse.shape[1], dtype=inverse.dtype, device=inverse.device) - misaligned
-            drifts[side] = inverse.new_empty(inverse.shape, dtype=state_dtype(self._at(pairs[0].a).dtype))
+        behind = {side: self._realigned(late[side], OTHER[side]) for side in late if late[side]}
+        moved = {}
+        for side, (preconditioners, realignments) in maps.items():
+            moved[side] = torch.empty_like(misaligned[side])
             self._step_side(
                 active[side],
                 side,
-                grad_maps=inverse if pairs[0].scale == 1 else inverse / pairs[0].scale ** 2,
-                momentum_maps=aligned if side == "A" else aligned.mT,
-                drifts=drifts[side],
+                grad_maps=preconditioners,
+                momentum_maps=realignments,
+                drifts=moved[side],
                 **self._moments(self._group(pairs, side)),
             )
-        for side, drift in drifts.items():  # aligned now
-            self._set_drift(active[side], side, drift.new_zeros(()))
-        for side, drift in drifts.items():
-            self._over_shards(drift, active[side], side).diagonal(dim1=1, dim2=2).add_(self._group(pairs, side)["damping"])
-            self._set_drift(active[side], OTHER[side], drift)
+        for side, drifts in misaligned.items():  # aligned now
+            self._write_stacked_state(active[side], side, "drift", drifts, drifts.new_zeros(()))
+        for side, drifts in moved.items():
+            self._over_shards(drifts, active[side], side).diagonal(dim1=1, dim2=2).add_(self._group(pairs, side)["damping"])
+            self._set_drift(active[side], OTHER[side], drifts)
             if side in behind:
                 self._carry_twice(late[side], side, behind[side])
         if group["freeze_idle"]:
@@ -131,21 +132,29 @@ class AltLoRA(PreconditionedOptimizer):
                 "the host, and a replayed CUDA graph would repeat one factor's turn for ever"
             )
 
-    def _maps(self, pairs: LikePairs, side: str) -> tuple[Tensor, Tensor]:
-        """``P = (XᵀX + δI)⁻¹`` and ``I - C = P K``, (N, r, r) in fp64, X being the partners (of B's momentum Cᵀ is the map)."""
-        inverse = self._inverse_grams(pairs, OTHER[side])
-        return inverse, inverse @ self._stacked_state(pairs, side, "drift").to(inverse.dtype)
+    def _maps(self, pairs: LikePairs, side: str, drifts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``P = s⁻² (XᵀX + δI)⁻¹`` and C (of B's momentum Cᵀ), (N, r, r) in the dtype of the drifts, X being the partners."""
+        grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
+        options = {"drifts": drifts, "transposed": side == "B", "dtype": drifts.dtype}
+        return grouped_preconditioner(grams, damping, weight=pairs[0].scale ** -2, **options)
+
+    def _realigned(self, pairs: LikePairs, side: str) -> Tensor:
+        """C in fp64 of the factors of this side."""
+        drifts = self._stacked_state(pairs, side, "drift").double()
+        grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
+        return grouped_preconditioner(grams, damping, drifts=drifts)[1]  # type: ignore[return-value]
 
     def _set_drift(self, pairs: LikePairs, side: str, value: Tensor) -> None:
         self._write_stacked_state(pairs, side, "drift", self._stacked_state(pairs, side, "drift"), value)
 
-    def _carry_twice(self, pairs: LikePairs, side: str, misaligned: Tensor) -> None:
+    def _carry_twice(self, pairs: LikePairs, side: str, realigned: Tensor) -> None:
         """After an update of X whose partners missed their turns: ``C ← (I - (XᵀX + δI)⁻¹ K) C_old`` by
-        ``K ← K + (XᵀX + δI - K)(I - C_old)``; ``misaligned``: I - C_old."""
+        ``K ← K + (XᵀX + δI - K)(I - C_old)``; ``realigned``: C_old in fp64."""
         damped = self._grams(pairs, side)
         damped.diagonal(dim1=1, dim2=2).add_(self._group(pairs, side)["damping"])
         drift = self._stacked_state(pairs, OTHER[side], "drift").to(damped.dtype)
-        self._set_drift(pairs, OTHER[side], drift + (damped - drift) @ misaligned)
+        identity = torch.eye(damped.shape[1], dtype=damped.dtype, device=damped.device)
+        self._set_drift(pairs, OTHER[side], drift + (damped - drift) @ (identity - realigned))
 
     def _note_late(self, pairs: LikePairs, active: LikePairs, side: str) -> None:
         """Remember which factors miss this turn of theirs."""

@@ -44,7 +44,16 @@ _grad = attrgetter("grad")
 
 #: Operations that make new tensors only. A step that failed before any other one began has changed nothing.
 _PURE_OPERATIONS = frozenset(
-    {"lora_linear", "lora_linear_backward", "dropout_mask", "grouped_damped_inverse", "grouped_eigh", "grouped_gram", "grouped_solve"}
+    {
+        "lora_linear",
+        "lora_linear_backward",
+        "dropout_mask",
+        "grouped_damped_inverse",
+        "grouped_eigh",
+        "grouped_gram",
+        "grouped_preconditioner",
+        "grouped_solve",
+    }
 )
 
 

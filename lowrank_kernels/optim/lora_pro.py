@@ -8,9 +8,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..ops import grouped_eigh, grouped_gram
+from ..ops import grouped_eigh, grouped_gram, grouped_preconditioner
 from .base import AdamWOptions, LikePairs, ParamsT
-from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
 
 
 class LoRAPro(PreconditionedOptimizer):
@@ -65,12 +65,14 @@ class LoRAPro(PreconditionedOptimizer):
             self._step_both(both)
         for side, present, others in (("A", with_a, of_b), ("B", with_b, of_a)):
             if alone := LikePairs(pair for pair in present if pair not in others):
-                self._step_side(alone, side, grad_maps=alone[0].scale ** -2 * self._inverse_grams(alone, OTHER[side]))
+                self._step_side(alone, side, grad_maps=self._preconditioners(alone, side, weight=alone[0].scale ** -2))
 
     def _step_both(self, pairs: LikePairs) -> None:
         group = self._group(pairs, "A")
         gram_b, gram_a = self._grams(pairs, "B"), self._grams(pairs, "A")
-        inverse_b, inverse_a = self._inverse_grams(pairs, "B", gram_b), self._inverse_grams(pairs, "A", gram_a)
+        inverse_b, inverse_a = (
+            grouped_preconditioner(gram, self._group(pairs, side)["damping"])[0] for side, gram in (("B", gram_b), ("A", gram_a))
+        )
         s = pairs[0].scale ** -2
         sign = -1.0 if group["maximize"] else 1.0
         map_a = s * inverse_b

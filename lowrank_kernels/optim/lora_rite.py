@@ -146,7 +146,7 @@ class LoRARITE(PreconditionedOptimizer):
         return group["step"] - torch.tensor(missed, dtype=torch.float64, device=self._at(pairs[0].a).device)[:, None]
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-        yield from (call for call in super()._example_calls() if call[0] != "grouped_solve")
+        yield from (call for call in super()._example_calls() if call[0] != "grouped_preconditioner")
         for pairs in self._alike(self._pairs):
             tall, damping = [x.detach() for x in self._tall(pairs, "B")], self._group(pairs, "B")["damping"]
             stack = torch.empty(len(pairs), tall[0].shape[1], tall[0].shape[1], dtype=torch.float64, device=tall[0].device)

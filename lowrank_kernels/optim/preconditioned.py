@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.lists import Tall, column, consecutive, gradients, states
-from ..ops import grouped_gram, grouped_solve
+from ..ops import grouped_gram, grouped_preconditioner
 from .base import FactorPair, LikePairs, LowRankOptimizer, Position, is_sharded, local_parts, shard_dims, shard_group, state_dtype
 
 #: Absolute damping δ of every Gram matrix. `python -m benchmarks.damping` is the experiment behind the number, on factors with singular
@@ -97,13 +97,10 @@ class PreconditionedOptimizer(LowRankOptimizer):
         """``XᵀX`` (N, r, r) in fp64 of the factors of this side, X being Aᵀ or B."""
         return self._over_shards(grouped_gram(self._tall(pairs, side), dtype=torch.float64), pairs, side)
 
-    def _inverse_grams(self, pairs: LikePairs, side: str, grams: Tensor | None = None) -> Tensor:
-        """``(XᵀX + δI)⁻¹`` (N, r, r) in fp64; ``grams`` where they are known."""
-        grams = self._grams(pairs, side) if grams is None else grams
-        identity = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device).expand_as(grams)
-        inverse = grouped_solve(grams, identity, self._group(pairs, side)["damping"])
-        assert isinstance(inverse, Tensor)
-        return inverse
+    def _preconditioners(self, pairs: LikePairs, side: str, *, weight: float = 1.0) -> Tensor:
+        """P of the factors of this side: ``w (XᵀX + δI)⁻¹`` (N, r, r) in the dtype of their state, X being their partners."""
+        grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
+        return grouped_preconditioner(grams, damping, weight=weight, dtype=state_dtype(self._at(pairs[0].a).dtype))[0]
 
     def _over_shards(self, sums: Tensor, pairs: LikePairs, side: str) -> Tensor:
         """``sums`` over the long dimension of factors of a side; where that is sharded (FSDP2), the sum of all ranks' sums, in place."""
@@ -162,4 +159,4 @@ class PreconditionedOptimizer(LowRankOptimizer):
             tall = [x.detach() for x in self._tall(pairs, "B")]
             grams = torch.empty(len(pairs), self._rank(pairs[0]), self._rank(pairs[0]), dtype=torch.float64, device=tall[0].device)
             yield "grouped_gram", tall[0].device.type, (tall, None, grams)
-            yield "grouped_solve", tall[0].device.type, (grams, list(grams), 0.0, True, list(grams))
+            yield "grouped_preconditioner", tall[0].device.type, (grams, None, 0.0, 1.0, False, grams, grams)

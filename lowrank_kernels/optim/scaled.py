@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from .base import AdamWOptions, LikePairs, ParamsT, moments
-from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
 
 
 class ScaledAdamW(PreconditionedOptimizer):
@@ -39,9 +39,9 @@ class ScaledAdamW(PreconditionedOptimizer):
 
     def _step_pairs(self, pairs: LikePairs) -> None:
         active = {side: self._with_gradient(pairs, side) for side in "AB"}
-        inverses = {side: self._inverse_grams(active[side], OTHER[side]) for side in "AB" if active[side]}
-        for side, inverse in inverses.items():
-            self._step_side(active[side], side, grad_maps=inverse, **self._moments(self._group(pairs, side), side))
+        maps = {side: self._preconditioners(active[side], side) for side in "AB" if active[side]}
+        for side, preconditioners in maps.items():
+            self._step_side(active[side], side, grad_maps=preconditioners, **self._moments(self._group(pairs, side), side))
 
 
 class ScaledGD(ScaledAdamW):

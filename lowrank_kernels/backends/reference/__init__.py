@@ -1,6 +1,21 @@
 """The specification of every operation in plain PyTorch. Runs on any device; each other backend is tested against it."""
 
-from . import adamw, damped_inverse, dropout, eigh, gram, lora_linear, lora_shared, lorsum, polar, qr, solve, svd, svd_product
+from . import (
+    adamw,
+    damped_inverse,
+    dropout,
+    eigh,
+    gram,
+    lora_linear,
+    lora_shared,
+    lorsum,
+    polar,
+    preconditioner,
+    qr,
+    solve,
+    svd,
+    svd_product,
+)
 
 __all__ = [
     "adamw",
@@ -12,6 +27,7 @@ __all__ = [
     "lora_shared",
     "lorsum",
     "polar",
+    "preconditioner",
     "qr",
     "solve",
     "svd",

@@ -12,6 +12,19 @@ try:
 except Exception as error:  # a broken installation raises more than ImportError
     raise ImportError(f"triton cannot be imported: {type(error).__name__}: {error}") from error
 
-from . import adamw, dropout, gram, lora_linear, lora_shared, lorsum, polar, qr, solve, svd, svd_product
+from . import adamw, dropout, gram, lora_linear, lora_shared, lorsum, polar, preconditioner, qr, solve, svd, svd_product
 
-__all__ = ["adamw", "dropout", "gram", "lora_linear", "lora_shared", "lorsum", "polar", "qr", "solve", "svd", "svd_product"]
+__all__ = [
+    "adamw",
+    "dropout",
+    "gram",
+    "lora_linear",
+    "lora_shared",
+    "lorsum",
+    "polar",
+    "preconditioner",
+    "qr",
+    "solve",
+    "svd",
+    "svd_product",
+]

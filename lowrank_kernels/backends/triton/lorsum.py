@@ -30,7 +30,7 @@ from ._device import rounded, scalar
 from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, first_chunks, signature, table
 from .qr import _mode, load_tile, store_tile
-from .solve import _substitute, _substitute_back, cholesky_kernel
+from .solve import cholesky_kernel, substitute, substitute_back
 
 #: Up to which rank no register is spilled (tests/test_triton_aot.py), by the dtype of the arithmetic.
 _LARGEST_RANK = {torch.float32: 128, torch.float64: 32}
@@ -188,8 +188,8 @@ def map_kernel(
         tile *= tl.load(coefficients + tl.load(row + 2) * layers + layer)
     factor = factors + layer * (R * R)
     inverses += layer * R
-    tile = _substitute(tile, factor, inverses, rank, R, R)
-    tile = _substitute_back(tile, factor, inverses, rank, R, R)
+    tile = substitute(tile, factor, inverses, rank, R, R)
+    tile = substitute_back(tile, factor, inverses, rank, R, R)
     _store_rows(scratch + tl.load(row + 9), columns, first, tile.to(scratch.dtype.element_ty), R, BLOCK_K)
 
 

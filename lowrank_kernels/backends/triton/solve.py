@@ -54,7 +54,7 @@ def _factor_tile(a, target, inverses, R: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _substitute(x, factor, inverses, count, R: tl.constexpr, TILE: tl.constexpr):
+def substitute(x, factor, inverses, count, R: tl.constexpr, TILE: tl.constexpr):
     """``x U⁻¹`` for a (rows, TILE) tile, U upper triangular in a matrix of row length R."""
     k = tl.arange(0, TILE)
     for j in range(count):
@@ -65,7 +65,7 @@ def _substitute(x, factor, inverses, count, R: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def _substitute_back(x, factor, inverses, count, R: tl.constexpr, TILE: tl.constexpr):
+def substitute_back(x, factor, inverses, count, R: tl.constexpr, TILE: tl.constexpr):
     """``x U⁻ᵀ``, likewise."""
     k = tl.arange(0, TILE)
     for step in range(count):
@@ -76,14 +76,10 @@ def _substitute_back(x, factor, inverses, count, R: tl.constexpr, TILE: tl.const
     return x
 
 
-@triton.jit(do_not_specialize=["rank", "damping"])
-def cholesky_kernel(grams, factors, inverses, rank, damping: tl.float64, R: tl.constexpr, TILE: tl.constexpr):
-    """Per matrix: U of ``G + δI = UᵀU`` (upper tiles of a padded R × R matrix) and the reciprocals of its diagonal."""
-    index = tl.program_id(0).to(tl.int64)
-    gram = grams + index * rank * rank
-    factor = factors + index * (R * R)
-    inverses += index * R
-    damping = scalar(damping, grams.dtype.element_ty)
+@triton.jit
+def cholesky(gram, factor, inverses, rank, damping: tl.float64, R: tl.constexpr, TILE: tl.constexpr):
+    """U of ``G + δI = UᵀU`` (upper tiles of a padded R × R matrix) and the reciprocals of its diagonal, NaN if there is none."""
+    damping = scalar(damping, gram.dtype.element_ty)
     good = tl.full((), 1, tl.int32)
     i = tl.arange(0, TILE)
     for block in range(0, R, TILE):
@@ -97,13 +93,20 @@ def cholesky_kernel(grams, factors, inverses, rank, damping: tl.float64, R: tl.c
             side = _gram_tile(gram, right, block, rank, damping, TILE)
             for inner in range(0, block, TILE):
                 side -= multiply(factor, inner, right, True, factor, inner, block, R, TILE)
-            side = _substitute(side, factor + block * R + block, inverses + block, TILE, R, TILE)
+            side = substitute(side, factor + block * R + block, inverses + block, TILE, R, TILE)
             tl.store(factor + (block + i[None, :]) * R + right + i[:, None], side)
         tl.debug_barrier()
     if good == 0:
         k = tl.arange(0, R)
         tl.debug_barrier()
-        tl.store(inverses + k, tl.full([R], float("nan"), tl.float32).to(grams.dtype.element_ty))
+        tl.store(inverses + k, tl.full([R], float("nan"), tl.float32).to(gram.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["rank", "damping"])
+def cholesky_kernel(grams, factors, inverses, rank, damping: tl.float64, R: tl.constexpr, TILE: tl.constexpr):
+    """:func:`cholesky` of one matrix per program."""
+    index = tl.program_id(0).to(tl.int64)
+    cholesky(grams + index * rank * rank, factors + index * (R * R), inverses + index * R, rank, damping, R, TILE)
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -122,8 +125,8 @@ def substitute_kernel(
     tile = load_tile(x, tl.load(row + 10), first, rows, 0, rank, tl.load(row + 4), tl.load(row + 5), BLOCK_D, R, VECTOR).to(DTYPE)
     factor = factors + index * (R * R)
     inverses += index * R
-    tile = _substitute(tile, factor, inverses, rank, R, R)
-    tile = _substitute_back(tile, factor, inverses, rank, R, R)
+    tile = substitute(tile, factor, inverses, rank, R, R)
+    tile = substitute_back(tile, factor, inverses, rank, R, R)
     store_tile(out, rounded(tile, X), first, rows, 0, rank, tl.load(row + 6), tl.load(row + 7), BLOCK_D, R)
 
 

@@ -1,0 +1,180 @@
+// From damped Gram matrices the r × r maps of a preconditioned step, in double: P = (G + δI)⁻¹ by Cholesky, and I - P K.
+// A lane is a matrix, so that square roots, divisions and short rows keep the vector units busy.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "cpu/sizes.h"
+
+namespace lowrank::LOWRANK_ISA {
+
+// Element (i, j) of all matrices of a group is at (i * n + j) * kLanes<double>.
+LOWRANK_INLINE double* lanes_at(double* matrices, int64_t n, int64_t i, int64_t j) {
+  return matrices + (i * n + j) * kLanes<double>;
+}
+
+// body(j, std::integral_constant<int, J>) for j from `first` to `end`, four at a time, then one by one.
+template <class Body>
+LOWRANK_INLINE void by_fours(int64_t first, int64_t end, const Body& body) {
+  for (; first + 4 <= end; first += 4) body(first, std::integral_constant<int, 4>());
+  for (; first < end; ++first) body(first, std::integral_constant<int, 1>());
+}
+
+// The upper triangles of symmetric matrices become U with UᵀU = G; NaN in all that follows where one is not positive
+// definite. `reciprocals` (n): of the diagonal.
+inline void cholesky_lanes(double* g, int64_t n, double* reciprocals) {
+  constexpr int W = kLanes<double>;
+  using V = Vec<double>;
+  const V nan = splat(std::numeric_limits<double>::quiet_NaN());
+  const V infinity = splat(std::numeric_limits<double>::infinity());
+  for (int64_t k = 0; k < n; ++k) {
+    V pivot = load(lanes_at(g, n, k, k));
+    for (int64_t l = 0; l < k; ++l) {
+      const V value = load(lanes_at(g, n, l, k));
+      pivot -= value * value;
+    }
+    const auto good = greater<double>(pivot, V{}) & greater<double>(infinity, pivot);
+    const V root = square_root<double>(select<double>(good, pivot, nan));
+    const V reciprocal = splat(1.0) / root;
+    store(lanes_at(g, n, k, k), root);
+    store(reciprocals + k * W, reciprocal);
+    by_fours(k + 1, n, [&](int64_t j, auto count) {
+      constexpr int J = decltype(count)::value;
+      V sum[J];
+      for (int c = 0; c < J; ++c) sum[c] = load(lanes_at(g, n, k, j + c));
+      for (int64_t l = 0; l < k; ++l) {
+        const V value = load(lanes_at(g, n, l, k));
+        for (int c = 0; c < J; ++c) sum[c] -= value * load(lanes_at(g, n, l, j + c));
+      }
+      for (int c = 0; c < J; ++c) store(lanes_at(g, n, k, j + c), sum[c] * reciprocal);
+    });
+  }
+}
+
+// inverse = U⁻¹, the upper triangle.
+inline void invert_upper_lanes(double* u, int64_t n, const double* reciprocals, double* inverse) {
+  constexpr int W = kLanes<double>;
+  using V = Vec<double>;
+  for (int64_t i = n - 1; i >= 0; --i) {
+    const V reciprocal = load(reciprocals + i * W);
+    store(lanes_at(inverse, n, i, i), reciprocal);
+    // Column j needs U(i, k) for k up to j: what four columns share, then the rest of each.
+    by_fours(i + 1, n, [&](int64_t j, auto count) {
+      constexpr int J = decltype(count)::value;
+      V sum[J] = {};
+      for (int64_t k = i + 1; k <= j; ++k) {
+        const V value = load(lanes_at(u, n, i, k));
+        for (int c = 0; c < J; ++c) sum[c] += value * load(lanes_at(inverse, n, k, j + c));
+      }
+      for (int c = 1; c < J; ++c) {
+        for (int64_t k = j + 1; k <= j + c; ++k) {
+          sum[c] += load(lanes_at(u, n, i, k)) * load(lanes_at(inverse, n, k, j + c));
+        }
+      }
+      for (int c = 0; c < J; ++c) store(lanes_at(inverse, n, i, j + c), V{} - reciprocal * sum[c]);
+    });
+  }
+}
+
+// product = W Wᵀ for upper triangular W, all of it.
+inline void square_upper_lanes(double* w, int64_t n, double* product) {
+  using V = Vec<double>;
+  for (int64_t i = 0; i < n; ++i) {
+    by_fours(i, n, [&](int64_t j, auto count) {
+      constexpr int J = decltype(count)::value;
+      V sum[J] = {};
+      for (int c = 0; c < J; ++c) {
+        for (int64_t k = j + c; k < j + J; ++k) {
+          sum[c] += load(lanes_at(w, n, i, k)) * load(lanes_at(w, n, j + c, k));
+        }
+      }
+      for (int64_t k = j + J; k < n; ++k) {
+        const V value = load(lanes_at(w, n, i, k));
+        for (int c = 0; c < J; ++c) sum[c] += value * load(lanes_at(w, n, j + c, k));
+      }
+      for (int c = 0; c < J; ++c) {
+        store(lanes_at(product, n, i, j + c), sum[c]);
+        store(lanes_at(product, n, j + c, i), sum[c]);
+      }
+    });
+  }
+}
+
+// product = I - a b.
+inline void one_minus_product_lanes(double* a, double* b, int64_t n, double* product) {
+  using V = Vec<double>;
+  by_fours(0, n, [&](int64_t i, auto row_count) {
+    by_fours(0, n, [&](int64_t j, auto column_count) {
+      constexpr int I = decltype(row_count)::value, J = decltype(column_count)::value;
+      V sum[I][J] = {};
+      for (int64_t k = 0; k < n; ++k) {
+        V row[J];
+        for (int d = 0; d < J; ++d) row[d] = load(lanes_at(b, n, k, j + d));
+        for (int c = 0; c < I; ++c) {
+          const V value = load(lanes_at(a, n, i + c, k));
+          for (int d = 0; d < J; ++d) sum[c][d] += value * row[d];
+        }
+      }
+      for (int c = 0; c < I; ++c) {
+        for (int d = 0; d < J; ++d) {
+          store(lanes_at(product, n, i + c, j + d), splat(i + c == j + d ? 1.0 : 0.0) - sum[c][d]);
+        }
+      }
+    });
+  });
+}
+
+// `count` (n, n) matrices into the lanes of `to`; an identity takes the place of what is missing in the group.
+template <class S>
+LOWRANK_INLINE void gather_lanes(const S* matrices, int64_t n, int64_t count, double* to) {
+  constexpr int W = kLanes<double>;
+  const int64_t area = n * n;
+  if (count < W) {
+    for (int64_t e = 0; e < area * W; ++e) to[e] = 0;
+    for (int64_t i = 0; i < n; ++i) store(lanes_at(to, n, i, i), splat(1.0));
+  }
+  for (int64_t lane = 0; lane < count; ++lane) {
+    const S* const from = matrices + lane * area;
+    for (int64_t e = 0; e < area; ++e) to[e * W + lane] = static_cast<double>(from[e]);
+  }
+}
+
+template <class T>
+LOWRANK_INLINE void scatter_lanes(double* lanes, int64_t n, int64_t count, double weight, bool transposed, T* to) {
+  for (int64_t lane = 0; lane < count; ++lane, to += n * n) {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        to[i * n + j] = static_cast<T>(weight * (transposed ? lanes_at(lanes, n, j, i) : lanes_at(lanes, n, i, j))[lane]);
+      }
+    }
+  }
+}
+
+template <class T>
+void preconditioner(const PreconditionerArguments& of, int64_t first, int64_t count, double* scratch) {
+  constexpr int W = kLanes<double>;
+  const int64_t n = of.r, area = n * n;
+  double *const g = scratch, *const inverse = g + area * W, *const p = inverse + area * W;
+  double* const reciprocals = p + area * W;
+  for (; count > 0; first += W, count -= W) {
+    const int64_t here = count < W ? count : W;
+    // Only the lower triangles are read: as columns of the upper ones.
+    gather_lanes(of.grams + first * area, n, here, inverse);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = i; j < n; ++j) {
+        const auto value = load(lanes_at(inverse, n, j, i));
+        store(lanes_at(g, n, i, j), i == j ? value + splat(of.damping) : value);
+      }
+    }
+    cholesky_lanes(g, n, reciprocals);
+    invert_upper_lanes(g, n, reciprocals, inverse);
+    square_upper_lanes(inverse, n, p);
+    scatter_lanes(p, n, here, of.weight, false, static_cast<T*>(of.out) + first * area);
+    if (of.drifts == nullptr) continue;
+    gather_lanes(static_cast<const T*>(of.drifts) + first * area, n, here, g);
+    one_minus_product_lanes(p, g, n, inverse);
+    scatter_lanes(inverse, n, here, 1.0, of.transposed, static_cast<T*>(of.realigned) + first * area);
+  }
+}
+
+}  // namespace lowrank::LOWRANK_ISA

@@ -1,0 +1,38 @@
+"""``grouped_preconditioner`` on the CPU: one call into compiled code, Cholesky and products with matrices as lanes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import count_launch, implements
+from . import _csrc
+from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+
+
+def verify(
+    grams: Tensor, drifts: Tensor | None, damping: float, weight: float, transposed: bool, maps: Tensor, realigned: Tensor
+) -> tuple[bool, str]:
+    """Takes CPU matrices of any strides, up to rank 128."""
+    reason = refuse_device(grams)
+    if reason is not None:
+        return False, reason
+    if grams.shape[1] > MAX_RANK:
+        return False, f"rank {grams.shape[1]}: the compiled code stops at {MAX_RANK}"
+    return True, f"compiled code ({_csrc.instruction_set()}), Cholesky and products in fp64"
+
+
+@implements("grouped_preconditioner", "native", verify)
+def grouped_preconditioner(
+    grams: Tensor, drifts: Tensor | None, damping: float, weight: float, transposed: bool, maps: Tensor, realigned: Tensor
+) -> None:
+    """See the reference."""
+    count_launch()
+    count, rank, _ = grams.shape
+    grams = grams.contiguous()
+    drifts = None if drifts is None else drifts.contiguous()
+    drift_address, target = (0, 0) if drifts is None else (drifts.data_ptr(), realigned.data_ptr())
+    _csrc.preconditioner(
+        count, rank, DTYPE_CODES[maps.dtype], grams.data_ptr(), drift_address, damping, weight, transposed, maps.data_ptr(), target,
+        torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+"""``grouped_preconditioner``: ``w (G + δI)⁻¹`` and ``I - (G + δI)⁻¹ K`` of a whole stack in one launch, in fp64.
+
+One program per matrix: Cholesky in tiles, then the inverse, a block of its rows at a time in registers, by substitution
+from the rows of the identity, and the product of that block with K. Floor: read G and K, write both results, once; at these
+sizes the chain of pivots takes the time, and the matrices side by side hide it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..registry import Verdict, implements
+from ._device import rounded, scalar
+from ._launch import device_verdict, launch, on_device, padded_rank
+from .solve import cholesky, substitute, substitute_back
+
+_LARGEST_RANK = 128
+
+
+@triton.jit(do_not_specialize=["rank", "damping", "weight"])
+def preconditioner_kernel(grams, drifts, factors, inverses, maps, realigned, rank, damping: tl.float64, weight: tl.float64,
+                          HAS_DRIFTS: tl.constexpr, TRANSPOSED: tl.constexpr,
+                          R: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """``factors`` (N, R, R) and ``inverses`` (N, R) are scratch."""
+    OUT: tl.constexpr = maps.dtype.element_ty
+    index = tl.program_id(0).to(tl.int64)
+    first_entry = index * rank * rank
+    factor = factors + index * (R * R)
+    inverses += index * R
+    cholesky(grams + first_entry, factor, inverses, rank, damping, R, TILE)
+    tl.debug_barrier()
+    weight = scalar(weight, tl.float64)
+    k = tl.arange(0, R)
+    for first in range(0, R, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        rows = tl.where(i[:, None] == k[None, :], 1.0, 0.0).to(tl.float64)
+        rows = substitute(rows, factor, inverses, rank, R, R)
+        rows = substitute_back(rows, factor, inverses, rank, R, R)
+        inside = (i[:, None] < rank) & (k[None, :] < rank)
+        tl.store(maps + first_entry + i[:, None] * rank + k[None, :], rounded(weight * rows, OUT), mask=inside)
+        if HAS_DRIFTS:
+            for column in range(0, R, BLOCK):
+                j = column + tl.arange(0, BLOCK)
+                some = (k[:, None] < rank) & (j[None, :] < rank)
+                drift = tl.load(drifts + first_entry + k[:, None] * rank + j[None, :], mask=some, other=0.0).to(tl.float64)
+                product = tl.dot(rows, drift, input_precision="ieee", out_dtype=tl.float64)
+                difference = rounded(tl.where(i[:, None] == j[None, :], 1.0, 0.0) - product, OUT)
+                fits = (i[:, None] < rank) & (j[None, :] < rank)
+                if TRANSPOSED:
+                    tl.store(realigned + first_entry + j[None, :] * rank + i[:, None], difference, mask=fits)
+                else:
+                    tl.store(realigned + first_entry + i[:, None] * rank + j[None, :], difference, mask=fits)
+
+
+def verify(
+    grams: Tensor, drifts: Tensor | None, damping: float, weight: float, transposed: bool, maps: Tensor, realigned: Tensor
+) -> Verdict:
+    """Refuses ranks above 128 and other devices than a GPU."""
+    if grams.shape[1] > _LARGEST_RANK:
+        return False, f"{grams.shape[1]} × {grams.shape[1]} Grams: the kernel holds rows of at most {_LARGEST_RANK} in registers"
+    return device_verdict([grams])
+
+
+@implements("grouped_preconditioner", "triton", verify)
+def grouped_preconditioner(
+    grams: Tensor, drifts: Tensor | None, damping: float, weight: float, transposed: bool, maps: Tensor, realigned: Tensor
+) -> None:
+    """See the reference; one launch, nothing read on the host."""
+    count, rank, _ = grams.shape
+    padded = padded_rank(rank)
+    factors = torch.empty(count, padded, padded, dtype=grams.dtype, device=grams.device)
+    inverses = torch.empty(count, padded, dtype=grams.dtype, device=grams.device)
+    with on_device(grams):
+        launch(preconditioner_kernel, (count,), grams.contiguous(), grams if drifts is None else drifts.contiguous(), factors, inverses,
+               maps, maps if drifts is None else realigned, rank, float(damping), float(weight), HAS_DRIFTS=drifts is not None,
+               TRANSPOSED=transposed, R=padded, TILE=min(padded, 32), BLOCK=16, num_warps=8 if padded > 32 else 4)  # fmt: skip
