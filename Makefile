@@ -2,6 +2,8 @@
 # Everything is installed into .venv; a second `make` does no set-up. Another Python: make PYTHON=python3.12 test
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that run the tests; the threads of torch are divided among them.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
@@ -22,7 +24,7 @@ demo: $(VENV)/.built $(VENV)/.data
 	$(BIN)/python examples/finetune_text.py
 
 test: $(VENV)/.built $(VENV)/.data
-	$(BIN)/python -m pytest -m "not large"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not large"
 
 test-all: $(VENV)/.built $(VENV)/.data
 	$(BIN)/python -m pytest

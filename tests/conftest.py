@@ -13,6 +13,10 @@ from _ranks import Ranks
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores; threads that wait for each other in turns would cost more than they bring.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
@@ -37,17 +41,29 @@ def ranks() -> Iterator[Ranks]:
 
 
 def pytest_configure() -> None:
-    """Let Triton 3.6's interpreter use a one-element array as a loop bound, which NumPy 2.4 refuses without ``item()``."""
+    """Two repairs of Triton's interpreter.
+
+    3.6 cannot use a one-element array as a loop bound, which NumPy 2.4 refuses without ``item()``. And every call of a device
+    function patches ``triton.language`` anew, although the launch that it is part of has done so: a third of the time.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     try:
+        from triton import language
         from triton.runtime import interpreter
     except ImportError:
         return
-    patch = interpreter._patch_lang_tensor
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+
+    def patch_once(function: Any) -> Any:
+        used = [module for module in (language, language.core) if any(value is module for value in function.__globals__.values())]
+        if any(language.core.is_builtin(module.load) for module in used):
+            return patch(function)
+        return interpreter._LangPatchScope()  # nothing to undo
 
     def patch_with_index(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)
+        patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
+    interpreter._patch_lang = patch_once
     interpreter._patch_lang_tensor = patch_with_index

@@ -434,6 +434,11 @@ def test_what_has_no_kernel_says_why(device: torch.device, operation: str) -> No
 # --- lora_linear ----------------------------------------------------------------------------------------------------------
 
 
+def enough(size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Of a large size, what splits the sums too: without a GPU's table of tiles, those of wide dtypes have half the tokens and columns."""
+    return size // 2 if size > 256 and WIDE[dtype] == dtype and device.type == "cpu" else size
+
+
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("rank, tokens", [(1, 70), (8, 530), (33, 40), (128, 40), (4, 0)])
 @pytest.mark.parametrize("kind, drop", [("plain", "nothing"), ("plain", "mask"), ("decoupled", "seed"), ("core", "seed")])
@@ -441,7 +446,7 @@ def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
 
-    d_in, d_out = 70, 50
+    d_in, d_out, tokens = 70, 50, enough(tokens, dtype, device)
     if tokens > 100 and drop == "seed":
         drop = "mask"  # random bits are slow in the interpreter; the test of tile shapes below draws them for many tokens
     for base in (True, False):
@@ -534,7 +539,7 @@ def test_lora_shared(device: torch.device, dtype: torch.dtype, rank: int, tokens
                 assert out.shape == truth.shape
                 assert_accurate(out, theirs, truth, name)
 
-    d_in, d_out = 70, 330
+    d_in, d_out, tokens = 70, enough(330, dtype, device), enough(tokens, dtype, device)
     x, a, q = make(d_in, tokens).mT, make(rank, d_in), make(rank, d_in) if decoupled else None
     compare("lora_down", x, a, q)
     on_a, on_q, grad_x = make(tokens, rank), make(tokens, rank) if decoupled else None, make(tokens, d_in)
@@ -566,7 +571,7 @@ def test_lora_shared(device: torch.device, dtype: torch.dtype, rank: int, tokens
 
 def test_launches_do_not_grow_with_the_number_of_layers(device: torch.device) -> None:
     counts = []
-    for layers in (6, 60):
+    for layers in (6, 24):
         xs = [torch.randn(6 + i % 5, 2, device=device) for i in range(layers)]
         before = launch_count()
         with force("triton"):
