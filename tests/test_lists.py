@@ -28,20 +28,18 @@ class Subclass(Tensor):
     pass
 
 
-def test_alike_match_and_signature(road: str) -> None:
+def test_alike_and_signature(road: str) -> None:
     params = [nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 4))]
     grads = [torch.randn(4, 6), torch.randn(6, 4).mT.contiguous().mT]
     assert lists.alike([]) and lists.alike(params) and lists.alike(grads, params[0], 2)
-    assert lists.match(params, grads) and lists.match([], [])
     assert lists.signature(params) == lists.signature(grads) is not None
     assert lists.signature(Tall([grads[1].mT, grads[1]], 1)) == lists.signature([grads[1], grads[1]])
     sparse = torch.randn(4, 6).to_sparse()
     integers, fake = torch.ones(4, 6, dtype=torch.int64), torch.empty(4, 6, device="meta")
     for bad in (grads[0].double(), fake, grads[0].as_subclass(Subclass), sparse, integers):
-        assert not lists.alike([grads[0], bad]) and not lists.match(params, [bad, grads[1]])
+        assert not lists.alike([grads[0], bad])
         assert lists.signature([bad]) != lists.signature([grads[0]])
     assert not lists.alike([torch.ones(2)], ndim=2)
-    assert not lists.match(params, grads[::-1]) and not lists.match(params, grads[:1])
     assert lists.plain(params) and not lists.plain([grads[0].as_subclass(Subclass)])
 
 
@@ -128,14 +126,69 @@ def test_a_step_sees_what_was_replaced(road: str, change: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
-def test_sized(road: str) -> None:
-    params = [torch.randn(4, 6, dtype=torch.bfloat16), torch.randn(5)]
-    moments = [torch.zeros(4, 6), torch.zeros(5)]
-    assert lists.sized(params, moments, torch.float32) and lists.sized(params, [], torch.float32)
-    assert not lists.sized(params, moments, torch.float64)
-    for bad in (torch.zeros(4), torch.zeros(5).double(), torch.zeros(5).as_subclass(Subclass), torch.zeros(5).to_sparse()):
-        assert not lists.sized(params, [moments[0], bad], torch.float32)
-    assert not lists.sized(params, moments[:1], torch.float32)
+def test_gather_is_gradients_states_and_columns(road: str) -> None:
+    params = [nn.Parameter(torch.randn(4, 2 + i)) for i in range(40)]
+    for p in params[::2]:
+        p.grad = torch.randn_like(p)
+    state = {p: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.ones_like(p)} for p in params}
+    for indices in ([*range(40)], [39, 4, 2], [1, 3], []):
+        found, (members, stepped, grads, idle) = lists.gather(params, indices, state), lists.gradients(params, indices)
+        assert (found.members, found.idle) == (members, idle) and lists.idle(params, indices) == idle
+        expected = (stepped, grads, [state[p]["exp_avg"] for p in stepped], [state[p]["exp_avg_sq"] for p in stepped])
+        for mine, theirs in zip((found.params, found.grads, found.exp_avgs, found.exp_avg_sqs), expected, strict=True):
+            assert len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+        assert (found.layout is None) == (road == "python" or not members)
+    with pytest.raises(IndexError):
+        lists.gather(params, [40], state)
+    with pytest.raises(KeyError):
+        lists.gather(params, [0], {})
+    assert lists.gather(params, [0], {params[0]: {}}).exp_avgs == []
+
+
+@pytest.mark.skipif(lists._csrc is None, reason="the extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gather_has_a_layout_only_of_what_fits(dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    like = torch.zeros(5, 3, dtype=wide)
+
+    def layout(param: Tensor, m: Tensor | None = None, v: Tensor | None = None) -> object:
+        params, state = [nn.Parameter(torch.randn(4, 6, dtype=dtype)), param], {}
+        for p, moments in zip(params, ((torch.zeros(4, 6, dtype=wide), torch.zeros(4, 6, dtype=wide)), (m, v)), strict=True):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            state[p] = {key: x for key, x in zip(("exp_avg", "exp_avg_sq"), moments, strict=True) if x is not None}
+        return lists.gather(params, [0, 1], state).layout
+
+    def fresh(*shape: int) -> Tensor:
+        return nn.Parameter(torch.randn(*(shape or (5, 3)), dtype=dtype))
+
+    assert layout(fresh(), like, like.clone()) is not None
+    strided = fresh()
+    strided.grad = torch.randn(3, 5, dtype=dtype).mT
+    assert layout(strided, like, like.clone()) is not None
+    for m, v in (
+        (like, None),
+        (torch.zeros(5, 2, dtype=wide), like),
+        (like.to(torch.float16), like),
+        (like, torch.zeros(3, 5, dtype=wide).mT),
+        (like, like.as_subclass(Subclass)),
+        (like, like.to_sparse()),
+        (torch.empty(5, 3, dtype=wide, device="meta"), like),
+    ):
+        assert layout(fresh(), m, v) is None
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    assert layout(nn.Parameter(torch.randn(5, 3, dtype=other)), like, like) is None
+    channels_last = fresh(2, 3, 4, 5)
+    channels_last.data = channels_last.data.to(memory_format=torch.channels_last)
+    state = torch.zeros(2, 3, 4, 5, dtype=wide)
+    assert layout(channels_last, state, state) is None
+
+
+def test_first_sparse_gradient(road: str) -> None:
+    params = [nn.Parameter(torch.randn(3, 2)) for _ in range(4)]
+    params[1].grad = torch.randn(3, 2)
+    assert lists.first_sparse_gradient(params, [0, 1, 2, 3]) is None
+    params[3].grad = torch.randn(3, 2).to_sparse()
+    assert lists.first_sparse_gradient(params, [0, 1, 2, 3]) == 3 and lists.first_sparse_gradient(params, [2, 1]) is None
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "__dlpack_c_exchange_api__"), reason="torch has no exchange table: the other tests ran without")

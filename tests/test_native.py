@@ -798,8 +798,15 @@ def test_lists_are_checked() -> None:
             _csrc.qr(wrong, 0, None, 0, [x], 0, 0, 4, rs.data_ptr(), 1)
     with pytest.raises(ValueError, match="do not fit"):
         _csrc.qr([x], 0, None, 0, [x[:8]], 0, 0, 4, rs.data_ptr(), 1)
-    with pytest.raises(ValueError, match="another size"):
-        _csrc.adamw([x], [x[:8]], [], [], [], [], 0, 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True, False, 0, 0, 0, 0, 0, 0, 1)
+    tail = ([], [], 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True, False, 0, 0, 0, 0, 0, 0, 1)
+    with pytest.raises(ValueError, match="do not fit"):
+        _csrc.adamw([x], [x[:8]], [], [], None, *tail)
+    x.grad = x.clone()
+    layout = _csrc.gather([x], [0], {x: {}}, "exp_avg", "exp_avg_sq")[-1]
+    with pytest.raises(ValueError, match="a layout of other lists"):
+        _csrc.adamw([x, x], [x, x], [], [], layout, *tail)
+    with pytest.raises(ValueError, match="a layout of another list"):
+        _csrc.gram([x, x], 0, _csrc.matrix_layout([x], 0), None, 0, 0, True, 4, 4, rs.data_ptr(), 1)
 
 
 def test_a_missing_extension_is_reported_once_with_its_cause() -> None:

@@ -10,6 +10,7 @@
 
 #include "cpu/grouped.h"
 #include "cpu/kernels.h"
+#include "cpu/layouts.h"
 #include "cpu/parallel.h"
 #include "cpu/sizes.h"
 #include "cpu/tensors.h"
@@ -55,16 +56,17 @@ void check_rank(int64_t r) {
 }
 
 // Matrices of `columns` columns: a list of tensors, of which the first `transposed` are stored as their transposes, or
-// one stacked tensor (n, rows, columns), of which all or none are.
+// one stacked tensor (n, rows, columns), of which all or none are; or such a list as it was read before.
 class Matrices {
  public:
-  Matrices(const char* what, const py::handle& tensors, int64_t transposed) : transposed_(transposed) {
+  Matrices(const char* what, const py::handle& tensors, int64_t transposed) : layout_(&own_) {
     const TensorReader& reader = TensorReader::get();
     if (PyList_Check(tensors.ptr())) {
-      infos_.reserve(static_cast<size_t>(PyList_GET_SIZE(tensors.ptr())));
+      own_.entries.reserve(static_cast<size_t>(PyList_GET_SIZE(tensors.ptr())));
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
-        infos_.push_back(reader.read(PyList_GET_ITEM(tensors.ptr(), i)));
-        if (infos_.back().ndim != 2) throw std::invalid_argument(std::string(what) + ": a tensor that is no matrix");
+        const TensorInfo info = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
+        if (info.ndim != 2) throw std::invalid_argument(std::string(what) + ": a tensor that is no matrix");
+        own_.add(info, i < transposed);
       }
       return;
     }
@@ -73,23 +75,34 @@ class Matrices {
     const int64_t count = one.sizes[0], step = one.strides[0] * element_size(dtype_of(one.dtype));
     one.ndim = 2;
     for (int d = 0; d < 2; ++d) one.sizes[d] = one.sizes[d + 1], one.strides[d] = one.strides[d + 1];
-    infos_.assign(static_cast<size_t>(count), one);
-    for (int64_t i = 0; i < count; ++i) infos_[i].address = static_cast<char*>(one.data()) + i * step;
+    one.address = one.data();
+    for (int64_t i = 0; i < count; ++i) {
+      own_.add(one, i < transposed);
+      one.address = static_cast<char*>(one.address) + step;
+    }
   }
+  Matrices(const char* what, const py::handle& tensors, int64_t transposed, const MatrixLayout* known)
+      : Matrices(what, known ? py::object(py::list()) : py::reinterpret_borrow<py::object>(tensors), transposed) {
+    if (known && static_cast<Py_ssize_t>(known->entries.size()) != PyObject_Size(tensors.ptr()))
+      throw std::invalid_argument(std::string(what) + ": a layout of another list");
+    if (known) layout_ = known;
+  }
+  Matrices(const Matrices&) = delete;
+  Matrices& operator=(const Matrices&) = delete;
 
-  int64_t size() const { return static_cast<int64_t>(infos_.size()); }
-  int64_t rows(int64_t i) const { return infos_[i].rows(i < transposed_); }
+  int64_t size() const { return static_cast<int64_t>(layout_->entries.size()); }
+  int64_t rows(int64_t i) const { return layout_->entries[i].rows; }
   // The i-th one, which must have this shape.
   View view(const char* what, int64_t i, int64_t rows, int64_t columns) const {
-    const TensorInfo& info = infos_[i];
-    if (info.rows(i < transposed_) != rows || info.columns(i < transposed_) != columns)
+    const MatrixLayout::Entry& entry = layout_->entries[i];
+    if (entry.rows != rows || entry.columns != columns)
       throw std::invalid_argument(std::string(what) + ": matrices that do not fit each other");
-    return info.matrix(i < transposed_);
+    return entry.view;
   }
 
  private:
-  std::vector<TensorInfo> infos_;
-  int64_t transposed_;
+  MatrixLayout own_;
+  const MatrixLayout* layout_;
 };
 
 void check_sizes(const char* what, bool fit) {
@@ -107,15 +120,32 @@ int64_t first_irregular(const py::list& tensors) {
   return -1;
 }
 
-// Lists of tensors: params, grads, moments (or empty); lists of int: missed steps, which dimension is r (or empty). The
-// caller has seen to it that all fit: sizes, dtypes, contiguous moments, matrices where something is not contiguous.
+// The layout of lists that the caller has checked (moments may be missing); throws where compiled code cannot take
+// them.
+StepLayout layout_of(const py::list& params, const py::list& grads, const py::list& exp_avgs,
+                     const py::list& exp_avg_sqs) {
+  const TensorReader& reader = TensorReader::get();
+  const auto item_of = [](const py::list& list, size_t i) { return PyList_GET_ITEM(list.ptr(), i); };
+  StepLayout layout;
+  layout.entries.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    TensorInfo m, v;
+    if (!exp_avgs.empty()) m = reader.read(item_of(exp_avgs, i));
+    if (!exp_avg_sqs.empty()) v = reader.read(item_of(exp_avg_sqs, i));
+    if (!layout.add(reader.read(item_of(params, i)), reader.read(item_of(grads, i)), exp_avgs.empty() ? nullptr : &m,
+                    exp_avg_sqs.empty() ? nullptr : &v))
+      throw std::invalid_argument("grouped_adamw: tensors that do not fit each other");
+  }
+  return layout;
+}
+
+// Lists of tensors: params, grads, moments (or empty), or what was read of them before, or None; lists of int: missed
+// steps, which dimension is r (or empty). The r × r maps are (n, r, r), contiguous, of the type of the moments.
 void adamw(const py::list& params, const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
-           const py::list& missed, const py::list& rank_dims, int dtype, double lr, double beta1, double beta2,
-           double eps, double weight_decay, double step, bool bias_correction, bool maximize, int64_t r,
+           const StepLayout* known, const py::list& missed, const py::list& rank_dims, double lr, double beta1,
+           double beta2, double eps, double weight_decay, double step, bool bias_correction, bool maximize, int64_t r,
            intptr_t grad_maps, intptr_t momentum_maps, intptr_t param_maps, intptr_t direction_maps, intptr_t drifts,
            int threads) {
-  const AdamWScalars scalars{dtype_of(dtype), lr, beta1, beta2, eps, weight_decay, maximize};
-  const int64_t size = scalars.dtype == DType::kFloat64 ? 8 : 4;
   const size_t n = params.size();
   for (const py::list* list : {&grads, &exp_avgs, &exp_avg_sqs, &missed, &rank_dims})
     if (list->size() != n && (list == &grads || !list->empty()))
@@ -123,38 +153,36 @@ void adamw(const py::list& params, const py::list& grads, const py::list& exp_av
   const bool mapped = grad_maps || momentum_maps || param_maps || direction_maps || drifts;
   if (mapped && (rank_dims.empty() || r < 0)) throw std::invalid_argument("grouped_adamw: maps without a rank");
   if (mapped) check_rank(r);
-  const TensorReader& reader = TensorReader::get();
-  const auto item_of = [](const py::list& list, size_t i) { return PyList_GET_ITEM(list.ptr(), i); };
+  StepLayout read;
+  if (known == nullptr) read = layout_of(params, grads, exp_avgs, exp_avg_sqs);
+  const StepLayout& layout = known ? *known : read;
+  if (layout.entries.size() != n) throw std::invalid_argument("grouped_adamw: a layout of other lists");
+  if (n == 0) return;
+  const AdamWScalars scalars{dtype_of(layout.like.dtype), lr, beta1, beta2, eps, weight_decay, maximize};
+  const int64_t size = scalars.dtype == DType::kFloat64 ? 8 : 4;
   const auto number = [&](const py::list& list, size_t i) {
-    return list.empty() ? 0 : PyLong_AsLongLong(item_of(list, i));
+    return list.empty() ? 0 : PyLong_AsLongLong(PyList_GET_ITEM(list.ptr(), i));
   };
   std::vector<AdamWItem> items(n);
   double steps_known = -1, correction1 = 1, correction2 = 1;
   for (size_t i = 0; i < n; ++i) {
     AdamWItem& item = items[i];
-    const TensorInfo param = reader.read(item_of(params, i)), grad = reader.read(item_of(grads, i));
-    const int64_t elements = param.elements();
-    if (grad.elements() != elements) throw std::invalid_argument("grouped_adamw: a gradient of another size");
+    const StepEntry& entry = layout.entries[i];
     item.rank_dim = static_cast<int>(number(rank_dims, i));
-    item.param.data = param.data();
-    item.grad.data = grad.data();
-    if (param.is_contiguous() && grad.is_contiguous()) {
+    item.param = entry.param;
+    item.grad = entry.grad;
+    item.m = entry.m;
+    item.v = entry.v;
+    item.rows = entry.rows;
+    item.columns = entry.columns;
+    if (entry.contiguous) {
       // Without maps a row of numbers; with maps a matrix of which one dimension is r.
-      const int64_t rest = r > 0 ? elements / r : 0;
+      const int64_t rest = r > 0 ? entry.elements / r : 0;
       item.rows = !mapped ? 1 : item.rank_dim == 1 ? rest : r;
-      item.columns = !mapped ? elements : item.rank_dim == 1 ? r : rest;
+      item.columns = !mapped ? entry.elements : item.rank_dim == 1 ? r : rest;
       item.param.row_stride = item.grad.row_stride = item.columns;
       item.param.column_stride = item.grad.column_stride = 1;
-    } else if (param.ndim == 2 && grad.ndim == 2) {
-      item.rows = param.rows(false);
-      item.columns = param.columns(false);
-      item.param = param.matrix(false);
-      item.grad = grad.matrix(false);
-    } else {
-      throw std::invalid_argument("grouped_adamw: a tensor that is neither contiguous nor a matrix");
     }
-    if (!exp_avgs.empty()) item.m = reader.read(item_of(exp_avgs, i)).data();
-    if (!exp_avg_sqs.empty()) item.v = reader.read(item_of(exp_avg_sqs, i)).data();
     const double steps = step - static_cast<double>(number(missed, i));
     if (bias_correction && steps != steps_known) {
       correction1 = 1 - std::pow(beta1, steps);
@@ -228,13 +256,14 @@ void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k
   grouped_svd_product(type, items.data(), n, k, rank, threads);
 }
 
-// x and y (or None), and how many of each are stored transposed. The Grams are (n, r, k), contiguous.
-void gram(const py::list& xs, int64_t x_transposed, const py::object& ys, int64_t y_transposed, int dtype, bool wide,
-          int64_t r, int64_t k, intptr_t grams, int threads) {
+// x and y (or None), and how many of each are stored transposed; what was read of x before, or None. The Grams are (n,
+// r, k), contiguous.
+void gram(const py::list& xs, int64_t x_transposed, const MatrixLayout* known, const py::object& ys,
+          int64_t y_transposed, int dtype, bool wide, int64_t r, int64_t k, intptr_t grams, int threads) {
   const char* const what = "grouped_gram";
   check_rank(r);
   check_rank(k);
-  const Matrices x(what, xs, x_transposed), y(what, ys.is_none() ? py::object(py::list()) : ys, y_transposed);
+  const Matrices x(what, xs, x_transposed, known), y(what, ys.is_none() ? py::object(py::list()) : ys, y_transposed);
   check_sizes(what, ys.is_none() || x.size() == y.size());
   std::vector<GramItem> items(static_cast<size_t>(x.size()));
   for (int64_t i = 0; i < x.size(); ++i) {

@@ -15,7 +15,7 @@ namespace lowrank::LOWRANK_ISA {
 template <class T>
 const Kernels<T>& table() {
   static constexpr Kernels<T> kernels = {
-      adamw_range<T>, adamw_mapped_rows<T>, gram_rows<T>, solve<T>, qr<T>, svd_product<T>, polar<T>,
+      adamw_range<T>, adamw_mapped_rows<T>, gram_rows<T>,      solve<T>,  qr<T>, svd_product<T>, polar<T>,
       eigh<T>,        damped_inverse<T>,    preconditioner<T>, lorsum<T>,
   };
   return kernels;

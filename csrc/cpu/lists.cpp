@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
+#include "cpu/layouts.h"
 #include "cpu/tensors.h"
 
 namespace py = pybind11;
@@ -53,6 +55,22 @@ py::object sizes(const py::list& tensors, int64_t transposed, int dim) {
   return std::move(found);
 }
 
+// Where matrices lie; None if they are not plain and alike matrices.
+py::object matrix_layout(const py::list& tensors, int64_t transposed) {
+  const TensorReader& reader = TensorReader::get();
+  auto layout = std::make_unique<MatrixLayout>();
+  layout->entries.reserve(static_cast<size_t>(length(tensors)));
+  TensorInfo info;
+  for (Py_ssize_t i = 0; i < length(tensors); ++i) {
+    PyObject* const tensor = item(tensors, i);
+    if (!reader.is_plain(tensor) || !reader.try_read(tensor, &info) || info.dtype < 0 || info.ndim != 2 ||
+        !(i == 0 || info.is_like(layout->like)))
+      return py::none();
+    layout->add(info, i < transposed);
+  }
+  return py::cast(std::move(layout));
+}
+
 // Whether each tensor is contiguous and begins where the one before it ends.
 bool consecutive(const py::list& tensors) {
   const TensorReader& reader = TensorReader::get();
@@ -82,38 +100,6 @@ bool alike(const py::list& tensors, const py::object& like, int ndim) {
   return true;
 }
 
-// As alike(params), and each of `others` has the dtype, device and sizes of its parameter.
-bool match(const py::list& params, const py::list& others) {
-  const TensorReader& reader = TensorReader::get();
-  if (length(params) != length(others)) return false;
-  TensorInfo first, param, other;
-  for (Py_ssize_t i = 0; i < length(params); ++i) {
-    PyObject *const a = item(params, i), *const b = item(others, i);
-    if (!reader.is_plain(a) || !reader.is_plain(b) || !reader.try_read(a, &param) || !reader.try_read(b, &other))
-      return false;
-    if (i == 0) first = param;
-    if (param.dtype < 0 || !param.is_like(first) || !other.is_like(first) || other.ndim != param.ndim ||
-        !std::equal(param.sizes, param.sizes + param.ndim, other.sizes))
-      return false;
-  }
-  return true;
-}
-
-// Whether each of `others`, if there are any, is plain, of that dtype, and has as many elements as its parameter.
-bool sized(const py::list& params, const py::list& others, int dtype) {
-  const TensorReader& reader = TensorReader::get();
-  if (length(others) == 0) return true;
-  if (length(params) != length(others)) return false;
-  TensorInfo param, other;
-  for (Py_ssize_t i = 0; i < length(params); ++i) {
-    PyObject* const b = item(others, i);
-    if (!reader.is_plain(b) || !reader.try_read(item(params, i), &param) || !reader.try_read(b, &other) ||
-        other.dtype != dtype || other.elements() != param.elements())
-      return false;
-  }
-  return true;
-}
-
 py::tuple gradients(const py::list& params, const py::list& indices) {
   const TensorReader& reader = TensorReader::get();
   py::list members, stepped, grads, idle;
@@ -132,36 +118,138 @@ py::tuple gradients(const py::list& params, const py::list& indices) {
   return py::make_tuple(members, stepped, grads, idle);
 }
 
+// The values of a dictionary, key by key; throws KeyError.
+class StateReader {
+ public:
+  explicit StateReader(const py::dict& state) : state_(state) {}
+  PyObject* operator()(PyObject* param) {
+    // States are mostly in the order of the parameters, the As and Bs in turn, and hashing a tensor calls Python.
+    PyObject *key = nullptr, *value = nullptr;
+    for (int tries = 0; tries < 2; ++tries) {
+      if (PyDict_Next(state_.ptr(), &position_, &key, &value) && key == param) return value;
+    }
+    value = PyDict_GetItemWithError(state_.ptr(), param);
+    if (value == nullptr) {
+      if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, param);
+      throw py::error_already_set();
+    }
+    return value;
+  }
+
+ private:
+  const py::dict& state_;
+  Py_ssize_t position_ = 0;
+};
+
 py::list states(const py::dict& state, const py::list& params) {
   py::list found;
-  PyObject *key = nullptr, *value = nullptr;
-  Py_ssize_t position = 0;
-  for (Py_ssize_t i = 0; i < length(params); ++i) {
-    PyObject* const param = item(params, i);
-    // States are mostly in the order of the parameters, the As and Bs in turn, and hashing a tensor calls Python.
-    bool next = false;
-    for (int tries = 0; tries < 2 && !next; ++tries) {
-      next = PyDict_Next(state.ptr(), &position, &key, &value) && key == param;
-    }
-    if (!next) {
-      value = PyDict_GetItemWithError(state.ptr(), param);
-      if (value == nullptr) {
-        if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, param);
-        throw py::error_already_set();
-      }
-    }
-    found.append(py::handle(value));
-  }
+  StateReader state_of(state);
+  for (Py_ssize_t i = 0; i < length(params); ++i) found.append(py::handle(state_of(item(params, i))));
   return found;
+}
+
+// What stands under a key of a state; null if nothing does.
+PyObject* entry_of(PyObject* state, const py::str& key) {
+  if (!PyDict_Check(state)) throw py::type_error("states must be dictionaries");
+  PyObject* const value = PyDict_GetItemWithError(state, key.ptr());
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
 }
 
 py::list column(const py::list& states, const py::str& key) {
   py::list found;
   for (Py_ssize_t i = 0; i < length(states); ++i) {
-    if (!PyDict_Check(item(states, i))) throw py::type_error("states must be dictionaries");
-    PyObject* const value = PyDict_GetItemWithError(item(states, i), key.ptr());
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    if (value != nullptr) found.append(py::handle(value));
+    if (PyObject* const value = entry_of(item(states, i), key)) found.append(py::handle(value));
+  }
+  return found;
+}
+
+// Of some parameters all that a moment step needs, each looked at once: what `gradients` answers, the moments of those
+// that have a gradient, and where all that lies, or None if compiled code cannot go by it.
+py::tuple gather(const py::list& params, const py::list& indices, const py::dict& state, const py::str& exp_avg,
+                 const py::str& exp_avg_sq) {
+  const TensorReader& reader = TensorReader::get();
+  py::list members, stepped, grads, idle, exp_avgs, exp_avg_sqs;
+  StateReader state_of(state);
+  auto layout = std::make_unique<StepLayout>();
+  layout->entries.reserve(static_cast<size_t>(length(indices)));
+  // A few parameters at a time, so that memory has answered for one of them when the others have been asked for.
+  constexpr Py_ssize_t kAtATime = 16;
+  struct Found {
+    PyObject *index, *param, *m, *v;
+    py::object grad;
+  } found[kAtATime];
+  TensorInfo param_info, grad_info, m_info, v_info;
+  bool fits = true;
+  for (Py_ssize_t begin = 0; begin < length(indices); begin += kAtATime) {
+    const Py_ssize_t count = std::min(kAtATime, length(indices) - begin);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      found[i].index = item(indices, begin + i);
+      const Py_ssize_t index = PyLong_AsSsize_t(found[i].index);
+      if (index < 0 || index >= length(params)) throw py::index_error();
+      prefetch_object(found[i].param = item(params, index));
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) prefetch_contents(found[i].param);
+    for (Py_ssize_t i = 0; i < count; ++i) prefetch_object((found[i].grad = reader.grad(found[i].param)).ptr());
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (found[i].grad.is_none()) continue;
+      PyObject* const of_param = state_of(found[i].param);
+      if ((found[i].m = entry_of(of_param, exp_avg))) prefetch_object(found[i].m);
+      if ((found[i].v = entry_of(of_param, exp_avg_sq))) prefetch_object(found[i].v);
+      prefetch_contents(found[i].grad.ptr());
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (found[i].grad.is_none()) continue;
+      if (found[i].m) prefetch_contents(found[i].m);
+      if (found[i].v) prefetch_contents(found[i].v);
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      const auto& [index, param, m, v, grad] = found[i];
+      if (grad.is_none()) {
+        idle.append(py::handle(index));
+        continue;
+      }
+      members.append(py::handle(index));
+      stepped.append(py::handle(param));
+      grads.append(grad);
+      if (m) exp_avgs.append(py::handle(m));
+      if (v) exp_avg_sqs.append(py::handle(v));
+      const auto read = [&](PyObject* tensor, TensorInfo* info) {
+        return tensor == nullptr || (reader.is_plain(tensor) && reader.try_read(tensor, info));
+      };
+      fits = fits && read(param, &param_info) && read(grad.ptr(), &grad_info) && read(m, &m_info) && read(v, &v_info) &&
+             layout->add(param_info, grad_info, m ? &m_info : nullptr, v ? &v_info : nullptr);
+    }
+  }
+  const auto all_or_none = [&](const py::list& moments) { return moments.empty() || moments.size() == stepped.size(); };
+  py::object known = py::none();
+  if (fits && !layout->entries.empty() && all_or_none(exp_avgs) && all_or_none(exp_avg_sqs))
+    known = py::cast(std::move(layout));
+  return py::make_tuple(members, stepped, grads, idle, exp_avgs, exp_avg_sqs, known);
+}
+
+// The first of some parameters that has a sparse gradient; None if there is none.
+py::object first_sparse_gradient(const py::list& params, const py::list& indices) {
+  const TensorReader& reader = TensorReader::get();
+  TensorInfo info;
+  for (Py_ssize_t i = 0; i < length(indices); ++i) {
+    const Py_ssize_t index = PyLong_AsSsize_t(item(indices, i));
+    if (index < 0 || index >= length(params)) throw py::index_error();
+    const py::object grad = reader.grad(item(params, index));
+    if (!grad.is_none() && !reader.try_read(grad.ptr(), &info) && grad.attr("is_sparse").cast<bool>())
+      return py::reinterpret_borrow<py::object>(item(indices, i));
+  }
+  return py::none();
+}
+
+// The places of those parameters that have no gradient.
+py::list idle(const py::list& params, const py::list& indices) {
+  const TensorReader& reader = TensorReader::get();
+  py::list found;
+  for (Py_ssize_t i = 0; i < length(indices); ++i) {
+    const Py_ssize_t index = PyLong_AsSsize_t(item(indices, i));
+    if (index < 0 || index >= length(params)) throw py::index_error();
+    if (reader.grad(item(params, index)).is_none()) found.append(py::handle(item(indices, i)));
   }
   return found;
 }
@@ -175,10 +263,16 @@ void bind_lists(py::module_& m) {
   m.def("sizes", &sizes, "One dimension of all matrices of a list; None if one is no plain matrix.");
   m.def("consecutive", &consecutive, "Whether the tensors of a list lie one behind the other, each contiguous.");
   m.def("alike", &alike, "Whether all tensors of a list are plain and of one dtype, device and number of dimensions.");
-  m.def("sized", &sized, "Whether all tensors of the second list have a dtype, and the sizes of the first list's.");
-  m.def("match", &match, "Whether all tensors of two lists are alike, and equal in shape pair by pair.");
   m.def("gradients", &gradients,
         "Those of some parameters that have a gradient, the gradients, and those that have none.");
+  m.def("first_sparse_gradient", &first_sparse_gradient, "The first of some parameters that has a sparse gradient.");
+  m.def("idle", &idle, "Those of some parameters that have no gradient.");
+  py::class_<MatrixLayout>(m, "MatrixLayout", "Where the matrices of a list lie.")
+      .def_property_readonly("columns", &MatrixLayout::columns, "What all have; -1 if they differ.");
+  m.def("matrix_layout", &matrix_layout, "Where plain and alike matrices lie; None if they are not that.");
+  py::class_<StepLayout>(m, "StepLayout", "Where the tensors of a moment step lie; for adamw().");
+  m.def("gather", &gather,
+        "Those of some parameters that have a gradient, the gradients, those that have none, the moments, the layout.");
   m.def("states", &states, "The values of a dictionary for a list of parameters.");
   m.def("column", &column, "The values under a key, of those dictionaries of a list that have it.");
 }

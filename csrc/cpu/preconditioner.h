@@ -1,5 +1,5 @@
-// From damped Gram matrices the r × r maps of a preconditioned step, in double: P = (G + δI)⁻¹ by Cholesky, and I - P K.
-// A lane is a matrix, so that square roots, divisions and short rows keep the vector units busy.
+// From damped Gram matrices the r × r maps of a preconditioned step, in double: P = (G + δI)⁻¹ by Cholesky, and I - P
+// K. A lane is a matrix, so that square roots, divisions and short rows keep the vector units busy.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -144,7 +144,8 @@ LOWRANK_INLINE void scatter_lanes(double* lanes, int64_t n, int64_t count, doubl
   for (int64_t lane = 0; lane < count; ++lane, to += n * n) {
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t j = 0; j < n; ++j) {
-        to[i * n + j] = static_cast<T>(weight * (transposed ? lanes_at(lanes, n, j, i) : lanes_at(lanes, n, i, j))[lane]);
+        to[i * n + j] =
+            static_cast<T>(weight * (transposed ? lanes_at(lanes, n, j, i) : lanes_at(lanes, n, i, j))[lane]);
       }
     }
   }

@@ -62,8 +62,9 @@ void grouped_damped_inverse(DType dtype, const Stack& rs, double damping, void* 
 void grouped_preconditioner(DType dtype, const PreconditionerArguments& arguments, int64_t n, int threads) {
   const auto preconditioner =
       dtype == DType::kFloat64 ? kernels<double>().preconditioner : kernels<float>().preconditioner;
-  for_each_group(n, arguments.r, threads, preconditioner_scratch(arguments.r),
-                 [&](int64_t first, int64_t count, double* scratch) { preconditioner(arguments, first, count, scratch); });
+  for_each_group(
+      n, arguments.r, threads, preconditioner_scratch(arguments.r),
+      [&](int64_t first, int64_t count, double* scratch) { preconditioner(arguments, first, count, scratch); });
 }
 
 }  // namespace lowrank

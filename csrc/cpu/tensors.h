@@ -44,7 +44,7 @@ struct TensorInfo {
   int dtype = -1;  // of DType, -1 for any other
   int device_type = 0, device_index = 0;
   int ndim = 0;
-  int64_t sizes[kDimensions] = {}, strides[kDimensions] = {};
+  int64_t sizes[kDimensions], strides[kDimensions];  // of the first ndim dimensions
 
   int64_t elements() const {
     int64_t count = 1;
@@ -74,6 +74,26 @@ struct TensorInfo {
   int64_t rows(bool transposed) const { return sizes[transposed ? 1 : 0]; }
   int64_t columns(bool transposed) const { return sizes[transposed ? 0 : 1]; }
 };
+
+// Asks the cache for an object that is soon to be read, or for what its first words point to, as a tensor's do to its
+// sizes and address. Hints: nothing is read at those places, whatever they are.
+LOWRANK_INLINE void prefetch_object(const PyObject* object) {
+#if defined(__GNUC__)
+  __builtin_prefetch(object);
+#else
+  (void)object;
+#endif
+}
+LOWRANK_INLINE void prefetch_contents(const PyObject* object) {
+#if defined(__GNUC__)
+  constexpr size_t kWords = sizeof(PyObject) / sizeof(void*);
+  if (static_cast<size_t>(Py_TYPE(object)->tp_basicsize) < sizeof(PyObject) + sizeof(void*)) return;
+  const char* const contents = static_cast<const char*>(reinterpret_cast<void* const*>(object)[kWords]);
+  for (int line = 0; line < 3; ++line) __builtin_prefetch(contents + 64 * line);
+#else
+  (void)object;
+#endif
+}
 
 class TensorReader {
  public:

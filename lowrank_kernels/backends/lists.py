@@ -6,7 +6,7 @@ With hundreds of small tensors, what Python does for each of them is most of a s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def _compiled() -> bool:
 
 def as_stored(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """A list as it is stored, and how many of it, from the first on, stand for their transposes."""
-    if isinstance(tensors, Tall):
+    if type(tensors) is Tall:  # isinstance() of an abstract Sequence calls Python
         return tensors.stored, tensors.transposed
     return (tensors if isinstance(tensors, list) else list(tensors)), 0
 
@@ -76,6 +76,14 @@ def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | Non
     return all(x.dtype is like.dtype and x.device == like.device and x.layout is torch.strided and ndim in (None, x.ndim) for x in stored)
 
 
+def matrix_layout(matrices: Sequence[Tensor]) -> Any:
+    """Where plain, :func:`alike` matrices lie, for compiled code; its ``columns`` are what all have, or -1.
+
+    None if they are not that, or if compiled code has not looked.
+    """
+    return _csrc.matrix_layout(*as_stored(matrices)) if _compiled() else None
+
+
 def signature(tensors: Sequence[Tensor]) -> Any:
     """Something to compare: the dtypes, devices and shapes of all; None if one is not plain, strided and floating."""
     stored, transposed = as_stored(tensors)
@@ -84,24 +92,6 @@ def signature(tensors: Sequence[Tensor]) -> Any:
     if not (PLAIN.issuperset(map(type, stored)) and all(x.layout is torch.strided and x.dtype in FLOATING for x in stored)):
         return None
     return [(x.dtype, x.device, x.shape[::-1] if i < transposed else x.shape) for i, x in enumerate(stored)]
-
-
-def match(params: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether the parameters are :func:`alike`, and each of ``others`` (its gradient, say) is like its parameter and of its shape."""
-    if _compiled():
-        return _csrc.match(params, others)
-    found = signature(params)
-    return found is not None and alike(params) and found == signature(others)
-
-
-def sized(params: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether each of ``others`` (moments; none at all is right, too) is plain, strided, of that dtype and its parameter's size."""
-    if _compiled():
-        return _csrc.sized(list(params), list(others), DTYPE_CODES[dtype])
-    if len(others) not in (0, len(params)) or not PLAIN.issuperset(map(type, others)):
-        return False
-    found = zip(params, others, strict=False)
-    return all(x.dtype is dtype and x.layout is torch.strided and x.numel() == p.numel() for p, x in found)
 
 
 def sizes(matrices: Sequence[Tensor], dim: int) -> list[int]:
@@ -130,6 +120,43 @@ def gradients(params: list[Tensor], indices: list[int]) -> tuple[list[int], list
     with_gradient = [(index, p, grad) for index, p, grad in found if grad is not None]
     members, stepped, grads = map(list, zip(*with_gradient, strict=True)) if with_gradient else ([], [], [])
     return members, stepped, grads, idle
+
+
+def idle(params: list[Tensor], indices: list[int]) -> list[int]:
+    """The indices of those of the parameters at ``indices`` that have no gradient."""
+    return _csrc.idle(params, indices) if _compiled() else [index for index in indices if params[index].grad is None]
+
+
+def first_sparse_gradient(params: list[Tensor], indices: list[int]) -> int | None:
+    """The first of the ``indices`` whose parameter has a sparse gradient; None if there is none."""
+    if _compiled():
+        return _csrc.first_sparse_gradient(params, indices)
+    grads = ((index, params[index].grad) for index in indices)
+    return next((index for index, grad in grads if grad is not None and grad.is_sparse), None)
+
+
+class Gathered(NamedTuple):
+    """What a moment step needs, of those of some parameters that have a gradient."""
+
+    members: list[int]
+    params: list[Tensor]
+    grads: list[Tensor]
+    #: The indices of the parameters without a gradient.
+    idle: list[int]
+    #: The moments of those that keep them.
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    #: Where all these tensors lie, for compiled code, which has found that they fit each other; None if it has not looked, or not found so.
+    layout: Any
+
+
+def gather(params: list[Tensor], indices: list[int], state: dict[Tensor, dict[str, Any]]) -> Gathered:
+    """:func:`gradients`, :func:`states`, the moments, and whether they all fit each other, with one look at each tensor."""
+    if _compiled():
+        return Gathered(*_csrc.gather(params, indices, state, "exp_avg", "exp_avg_sq"))
+    found = gradients(params, indices)
+    exp_avgs, exp_avg_sqs = (column(states(state, found[1]), key) for key in ("exp_avg", "exp_avg_sq"))
+    return Gathered(*found, exp_avgs, exp_avg_sqs, None)
 
 
 def states(state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> list[dict[str, Any]]:

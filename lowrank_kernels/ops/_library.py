@@ -35,7 +35,8 @@ def no_backward(name: str, why: str) -> None:
 _PLAIN = PLAIN | {type(None)}
 
 
-def _eager() -> bool:
+def is_eager() -> bool:
+    """Whether no compiler, dispatch mode, functorch transform or forward mode is at work."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -65,7 +66,7 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
 
     Then the same implementations are called without the dispatcher, whose Python road costs more than a small operation.
     """
-    return _eager() and _PLAIN.issuperset(map(type, tensors)) and tensors[0].device.type != "meta"  # type: ignore[union-attr]
+    return is_eager() and _PLAIN.issuperset(map(type, tensors)) and tensors[0].device.type != "meta"  # type: ignore[union-attr]
 
 
 def is_plain_node(*tensors: Tensor | None) -> bool:
@@ -76,7 +77,7 @@ def is_plain_node(*tensors: Tensor | None) -> bool:
 
 def are_plain_eager(first: Sequence[Tensor], *others: Sequence[Tensor] | None) -> bool:
     """:func:`is_plain_eager` of whole lists; the first one is not empty."""
-    return _eager() and first[0].device.type != "meta" and all(map(plain, (first, *(other for other in others if other is not None))))
+    return is_eager() and first[0].device.type != "meta" and all(map(plain, (first, *(other for other in others if other is not None))))
 
 
 def for_eager(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.lists import sized
 from ..backends.registry import run
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define
+from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, is_eager
 
 _NAME = "grouped_adamw_"
 
@@ -37,7 +36,7 @@ def grouped_adamw_(
     direction_maps: Tensor | None = None,
     rank_dims: Sequence[int] = (),
     drifts: Tensor | None = None,
-    check: bool = True,
+    layout: object = None,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, decoupled decay) of a whole list of parameters, in place::
 
@@ -65,8 +64,8 @@ def grouped_adamw_(
         drifts: (N, r, r), fp32 (fp64 for fp64 parameters), written: ``Xᵀ(X - X_old)`` for B and ``X(X - X_old)ᵀ`` for A, formed in
             the same pass while the old factor is known, so that ``XᵀX_old = XᵀX - drift``. The difference is exact or nearly so, which
             is why fp32 is enough where a cross-Gram matrix in fp32 would not be: the error is eps·‖X‖·‖X - X_old‖, not eps·‖X‖².
-        check: False is for callers that made the state and the maps themselves and have seen that the gradients fit
-            (``lists.match``), as our optimizers do: only the dtypes and sizes of the moments are looked at then.
+        layout: what ``lists.gather`` found when it read these very lists in this step, as our optimizers have it: then all fits, and
+            nothing is looked at again. Maps and numbers are the caller's then, too.
 
     Raises:
         TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
@@ -74,15 +73,11 @@ def grouped_adamw_(
     if not params:
         return
     maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
-    # Between two steps a user may cast a model or give a parameter other data: compiled code would write beyond the moments.
-    if check or not sized(params, exp_avgs or exp_avg_sqs, accumulation_dtype(params[0].dtype)):
+    if layout is None:
         _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, drifts, rank_dims)
         _check_numbers(lr, betas, eps, weight_decay, step, missed, bias_correction)
-    arguments = (
-        list(params),
-        list(grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
+    arguments: tuple[Any, ...] = (
+        *(tensors if isinstance(tensors, list) else list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)),
         grad_maps,
         momentum_maps,
         param_maps,
@@ -100,8 +95,8 @@ def grouped_adamw_(
         bias_correction,
         maximize,
     )
-    if are_plain_eager(params, grads):
-        _grouped_adamw_(*arguments)
+    if is_eager() if layout is not None else are_plain_eager(params, grads):
+        _grouped_adamw_(*arguments, layout=layout)
     else:
         torch.ops.lowrank_kernels.grouped_adamw_(*arguments)
 
@@ -223,6 +218,7 @@ def _grouped_adamw_(
     missed: list[int],
     bias_correction: bool,
     maximize: bool,
+    layout: object = None,
 ) -> None:
     run(
         _NAME,
@@ -246,6 +242,7 @@ def _grouped_adamw_(
         missed,
         bias_correction,
         maximize,
+        layout,
     )
     torch.autograd.graph.increment_version(params)
 

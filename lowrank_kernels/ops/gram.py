@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..backends.lists import sizes
+from ..backends.lists import Tall, as_stored, matrix_layout, sizes
 from ..backends.registry import run
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, no_backward
+from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, is_eager, no_backward
 
 
 def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -29,6 +31,20 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
 
     The result is a constant for autograd; its backward says so.
     """
+    layout = matrix_layout(xs) if ys is None and isinstance(xs, (list, Tall)) and forward_ad._current_level < 0 else None
+    if layout is None or layout.columns < 0:  # what fails here is explained
+        layout = None
+        _check(xs, ys)
+    natural = accumulation_dtype(as_stored(xs)[0][0].dtype) if xs else torch.float32
+    if dtype not in (None, torch.float32, torch.float64) or (natural == torch.float64 and dtype == torch.float32):
+        raise TypeError(f"grouped_gram: dtype must be torch.float64{'' if natural == torch.float64 else ' or torch.float32'}, got {dtype}")
+    double = torch.float64 in (dtype, natural)
+    if xs and not torch.is_grad_enabled() and (is_eager() if layout is not None else are_plain_eager(xs, ys)):
+        return _grouped_gram(for_eager(xs), None if ys is None else for_eager(ys), double, layout)
+    return torch.ops.lowrank_kernels.grouped_gram(list(xs), None if ys is None else list(ys), double)
+
+
+def _check(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> None:
     check_list("grouped_gram", "xs", xs)
     for name, factors in (("xs", xs), ("ys", ys or ())):
         columns = sizes(factors, 1)
@@ -42,27 +58,21 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
         if heights != others:
             index = next(i for i, (height, other) in enumerate(zip(heights, others, strict=True)) if height != other)
             raise ValueError(f"grouped_gram: xs[{index}] has {heights[index]} rows, ys[{index}] has {others[index]}")
-    natural = accumulation_dtype(xs[0].dtype) if xs else torch.float32
-    if dtype not in (None, torch.float32, torch.float64) or (natural == torch.float64 and dtype == torch.float32):
-        raise TypeError(f"grouped_gram: dtype must be torch.float64{'' if natural == torch.float64 else ' or torch.float32'}, got {dtype}")
-    double = torch.float64 in (dtype, natural)
-    if xs and not torch.is_grad_enabled() and are_plain_eager(xs, ys):
-        return _grouped_gram(for_eager(xs), None if ys is None else for_eager(ys), double)
-    return torch.ops.lowrank_kernels.grouped_gram(list(xs), None if ys is None else list(ys), double)
 
 
 def _empty_result(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: bool) -> Tensor:
     dtype = torch.float64 if double or (xs and xs[0].dtype == torch.float64) else torch.float32
     if not xs:
         return torch.empty(0, 0, 0, dtype=dtype)
-    first, second = xs[0], (xs if ys is None else ys)[0]
+    first = xs[0]
+    second = first if ys is None else ys[0]
     return torch.empty(len(xs), first.shape[1], second.shape[1], dtype=dtype, device=first.device)
 
 
-def _grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: bool) -> Tensor:
+def _grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: bool, layout: Any = None) -> Tensor:
     grams = _empty_result(xs, ys, double)
     if xs:
-        run("grouped_gram", xs[0].device.type, xs, ys, grams)
+        run("grouped_gram", grams.device.type, xs, ys, grams, layout)
     return grams
 
 

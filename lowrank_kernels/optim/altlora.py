@@ -135,7 +135,7 @@ class AltLoRA(PreconditionedOptimizer):
     def _maps(self, pairs: LikePairs, side: str, drifts: Tensor) -> tuple[Tensor, Tensor | None]:
         """``P = s⁻² (XᵀX + δI)⁻¹`` and C (of B's momentum Cᵀ), (N, r, r) in the dtype of the drifts, X being the partners."""
         grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
-        options = {"drifts": drifts, "transposed": side == "B", "dtype": drifts.dtype}
+        options: dict[str, Any] = {"drifts": drifts, "transposed": side == "B", "dtype": drifts.dtype}
         return grouped_preconditioner(grams, damping, weight=pairs[0].scale ** -2, **options)
 
     def _realigned(self, pairs: LikePairs, side: str) -> Tensor:

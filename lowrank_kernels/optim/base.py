@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
-from operator import attrgetter
 from os.path import dirname, join
 from typing import Any, Never, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import PLAIN, column, gradients, match, plain, signature, states
+from ..backends.lists import PLAIN, Gathered, first_sparse_gradient, gather, plain, signature
 from ..backends.registry import call_counts
 from ..ops import grouped_adamw_
 from ..pairs import Pair, core_owners, is_adapter_parameter, own_pair, owners, pairs, pairs_by_name
@@ -39,8 +38,6 @@ NO_PARTS: Mapping[int, tuple[slice, ...]] = {}
 NUMBERS = ("lr", "eps", "weight_decay", "lr_ratio", "momentum", "damping", "proximal")
 #: What may happen when a gradient is infinite or NaN.
 NONFINITE_GRADS = ("keep", "skip", "raise")
-
-_grad = attrgetter("grad")
 
 #: Operations that make new tensors only. A step that failed before any other one began has changed nothing.
 _PURE_OPERATIONS = frozenset(
@@ -666,10 +663,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "add_param_group, or make a new optimizer"
             )
         for g, kinds in enumerate(self._kinds):
-            rest = [index for is_factor, _, members in kinds[False] if not is_factor for index in members]
-            members, _, grads, _ = gradients(self.param_groups[g]["params"], rest)
-            for index, grad in zip(members, grads, strict=True):
-                if grad.is_sparse:
+            params = self.param_groups[g]["params"]
+            for is_factor, _, members in kinds[False]:
+                if not is_factor and (index := first_sparse_gradient(params, members)) is not None:
                     raise RuntimeError(
                         f"{name} does not support sparse gradients, as {self._name_at((g, index))} has one; use sparse=False, or "
                         "another optimizer for it; nothing was changed"
@@ -821,20 +817,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
         own_lr = group["lr_ratio"] != 1.0
         kinds = self._kinds[group_index][own_lr] if indices is None else self._by_kind(group_index, own_lr, indices)
         for is_factor, is_second, of_kind in kinds:
-            members, params, grads, idle = gradients(group["params"], of_kind)
-            for index in idle:
+            kind: dict[str, Any] = {"is_factor": is_factor, "is_second": is_second, "parts": parts}
+            found = gather(group["params"], of_kind, self.state)
+            for index in found.idle:
                 self._miss(group, index)
-            fit = match(params, grads)
-            if fit:
-                buckets = [(members, params, grads)] if members else []
-            else:
-                by_place: defaultdict[Any, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
-                for found in zip(members, params, grads, strict=True):
-                    by_place[found[1].device, found[1].dtype].append(found)
-                buckets = [tuple(map(list, zip(*bucket, strict=True))) for bucket in by_place.values()]  # type: ignore[misc]
-            for members, params, grads in buckets:
-                kind = {"is_factor": is_factor, "is_second": is_second}
-                self._adamw(group_index, members, **kind, params=params, grads=grads, parts=parts, fit=fit)
+            if found.layout is not None:
+                self._adamw(group_index, found.members, **kind, found=found)
+                continue
+            by_place: defaultdict[Any, list[int]] = defaultdict(list)
+            for index, p in zip(found.members, found.params, strict=True):
+                by_place[p.device, p.dtype].append(index)
+            for members in by_place.values():
+                self._adamw(group_index, members, **kind)
 
     def _miss(self, group: dict[str, Any], index: int) -> None:
         """Note that a parameter does not take this step: its bias correction lags behind by one."""
@@ -858,23 +852,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
         *,
         is_factor: bool,
         is_second: bool,
-        params: list[Tensor] | None = None,
+        found: Gathered | None = None,
         grads: list[Tensor] | None = None,
         parts: Mapping[int, tuple[slice, ...]] = NO_PARTS,
-        fit: bool = False,
         **options: Any,
     ) -> None:
-        """One call of ``grouped_adamw_`` on parameters (and gradients, where the caller has read them) of which ``parts`` are trained;
-        ``fit``: the gradients are known to fit; ``options`` replace what AdamW would pass."""
+        """One call of ``grouped_adamw_`` on parameters of which ``parts`` are trained; ``found``: all that is needed of them, where the
+        caller has read it; ``grads`` in place of their own; ``options`` replace what AdamW would pass."""
         group, lone = self.param_groups[group_index], self._lone_factors[group_index]
-        params = [group["params"][index] for index in members] if params is None else params
-        grads = list(map(_grad, params)) if grads is None else grads
-        of_params = states(self.state, params)
-        fit = fit or match(params, grads)
+        found = gather(group["params"], members, self.state) if found is None else found
+        layout, params, grads = found.layout, found.params, found.grads if grads is None else grads
         if parts:
             slices = [parts.get(index) for index in members]
             params = [p if part is None else p[part] for p, part in zip(params, slices, strict=True)]
             grads = [grad if part is None else grad[part] for grad, part in zip(grads, slices, strict=True)]
+        tensors = (params, grads, found.exp_avgs, found.exp_avg_sqs)
+        if layout is None or parts or grads is not found.grads:
+            layout, tensors = None, tuple(map(local_parts, tensors))  # type: ignore[assignment]
         missed = [group["missed"].get(index, 0) for index in members] if group["missed"] else []
         arguments: dict[str, Any] = {
             "lr": self._lr(group, is_second),
@@ -884,11 +878,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "step": self._updates_due(group_index, members[0]),
             "missed": missed if any(missed) else (),
             "maximize": group["maximize"],
-            "check": not fit,
+            "layout": layout,
         }
-        exp_avgs, exp_avg_sqs = (local_parts(column(of_params, key)) for key in ("exp_avg", "exp_avg_sq"))
-        params, grads = local_parts(params), local_parts(grads)
-        grouped_adamw_(params, grads, exp_avgs, exp_avg_sqs, **{**arguments, **options})
+        grouped_adamw_(*tensors, **{**arguments, **options})
 
     def _clear_factor_state(self, cleared: list[FactorPair]) -> None:
         """Zero the factors' moments in the groups of these pairs and restart their bias correction; other state stays."""

@@ -6,6 +6,7 @@ The Gram matrices are accumulated and solved in fp64: they square the condition 
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.lists import Tall, column, consecutive, gradients, states
+from ..backends.lists import Tall, column, consecutive, gradients, idle, states
 from ..ops import grouped_gram, grouped_preconditioner
 from .base import FactorPair, LikePairs, LowRankOptimizer, Position, is_sharded, local_parts, shard_dims, shard_group, state_dtype
 
@@ -85,10 +86,9 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _with_gradient(self, pairs: LikePairs, side: str) -> LikePairs:
         """The pairs whose factor of this side has a gradient; the others' factors miss the step."""
         group = self._group(pairs, side)
-        _, _, _, idle = gradients(group["params"], pairs.indices[side])
-        if not idle:
+        missing = set(idle(group["params"], pairs.indices[side]))
+        if not missing:
             return pairs
-        missing = set(idle)
         for index in missing:
             self._miss(group, index)
         return LikePairs(pair for pair in pairs if self._position(pair, side)[1] not in missing)
@@ -138,12 +138,15 @@ class PreconditionedOptimizer(LowRankOptimizer):
         """
         of_factors = states(self.state, self._factors_of(pairs, side))
         values = column(of_factors, key)
-        base = values[0]._base
-        if base is not None and base.shape[0] == len(values) and base.data_ptr() == values[0].data_ptr() and consecutive(values):
-            return base
+        base, views = values[0]._base, pairs.kept.get(f"{side}.{key}", ())
+        if base is not None and base.shape[0] == len(values) and base.data_ptr() == values[0].data_ptr():
+            unchanged = len(views) == len(values) and all(map(operator.is_, values, views))
+            if unchanged or consecutive(values):
+                return base
         stacked = torch.stack(values)
         if not self._group(pairs, side)["capturable"]:
-            for state, view in zip(of_factors, stacked, strict=True):
+            pairs.kept[f"{side}.{key}"] = views = list(stacked.unbind())
+            for state, view in zip(of_factors, views, strict=True):
                 state[key] = view
         return stacked
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import MAX_RANK, refuse_device
 
 
 def verify(
@@ -27,7 +27,8 @@ def verify(
     reason = refuse_device(params[0])
     if reason is not None:
         return False, reason
-    for name, tensors in (("params", params), ("grads", grads)):
+    layout = scalars[9] if len(scalars) > 9 else None  # lr … maximize come before it
+    for name, tensors in (("params", params), ("grads", grads)) if layout is None else ():
         index = _csrc.first_irregular(tensors)
         if index >= 0:
             shape, strides = tuple(tensors[index].shape), tensors[index].stride()
@@ -61,8 +62,9 @@ def grouped_adamw_(
     missed: list[int],
     bias_correction: bool,
     maximize: bool,
+    layout: object = None,
 ) -> None:
-    """See the reference. ``lr`` and ``step`` may be tensors; on the CPU reading them costs nothing."""
+    """See the reference. ``lr`` and ``step`` may be tensors; on the CPU reading them costs nothing. ``layout``: of ``lists.gather``."""
     maps = [value if value is None else value.contiguous() for value in (grad_maps, momentum_maps, param_maps, direction_maps)]
     small = (*maps, drifts)
     count_launch()
@@ -71,9 +73,9 @@ def grouped_adamw_(
         grads,
         exp_avgs,
         exp_avg_sqs,
+        layout,
         missed,
         rank_dims,
-        DTYPE_CODES[params[0].dtype],
         float(lr),
         beta1,
         beta2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from . import _csrc
 from ._common import DTYPE_CODES, MAX_RANK, refuse_device
 
 
-def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor) -> tuple[bool, str]:
+def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layout: Any = None) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to 128 columns."""
-    reason = refuse_device(xs[0])
+    reason = refuse_device(grams)
     if reason is not None:
         return False, reason
     columns = max(grams.shape[1:])
@@ -27,10 +28,10 @@ def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor) -> 
 
 
 @implements("grouped_gram", "native", verify)
-def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor) -> None:
-    """See the reference."""
+def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layout: Any = None) -> None:
+    """See the reference. ``layout``: of ``lists.matrix_layout``, or None."""
     count_launch()
     wide, (_, r, k) = grams.dtype == torch.float64, grams.shape
     y_list = (None, 0) if ys is None else as_stored(ys)
     code = DTYPE_CODES[xs[0].dtype]
-    _csrc.gram(*as_stored(xs), *y_list, code, wide, r, k, grams.data_ptr(), torch.get_num_threads())
+    _csrc.gram(*as_stored(xs), layout, *y_list, code, wide, r, k, grams.data_ptr(), torch.get_num_threads())

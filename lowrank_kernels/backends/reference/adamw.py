@@ -43,6 +43,7 @@ def grouped_adamw_(
     missed: list[int],
     bias_correction: bool,
     maximize: bool,
+    layout: object = None,
 ) -> None:
     """One step for each i, in fp32 at least::
 

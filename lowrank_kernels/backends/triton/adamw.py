@@ -460,6 +460,7 @@ def grouped_adamw_(
     missed: list[int],
     bias_correction: bool,
     maximize: bool,
+    layout: object = None,
 ) -> None:
     """One launch, in place, for the whole list (with ``drifts`` two, or three); see the reference for the formula.
 
