@@ -7,8 +7,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, Position, moments, state_dtype
+from .arguments import AdamWOptions, ParamsT
+from .pairing import FactorPair, LikePairs, Position
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+from .state import moments, state_dtype
 
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
 

@@ -6,8 +6,10 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from .base import AdamWOptions, LikePairs, ParamsT, moments
+from .arguments import AdamWOptions, ParamsT
+from .pairing import LikePairs
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+from .state import moments
 
 
 class ScaledAdamW(PreconditionedOptimizer):
