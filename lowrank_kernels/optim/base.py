@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.lists import PLAIN, column, gradients, match, signature, states
-from ..backends.registry import call_counts
 from ..ops import grouped_adamw_
 from ..pairs import Pair, core_owners, owners, pairs
 from .arguments import (
@@ -34,6 +33,7 @@ from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
 from .shards import FLATTENED, is_sharded, local_parts
 from .state import check_state_dict, misfit, moments, state_dtype
+from .undo import Before
 
 #: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).
 REST_WEIGHT_DECAY = 1e-2
@@ -41,16 +41,6 @@ REST_WEIGHT_DECAY = 1e-2
 #: All parameters are trained as a whole.
 NO_PARTS: Mapping[int, tuple[slice, ...]] = {}
 _grad = attrgetter("grad")
-
-#: Operations that make new tensors only. A step that failed before any other one began has changed nothing.
-_PURE_OPERATIONS = frozenset(
-    {"lora_linear", "lora_linear_backward", "dropout_mask", "grouped_damped_inverse", "grouped_eigh", "grouped_gram", "grouped_solve"}
-)
-
-
-def _writes_begun() -> int:
-    """How many calls of operations that write into their arguments this process has begun."""
-    return sum(count for (operation, _), count in call_counts().items() if operation not in _PURE_OPERATIONS)
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -325,19 +315,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._check_cores()
         self._before_update()
         self._create_state()
-        # The shallow copies hold what the host counts; what the device counts is counted back.
-        before = [{**group, "missed": dict(group["missed"])} for group in self.param_groups]
-        copies = [(tensor, tensor.clone()) for tensor in self._written()] if self._atomic else None
-        held = [(state, dict(state)) for state in self.state.values()] if self._atomic else []
-        begun = _writes_begun()
+        before = Before(self.param_groups)
+        if self._atomic:
+            before.keep(self._written(), self.state)
         try:
             for group in self.param_groups:
                 group["step"] += 1
             self._update()
         except BaseException as error:
-            for state, tensors in held:  # a step may put other tensors into the state
-                state.update(tensors)
-            self._undo(before, copies, begun, error)
+            if not before.put_back():
+                self._torn = f"{type(error).__name__}: {error}"
+            self._after_undo()
             if isinstance(error, Exception) and (what := misfit(self.param_groups, self.state, self._expected_states)):
                 raise RuntimeError(f"{type(self).__name__}: {what}") from error
             raise
@@ -396,19 +384,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """All tensors that a step may write, apart from the counters."""
         params = [p for group in self.param_groups for p in group["params"] if p in self.state]
         return [*params, *(value for p in params for value in self.state[p].values())]
-
-    def _undo(self, before: list[dict[str, Any]], copies: list[tuple[Tensor, Tensor]] | None, begun: int, error: BaseException) -> None:
-        """After a step that raised: counters as before, tensors too if there are copies; else note whether some may be written."""
-        for group, old in zip(self.param_groups, before, strict=True):
-            if isinstance(old["step"], Tensor) and group["step"] is old["step"]:
-                old["step"].sub_(1)  # counted up in place
-            group.update(old)
-        if copies is not None:
-            for tensor, copy in copies:
-                tensor.copy_(copy)
-        elif _writes_begun() != begun:
-            self._torn = f"{type(error).__name__}: {error}"
-        self._after_undo()
 
     def _after_undo(self) -> None:
         """What a method keeps elsewhere and derives from counters and tensors is derived anew here."""
