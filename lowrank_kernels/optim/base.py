@@ -422,9 +422,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """The initial state of a factor, of which ``part`` is trained."""
         return moments(part, "exp_avg", "exp_avg_sq")
 
+    def _keeps_state(self, group: dict[str, Any]) -> bool:
+        """Whether factors have any state under the hyperparameters of ``group``."""
+        return True
+
+    def _states_due(self) -> Iterable[dict[str, Tensor]]:
+        """The states, as far as there are, of all parameters that have any."""
+        if all(map(self._keeps_state, self.param_groups)):
+            return self.state.values()
+        return (
+            self.state.get(group["params"][index], {})
+            for group, kinds in zip(self.param_groups, self._kinds, strict=True)
+            for is_factor, _, members in kinds[False]
+            if not is_factor or self._keeps_state(group)
+            for index in members
+        )
+
     def _create_state(self) -> bool:
         """Every key of every parameter's state, at once, in its final shape; whether any was missing."""
-        if len(self.state) == sum(len(group["params"]) for group in self.param_groups) and all(self.state.values()):
+        if len(self.state) == sum(len(group["params"]) for group in self.param_groups) and all(self._states_due()):
             return False
         created, wanted = False, self._reads_of_frozen()
         for group_index, group in enumerate(self.param_groups):

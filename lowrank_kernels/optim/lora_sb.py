@@ -87,10 +87,13 @@ class LoRASB(LowRankOptimizer):
                     f"{type(self).__name__}: {core.name} is sharded (a DTensor), and a step needs the whole core; {KEEP_WHOLE}"
                 )
 
+    def _keeps_state(self, group: dict[str, Any]) -> bool:
+        return group["update"] == "adam" or bool(group["momentum"])
+
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
         if group["update"] == "adam":
             return super()._factor_state(group, part)
-        return moments(part, "exp_avg") if group["momentum"] else {}
+        return moments(part, "exp_avg") if self._keeps_state(group) else {}
 
     def _update(self) -> None:
         for group_index, group in enumerate(self.param_groups):
