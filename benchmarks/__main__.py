@@ -22,7 +22,7 @@ from lowrank_kernels.backends.lists import FLOATING
 from . import ceilings, compare, kernels, plot, readme, results
 from .harness import Budget, device_name, run_case
 from .shapes import CHOICES, MODELS, layers
-from .suites import SUITES, WITHOUT_MODEL, Setting
+from .suites import OPERATIONS, SUITES, WITHOUT_MODEL, Setting
 from .suites.scaling import host_time_per_layer
 from .table import render, render_slopes
 
@@ -107,6 +107,10 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
+    known = [operation for suite in args.suite for operation in OPERATIONS[suite]]
+    for name in args.op or ():
+        if name not in known:
+            parser.error(f"argument --op: {name!r} is none of {', '.join(known)}")
     if not WITHOUT_MODEL.issuperset(args.suite):
         for model, choice in product(args.model_shapes, args.layers):
             most = min(min(shape) for shape in layers(model, choice))
@@ -126,7 +130,6 @@ def main(argv: list[str] | None = None) -> list[results.Row]:
     device = torch.device(args.device)
     console = Console(width=None if Console().is_terminal else 140)
     rows: list[results.Row] = []
-    ops: dict[str, None] = {}
     providers: dict[str, None] = {}
     for threads, dtype_name in product(args.threads, args.dtype):
         if threads:
@@ -142,17 +145,15 @@ def main(argv: list[str] | None = None) -> list[results.Row]:
         work = [(suite, setting) for suite in args.suite for setting in (settings[:1] if suite in WITHOUT_MODEL else settings)]
         for suite, setting in tqdm(work, desc=f"{dtype_name}, {torch.get_num_threads()} threads", unit="case"):
             for case in SUITES[suite](setting):
-                ops[case.op] = None
                 if args.op and case.op not in args.op:
                     continue
                 providers |= dict.fromkeys(case.providers)
                 new = run_case(case, limits, Budget(seconds=args.seconds), args.provider)
                 results.upsert(args.out, new)
                 rows += new
-    for option, wanted, known in (("--op", args.op, ops), ("--provider", args.provider, providers)):
-        unknown = [name for name in wanted or () if not any(x == name or (option == "--provider" and x.startswith(name)) for x in known)]
-        if unknown and known:
-            make_parser().error(f"argument {option}: {unknown[0]!r} is none of {', '.join(known)}")
+    for name in args.provider or ():
+        if providers and not any(provider.startswith(name) for provider in providers):
+            make_parser().error(f"argument --provider: {name!r} is none of {', '.join(providers)}")
     console.print(render(rows))
     slopes = host_time_per_layer(results.as_text(row) for row in rows)
     if slopes:

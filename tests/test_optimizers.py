@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
 from lowrank_kernels import backends, pairs
-from lowrank_kernels.optim.base import AdamWOptions
+from lowrank_kernels.optim.arguments import AdamWOptions
 
 OPTIMIZERS = {
     "AdamW": lambda params, **k: lk.AdamW(params, **{"lr": 1e-2, **k}),

@@ -226,6 +226,19 @@ def test_scaled_gd_does_not_depend_on_the_split(momentum: float) -> None:
     assert largest_difference(lambda m: ScaledGD(m, lr=0.01, momentum=momentum, damping=0.0)) < 1e-8
 
 
+def test_scaled_gd_has_state_as_long_as_it_has_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Targets()
+    optimizer = ScaledGD(problem.model, lr=0.01)
+    problem.run(optimizer, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ScaledGD, "_factor_state", lambda *_: pytest.fail("no step looks for state again that is not kept"))
+        problem.run(optimizer, 1)
+    assert not any(optimizer.state.values())
+    optimizer.param_groups[0]["momentum"] = 0.5
+    problem.run(optimizer, 1)
+    assert all(state.keys() == {"exp_avg"} for state in optimizer.state.values())
+
+
 @pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-8), (1e3, 2e-6)])
 def test_lora_pro_under_sgd_does_not_depend_on_the_split(condition: float, tolerance: float) -> None:
     """X = 0. AdamW with a huge eps is SGD: the direction is m / eps.

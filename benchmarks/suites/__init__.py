@@ -1,4 +1,4 @@
-"""Suites: each yields cases for one model's shapes. A new one is a file here with a function under ``@suite(name)``."""
+"""Suites: each yields cases for one model's shapes. A new one is a file here with a function under ``@suite(name, *operations)``."""
 
 from __future__ import annotations
 
@@ -53,15 +53,19 @@ class Setting:
 
 
 SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {}
+#: Suite → the operations of its cases, which are known before any inputs are made. Which of them there are is the setting's.
+OPERATIONS: dict[str, tuple[str, ...]] = {}
 #: Those whose cases do not depend on the model and the rank: once for each dtype is enough.
 WITHOUT_MODEL: set[str] = set()
 
 
-def suite(name: str, per_model: bool = True) -> Callable[[Callable[[Setting], Iterator[Case]]], Callable[[Setting], Iterator[Case]]]:
-    """Register the decorated function as the suite ``name``."""
+def suite(
+    name: str, *operations: str, per_model: bool = True
+) -> Callable[[Callable[[Setting], Iterator[Case]]], Callable[[Setting], Iterator[Case]]]:
+    """Register the decorated function as the suite ``name``, whose cases are of these operations."""
 
     def register(function: Callable[[Setting], Iterator[Case]]) -> Callable[[Setting], Iterator[Case]]:
-        SUITES[name] = function
+        SUITES[name], OPERATIONS[name] = function, operations
         if not per_model:
             WITHOUT_MODEL.add(name)
         return function

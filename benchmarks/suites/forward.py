@@ -233,7 +233,11 @@ def peft_trial(block: list[Layer], backward: bool, judge: Judge) -> Trial:
     return Trial(run, lambda: judge(found))
 
 
-@suite("forward")
+@suite(
+    "forward",
+    *(f"{kind}_linear_{passes}" for kind in ("lora", "decoupled") for passes in ("forward", "forward_backward")),
+    *(f"{kind}_shared_input_{passes}" for kind in ("lora", "decoupled") for passes in ("forward", "forward_backward")),
+)
 def cases(setting: Setting) -> Iterator[Case]:
     """Forward, and forward + backward, of the plain and of the decoupled layer, alone and with others on the same input."""
     elements = {"weight": sum(d_out * d_in for d_out, d_in in _block(setting)), "both": sum(map(sum, _block(setting)))}

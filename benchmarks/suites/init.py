@@ -139,7 +139,7 @@ def our_svd(xs: list[Tensor], rank: int) -> Triples:
     return list(zip(us, ss, vs, strict=True))
 
 
-@suite("init")
+@suite("init", "reparametrize", "lora_sb_init")
 def cases(setting: Setting) -> Iterator[Case]:
     """``grouped_svd_product`` of all layers; ``grouped_svd`` of one block's sign matrices."""
     common = {"shapes": setting.shapes, "rank": setting.rank, "dtype": setting.dtype, "device": setting.device}

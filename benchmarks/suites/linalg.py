@@ -322,7 +322,16 @@ def grouped_sums(backend: str, sums: Sums, judge: SumJudge) -> Trial:
     return Trial(run, lambda: judge(sums), on(backend), ours=True)
 
 
-@suite("linalg")
+@suite(
+    "linalg",
+    "grouped_qr",
+    "grouped_gram",
+    "grouped_gram fp64",
+    "grouped_solve",
+    "grouped_polar",
+    "grouped_svd_product",
+    "grouped_lorsum",
+)
 def cases(setting: Setting) -> Iterator[Case]:
     """``grouped_qr`` of Aᵀ and B, one refresh of SDS-LoRA; :func:`products`; ``grouped_lorsum``, one step of OPLoRA."""
     bases = make_bases(setting)

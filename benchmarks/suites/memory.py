@@ -60,7 +60,7 @@ def step_case(setting: Setting, op: str) -> Case:
     )
 
 
-@suite("memory")
+@suite("memory", "optimizer_step")
 def cases(setting: Setting) -> Iterator[Case]:
     """State and temporaries of every optimizer."""
     yield step_case(setting, "optimizer_step")

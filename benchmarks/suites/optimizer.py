@@ -345,7 +345,7 @@ def method_case(
     )
 
 
-@suite("optimizer")
+@suite("optimizer", "grouped_adamw_", "altlora_plus_step", "sds_lora_refresh_step", "oplora_step", "lora_sb_step")
 def cases(setting: Setting) -> Iterator[Case]:
     """``grouped_adamw_`` over all factors of the adapted layers; steps of AltLoRA+, SDS-LoRA with a refresh, OPLoRA and LoRA-SB."""
     factors = make_factors(setting)

@@ -17,7 +17,7 @@ OP, RANK = "step_of_small_layers", 4
 COUNTS = {f"{name}/all": count for count, name in SMALL.items()}
 
 
-@suite("scaling", per_model=False)
+@suite("scaling", OP, per_model=False)
 def cases(setting: Setting) -> Iterator[Case]:
     """One step of each optimizer, for every number of layers; torch's fused AdamW is the yardstick."""
     for name in SMALL.values():

@@ -187,7 +187,7 @@ def _set_factors(model: nn.Module, task: Task) -> None:
         pair.B.copy_(B)
 
 
-@suite("step")
+@suite("step", "training_step")
 def cases(setting: Setting) -> Iterator[Case]:
     """PEFT with torch's fused AdamW against our layers with each of our optimizers."""
     if setting.choice != "all" or "q" not in MODELS[setting.model].linears:

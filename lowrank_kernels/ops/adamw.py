@@ -96,7 +96,7 @@ def grouped_adamw_(
         maximize,
     )
     if is_eager() if layout is not None else are_plain_eager(params, grads):
-        _grouped_adamw_(*arguments, layout=layout)
+        _grouped_adamw_(*(*arguments, layout))
     else:
         torch.ops.lowrank_kernels.grouped_adamw_(*arguments)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backends.registry import run, select
+from ..backends.registry import implementations, run, select
 from ._library import FLOATING, LIBRARY, NAMESPACE, accumulation_dtype, define, is_plain_eager, is_transformed, no_backward
 
 
@@ -139,17 +139,12 @@ def _composed(
     core: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
-    """The operation in terms that any transform of torch's knows: nothing in place, no autograd of its own."""
+    """The operation in terms that any transform of torch's knows: the reference, which does nothing in place where there is no weight."""
     if seed is not None:
         mask = run("dropout_mask", x.device.type, seed, *x.shape, keep)
-    inner = x if mask is None else x * mask.to(x.dtype) * (1.0 / keep)
-    if core is not None:
-        delta = F.linear(F.linear(F.linear(inner.to(core.dtype), a.to(core.dtype)), core).to(x.dtype), b)
-    elif q_a is None or q_b is None:
-        delta = F.linear(F.linear(inner, a), b)
-    else:
-        delta = F.linear(F.linear(inner, a), q_b) + F.linear(F.linear(inner, q_a), b)
-    return scale * delta if weight is None else F.linear(x, weight, bias) + scale * delta
+    reference = implementations("lora_linear")["reference"].function
+    delta, _ = reference(x, None, None, a, b, q_a, q_b, scale, mask, keep, core)
+    return delta if weight is None else F.linear(x, weight, bias) + delta
 
 
 def _eager(*args: Any) -> tuple[Tensor, Tensor]:

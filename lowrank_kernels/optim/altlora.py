@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_preconditioner
-from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, Position, moments, state_dtype
+from .arguments import AdamWOptions, ParamsT
+from .pairing import FactorPair, LikePairs, Position
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+from .state import moments, state_dtype
 
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
 

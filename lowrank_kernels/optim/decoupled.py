@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from ..backends.lists import Tall
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners
-from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, is_sharded, shard_dims, state_dtype
+from .arguments import AdamWOptions, ParamsT
+from .base import LowRankOptimizer
+from .pairing import FactorPair, Position
 from .ranks import Ranks, ranks_of
-from .shards import KEEP_WHOLE, assign, exchange, gathered, shares
+from .shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
+from .state import state_dtype
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 

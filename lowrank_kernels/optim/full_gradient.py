@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_qr
-from .base import FactorPair, state_dtype
+from .pairing import FactorPair
 from .ranks import Ranks
+from .state import state_dtype
 
 #: Above this share of ``.grad`` that is no multiple of the captured gradient, the two are of different backward passes. Rounding in bf16
 #: stays an order of magnitude below.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_eigh, grouped_gram, grouped_preconditioner
-from .base import AdamWOptions, LikePairs, ParamsT
+from .arguments import AdamWOptions, ParamsT
+from .pairing import LikePairs
 from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
 
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..backends.lists import column, states
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
-from .base import AdamWOptions, FactorPair, LikePairs, ParamsT, Position, moments, state_dtype
+from .arguments import AdamWOptions, ParamsT
+from .pairing import FactorPair, LikePairs, Position
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
 from .shards import KEEP_WHOLE
+from .state import moments, state_dtype
 
 #: The most memory that one side of like pairs may keep between steps for the next bases.
 SPARE_BYTES = 1 << 20

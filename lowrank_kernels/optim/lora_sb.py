@@ -11,8 +11,11 @@ from torch import Tensor
 
 from ..ops import grouped_eigh, grouped_gram
 from ..pairs import core_owners
-from .base import _FLAT, AdamWOptions, Core, LowRankOptimizer, ParamsT, is_sharded, moments, state_dtype
-from .shards import KEEP_WHOLE
+from .arguments import AdamWOptions, ParamsT
+from .base import LowRankOptimizer
+from .pairing import Core
+from .shards import FLATTENED, KEEP_WHOLE, is_sharded
+from .state import moments, state_dtype
 
 UPDATES = ("adam", "sgd")
 
@@ -78,16 +81,19 @@ class LoRASB(LowRankOptimizer):
         for core in self._cores:
             params = self.param_groups[core.position[0]]["params"]
             if core.position[1] >= len(params) or params[core.position[1]].ndim != 2:
-                raise RuntimeError(f"{type(self).__name__}: {core.name} was a matrix and is none any more: {_FLAT}")
+                raise RuntimeError(f"{type(self).__name__}: {core.name} was a matrix and is none any more: {FLATTENED}")
             if is_sharded(params[core.position[1]]):
                 raise RuntimeError(
                     f"{type(self).__name__}: {core.name} is sharded (a DTensor), and a step needs the whole core; {KEEP_WHOLE}"
                 )
 
+    def _keeps_state(self, group: dict[str, Any]) -> bool:
+        return group["update"] == "adam" or bool(group["momentum"])
+
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
         if group["update"] == "adam":
             return super()._factor_state(group, part)
-        return moments(part, "exp_avg") if group["momentum"] else {}
+        return moments(part, "exp_avg") if self._keeps_state(group) else {}
 
     def _update(self) -> None:
         for group_index, group in enumerate(self.param_groups):

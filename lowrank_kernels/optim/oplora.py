@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
 from ..pairs import owners
-from .base import AdamWOptions, FactorPair, LowRankOptimizer, ParamsT, Position, pythons_number, state_dtype
+from .arguments import AdamWOptions, ParamsT, pythons_number
+from .base import LowRankOptimizer
 from .capture import Patches, Recorder, watch
 from .early import EarlyWork, start
 from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, random_matrix, widened
 from .kfac import Kronecker, track
+from .pairing import FactorPair, Position
 from .ranks import composed_lorsum, damped, ranks_of
 from .shards import KEEP_WHOLE
+from .state import state_dtype
 
 MOMENTUM_MODES = ("lowrank", "projected", "naive")
 METRICS = (None, "kfac")

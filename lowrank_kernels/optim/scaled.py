@@ -6,8 +6,10 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from .base import AdamWOptions, LikePairs, ParamsT, moments
+from .arguments import AdamWOptions, ParamsT
+from .pairing import LikePairs
 from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
+from .state import moments
 
 
 class ScaledAdamW(PreconditionedOptimizer):
@@ -75,8 +77,11 @@ class ScaledGD(ScaledAdamW):
         if not 0.0 <= group["momentum"] < 1.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
 
+    def _keeps_state(self, group: dict[str, Any]) -> bool:
+        return bool(group["momentum"])
+
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
-        return moments(part, "exp_avg") if group["momentum"] else {}
+        return moments(part, "exp_avg") if self._keeps_state(group) else {}
 
     def _moments(self, group: dict[str, Any], side: str) -> dict[str, Any]:
         # The moment step averages, m = μ m + (1-μ) ĝ; SGD adds up. Dividing the step by 1-μ makes them equal.

@@ -1,5 +1,5 @@
-"""FSDP2's parameters: whole matrices from shards and back, and gradients of parameters that are kept whole beside sharded ones.
-And work that ranks with equal factors divide among them instead of each doing all of it."""
+"""FSDP2's parameters: what a rank holds of them, whole matrices from shards and back, and gradients of parameters that are kept whole
+beside sharded ones. And work that ranks with equal factors divide among them instead of each doing all of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from .base import is_sharded, shard_dims, shard_group
+from ..backends.lists import PLAIN, plain
 from .ranks import ranks_of
 
 #: How to train, under FSDP2, factors that a method needs whole.
@@ -18,6 +18,37 @@ KEEP_WHOLE = (
     "use DDP, or keep the factors whole: fully_shard(…, ignored_params={the adapters' parameters}), and call "
     "lowrank_kernels.average_gradients(model) before step(), since FSDP2 does not average the gradients of what it ignores"
 )
+
+#: Why other frameworks' shards cannot be trained.
+FLATTENED = (
+    "FSDP1 (FullyShardedDataParallel) and DeepSpeed ZeRO flatten parameters, and a factor that is no matrix cannot be paired; "
+    "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
+)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 makes parameters."""
+    return type(tensor) not in PLAIN and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def local_parts(tensors: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of the tensors; plain ones are themselves."""
+    if plain(tensors):
+        return tensors
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+
+def shard_dims(tensor: Tensor) -> list[tuple[int, int]]:
+    """``(mesh dimension, tensor dimension)`` of every sharding of a DTensor; empty for a plain or replicated tensor."""
+    if not is_sharded(tensor):
+        return []
+    return [(i, x.dim) for i, x in enumerate(tensor.placements) if x.is_shard()]  # type: ignore[attr-defined]
+
+
+def shard_group(tensor: Tensor) -> Any:
+    """The process group over which a DTensor is sharded (along one mesh dimension), None for a plain or replicated tensor."""
+    dims = shard_dims(tensor)
+    return tensor.device_mesh.get_group(dims[0][0]) if dims else None  # type: ignore[attr-defined]
 
 
 def gathered(tensors: list[Tensor]) -> list[Tensor]:

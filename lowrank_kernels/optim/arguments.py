@@ -1,0 +1,150 @@
+"""What all optimizers of the package take, ``torch.optim.AdamW``'s arguments and a few more, and what they refuse."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any, TypeAlias, TypedDict
+
+from torch import Tensor, nn
+
+from .shards import FLATTENED
+
+ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module
+
+#: The hyperparameters of all methods that are numbers.
+NUMBERS = ("lr", "eps", "weight_decay", "lr_ratio", "momentum", "damping", "proximal")
+#: What may happen when a gradient is infinite or NaN.
+NONFINITE_GRADS = ("keep", "skip", "raise")
+
+
+class AdamWOptions(TypedDict, total=False):
+    """The keyword-only arguments that every optimizer here shares; see :class:`LowRankOptimizer`."""
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    scale: float | None
+    lr_ratio: float
+    nonfinite_grads: str
+    atomic: bool
+
+
+def pythons_number(value: Any) -> Any:
+    """A number of another library (NumPy's) as Python's, which checkpoints can hold; anything else as it is."""
+    if type(value) in (int, float, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def refuse_unknown(method: type, unknown: Mapping[str, Any]) -> None:
+    """As Python refuses a keyword argument that nobody takes, with the one that may be meant."""
+    if unknown:
+        given = next(iter(unknown))
+        taken = {*inspect.signature(method).parameters, *AdamWOptions.__annotations__}
+        meant = "".join(f"; did you mean {close}?" for close in get_close_matches(given, taken, 1))
+        raise TypeError(f"{method.__name__}() got an unexpected keyword argument {given!r}{meant}")
+
+
+def check_options(
+    name: str,
+    *,
+    amsgrad: bool,
+    differentiable: bool,
+    foreach: bool | None,
+    fused: bool | None,
+    scale: float | None,
+    model: Any,
+    capturable: bool,
+    nonfinite_grads: str,
+    atomic: bool,
+) -> None:
+    """Refuse what no optimizer here does, and options that exclude each other. (Hyperparameters are checked group by group.)"""
+    if amsgrad:
+        raise ValueError(f"{name}: amsgrad=True is not supported; leave it out")
+    if differentiable:
+        raise ValueError(f"{name}: differentiable=True is not supported; step() is not differentiated through")
+    if fused and foreach:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if scale is not None and not (isinstance(scale, Real) and scale > 0):
+        raise ValueError(f"{name}: scale must be positive, got {scale!r}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if nonfinite_grads not in NONFINITE_GRADS:
+        raise ValueError(f"{name}: nonfinite_grads must be 'keep', 'skip' or 'raise', got {nonfinite_grads!r}")
+    if capturable and (nonfinite_grads != "keep" or atomic):
+        raise ValueError(f"{name}: capturable=True takes neither nonfinite_grads={nonfinite_grads!r} nor atomic: both wait for the device")
+
+
+def groups_of(name: str, params: ParamsT) -> list[Any]:
+    """What ``torch.optim.Optimizer`` takes, of what the user gave: of a model its trainable parameters, with names."""
+    if isinstance(params, nn.Module):
+        flat = next((m for m in params.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
+        if flat is not None:
+            raise ValueError(f"{name}: {FLATTENED}")
+        trainable = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError(f"{name}: the model has no parameter with requires_grad=True; adapt(model, …) first")
+        return [{"params": trainable}]
+    if isinstance(params, (Tensor, dict)) or not isinstance(params, Iterable):
+        raise TypeError(f"{name}: params must be an iterable of tensors or dicts, or a model, got {type(params).__name__}")
+    return list(params)
+
+
+def named_as_the_others(groups: Sequence[dict[str, Any]], new: dict[str, Any]) -> dict[str, Any]:
+    """The new group, its parameters with names if those of the others have names, which torch wants of all or none."""
+    params = new.get("params")
+    if not (groups and "param_names" in groups[0]) or "param_names" in new or isinstance(params, set):
+        return new
+    params = [params] if isinstance(params, Tensor) else list(params or ())
+    if not all(isinstance(p, Tensor) for p in params):
+        return {**new, "params": params}
+    return {**new, "params": [(f"param_groups[{len(groups)}][{index}]", p) for index, p in enumerate(params)]}
+
+
+def check_parameters(name: str, group: dict[str, Any]) -> None:
+    """Refuse parameters that no step can train."""
+    seen = set()
+    for index, p in enumerate(group["params"]):
+        which = group["param_names"][index] if "param_names" in group else f"params[{index}]"
+        if id(p) in seen:
+            raise ValueError(f"{name}: {which} is in the group twice; each parameter takes one update per step")
+        seen.add(id(p))
+        if p.requires_grad and p.is_complex():
+            raise TypeError(f"{name}: {which} is {p.dtype}; complex parameters are not supported, train torch.view_as_real of it")
+        if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+            raise ValueError(f"{name}: {which} is expanded, several of its elements are one number in memory; clone() it first")
+
+
+def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
+    """``torch.optim.AdamW``'s checks, in its words, and that numbers are numbers."""
+    lr, betas, decay = group["lr"], group["betas"], group["weight_decay"]
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+        raise ValueError(f"{name}: betas must be two numbers, got {betas!r}")
+    for key, value in [*((key, group.get(key, 0.0)) for key in NUMBERS), *(("betas", beta) for beta in betas)]:
+        if not (isinstance(value, (Real, Tensor)) or (key == "weight_decay" and value is None)):
+            raise TypeError(f"{name}: {key} must be a number, got {value!r}")
+    for key in ("amsgrad", "differentiable"):
+        if group.get(key):
+            raise ValueError(f"{name}: {key}=True is not supported; leave it out")
+    if not isinstance(group["maximize"], (bool, int)):
+        raise TypeError(f"{name}: maximize must be True or False, got {group['maximize']!r}")
+    if not group["lr_ratio"] > 0:
+        raise ValueError(f"{name}: lr_ratio must be positive, got {group['lr_ratio']}")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {float(lr)}")
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {group['eps']}")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if decay is not None and not decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {decay}")

@@ -1,0 +1,242 @@
+"""Which parameters of an optimizer's groups are the factors of one layer, (A, B) or a core R, and why there are none where there are none.
+
+``lowrank_kernels.pairs`` knows the factors of a model; here they are found again among the parameters that an optimizer was given.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+from ..pairs import Pair, is_adapter_parameter, own_pair, owners, pairs_by_name
+from .shards import FLATTENED
+
+#: (group index, index within the group).
+Position: TypeAlias = tuple[int, int]
+#: ``(factors?, Bs with an lr of their own?, indices)`` of parameters of a group that agree in both and in weight decay.
+Kind: TypeAlias = tuple[bool, bool, list[int]]
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """Where the factors of one pair stand in ``param_groups``: positions, not references, since frameworks swap parameters.
+
+    Attributes:
+        name: the layer's name, or its position where names are unknown.
+        scale: s.
+        a, b: (group index, index within the group) of A (r, d_in) and of B (d_out, r).
+        holds_bases: whether they belong to a layer of ours that keeps Q_A and Q_B (``adapt(method="sds")``).
+    """
+
+    name: str
+    scale: float
+    a: Position
+    b: Position
+    holds_bases: bool
+
+
+class LikePairs(list[FactorPair]):
+    """Pairs of one device, dtype, rank and parameter groups; ``indices`` are their factors' places within the groups, by side.
+
+    ``kept`` is for what a method keeps from step to step; it goes when shapes, dtypes, devices or the pairs themselves change.
+    """
+
+    def __init__(self, pairs: Iterable[FactorPair]) -> None:
+        super().__init__(pairs)
+        self.indices = {"A": [pair.a[1] for pair in self], "B": [pair.b[1] for pair in self]}
+        self.kept: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Core:
+    """Where the trained core R (r, r) of one ``ΔW = s·B R A`` stands in ``param_groups``."""
+
+    name: str
+    scale: float
+    position: Position
+
+
+def factor_positions(pairs: Iterable[FactorPair], cores: Iterable[Core]) -> set[Position]:
+    """Where all these factors stand."""
+    return {position for pair in pairs for position in (pair.a, pair.b)} | {core.position for core in cores}
+
+
+class Pairing:
+    """What a method trains as factors, and so of what kind every parameter of every group is.
+
+    Args:
+        lone: positions of what belongs to an adapter and is no factor here: weight decay is the factors', the rest AdamW's.
+        sizes: how many parameters each group has.
+
+    Attributes:
+        pairs, cores: the factors.
+        factors, second_factors, lone_factors: by group, the indices of all factors, of the Bs among them, and of the lone ones.
+        kinds: by group, :meth:`by_kind` of all parameters, by whether Bs have an lr of their own.
+    """
+
+    def __init__(
+        self, pairs: Iterable[FactorPair] = (), cores: Iterable[Core] = (), lone: Iterable[Position] = (), sizes: Sequence[int] = ()
+    ) -> None:
+        self.pairs, self.cores = list(pairs), list(cores)
+        self.factors, self.second_factors, self.lone_factors = (
+            [frozenset(i for g, i in positions if g == index) for index in range(len(sizes))]
+            for positions in (factor_positions(self.pairs, self.cores), {pair.b for pair in self.pairs}, set(lone))
+        )
+        self.kinds = [{own_lr: self.by_kind(g, own_lr, range(size)) for own_lr in (False, True)} for g, size in enumerate(sizes)]
+
+    def by_kind(self, group_index: int, second_has_own_lr: bool, among: Iterable[int]) -> list[Kind]:
+        """Those parameters of a group in lists of one kind."""
+        factors, second, lone = (of[group_index] for of in (self.factors, self.second_factors, self.lone_factors))
+        kinds: defaultdict[tuple[bool, bool, bool], list[int]] = defaultdict(list)
+        for index in among:
+            kinds[index in factors, second_has_own_lr and index in second, index in lone].append(index)
+        return [(is_factor, is_second, members) for (is_factor, is_second, _), members in kinds.items()]
+
+
+class Method(Protocol):
+    """What is asked of an optimizer; :class:`LowRankOptimizer` says what the answers mean."""
+
+    requires_pairs: bool
+    factors_share_steps: bool
+    trains_pairs: bool
+    trains_cores: bool
+    trains_convolutions: bool
+
+
+def name_at(groups: Sequence[dict[str, Any]], position: Position) -> str:
+    """The name of the parameter that stands there, or its position where it has none."""
+    names = groups[position[0]].get("param_names")
+    return names[position[1]] if names else f"param_groups[{position[0]}][{position[1]}]"
+
+
+def find_pairs(
+    method: Method, groups: Sequence[dict[str, Any]], before: Pairing, known: list[Pair], scale: float | None, since_group: int
+) -> tuple[Pairing, list[str]]:
+    """Pair what ``before`` has not paired: by ``known`` (the model's pairs), by our live layers, then by name.
+
+    Args:
+        scale: s of pairs whose module is not known.
+        since_group: what is new, and may be worth a notice, are the groups from this one on.
+
+    Returns:
+        The new pairing, and notices for the user.
+    """
+    name, pairs, cores = type(method).__name__, list(before.pairs), list(before.cores)
+    taken = factor_positions(pairs, cores)
+    free = {id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"]) if (g, i) not in taken}
+    named: list[tuple[str, Tensor]] = []
+    for group in groups:
+        named += zip(group.get("param_names", ()), group["params"], strict=False)
+    ours = [own_pair("", layer) for layer in owners().values()]  # type: ignore[arg-type]
+    notices = _match(method, groups, [*known, *ours, *pairs_by_name(named)], free, pairs, cores, scale)
+    _refuse_flattened(name, groups, named)
+    if method.requires_pairs and not (pairs or cores):
+        if not method.trains_pairs:
+            raise ValueError(
+                f"{name}: found no core lora_R among the {sum(len(g['params']) for g in groups)} parameters; "
+                "adapt the model with method='xs', and pass it or its parameters"
+            )
+        raise ValueError(f"{name}: {_why_no_pair(groups, known, ours, named)}")
+    ratio = next((group["lr_ratio"] for group in groups if group["lr_ratio"] != 1.0), None)
+    if ratio is not None and method.trains_pairs and not pairs:
+        raise ValueError(f"{name}: lr_ratio={ratio} is the lr of B over that of A, but {_why_no_pair(groups, known, ours, named)}")
+    taken = factor_positions(pairs, cores)
+    names = [((g, i), n) for g, group in enumerate(groups) for i, n in enumerate(group.get("param_names", ()))]
+    left = {position: n for position, n in names if is_adapter_parameter(n) and position not in taken}
+    lone = {p for pair in (*known, *ours) for tensor in (pair.A, pair.B, pair.core) if (p := free.get(id(tensor))) is not None}
+    found = Pairing(pairs, cores, lone.union(left), [len(group["params"]) for group in groups])
+    if new := [n for (group_index, _), n in left.items() if group_index >= since_group]:
+        kinds = f"convolutions{' in groups, transposed or 3-d' if method.trains_convolutions else ''}"
+        notices.append(
+            f"{name}: {len(new)} adapter parameter(s) are no {'pair of matrices' if method.trains_pairs else 'cores'} "
+            f"(embeddings, {kinds}, DoRA's magnitudes, lone factors) and get AdamW: "
+            f"{', '.join(new[:4])}{', …' if len(new) > 4 else ''}"
+        )
+    return found, notices if method.requires_pairs else []
+
+
+def _match(
+    method: Method,
+    groups: Sequence[dict[str, Any]],
+    candidates: Iterable[Pair],
+    free: dict[int, Position],
+    pairs: list[FactorPair],
+    cores: list[Core],
+    scale: float | None,
+) -> list[str]:
+    """Take every candidate whose factors the method trains and are ``free`` (positions by id) into ``pairs`` or ``cores``.
+
+    Returns:
+        Notices about their scales.
+    """
+    name = type(method).__name__
+    unknown, unlike = False, None
+    for pair in candidates:
+        if pair.core is not None:
+            position = free.get(id(pair.core))
+            if position is not None and method.trains_cores:
+                assert pair.scale is not None
+                cores.append(Core(pair.name or name_at(groups, position), pair.scale, position))
+                del free[id(pair.core)]
+            continue
+        a, b = free.get(id(pair.A)), free.get(id(pair.B))
+        if a is None or b is None or not method.trains_pairs:
+            continue
+        its_name, its_scale = pair.name or name_at(groups, a), scale if pair.scale is None else pair.scale
+        unknown |= its_scale is None
+        if scale is not None and its_scale != scale:
+            unlike = unlike or f"{its_name} has s = {its_scale:g}"
+        if method.factors_share_steps and groups[a[0]]["step"] != groups[b[0]]["step"]:
+            raise ValueError(f"{name}: A and B of {its_name} were added at different steps; add both in one add_param_group")
+        pairs.append(FactorPair(its_name, 1.0 if its_scale is None else its_scale, a, b, hasattr(pair.layer, "q_a")))
+        del free[id(pair.A)], free[id(pair.B)]
+    notices = []
+    if unknown:
+        notices.append(f"{name}: the adapters' scale is not known from parameters alone, taking scale=1. Pass the model, or scale=…")
+    if unlike:
+        notices.append(f"{name}: scale={scale} is for pairs whose layer is not known and goes unused where it is: {unlike}, from its layer")
+    return notices
+
+
+def _refuse_flattened(name: str, groups: Sequence[dict[str, Any]], named: list[tuple[str, Tensor]]) -> None:
+    params = [p for group in groups for p in group["params"]]
+    if any(type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param") for p in params):
+        raise ValueError(f"{name}: {FLATTENED}")
+    if any("_fsdp_wrapped_module" in n or "_flat_param" in n for n, _ in named):
+        raise ValueError(f"{name}: {FLATTENED}")
+
+
+def _why_no_pair(groups: Sequence[dict[str, Any]], known: list[Pair], ours: list[Pair], named: list[tuple[str, Tensor]]) -> str:
+    """What to say when there is none: where cores, frozen or lone factors are the reason, that."""
+    held = {id(p) for group in groups for p in group["params"]}
+    found = f"found no pair of low-rank factors among the {len(held)} parameters"
+    layers = [*known, *ours]
+    if cores := len({id(pair.core) for pair in layers if pair.core is not None} & held):
+        return f"{found}: the model has {cores} cores between constant factors (method='xs'); train them with LoRASB, or plain AdamW"
+    lone: dict[int, Pair] = {}
+    for pair in layers:
+        if (id(pair.A) in held) != (id(pair.B) in held):
+            lone.setdefault(id(pair.A), pair)
+    if lone:
+        first = next(iter(lone.values()))
+        which = f"{first.name or 'one layer'}{f' and {len(lone) - 1} more' if len(lone) > 1 else ''}"
+        side, partner = ("A", first.B) if id(first.A) in held else ("B", first.A)
+        return (
+            f"{found}: of {which} only {side} is among them, its partner {'was left out' if partner.requires_grad else 'is frozen'}. "
+            "Pass both, as model.named_parameters() does (frozen ones stay as they are), or train lone factors with AdamW"
+        )
+    if known and not any(p.requires_grad for pair in known for p in (pair.A, pair.B, pair.core) if p is not None):
+        return f"{found}: the model's {len(known)} pairs are frozen; call requires_grad_(True) on their factors first"
+    if left := [n for n, _ in named if is_adapter_parameter(n)]:
+        return (
+            f"{found}: {', '.join(left[:4])}{', …' if len(left) > 4 else ''} have no partner among them that fits. Pass the adapted "
+            "model itself, or all of model.named_parameters(), frozen factors too"
+        )
+    return (
+        f"{found}. Pass the adapted model itself, or model.named_parameters() with names such as '….lora_A[.adapter].weight' and "
+        "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt"
+    )
