@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -62,6 +63,24 @@ def test_gradients_states_and_columns(road: str) -> None:
         assert lists.column(found, "v") == [i for i in order if i % 2]
     with pytest.raises(KeyError):
         lists.states(state, [nn.Parameter(torch.randn(3))])
+
+
+class Holder:
+    def __init__(self, **held: int | None) -> None:
+        self.held = held
+
+
+def test_what_objects_hold(road: str) -> None:
+    holders = [Holder(a=1, b=2), Holder(a=3, b=4)]
+    references = [weakref.ref(holder) for holder in holders]
+    assert [list(column) for column in lists.held(references, (("held", "b"), ("held", "a")))] == [[2, 4], [1, 3]]
+    assert lists.held(references, (("held", "c"),)) is None
+    with pytest.raises(AttributeError):
+        lists.held(references, (("other", "a"),))
+    holders[1].held["a"] = None
+    assert lists.held(references, (("held", "a"),)) is None
+    del holders[1]
+    assert lists.held(references, (("held", "b"),)) is None
 
 
 def test_consecutive(road: str) -> None:

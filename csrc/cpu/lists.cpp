@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "cpu/tensors.h"
@@ -114,6 +115,38 @@ bool sized(const py::list& params, const py::list& others, int dtype) {
   return true;
 }
 
+// What objects, known by weak references, hold: for each (attribute, key), what stands in that dictionary of each of
+// them under that key. None if an object is gone or holds no such thing.
+py::object held(const py::list& references, const py::tuple& wanted) {
+  const Py_ssize_t n = length(references), columns = PyTuple_GET_SIZE(wanted.ptr());
+  std::vector<std::pair<PyObject*, PyObject*>> names;
+  std::vector<py::list> found;
+  for (Py_ssize_t k = 0; k < columns; ++k) {
+    const py::tuple name = wanted[static_cast<size_t>(k)];
+    names.emplace_back(PyTuple_GET_ITEM(name.ptr(), 0), PyTuple_GET_ITEM(name.ptr(), 1));
+    found.emplace_back();
+  }
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    const auto owner = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(item(references, i)));
+    if (!owner) throw py::error_already_set();
+    if (owner.is_none()) return py::none();
+    py::object dictionary;
+    for (Py_ssize_t k = 0; k < columns; ++k) {
+      if (k == 0 || names[k].first != names[k - 1].first)
+        dictionary = py::reinterpret_steal<py::object>(PyObject_GetAttr(owner.ptr(), names[k].first));
+      if (!dictionary) throw py::error_already_set();
+      if (!PyDict_Check(dictionary.ptr())) return py::none();
+      PyObject* const value = PyDict_GetItemWithError(dictionary.ptr(), names[k].second);
+      if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      if (value == nullptr || value == Py_None) return py::none();
+      found[k].append(py::handle(value));
+    }
+  }
+  py::tuple result(static_cast<size_t>(columns));
+  for (Py_ssize_t k = 0; k < columns; ++k) PyTuple_SET_ITEM(result.ptr(), k, found[k].release().ptr());
+  return std::move(result);
+}
+
 py::tuple gradients(const py::list& params, const py::list& indices) {
   const TensorReader& reader = TensorReader::get();
   py::list members, stepped, grads, idle;
@@ -177,6 +210,7 @@ void bind_lists(py::module_& m) {
   m.def("alike", &alike, "Whether all tensors of a list are plain and of one dtype, device and number of dimensions.");
   m.def("sized", &sized, "Whether all tensors of the second list have a dtype, and the sizes of the first list's.");
   m.def("match", &match, "Whether all tensors of two lists are alike, and equal in shape pair by pair.");
+  m.def("held", &held, "What stands under some keys of some dictionaries of objects known by weak references.");
   m.def("gradients", &gradients,
         "Those of some parameters that have a gradient, the gradients, and those that have none.");
   m.def("states", &states, "The values of a dictionary for a list of parameters.");

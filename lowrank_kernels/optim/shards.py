@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from ..backends.lists import plain
 from .base import is_sharded, shard_dims, shard_group
 from .ranks import ranks_of
 
@@ -26,6 +27,8 @@ def gathered(tensors: list[Tensor]) -> list[Tensor]:
     Each is sharded along at most one mesh dimension, in ``torch.chunk``'s pieces; what is sent are these, padded to the first one's size.
     """
     found = list(tensors)
+    if plain(found):
+        return found
     alike: defaultdict[Any, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         if is_sharded(tensor):
