@@ -83,6 +83,25 @@ def test_what_objects_hold(road: str) -> None:
     assert lists.held(references, (("held", "b"),)) is None
 
 
+def test_what_was_not_looked_at_before_is_refused_as_it_is_read(road: str) -> None:
+    """A step's tensors are read once, by what computes; whatever does not fit is explained as ever, and nothing is changed."""
+
+    def X(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [torch.ones(5, 3), torch.ones(rows, columns, dtype=dtype)]
+
+    with torch.no_grad():
+        for xs, old, out in (
+            (X(5, 3), X(4, 3), X(5, 3)),
+            (X(5, 3), X(5, 3), X(5, 3, torch.float64)),
+            (X(2, 3), X(2, 3), X(2, 3)),
+            (X(5, 3), X(5, 3)[:1], X(5, 3)),
+            (X(5, 2), X(5, 2), X(5, 2)),
+        ):
+            with pytest.raises((ValueError, TypeError), match="^grouped_qr: (xs|previous|out|lists)"):
+                ops.grouped_qr(xs, old, out=out)
+            assert all(bool((x == 1).all()) for x in out)
+
+
 def test_consecutive(road: str) -> None:
     stack = torch.randn(4, 2, 2)
     assert lists.consecutive(list(stack.unbind()))

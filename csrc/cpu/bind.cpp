@@ -2,6 +2,7 @@
 // (array.array("q")), one section of n numbers per column.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -78,6 +79,13 @@ class Matrices {
   }
 
   int64_t size() const { return static_cast<int64_t>(infos_.size()); }
+  // Whether all are of this dtype, and in the memory that is read here.
+  bool are(DType dtype) const {
+    const auto is = [&](const TensorInfo& info) {
+      return info.dtype == static_cast<int>(dtype) && info.device_type == kCpu;
+    };
+    return std::all_of(infos_.begin(), infos_.end(), is);
+  }
   int64_t rows(int64_t i) const { return infos_[i].rows(i < transposed_); }
   // The i-th one, which must have this shape.
   View view(const char* what, int64_t i, int64_t rows, int64_t columns) const {
@@ -186,8 +194,13 @@ void qr(const py::list& xs, int64_t x_transposed, const py::object& previous, in
   const int64_t size = type == DType::kFloat64 ? 8 : 4;
   check_rank(r);
   const Matrices x(what, xs, x_transposed), q(what, qs, q_transposed);
-  const Matrices old(what, previous.is_none() ? py::object(py::list()) : previous, previous_transposed);
+  // Mostly Q overwrites the previous one: the same list, read once.
+  const bool same = previous.ptr() == qs.ptr() && previous_transposed == q_transposed;
+  const Matrices other(what, same || previous.is_none() ? py::object(py::list()) : previous, previous_transposed);
+  const Matrices& old = same ? q : other;
   check_sizes(what, q.size() == x.size() && (previous.is_none() || old.size() == x.size()));
+  if (!(x.are(type) && q.are(type) && (same || other.are(type))))
+    throw std::invalid_argument("grouped_qr: tensors of another dtype or device");
   std::vector<QrItem> items(static_cast<size_t>(x.size()));
   for (int64_t i = 0; i < x.size(); ++i) {
     QrItem& item = items[i];

@@ -37,6 +37,8 @@ struct DLExchangeTable {
   void* current_stream;
 };
 
+constexpr int kCpu = 1;  // DLPack's number of the device
+
 // A strided tensor of at most kDimensions dimensions; nothing is owned.
 struct TensorInfo {
   static constexpr int kDimensions = 8;
@@ -178,7 +180,7 @@ class TensorReader {
       if (dtype.ptr() == dtypes_[i]) out->dtype = i;
     out->address = PyLong_AsVoidPtr(address.ptr());
     out->device_index = static_cast<int>(PyLong_AsLongLong(device.ptr()));
-    out->device_type = out->device_index < 0 ? 1 : 2;
+    out->device_type = out->device_index < 0 ? kCpu : 2;
     return !PyErr_Occurred();
   }
 

@@ -53,7 +53,7 @@ def _compiled() -> bool:
 
 def as_stored(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """A list as it is stored, and how many of it, from the first on, stand for their transposes."""
-    if isinstance(tensors, Tall):
+    if type(tensors) is Tall:  # not isinstance, which asks an abstract base class's registry of every list
         return tensors.stored, tensors.transposed
     return (tensors if isinstance(tensors, list) else list(tensors)), 0
 
@@ -110,6 +110,12 @@ def sizes(matrices: Sequence[Tensor], dim: int) -> list[int]:
     stored, transposed = as_stored(matrices)
     found = _csrc.sizes(stored, transposed, dim) if _compiled() else None
     return [x.shape[1 - dim if i < transposed else dim] for i, x in enumerate(stored)] if found is None else found
+
+
+def width(matrices: Sequence[Tensor]) -> int:
+    """How many columns the first one has."""
+    stored, transposed = as_stored(matrices)
+    return stored[0].shape[0 if transposed else 1]
 
 
 def consecutive(tensors: list[Tensor]) -> bool:

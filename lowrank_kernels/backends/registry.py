@@ -41,6 +41,8 @@ class Implementation:
     backend: str
     function: Callable[..., Any]
     verify: Callable[..., Verdict]
+    #: As ``function``, of arguments that ``verify`` has not seen: whether it took them; if not, nothing was changed.
+    attempt: Callable[..., bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,25 @@ _calls: Counter[tuple[str, str]] = Counter()
 _launches = 0
 
 
-def implements(operation: str, backend: str, verify: Callable[..., Verdict]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as ``operation`` on ``backend``; ``verify(*args)`` says whether it takes a call."""
+def implements(
+    operation: str, backend: str, verify: Callable[..., Verdict], *, looks_itself: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as ``operation`` on ``backend``; ``verify(*args)`` says whether it takes a call.
+
+    ``looks_itself``: that of plain tensors the function raises ``ValueError``, with nothing changed, if ``verify`` or the operation's
+    checks of shapes, dtypes and devices would refuse them. Then those on a CPU need not be read before (:func:`attempt`).
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _implementations.setdefault(operation, {})[backend] = Implementation(operation, backend, function, verify)
+        def attempt(*args: Any) -> bool:
+            try:
+                function(*args)
+            except ValueError:
+                return False
+            return True
+
+        implementation = Implementation(operation, backend, function, verify, attempt if looks_itself else None)
+        _implementations.setdefault(operation, {})[backend] = implementation
         return function
 
     return register
@@ -215,6 +231,24 @@ def run(operation: str, device_type: str, *args: Any) -> Any:
         with torch.autocast(device_type, enabled=False):
             return implementation.function(*args)
     return implementation.function(*args)
+
+
+def attempt(operation: str, device_type: str, *args: Any) -> bool:
+    """Run a call on plain tensors that nobody has looked at, if the first choice of backends looks at them itself, as it reads them.
+
+    False, with nothing changed, if it does not, or refuses: then :func:`run` chooses, after the operation's checks.
+    """
+    if not _loaded:
+        _load()
+    backend = _forced_backend(operation) or PREFERENCE.get(device_type, ("reference",))[0]
+    found = _implementations[operation].get(backend)
+    if device_type != "cpu" or found is None or found.attempt is None or torch.is_autocast_enabled(device_type):
+        return False
+    _calls[operation, backend] += 1  # before it begins, as in run
+    if found.attempt(*args):
+        return True
+    _calls[operation, backend] -= 1
+    return False
 
 
 def call_counts() -> dict[tuple[str, str], int]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.lists import Tall, as_stored, signature, sizes
-from ..backends.registry import run
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, no_backward
+from ..backends.lists import FLOATING, Tall, as_stored, signature, sizes, width
+from ..backends.registry import attempt, run
+from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, is_list, no_backward
 
 _ops = torch.ops.lowrank_kernels
 
@@ -63,8 +63,10 @@ def grouped_qr(
 
     The result is a constant for autograd (Q is one in every method); its backward says so.
     """
+    eager = not torch.is_grad_enabled() and is_list(xs, previous, out) and bool(xs) and are_plain_eager(xs, previous, out)
+    if eager and out is not None and (rs := _attempt(xs, previous, out)) is not None:
+        return (out if type(out) is Tall else list(out)), rs  # type: ignore[return-value]
     _check(xs, previous, out)
-    eager = bool(xs) and not torch.is_grad_enabled() and are_plain_eager(xs, previous, out)
     listed: Any = for_eager if eager else list
     xs, previous = listed(xs), None if previous is None else listed(previous)
     if out is None:
@@ -74,12 +76,24 @@ def grouped_qr(
     targets, rs = listed(out), _empty_rs(xs)
     (_grouped_qr_out if eager else _ops.grouped_qr_out)(xs, previous, targets, rs)
     torch.autograd.graph.increment_version(as_stored(targets)[0])
-    return (targets if isinstance(out, Tall) else list(out)), rs
+    return (targets if type(out) is Tall else list(out)), rs
+
+
+def _attempt(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequence[Tensor]) -> Tensor | None:
+    """The Rs, if a backend has taken the plain tensors, none of which was looked at; else nothing was changed."""
+    first = as_stored(xs)[0][0]
+    if first.ndim != 2 or first.dtype not in FLOATING:
+        return None
+    rs = _empty_rs(xs)
+    if not attempt("grouped_qr", first.device.type, xs, previous, out, rs):
+        return None
+    torch.autograd.graph.increment_version(as_stored(out)[0])
+    return rs
 
 
 def _empty_rs(xs: Sequence[Tensor]) -> Tensor:
-    first = xs[0]
-    rank = first.shape[1]
+    first = as_stored(xs)[0][0]
+    rank = width(xs)
     return torch.empty(len(xs), rank, rank, dtype=accumulation_dtype(first.dtype), device=first.device)
 
 
@@ -92,12 +106,12 @@ def _empty_results(xs: Sequence[Tensor], previous: Sequence[Tensor] | None) -> t
 def _grouped_qr(xs: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:
     qs, rs = _empty_results(xs, previous)
     if xs:
-        run("grouped_qr", xs[0].device.type, xs, previous, qs, rs)
+        run("grouped_qr", as_stored(xs)[0][0].device.type, xs, previous, qs, rs)
     return qs, rs
 
 
 def _grouped_qr_out(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor) -> None:
-    run("grouped_qr", xs[0].device.type, xs, previous, qs, rs)
+    run("grouped_qr", as_stored(xs)[0][0].device.type, xs, previous, qs, rs)
 
 
 define("grouped_qr", "(Tensor[] xs, Tensor[]? previous) -> (Tensor[], Tensor)", _grouped_qr, _empty_results)
