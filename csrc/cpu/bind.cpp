@@ -64,6 +64,7 @@ class Matrices {
     if (PyList_Check(tensors.ptr())) {
       infos_.reserve(static_cast<size_t>(PyList_GET_SIZE(tensors.ptr())));
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+        reader.fetch_ahead(tensors.ptr(), i);
         infos_.push_back(reader.read(PyList_GET_ITEM(tensors.ptr(), i)));
         if (infos_.back().ndim != 2) throw std::invalid_argument(std::string(what) + ": a tensor that is no matrix");
       }

@@ -29,6 +29,7 @@ py::object signature(const py::list& tensors, int64_t transposed) {
   numbers.reserve(static_cast<size_t>(3 * length(tensors)));
   TensorInfo info;
   for (Py_ssize_t i = 0; i < length(tensors); ++i) {
+    reader.fetch_ahead(tensors.ptr(), i);
     PyObject* const tensor = item(tensors, i);
     if (!reader.is_plain(tensor) || !reader.try_read(tensor, &info) || info.dtype < 0) return py::none();
     if (i < transposed && info.ndim != 2) return py::none();
@@ -89,6 +90,8 @@ bool match(const py::list& params, const py::list& others) {
   if (length(params) != length(others)) return false;
   TensorInfo first, param, other;
   for (Py_ssize_t i = 0; i < length(params); ++i) {
+    reader.fetch_ahead(params.ptr(), i);
+    reader.fetch_ahead(others.ptr(), i);
     PyObject *const a = item(params, i), *const b = item(others, i);
     if (!reader.is_plain(a) || !reader.is_plain(b) || !reader.try_read(a, &param) || !reader.try_read(b, &other))
       return false;
@@ -107,6 +110,7 @@ bool sized(const py::list& params, const py::list& others, int dtype) {
   if (length(params) != length(others)) return false;
   TensorInfo param, other;
   for (Py_ssize_t i = 0; i < length(params); ++i) {
+    reader.fetch_ahead(others.ptr(), i);
     PyObject* const b = item(others, i);
     if (!reader.is_plain(b) || !reader.try_read(item(params, i), &param) || !reader.try_read(b, &other) ||
         other.dtype != dtype || other.elements() != param.elements())
