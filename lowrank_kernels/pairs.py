@@ -49,6 +49,20 @@ def register_layer(layer: nn.Module) -> None:
     _live_layers.add(layer)
 
 
+_switches = 0
+
+
+def count_switch() -> None:
+    """Note that a layer of ours has become decoupled or plain, or was found to be; layers call it."""
+    global _switches
+    _switches += 1
+
+
+def switch_count() -> int:
+    """How often that was: as long as it stays the same, all layers are as they were."""
+    return _switches
+
+
 def owners() -> dict[int, nn.Module]:
     """``id(lora_A) → layer`` of every live layer of ours, read anew, since frameworks swap parameters."""
     return {id(_factor_a(layer)): layer for layer in _live_layers}

@@ -296,6 +296,59 @@ def test_continues_from_a_decoupled_adapter() -> None:
     assert loss_of(model, 0).isfinite()
 
 
+@pytest.mark.parametrize("change", ["nothing", "buffers", "parameters", "layer", "cast"])
+def test_bases_are_written_where_they_are_now(change: str) -> None:
+    """Which layers hold the bases is kept from refresh to refresh: a model that was changed between them trains as with nothing kept."""
+    models, found = [make_model("ours"), make_model("ours")], []
+    for model, kept in zip(models, (True, False), strict=True):
+        optimizer = SDSLoRA(model, lr=1e-2, refresh_every=1, warmup_steps=2)
+        for step in range(9):
+            if step == 5:
+                change_layers(model, optimizer, change)
+            if not kept:
+                optimizer._buckets = (None, [])
+            train(model, optimizer, step, step + 1)
+        found.append([x.detach() for p in pairs(model) for x in (p.A, p.B, p.layer.q_a, p.layer.q_b)])
+        for pair in pairs(model):
+            torch.testing.assert_close(pair.layer.q_b @ (pair.layer.q_b.mT @ pair.B), pair.B.detach(), rtol=0, atol=1e-5)
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def change_layers(model: nn.Module, optimizer: SDSLoRA, change: str) -> None:
+    if change == "cast":
+        model.float()
+        optimizer.load_state_dict(optimizer.state_dict())
+    for name, layer in [(n, m) for n, m in model.named_children() if isinstance(m, LowRankLinear)]:
+        if change == "buffers":
+            for key, buffer in list(layer.named_buffers(recurse=False)):
+                setattr(layer, key, buffer.clone())
+        elif change == "parameters":
+            group = optimizer.param_groups[0]
+            for key in ("lora_A", "lora_B"):
+                old = getattr(layer, key)
+                setattr(layer, key, nn.Parameter(old.detach().clone()))
+                (index,) = [i for i, p in enumerate(group["params"]) if p is old]
+                group["params"][index] = getattr(layer, key)
+                optimizer.state[getattr(layer, key)] = optimizer.state.pop(old)
+        elif change == "layer":  # another module over the same parameters takes the place of one that is gone
+            setattr(model, name, twin := copy.deepcopy(layer))
+            twin.lora_A, twin.lora_B = layer.lora_A, layer.lora_B
+
+
+def test_a_model_of_another_moment_is_refused_at_the_next_step() -> None:
+    model = make_model("ours")
+    optimizer = SDSLoRA(model, lr=1e-2, refresh_every=100, warmup_steps=3)
+    train(model, optimizer, 0, 2)
+    plain = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 2, 6)
+    model.load_state_dict(plain)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(RuntimeError, match="not of the same moment"):
+        train(model, optimizer, 6, 7)
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), plain.values(), strict=True))
+    assert all(torch.equal(before[i][k], v) for i, s in optimizer.state_dict()["state"].items() for k, v in s.items())
+
+
 def test_heads_get_adamw_and_their_state_is_not_cleared() -> None:
     torch.manual_seed(0)
     model = make_model("ours")

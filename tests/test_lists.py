@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -60,6 +61,43 @@ def test_gradients_states_and_columns(road: str) -> None:
         assert lists.column(found, "v") == [i for i in order if i % 2]
     with pytest.raises(KeyError):
         lists.states(state, [nn.Parameter(torch.randn(3))])
+
+
+class Holder:
+    def __init__(self, **held: int | None) -> None:
+        self.held = held
+
+
+def test_what_objects_hold(road: str) -> None:
+    holders = [Holder(a=1, b=2), Holder(a=3, b=4)]
+    references = [weakref.ref(holder) for holder in holders]
+    assert [list(column) for column in lists.held(references, (("held", "b"), ("held", "a")))] == [[2, 4], [1, 3]]
+    assert lists.held(references, (("held", "c"),)) is None
+    with pytest.raises(AttributeError):
+        lists.held(references, (("other", "a"),))
+    holders[1].held["a"] = None
+    assert lists.held(references, (("held", "a"),)) is None
+    del holders[1]
+    assert lists.held(references, (("held", "b"),)) is None
+
+
+def test_factors_that_do_not_fit_are_explained(road: str) -> None:
+    """On both roads, and nothing is changed."""
+
+    def X(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [torch.ones(5, 3), torch.ones(rows, columns, dtype=dtype)]
+
+    with torch.no_grad():
+        for xs, old, out in (
+            (X(5, 3), X(4, 3), X(5, 3)),
+            (X(5, 3), X(5, 3), X(5, 3, torch.float64)),
+            (X(2, 3), X(2, 3), X(2, 3)),
+            (X(5, 3), X(5, 3)[:1], X(5, 3)),
+            (X(5, 2), X(5, 2), X(5, 2)),
+        ):
+            with pytest.raises((ValueError, TypeError), match="^grouped_qr: (xs|previous|out|lists)"):
+                ops.grouped_qr(xs, old, out=out)
+            assert all(bool((x == 1).all()) for x in out)
 
 
 def test_consecutive(road: str) -> None:

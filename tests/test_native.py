@@ -795,9 +795,9 @@ def test_lists_are_checked() -> None:
     empty = torch.empty(9, 4, device="meta")
     for wrong, said in (([x[:3]], "not tall"), ([x[0]], "no matrix"), ([x, x], "different lengths"), ([empty], "strided|memory")):
         with pytest.raises(ValueError, match=said):
-            _csrc.qr(wrong, 0, None, 0, [x], 0, 0, 4, rs.data_ptr(), 1)
+            _csrc.qr(wrong, 0, None, None, 0, None, [x], 0, None, 0, 4, rs.data_ptr(), 1)
     with pytest.raises(ValueError, match="do not fit"):
-        _csrc.qr([x], 0, None, 0, [x[:8]], 0, 0, 4, rs.data_ptr(), 1)
+        _csrc.qr([x], 0, None, None, 0, None, [x[:8]], 0, None, 0, 4, rs.data_ptr(), 1)
     tail = ([], [], 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True, False, 0, 0, 0, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="do not fit"):
         _csrc.adamw([x], [x[:8]], [], [], None, *tail)

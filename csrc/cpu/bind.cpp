@@ -2,6 +2,7 @@
 // (array.array("q")), one section of n numbers per column.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -64,6 +65,7 @@ class Matrices {
     if (PyList_Check(tensors.ptr())) {
       own_.entries.reserve(static_cast<size_t>(PyList_GET_SIZE(tensors.ptr())));
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+        prefetch_after(tensors.ptr(), i);
         const TensorInfo info = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
         if (info.ndim != 2) throw std::invalid_argument(std::string(what) + ": a tensor that is no matrix");
         own_.add(info, i < transposed);
@@ -206,15 +208,18 @@ void adamw(const py::list& params, const py::list& grads, const py::list& exp_av
   grouped_adamw(scalars, items.data(), static_cast<int64_t>(n), threads);
 }
 
-// x, previous (or None) and q, and how many of each are stored transposed. R is (n, r, r), contiguous.
-void qr(const py::list& xs, int64_t x_transposed, const py::object& previous, int64_t previous_transposed,
-        const py::list& qs, int64_t q_transposed, int dtype, int64_t r, intptr_t rs, int threads) {
+// x, previous (or None) and q, how many of each are stored transposed, and what was read of them before, or None. R is
+// (n, r, r), contiguous.
+void qr(const py::list& xs, int64_t x_transposed, const MatrixLayout* x_layout, const py::object& previous,
+        int64_t previous_transposed, const MatrixLayout* previous_layout, const py::list& qs, int64_t q_transposed,
+        const MatrixLayout* q_layout, int dtype, int64_t r, intptr_t rs, int threads) {
   const char* const what = "grouped_qr";
   const DType type = dtype_of(dtype);
   const int64_t size = type == DType::kFloat64 ? 8 : 4;
   check_rank(r);
-  const Matrices x(what, xs, x_transposed), q(what, qs, q_transposed);
-  const Matrices old(what, previous.is_none() ? py::object(py::list()) : previous, previous_transposed);
+  const Matrices x(what, xs, x_transposed, x_layout), q(what, qs, q_transposed, q_layout);
+  const Matrices old(what, previous.is_none() ? py::object(py::list()) : previous, previous_transposed,
+                     previous_layout);
   check_sizes(what, q.size() == x.size() && (previous.is_none() || old.size() == x.size()));
   std::vector<QrItem> items(static_cast<size_t>(x.size()));
   for (int64_t i = 0; i < x.size(); ++i) {

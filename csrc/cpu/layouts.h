@@ -29,6 +29,15 @@ struct MatrixLayout {
       if (entry.columns != entries[0].columns) return -1;
     return entries.empty() ? -1 : entries[0].columns;
   }
+  bool tall() const {
+    return std::all_of(entries.begin(), entries.end(), [](const Entry& entry) { return entry.rows >= entry.columns; });
+  }
+  // Whether another list has the same dtype, device and sizes.
+  bool fits(const MatrixLayout& other) const {
+    const auto same = [](const Entry& a, const Entry& b) { return a.rows == b.rows && a.columns == b.columns; };
+    return like.is_like(other.like) &&
+           std::equal(entries.begin(), entries.end(), other.entries.begin(), other.entries.end(), same);
+  }
 };
 
 // A parameter and its gradient, contiguous both, or matrices (which have rows and columns), and its moments, contiguous

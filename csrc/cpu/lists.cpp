@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cpu/layouts.h"
@@ -30,6 +31,7 @@ py::object signature(const py::list& tensors, int64_t transposed) {
   numbers.reserve(static_cast<size_t>(3 * length(tensors)));
   TensorInfo info;
   for (Py_ssize_t i = 0; i < length(tensors); ++i) {
+    prefetch_after(tensors.ptr(), i);
     PyObject* const tensor = item(tensors, i);
     if (!reader.is_plain(tensor) || !reader.try_read(tensor, &info) || info.dtype < 0) return py::none();
     if (i < transposed && info.ndim != 2) return py::none();
@@ -62,6 +64,7 @@ py::object matrix_layout(const py::list& tensors, int64_t transposed) {
   layout->entries.reserve(static_cast<size_t>(length(tensors)));
   TensorInfo info;
   for (Py_ssize_t i = 0; i < length(tensors); ++i) {
+    prefetch_after(tensors.ptr(), i);
     PyObject* const tensor = item(tensors, i);
     if (!reader.is_plain(tensor) || !reader.try_read(tensor, &info) || info.dtype < 0 || info.ndim != 2 ||
         !(i == 0 || info.is_like(layout->like)))
@@ -98,6 +101,38 @@ bool alike(const py::list& tensors, const py::object& like, int ndim) {
       return false;
   }
   return true;
+}
+
+// What objects, known by weak references, hold: for each (attribute, key), what stands in that dictionary of each of
+// them under that key. None if an object is gone or holds no such thing.
+py::object held(const py::list& references, const py::tuple& wanted) {
+  const Py_ssize_t n = length(references), columns = PyTuple_GET_SIZE(wanted.ptr());
+  std::vector<std::pair<PyObject*, PyObject*>> names;
+  std::vector<py::list> found;
+  for (Py_ssize_t k = 0; k < columns; ++k) {
+    const py::tuple name = wanted[static_cast<size_t>(k)];
+    names.emplace_back(PyTuple_GET_ITEM(name.ptr(), 0), PyTuple_GET_ITEM(name.ptr(), 1));
+    found.emplace_back();
+  }
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    const auto owner = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(item(references, i)));
+    if (!owner) throw py::error_already_set();
+    if (owner.is_none()) return py::none();
+    py::object dictionary;
+    for (Py_ssize_t k = 0; k < columns; ++k) {
+      if (k == 0 || names[k].first != names[k - 1].first)
+        dictionary = py::reinterpret_steal<py::object>(PyObject_GetAttr(owner.ptr(), names[k].first));
+      if (!dictionary) throw py::error_already_set();
+      if (!PyDict_Check(dictionary.ptr())) return py::none();
+      PyObject* const value = PyDict_GetItemWithError(dictionary.ptr(), names[k].second);
+      if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      if (value == nullptr || value == Py_None) return py::none();
+      found[k].append(py::handle(value));
+    }
+  }
+  py::tuple result(static_cast<size_t>(columns));
+  for (Py_ssize_t k = 0; k < columns; ++k) PyTuple_SET_ITEM(result.ptr(), k, found[k].release().ptr());
+  return std::move(result);
 }
 
 py::tuple gradients(const py::list& params, const py::list& indices) {
@@ -263,12 +298,15 @@ void bind_lists(py::module_& m) {
   m.def("sizes", &sizes, "One dimension of all matrices of a list; None if one is no plain matrix.");
   m.def("consecutive", &consecutive, "Whether the tensors of a list lie one behind the other, each contiguous.");
   m.def("alike", &alike, "Whether all tensors of a list are plain and of one dtype, device and number of dimensions.");
+  m.def("held", &held, "What stands under some keys of some dictionaries of objects known by weak references.");
   m.def("gradients", &gradients,
         "Those of some parameters that have a gradient, the gradients, and those that have none.");
   m.def("first_sparse_gradient", &first_sparse_gradient, "The first of some parameters that has a sparse gradient.");
   m.def("idle", &idle, "Those of some parameters that have no gradient.");
   py::class_<MatrixLayout>(m, "MatrixLayout", "Where the matrices of a list lie.")
-      .def_property_readonly("columns", &MatrixLayout::columns, "What all have; -1 if they differ.");
+      .def_property_readonly("columns", &MatrixLayout::columns, "What all have; -1 if they differ.")
+      .def_property_readonly("tall", &MatrixLayout::tall, "Whether no matrix has more columns than rows.")
+      .def("fits", &MatrixLayout::fits, "Whether another list has the same dtype, device and sizes.");
   m.def("matrix_layout", &matrix_layout, "Where plain and alike matrices lie; None if they are not that.");
   py::class_<StepLayout>(m, "StepLayout", "Where the tensors of a moment step lie; for adamw().");
   m.def("gather", &gather,

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <utility>
 
@@ -36,6 +37,8 @@ struct DLExchangeTable {
   int (*describe)(void* tensor, DLTensor* out);  // -1 with a Python error set if it cannot
   void* current_stream;
 };
+
+constexpr int kCpu = 1;  // DLPack's number of the device
 
 // A strided tensor of at most kDimensions dimensions; nothing is owned.
 struct TensorInfo {
@@ -75,8 +78,9 @@ struct TensorInfo {
   int64_t columns(bool transposed) const { return sizes[transposed ? 0 : 1]; }
 };
 
-// Asks the cache for an object that is soon to be read, or for what its first words point to, as a tensor's do to its
-// sizes and address. Hints: nothing is read at those places, whatever they are.
+// Asks the cache for an object that is soon to be read, or for what its third and fourth word point to: one of them is
+// where a tensor's Python object keeps the address of the rest of it. A guess that costs nothing where it is wrong, as
+// nothing is read there.
 LOWRANK_INLINE void prefetch_object(const PyObject* object) {
 #if defined(__GNUC__)
   __builtin_prefetch(object);
@@ -86,13 +90,21 @@ LOWRANK_INLINE void prefetch_object(const PyObject* object) {
 }
 LOWRANK_INLINE void prefetch_contents(const PyObject* object) {
 #if defined(__GNUC__)
-  constexpr size_t kWords = sizeof(PyObject) / sizeof(void*);
-  if (static_cast<size_t>(Py_TYPE(object)->tp_basicsize) < sizeof(PyObject) + sizeof(void*)) return;
-  const char* const contents = static_cast<const char*>(reinterpret_cast<void* const*>(object)[kWords]);
-  for (int line = 0; line < 3; ++line) __builtin_prefetch(contents + 64 * line);
+  void* words[4];
+  if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>(sizeof(words))) return;
+  std::memcpy(words, object, sizeof(words));
+  for (int word = 2; word < 4; ++word) {
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(static_cast<const char*>(words[word]) + 64 * line);
+  }
 #else
   (void)object;
 #endif
+}
+// While the i-th tensor of a list is read.
+LOWRANK_INLINE void prefetch_after(const PyObject* list, Py_ssize_t i) {
+  constexpr Py_ssize_t kObject = 12, kContents = 6;
+  if (i + kObject < PyList_GET_SIZE(list)) prefetch_object(PyList_GET_ITEM(list, i + kObject));
+  if (i + kContents < PyList_GET_SIZE(list)) prefetch_contents(PyList_GET_ITEM(list, i + kContents));
 }
 
 class TensorReader {
@@ -198,7 +210,7 @@ class TensorReader {
       if (dtype.ptr() == dtypes_[i]) out->dtype = i;
     out->address = PyLong_AsVoidPtr(address.ptr());
     out->device_index = static_cast<int>(PyLong_AsLongLong(device.ptr()));
-    out->device_type = out->device_index < 0 ? 1 : 2;
+    out->device_type = out->device_index < 0 ? kCpu : 2;
     return !PyErr_Occurred();
   }
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import lora_linear, lora_up
 from ..ops.lora_shared import autocast_dtype
-from ..pairs import register_layer
+from ..pairs import count_switch, register_layer
 
 if TYPE_CHECKING:
     from .shared import Projected, SharedInput
@@ -193,7 +193,13 @@ class LowRankLinear(nn.Module):
         if self.method == "sds":
             self.is_decoupled.fill_(value)
             self._decoupled_read = self.is_decoupled, _state(self.is_decoupled)[1]
-        self._decoupled = bool(value)
+        self._note_decoupled(bool(value))
+
+    def _note_decoupled(self, value: bool) -> None:
+        """The host's copy; optimizers ask whether any layer's has changed."""
+        if value != self._decoupled:
+            count_switch()
+        self._decoupled = value
 
     def _read_decoupled(self, buffer: Tensor) -> None:
         """Bring the host's copy of ``is_decoupled`` up to date, if the buffer has a value that can be read."""
@@ -206,7 +212,7 @@ class LowRankLinear(nn.Module):
         same = self._decoupled_read is not None and self._decoupled_read[0] is buffer
         if wrapper is None or before is not wrapper or not same:
             with _disable_current_modes():  # what is traced or counted here is the layer's work
-                self._decoupled = bool(buffer.item())
+                self._note_decoupled(bool(buffer.item()))
         if wrapper is not None:
             self._decoupled_wrapper = weakref.ref(wrapper)
         self._decoupled_read = buffer, _state(buffer)[1]

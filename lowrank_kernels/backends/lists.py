@@ -5,6 +5,7 @@ With hundreds of small tensors, what Python does for each of them is most of a s
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -101,6 +102,12 @@ def sizes(matrices: Sequence[Tensor], dim: int) -> list[int]:
     return [x.shape[1 - dim if i < transposed else dim] for i, x in enumerate(stored)] if found is None else found
 
 
+def width(matrices: Sequence[Tensor]) -> int:
+    """How many columns the first one has."""
+    stored, transposed = as_stored(matrices)
+    return stored[0].shape[0 if transposed else 1]
+
+
 def consecutive(tensors: list[Tensor]) -> bool:
     """Whether they lie one behind the other, each contiguous."""
     if _compiled():
@@ -109,6 +116,17 @@ def consecutive(tensors: list[Tensor]) -> bool:
     return all(x.is_contiguous() for x in tensors) and begins[1:] == [
         begin + x.nbytes for begin, x in zip(begins[:-1], tensors[:-1], strict=True)
     ]
+
+
+def held(references: list[weakref.ref[Any]], wanted: tuple[tuple[str, str], ...]) -> tuple[list[Any], ...] | None:
+    """For each ``(attribute, key)``: what stands under the key in that dictionary of each object; None if one is gone or lacks it."""
+    if _compiled():
+        return _csrc.held(references, wanted)
+    objects = [reference() for reference in references]
+    if any(found is None for found in objects):
+        return None
+    columns = tuple([getattr(found, attribute).get(key) for found in objects] for attribute, key in wanted)
+    return None if any(value is None for column in columns for value in column) else columns
 
 
 def gradients(params: list[Tensor], indices: list[int]) -> tuple[list[int], list[Tensor], list[Tensor], list[int]]:

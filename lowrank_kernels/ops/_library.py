@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import FLOATING, PLAIN, Tall, alike, plain
+from ..backends.lists import FLOATING, PLAIN, Tall, alike, as_stored, plain
 
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -77,12 +77,19 @@ def is_plain_node(*tensors: Tensor | None) -> bool:
 
 def are_plain_eager(first: Sequence[Tensor], *others: Sequence[Tensor] | None) -> bool:
     """:func:`is_plain_eager` of whole lists; the first one is not empty."""
-    return is_eager() and first[0].device.type != "meta" and all(map(plain, (first, *(other for other in others if other is not None))))
+    if not is_eager() or not all(map(plain, (first, *(other for other in others if other is not None)))):
+        return False
+    return as_stored(first)[0][0].device.type != "meta"
+
+
+def is_list(*candidates: object) -> bool:
+    """Whether all are lists of the kinds that operations take, or None."""
+    return {list, tuple, Tall, type(None)}.issuperset(map(type, candidates))
 
 
 def for_eager(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The list as backends get it: :class:`Tall` where compiled code may read it, else a list of tensors."""
-    if isinstance(tensors, Tall) and tensors and tensors.stored[0].device.type == "cpu":
+    if type(tensors) is Tall and tensors.stored and tensors.stored[0].device.type == "cpu":
         return tensors
     return list(tensors)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..backends.lists import Tall, as_stored, signature, sizes
+from ..backends.lists import Tall, as_stored, matrix_layout, signature, sizes, width
 from ..backends.registry import run
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, no_backward
+from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, is_eager, is_list, no_backward
 
 _ops = torch.ops.lowrank_kernels
 
@@ -35,6 +36,19 @@ def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequenc
         for index, (shape, other) in enumerate(zip(zip(heights, ranks, strict=True), others, strict=True)):
             if other.shape != shape:
                 raise ValueError(f"grouped_qr: {name}[{index}] has shape {tuple(other.shape)}, xs[{index}] has {shape}")
+
+
+def _layouts(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequence[Tensor] | None) -> tuple[Any, Any, Any] | None:
+    """Where all these lie, if compiled code has found that they fit each other; if not, :func:`_check` says what does not."""
+    if not xs or not is_list(xs, previous, out) or forward_ad._current_level >= 0:
+        return None
+    x = matrix_layout(xs)
+    if x is None or x.columns < 0 or not x.tall:
+        return None
+    old = None if previous is None else matrix_layout(previous)
+    q = old if out is previous else None if out is None else matrix_layout(out)
+    fits = all(given is None or (found is not None and x.fits(found)) for given, found in ((previous, old), (out, q)))
+    return (x, old, q) if fits else None
 
 
 def grouped_qr(
@@ -63,23 +77,25 @@ def grouped_qr(
 
     The result is a constant for autograd (Q is one in every method); its backward says so.
     """
-    _check(xs, previous, out)
-    eager = bool(xs) and not torch.is_grad_enabled() and are_plain_eager(xs, previous, out)
+    layouts = _layouts(xs, previous, out)
+    if layouts is None:
+        _check(xs, previous, out)
+    eager = bool(xs) and not torch.is_grad_enabled() and (is_eager() if layouts else are_plain_eager(xs, previous, out))
+    known = (layouts,) if eager else ()
     listed: Any = for_eager if eager else list
     xs, previous = listed(xs), None if previous is None else listed(previous)
     if out is None:
-        return (_grouped_qr if eager else _ops.grouped_qr)(xs, previous)
+        return (_grouped_qr if eager else _ops.grouped_qr)(xs, previous, *known)
     if not xs:
         return [], torch.empty(0, 0, 0)
     targets, rs = listed(out), _empty_rs(xs)
-    (_grouped_qr_out if eager else _ops.grouped_qr_out)(xs, previous, targets, rs)
+    (_grouped_qr_out if eager else _ops.grouped_qr_out)(xs, previous, targets, rs, *known)
     torch.autograd.graph.increment_version(as_stored(targets)[0])
     return (targets if isinstance(out, Tall) else list(out)), rs
 
 
 def _empty_rs(xs: Sequence[Tensor]) -> Tensor:
-    first = xs[0]
-    rank = first.shape[1]
+    first, rank = as_stored(xs)[0][0], width(xs)
     return torch.empty(len(xs), rank, rank, dtype=accumulation_dtype(first.dtype), device=first.device)
 
 
@@ -89,15 +105,15 @@ def _empty_results(xs: Sequence[Tensor], previous: Sequence[Tensor] | None) -> t
     return [torch.empty_like(x) for x in xs], _empty_rs(xs)
 
 
-def _grouped_qr(xs: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:
+def _grouped_qr(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, layouts: Any = None) -> tuple[list[Tensor], Tensor]:
     qs, rs = _empty_results(xs, previous)
     if xs:
-        run("grouped_qr", xs[0].device.type, xs, previous, qs, rs)
+        run("grouped_qr", rs.device.type, xs, previous, qs, rs, layouts)
     return qs, rs
 
 
-def _grouped_qr_out(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor) -> None:
-    run("grouped_qr", xs[0].device.type, xs, previous, qs, rs)
+def _grouped_qr_out(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor, layouts: Any = None) -> None:
+    run("grouped_qr", rs.device.type, xs, previous, qs, rs, layouts)
 
 
 define("grouped_qr", "(Tensor[] xs, Tensor[]? previous) -> (Tensor[], Tensor)", _grouped_qr, _empty_results)

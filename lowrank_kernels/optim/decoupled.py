@@ -9,22 +9,28 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import Tall
+from ..backends.lists import Tall, held
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
-from ..pairs import owners
+from ..pairs import owners, switch_count
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
-from .pairing import FactorPair, Position
+from .pairing import FactorPair, LikePairs, Position
 from .ranks import Ranks, ranks_of
 from .shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
 from .state import state_dtype
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
+
+_requires_grad = attrgetter("requires_grad")
+
+#: Where a layer of ours holds its A, Q_Aᵀ and Q_B.
+_HELD = (("_parameters", "lora_A"), ("_buffers", "q_a"), ("_buffers", "q_b"))
 
 
 class DecoupledFactors(NamedTuple):
@@ -76,6 +82,18 @@ def _renew(factors: Sequence[Tensor], bases: Sequence[Tensor], polar: bool) -> N
         grouped_qr(factors, previous=bases, out=bases)
 
 
+class _Sorted(NamedTuple):
+    """The first ``known`` of ``pairs``, sorted by what every step asks of them.
+
+    foreign: those of road two; firsts: of each group, the indices of its As.
+    """
+
+    pairs: list[FactorPair]
+    known: int
+    foreign: list[FactorPair]
+    firsts: list[list[int]]
+
+
 class DecoupledOptimizer(LowRankOptimizer):
     """AdamW on A and B of decoupled adapters; a subclass says when Q_A and Q_B are set anew.
 
@@ -114,8 +132,8 @@ class DecoupledOptimizer(LowRankOptimizer):
     ) -> None:
         self._split_work, self._process_group = bool(split_work), process_group
         self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
-        #: Whether model and optimizer were seen to be of the same moment since the last construction, loading or change of bases.
-        self._moment_checked = False
+        #: ``switch_count()`` when model and optimizer were last seen to be of the same moment, unless one was loaded since then.
+        self._moment_checked: int | None = None
         schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
         method = {**schedule, "basis": basis, **(method_defaults or {})}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
@@ -166,17 +184,38 @@ class DecoupledOptimizer(LowRankOptimizer):
         for group in self.param_groups:
             t = group["step"] - group["start_steps"]
             actions.append(self._start_action(group, group["step"]) if t <= 0 else self._main_action(group, t))
+        if not any(actions):
+            return
+        if all(action == self._refresh for action in actions) and self._all_train():
+            self._refresh(self._pairs)
+            return
         due: defaultdict[Action, list[FactorPair]] = defaultdict(list)
-        if any(actions):
-            for pair in self._pairs:
-                action = actions[pair.a[0]]
-                frozen = not (self._at(pair.a).requires_grad or self._at(pair.b).requires_grad)
-                # New bases would change the ΔW of a frozen layer. What ends a phase of the start is for all layers.
-                if action is not None and not (frozen and action == self._refresh):
-                    due[action].append(pair)
+        for pair in self._pairs:
+            action = actions[pair.a[0]]
+            frozen = not (self._at(pair.a).requires_grad or self._at(pair.b).requires_grad)
+            # New bases would change the ΔW of a frozen layer. What ends a phase of the start is for all layers.
+            if action is not None and not (frozen and action == self._refresh):
+                due[action].append(pair)
         for action, affected in due.items():
             action(affected)
-            self._moment_checked = False
+            if action != self._refresh:
+                self._moment_checked = None
+
+    def _sorted(self) -> _Sorted:
+        """The pairs as they are sorted now; done anew where pairs were added, or taken back after an error."""
+        found: _Sorted | None = self.__dict__.get("_last_sorted")
+        if found is None or found.pairs is not self._pairs or found.known != len(self._pairs):
+            firsts: list[list[int]] = [[] for _ in self.param_groups]
+            for pair in self._pairs:
+                firsts[pair.a[0]].append(pair.a[1])
+            foreign = [pair for pair in self._pairs if not pair.holds_bases]
+            found = self._last_sorted = _Sorted(self._pairs, len(self._pairs), foreign, firsts)
+        return found
+
+    def _all_train(self) -> bool:
+        """Whether every A is trained, so that no layer is frozen."""
+        groups = zip(self.param_groups, self._sorted().firsts, strict=False)
+        return all(all(map(_requires_grad, map(group["params"].__getitem__, indices))) for group, indices in groups)
 
     def _refresh(self, due: list[FactorPair]) -> None:
         """Bases of the factors' ranges anew: ``Aᵀ = Q_A R_A``, ``B = Q_B R_B`` with the signs of the old bases, or polar factors."""
@@ -196,12 +235,44 @@ class DecoupledOptimizer(LowRankOptimizer):
         """The ranks among which the making of bases is divided, None if each makes all."""
         return ranks_of(self._process_group) if self._split_work else None
 
-    def _tall(self, pairs: list[FactorPair]) -> tuple[Tall, Tall]:
+    def _tall(self, pairs: LikePairs) -> tuple[Tall, Tall]:
         """Of decoupled pairs Aᵀ and B (d, r), whole ones of sharded factors, and Q_A and Q_B."""
-        layers = owners()
-        views = [self._views(pair, layers, decoupled=True) for pair in pairs]
-        whole = gathered([v.a for v in views] + [v.b for v in views])
-        return Tall(whole, len(views)), Tall([v.q_a for v in views] + [v.q_b for v in views], len(views))
+        (group_a, _), (group_b, _) = pairs[0].a, pairs[0].b
+        params_a, params_b = self.param_groups[group_a]["params"], self.param_groups[group_b]["params"]
+        a, b = list(map(params_a.__getitem__, pairs.indices["A"])), list(map(params_b.__getitem__, pairs.indices["B"]))
+        bases = self._held_bases(pairs, a)
+        if bases is None:
+            layers = owners()
+            a, b, *bases = map(list, zip(*(self._views(pair, layers, decoupled=True) for pair in pairs), strict=True))
+        return Tall(gathered(a + b), len(pairs)), Tall(bases[0] + bases[1], len(pairs))
+
+    def _held_bases(self, pairs: LikePairs, factors_a: list[Tensor]) -> Sequence[list[Tensor]] | None:
+        """Q_Aᵀ and Q_B of layers of ours; None if not all pairs have one that holds its A as a parameter.
+
+        Which layers these are is kept, and looked up anew where one no longer holds the A that is trained.
+        """
+        if "layers" not in pairs.kept:
+            pairs.kept["layers"] = [] if all(pair.holds_bases for pair in pairs) else None
+        layers: list[weakref.ref[nn.Module]] | None = pairs.kept["layers"]
+        if layers is None:
+            return None
+        for found_anew in (False, True):
+            if found_anew:
+                live = owners()
+                layers = [weakref.ref(self._layer(pair, live)) for pair in pairs]
+            found = held(layers, _HELD) if layers else None
+            if found is not None and all(map(is_, found[0], factors_a)):
+                pairs.kept["layers"] = layers
+                return found[1:]
+        return None
+
+    def _layer(self, pair: FactorPair, layers: dict[int, nn.Module]) -> nn.Module:
+        """The layer of ours that holds a pair."""
+        layer = layers.get(id(self._at(pair.a)))
+        if layer is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name}: the adapter layer of {pair.name} is gone; build the optimizer from the model that is trained")
+        return layer
 
     def _reparametrize(self, due: list[FactorPair]) -> None:
         """``ΔW ≈ sUΣVᵀ`` of rank r; ``A = ΣVᵀ/2``, ``B = UΣ/2``, ``Q_A = V``, ``Q_B = U``: Eq. 8 of SDS-LoRA, Eq. 5 of OD-LoRA.
@@ -272,20 +343,19 @@ class DecoupledOptimizer(LowRankOptimizer):
 
     def _before_update(self) -> None:
         self._hook_idle_halves()
-        if self._moment_checked:
-            return
+        if self._moment_checked != switch_count():
+            self._check_moment()
+            self._moment_checked = switch_count()  # the check may find that a layer has switched
+
+    def _check_moment(self) -> None:
+        """Refuse a model that is not as the optimizer's counters say."""
         name = type(self).__name__
         layers = owners()
         for pair in self._pairs:
             group = self.param_groups[pair.a[0]]
             decoupled = self._is_decoupled(group, group["step"])
             if pair.holds_bases:
-                layer = layers.get(id(self._at(pair.a)))
-                if layer is None:
-                    raise RuntimeError(
-                        f"{name}: the adapter layer of {pair.name} is gone; build the optimizer from the model that is trained"
-                    )
-                if layer.decoupled != decoupled:
+                if self._layer(pair, layers).decoupled != decoupled:
                     states = ("plain LoRA", "decoupled")
                     raise RuntimeError(
                         f"{name}: after {group['step']} steps {pair.name} should be {states[decoupled]}, but it is "
@@ -297,7 +367,6 @@ class DecoupledOptimizer(LowRankOptimizer):
                     f"{name}: {pair.name}: the second half of lora_B must be zero at the start (half of a rank-2r LoRA layer becomes "
                     "the frozen basis). Start from LoRA's default initialization (B = 0), or load the optimizer's state as well"
                 )
-        self._moment_checked = True
 
     # ---------------------------------------------------------------- the two roads
 
@@ -323,8 +392,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         step = max(self.param_groups[group_index]["step"] - 1, 0)
         return {
             position[1]: self._half_of(pair, position, step, idle=False)
-            for pair in self._pairs
-            if not pair.holds_bases
+            for pair in self._sorted().foreign
             for position in (pair.a, pair.b)
             if position[0] == group_index
         }
@@ -343,7 +411,7 @@ class DecoupledOptimizer(LowRankOptimizer):
                 raise RuntimeError(f"{name}: {pair.name} is sharded along several mesh dimensions; {KEEP_WHOLE}")
 
     def _accept_pairs(self) -> None:
-        self._moment_checked = False
+        self._moment_checked = None
         name = type(self).__name__
         for pair in self._pairs:
             a, b = self._at(pair.a), self._at(pair.b)
@@ -361,9 +429,7 @@ class DecoupledOptimizer(LowRankOptimizer):
     def _hook_idle_halves(self) -> None:
         """On road two, zero the gradients of untrained halves as they arrive, so that clipping sees what it sees on road one."""
         optimizer = weakref.ref(self)
-        for pair in self._pairs:
-            if pair.holds_bases:
-                continue
+        for pair in self._sorted().foreign:
             for position in (pair.a, pair.b):
                 parameter = self._at(position)
                 hooked = self._idle_hooks.get(position)
@@ -396,7 +462,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             layer = layers.get(id(self._at(pair.a)))
             if pair.holds_bases and layer is not None:
                 layer.decoupled = bool(layer.is_decoupled.item())  # type: ignore[assignment,operator]
-        self._moment_checked = False
+        self._moment_checked = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group belongs to its process: a copy has the default one.
@@ -405,7 +471,7 @@ class DecoupledOptimizer(LowRankOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_idle_hooks", {})
-        self._moment_checked = False
+        self._moment_checked = None
         self._hook_idle_halves()
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:

@@ -57,6 +57,8 @@ def gathered(tensors: list[Tensor]) -> list[Tensor]:
     Each is sharded along at most one mesh dimension, in ``torch.chunk``'s pieces; what is sent are these, padded to the first one's size.
     """
     found = list(tensors)
+    if plain(found):
+        return found
     alike: defaultdict[Any, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         if is_sharded(tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,26 +14,31 @@ from . import _csrc, cuda_qr
 from ._common import DTYPE_CODES, MAX_RANK, refuse_device
 
 
-def verify(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor) -> tuple[bool, str]:
+def verify(
+    xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor, layouts: Any = None
+) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to rank 128; CUDA ones where cuSOLVER and cuBLAS are found."""
-    if xs[0].device.type == "cuda":
+    first = as_stored(xs)[0][0]
+    if first.device.type == "cuda":
         return cuda_qr.verify(list(xs), None if previous is None else list(previous), list(qs), rs)
-    reason = refuse_device(xs[0])
+    reason = refuse_device(first)
     if reason is not None:
         return False, reason
-    if xs[0].shape[1] > MAX_RANK:
-        return False, f"rank {xs[0].shape[1]}: the compiled code stops at {MAX_RANK}"
+    if rs.shape[1] > MAX_RANK:
+        return False, f"rank {rs.shape[1]}: the compiled code stops at {MAX_RANK}"
     if not rs.is_contiguous():
         return False, f"rs must be contiguous, got strides {rs.stride()}"
     return True, f"compiled code ({_csrc.instruction_set()}), CholeskyQR with a Householder road"
 
 
 @implements("grouped_qr", "native", verify)
-def grouped_qr(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor) -> None:
-    """See the reference."""
-    if xs[0].device.type == "cuda":
+def grouped_qr(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], rs: Tensor, layouts: Any = None) -> None:
+    """See the reference. ``layouts``: those of ``lists.matrix_layout`` for xs, previous and qs, or None."""
+    first = as_stored(xs)[0][0]
+    if first.device.type == "cuda":
         return cuda_qr.grouped_qr(list(xs), None if previous is None else list(previous), list(qs), rs)
     count_launch()
-    old = (None, 0) if previous is None else as_stored(previous)
-    code, rank = DTYPE_CODES[xs[0].dtype], rs.shape[1]
-    _csrc.qr(*as_stored(xs), *old, *as_stored(qs), code, rank, rs.data_ptr(), torch.get_num_threads())
+    x, old, q = layouts or (None, None, None)
+    before = (None, 0) if previous is None else as_stored(previous)
+    _csrc.qr(*as_stored(xs), x, *before, old, *as_stored(qs), q, DTYPE_CODES[first.dtype], rs.shape[1], rs.data_ptr(),
+             torch.get_num_threads())  # fmt: skip

@@ -31,7 +31,7 @@ def column_signs(q: Tensor, r: Tensor, previous: Tensor | None) -> Tensor:
 
 
 @implements("grouped_qr", "reference", always)
-def grouped_qr(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor) -> None:
+def grouped_qr(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor, layouts: object = None) -> None:
     """Write ``Q_i`` into ``qs[i]`` (d_i, r) and ``R_i`` into ``rs[i]``; ``qs`` may be the tensors of ``previous``.
 
     Columns are scaled by powers of two first (so no square over- or underflows) and Householder QR completes a

@@ -7,8 +7,6 @@ in L2. Above rank 64 each further tile of 64 columns reads its operands again.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -110,13 +108,13 @@ def launch_sum(tensors: Tensor, count: int, partials: Tensor, out: Tensor, *, sy
            out.stride(0), SYMMETRIC=symmetric, BLOCK=SUM_BLOCK, num_warps=4)  # fmt: skip
 
 
-def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: Any = None) -> Verdict:
+def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: object = None) -> Verdict:
     """Takes every rank; refuses other devices than a GPU."""
     return device_verdict(xs)
 
 
 @implements("grouped_gram", "triton", verify)
-def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: Any = None) -> None:
+def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: object = None) -> None:
     """Write ``XᵀY`` (or XᵀX, exactly symmetric) of every pair; two launches, nothing read on the host."""
     x_rank, y_rank = grams.shape[1:]
     if not grams.numel():

@@ -682,14 +682,14 @@ def rank_verdict(rank: int, dtype: torch.dtype) -> Verdict:
     return True, "Triton kernels"
 
 
-def verify(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor) -> Verdict:
+def verify(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor, layouts: object = None) -> Verdict:
     """Refuses ranks above 128 (fp64: 64) and other devices than a GPU."""
     ok, reason = rank_verdict(xs[0].shape[1], xs[0].dtype)
     return device_verdict(xs) if ok else (ok, reason)
 
 
 @implements("grouped_qr", "triton", verify)
-def grouped_qr(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor) -> None:
+def grouped_qr(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor, layouts: object = None) -> None:
     """Write ``Q_i`` and ``R_i``; six launches, nothing read on the host. See the module's text, and the reference."""
     target = rs if rs.is_contiguous() else torch.empty_like(rs, memory_format=torch.contiguous_format)
     factorize(xs, previous, qs, target)
