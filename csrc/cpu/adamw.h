@@ -226,9 +226,18 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
     const int64_t x_pitch = item.param.row_stride, g_pitch = item.grad.row_stride, m_pitch = item.columns;
     T *x = static_cast<T*>(item.param.data) + start, *g = static_cast<T*>(item.grad.data) + start;
     T *m = item.m ? static_cast<T*>(item.m) + start : nullptr, *v = item.v ? static_cast<T*>(item.v) + start : nullptr;
+    // The rows after these, while maps are applied. (Of wide factors nothing: it makes them slower.)
+    const int64_t rest = rows - from - n, following = (rest < height ? rest : height) * width;
+    const int64_t maps_here = (grad_map != nullptr) + (param_map != nullptr) + (m && momentum_map);
+    Prefetcher ahead(following * static_cast<int64_t>(sizeof(T)), maps_here * n * r / kMappedRows);
+    if (kTall && following > 0) {
+      for (const T* data :
+           {static_cast<const T*>(g), static_cast<const T*>(m), static_cast<const T*>(v), static_cast<const T*>(x)})
+        ahead.add(data ? data + length : nullptr);
+    }
     const auto apply = [&](const T* map, const T* in, int64_t pitch, T* out) {
       if constexpr (kTall) {
-        map_rows(in, n, r, map, out);
+        map_rows(in, n, r, map, out, ahead);
       } else {
         map_columns(in, pitch, n, r, map, out, height);
       }

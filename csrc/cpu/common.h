@@ -26,6 +26,15 @@
 
 namespace lowrank {
 
+// Asks the second-level cache for a line: a hint, whatever the address.
+LOWRANK_INLINE void prefetch(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 2);
+#else
+  (void)address;
+#endif
+}
+
 // The codes that Python passes. Narrow types are stored as 16 bits and computed in float.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 

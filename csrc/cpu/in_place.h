@@ -44,12 +44,36 @@ LOWRANK_INLINE void with_part(int64_t r, const F& f) {
   f(std::integral_constant<int, L>());
 }
 
+// Asks for what some arrays hold next while something is computed, a few lines at each of `calls` calls.
+class Prefetcher {
+ public:
+  Prefetcher(int64_t bytes, int64_t calls) : lines_((bytes + 63) / 64), calls_(calls > 0 ? calls : 1) {}
+  // null is no array.
+  void add(const void* data) {
+    if (data == nullptr) return;
+    arrays_[count_++] = static_cast<const char*>(data);
+    each_ = (count_ * lines_ + calls_ - 1) / calls_;
+  }
+  LOWRANK_INLINE void operator()() {
+    for (int64_t n = each_; n > 0 && array_ < count_; --n) {
+      prefetch(arrays_[array_] + 64 * line_);
+      if (++line_ == lines_) line_ = 0, ++array_;
+    }
+  }
+
+ private:
+  const char* arrays_[4];
+  int64_t lines_, calls_, each_ = 0, line_ = 0;
+  int count_ = 0, array_ = 0;
+};
+
 // K rows of out = in · M for a tall `in` (dense rows of r), columns [j0, j0 + V · W).
 template <class T, int W, int K, int V>
-LOWRANK_INLINE void map_rows_block(const T* in, int64_t r, const T* map, T* out) {
+LOWRANK_INLINE void map_rows_block(const T* in, int64_t r, const T* map, T* out, Prefetcher& ahead) {
   using P = Part<T, W>;
   typename P::Vector sum[K][V] = {};
   for (int64_t i = 0; i < r; ++i) {
+    ahead();
     for (int v = 0; v < V; ++v) {
       const typename P::Vector m = P::load(map + i * r + v * W);
       for (int k = 0; k < K; ++k) sum[k][v] += P::splat(in[k * r + i]) * m;
@@ -60,21 +84,24 @@ LOWRANK_INLINE void map_rows_block(const T* in, int64_t r, const T* map, T* out)
   }
 }
 
-// out = in · M for `rows` dense rows of a tall factor.
+// How many rows are mapped at a time.
+constexpr int kMappedRows = kManyRegisters ? 12 : 8;
+
+// out = in · M for `rows` dense rows of a tall factor; `ahead` is called some rows · r / kMappedRows times.
 template <class T>
-inline void map_rows(const T* in, int64_t rows, int64_t r, const T* map, T* out) {
-  constexpr int K = kManyRegisters ? 12 : 8;
+inline void map_rows(const T* in, int64_t rows, int64_t r, const T* map, T* out, Prefetcher& ahead) {
+  constexpr int K = kMappedRows;
   with_part<T>(r, [&](auto width) {
     constexpr int W = decltype(width)::value;
     int64_t k = 0;
     for (; k + K <= rows; k += K) {
-      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, K, 1>(in + k * r, r, map + j, out + k * r + j);
+      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, K, 1>(in + k * r, r, map + j, out + k * r + j, ahead);
     }
     for (; k + 4 <= rows; k += 4) {
-      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 4, 1>(in + k * r, r, map + j, out + k * r + j);
+      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 4, 1>(in + k * r, r, map + j, out + k * r + j, ahead);
     }
     for (; k < rows; ++k) {
-      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 1, 1>(in + k * r, r, map + j, out + k * r + j);
+      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 1, 1>(in + k * r, r, map + j, out + k * r + j, ahead);
     }
   });
 }
