@@ -135,24 +135,6 @@ py::object held(const py::list& references, const py::tuple& wanted) {
   return std::move(result);
 }
 
-py::tuple gradients(const py::list& params, const py::list& indices) {
-  const TensorReader& reader = TensorReader::get();
-  py::list members, stepped, grads, idle;
-  for (Py_ssize_t i = 0; i < length(indices); ++i) {
-    const Py_ssize_t index = PyLong_AsSsize_t(item(indices, i));
-    if (index < 0 || index >= length(params)) throw py::index_error();
-    const py::object param = py::reinterpret_borrow<py::object>(item(params, index)), grad = reader.grad(param.ptr());
-    if (grad.is_none()) {
-      idle.append(py::handle(item(indices, i)));
-    } else {
-      members.append(py::handle(item(indices, i)));
-      stepped.append(param);
-      grads.append(grad);
-    }
-  }
-  return py::make_tuple(members, stepped, grads, idle);
-}
-
 // The values of a dictionary, key by key; throws KeyError.
 class StateReader {
  public:
@@ -199,8 +181,8 @@ py::list column(const py::list& states, const py::str& key) {
   return found;
 }
 
-// Of some parameters all that a moment step needs, each looked at once: what `gradients` answers, the moments of those
-// that have a gradient, and where all that lies, or None if compiled code cannot go by it.
+// Of some parameters all that a moment step needs, each looked at once: those that have a gradient, the gradients,
+// those that have none, the moments of the former, and where all that lies, or None if compiled code cannot go by it.
 py::tuple gather(const py::list& params, const py::list& indices, const py::dict& state, const py::str& exp_avg,
                  const py::str& exp_avg_sq) {
   const TensorReader& reader = TensorReader::get();
@@ -277,18 +259,6 @@ py::object first_sparse_gradient(const py::list& params, const py::list& indices
   return py::none();
 }
 
-// The places of those parameters that have no gradient.
-py::list idle(const py::list& params, const py::list& indices) {
-  const TensorReader& reader = TensorReader::get();
-  py::list found;
-  for (Py_ssize_t i = 0; i < length(indices); ++i) {
-    const Py_ssize_t index = PyLong_AsSsize_t(item(indices, i));
-    if (index < 0 || index >= length(params)) throw py::index_error();
-    if (reader.grad(item(params, index)).is_none()) found.append(py::handle(item(indices, i)));
-  }
-  return found;
-}
-
 }  // namespace
 
 void bind_lists(py::module_& m) {
@@ -299,10 +269,7 @@ void bind_lists(py::module_& m) {
   m.def("consecutive", &consecutive, "Whether the tensors of a list lie one behind the other, each contiguous.");
   m.def("alike", &alike, "Whether all tensors of a list are plain and of one dtype, device and number of dimensions.");
   m.def("held", &held, "What stands under some keys of some dictionaries of objects known by weak references.");
-  m.def("gradients", &gradients,
-        "Those of some parameters that have a gradient, the gradients, and those that have none.");
   m.def("first_sparse_gradient", &first_sparse_gradient, "The first of some parameters that has a sparse gradient.");
-  m.def("idle", &idle, "Those of some parameters that have no gradient.");
   py::class_<MatrixLayout>(m, "MatrixLayout", "Where the matrices of a list lie.")
       .def_property_readonly("columns", &MatrixLayout::columns, "What all have; -1 if they differ.")
       .def_property_readonly("tall", &MatrixLayout::tall, "Whether no matrix has more columns than rows.")

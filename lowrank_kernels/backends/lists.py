@@ -129,22 +129,6 @@ def held(references: list[weakref.ref[Any]], wanted: tuple[tuple[str, str], ...]
     return None if any(value is None for column in columns for value in column) else columns
 
 
-def gradients(params: list[Tensor], indices: list[int]) -> tuple[list[int], list[Tensor], list[Tensor], list[int]]:
-    """Of the parameters at ``indices``: the indices of those that have a gradient, they, their gradients; the indices of the others."""
-    if _compiled():
-        return _csrc.gradients(params, indices)
-    found = [(index, params[index], params[index].grad) for index in indices]
-    idle = [index for index, _, grad in found if grad is None]
-    with_gradient = [(index, p, grad) for index, p, grad in found if grad is not None]
-    members, stepped, grads = map(list, zip(*with_gradient, strict=True)) if with_gradient else ([], [], [])
-    return members, stepped, grads, idle
-
-
-def idle(params: list[Tensor], indices: list[int]) -> list[int]:
-    """The indices of those of the parameters at ``indices`` that have no gradient."""
-    return _csrc.idle(params, indices) if _compiled() else [index for index in indices if params[index].grad is None]
-
-
 def first_sparse_gradient(params: list[Tensor], indices: list[int]) -> int | None:
     """The first of the ``indices`` whose parameter has a sparse gradient; None if there is none."""
     if _compiled():
@@ -169,12 +153,14 @@ class Gathered(NamedTuple):
 
 
 def gather(params: list[Tensor], indices: list[int], state: dict[Tensor, dict[str, Any]]) -> Gathered:
-    """:func:`gradients`, :func:`states`, the moments, and whether they all fit each other, with one look at each tensor."""
+    """Those of the parameters at ``indices`` that have a gradient, and their moments; compiled code looks once at each tensor."""
     if _compiled():
         return Gathered(*_csrc.gather(params, indices, state, "exp_avg", "exp_avg_sq"))
-    found = gradients(params, indices)
-    exp_avgs, exp_avg_sqs = (column(states(state, found[1]), key) for key in ("exp_avg", "exp_avg_sq"))
-    return Gathered(*found, exp_avgs, exp_avg_sqs, None)
+    members = [index for index in indices if params[index].grad is not None]
+    stepped = [params[index] for index in members]
+    grads = [p.grad for p in stepped if p.grad is not None]
+    exp_avgs, exp_avg_sqs = (column(states(state, stepped), key) for key in ("exp_avg", "exp_avg_sq"))
+    return Gathered(members, stepped, grads, [i for i in indices if params[i].grad is None], exp_avgs, exp_avg_sqs, None)
 
 
 def states(state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import Tall, as_stored, matrix_layout, sizes
+from ..backends.lists import Tall, as_stored, matrix_layout, sizes, width
 from ..backends.registry import run
 from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, is_eager, no_backward
 
@@ -61,12 +61,10 @@ def _check(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> None:
 
 
 def _empty_result(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: bool) -> Tensor:
-    dtype = torch.float64 if double or (xs and xs[0].dtype == torch.float64) else torch.float32
+    dtype = torch.float64 if double or (xs and as_stored(xs)[0][0].dtype == torch.float64) else torch.float32
     if not xs:
         return torch.empty(0, 0, 0, dtype=dtype)
-    first = xs[0]
-    second = first if ys is None else ys[0]
-    return torch.empty(len(xs), first.shape[1], second.shape[1], dtype=dtype, device=first.device)
+    return torch.empty(len(xs), width(xs), width(xs if ys is None else ys), dtype=dtype, device=as_stored(xs)[0][0].device)
 
 
 def _grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: bool, layout: Any = None) -> Tensor:

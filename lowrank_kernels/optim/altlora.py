@@ -93,13 +93,14 @@ class AltLoRA(PreconditionedOptimizer):
         group = self._group(pairs, "A")
         turns = ORDERS[group["order"]]
         turn, next_turn = turns[group["turn"]], turns[1 - group["turn"]]
-        active = {side: self._with_gradient(pairs, side) for side in turn}
-        for side in turn:
-            self._note_late(pairs, active[side], side)
+        active = {side: self._active(pairs, side) for side in turn}
+        for side, found in active.items():
+            self._note_late(pairs, found.pairs, side)
+        present = {side: found.pairs for side, found in active.items() if found.pairs}
         # Jacobi: every preconditioner, and what aligns the momentum, from the factors as they were.
-        misaligned = {side: self._stacked_state(active[side], side, "drift") for side in turn if active[side]}
-        maps = {side: self._maps(active[side], side, drifts) for side, drifts in misaligned.items()}
-        late = {side: self._with_late_partner(active[side], side) for side in maps}
+        misaligned = {side: self._stacked_state(of_side, side, "drift") for side, of_side in present.items()}
+        maps = {side: self._maps(present[side], side, drifts) for side, drifts in misaligned.items()}
+        late = {side: self._with_late_partner(of_side, side) for side, of_side in present.items()}
         behind = {side: self._realigned(late[side], OTHER[side]) for side in late if late[side]}
         moved = {}
         for side, (preconditioners, realignments) in maps.items():
@@ -113,10 +114,10 @@ class AltLoRA(PreconditionedOptimizer):
                 **self._moments(self._group(pairs, side)),
             )
         for side, drifts in misaligned.items():  # aligned now
-            self._write_stacked_state(active[side], side, "drift", drifts, drifts.new_zeros(()))
+            self._write_stacked_state(present[side], side, "drift", drifts.zero_())
         for side, drifts in moved.items():
-            self._over_shards(drifts, active[side], side).diagonal(dim1=1, dim2=2).add_(self._group(pairs, side)["damping"])
-            self._set_drift(active[side], OTHER[side], drifts)
+            self._over_shards(drifts, present[side], side).diagonal(dim1=1, dim2=2).add_(self._group(pairs, side)["damping"])
+            self._set_drift(present[side], OTHER[side], drifts)
             if side in behind:
                 self._carry_twice(late[side], side, behind[side])
         if group["freeze_idle"]:
@@ -147,7 +148,7 @@ class AltLoRA(PreconditionedOptimizer):
         return grouped_preconditioner(grams, damping, drifts=drifts)[1]  # type: ignore[return-value]
 
     def _set_drift(self, pairs: LikePairs, side: str, value: Tensor) -> None:
-        self._write_stacked_state(pairs, side, "drift", self._stacked_state(pairs, side, "drift"), value)
+        self._write_stacked_state(pairs, side, "drift", self._stacked_state(pairs, side, "drift").copy_(value))
 
     def _carry_twice(self, pairs: LikePairs, side: str, realigned: Tensor) -> None:
         """After an update of X whose partners missed their turns: ``C ← (I - (XᵀX + δI)⁻¹ K) C_old`` by

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import grouped_eigh, grouped_gram, grouped_preconditioner
 from .arguments import AdamWOptions, ParamsT
 from .pairing import LikePairs
-from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, Active, PreconditionedOptimizer
 
 
 class LoRAPro(PreconditionedOptimizer):
@@ -57,18 +57,20 @@ class LoRAPro(PreconditionedOptimizer):
             )
 
     def _step_pairs(self, pairs: LikePairs) -> None:
-        with_a, with_b = self._with_gradient(pairs, "A"), self._with_gradient(pairs, "B")
+        active = {side: self._active(pairs, side) for side in "AB"}
+        (with_a, _), (with_b, _) = active["A"], active["B"]
         if with_a is pairs and with_b is pairs:
-            self._step_both(pairs)
+            self._step_both(pairs, active["A"], active["B"])
             return
         of_a, of_b = set(with_a), set(with_b)
         if both := LikePairs(pair for pair in with_a if pair in of_b):
-            self._step_both(both)
+            self._step_both(both, self._active(both, "A"), self._active(both, "B"))
         for side, present, others in (("A", with_a, of_b), ("B", with_b, of_a)):
             if alone := LikePairs(pair for pair in present if pair not in others):
-                self._step_side(alone, side, grad_maps=self._preconditioners(alone, side, weight=alone[0].scale ** -2))
+                maps = self._preconditioners(alone, side, weight=alone[0].scale ** -2)
+                self._step_side(self._active(alone, side), side, grad_maps=maps)
 
-    def _step_both(self, pairs: LikePairs) -> None:
+    def _step_both(self, pairs: LikePairs, active_a: Active, active_b: Active) -> None:
         group = self._group(pairs, "A")
         gram_b, gram_a = self._grams(pairs, "B"), self._grams(pairs, "A")
         inverse_b, inverse_a = (
@@ -78,16 +80,16 @@ class LoRAPro(PreconditionedOptimizer):
         sign = -1.0 if group["maximize"] else 1.0
         map_a = s * inverse_b
         # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself.
-        overlap_b = grouped_gram(self._tall(pairs, "B"), self._tall_grads(pairs, "B"), dtype=torch.float64)
+        overlap_b = grouped_gram(self._tall(pairs, "B"), active_b.tall_grads("B"), dtype=torch.float64)
         self._over_shards(overlap_b, pairs, "B")
         x = torch.zeros_like(inverse_a)
         if group["sylvester"]:
-            overlap_a = grouped_gram(self._tall_grads(pairs, "A"), self._tall(pairs, "A"), dtype=torch.float64)
+            overlap_a = grouped_gram(active_a.tall_grads("A"), self._tall(pairs, "A"), dtype=torch.float64)
             self._over_shards(overlap_a, pairs, "A")
             x = _solve_sylvester(gram_b, gram_a, -map_a @ overlap_a)
         # The maps of the factors themselves come from the gradients: they change sign with them.
-        self._step_side(pairs, "A", grad_maps=map_a, param_maps=sign * x)
-        self._step_side(pairs, "B", grad_maps=s * inverse_a, param_maps=-sign * (s * inverse_b @ overlap_b @ inverse_a + x))
+        self._step_side(active_a, "A", grad_maps=map_a, param_maps=sign * x)
+        self._step_side(active_b, "B", grad_maps=s * inverse_a, param_maps=-sign * (s * inverse_b @ overlap_b @ inverse_a + x))
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()

@@ -12,7 +12,7 @@ from ..backends.lists import column, states
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
 from .arguments import AdamWOptions, ParamsT
 from .pairing import FactorPair, LikePairs, Position
-from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, OTHER, Active, PreconditionedOptimizer
 from .shards import KEEP_WHOLE
 from .state import moments, state_dtype
 
@@ -89,8 +89,8 @@ class LoRARITE(PreconditionedOptimizer):
         return {**moments(part, "exp_avg"), "second": second, "escaped": second.new_zeros(())}
 
     def _step_pairs(self, pairs: LikePairs) -> None:
-        active = {side: self._with_gradient(pairs, side) for side in "AB"}
-        maps = {side: self._maps(active[side], side) for side in "AB" if active[side]}
+        active = {side: self._active(pairs, side) for side in "AB"}
+        maps = {side: self._maps(found, side) for side, found in active.items() if found.pairs}
         for side, (grad_maps, momentum_maps, direction_maps) in maps.items():
             if side == "B":  # maps act from the right there
                 grad_maps, momentum_maps, direction_maps = grad_maps.mT, momentum_maps.mT, direction_maps.mT
@@ -103,8 +103,9 @@ class LoRARITE(PreconditionedOptimizer):
                 bias_correction=False,
             )
 
-    def _maps(self, pairs: LikePairs, side: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _maps(self, active: Active, side: str) -> tuple[Tensor, Tensor, Tensor]:
         """``(V̂ + ρ̂I + eps I)^{-1/2} R⁻ᵀ``, Π and R⁻¹ (each (N, r, r), fp64) for the factors of a side; moves V, ρ and Q."""
+        pairs = active.pairs
         group, of_factors = self._group(pairs, side), states(self.state, self._factors_of(pairs, side))
         (_, beta2), bases = group["betas"], column(of_factors, "basis")
         partners = self._tall(pairs, OTHER[side])
@@ -113,7 +114,7 @@ class LoRARITE(PreconditionedOptimizer):
         qs, rs = grouped_qr(partners, out=self._spare(pairs, side, bases))
         inverse_r = grouped_damped_inverse(rs.double(), group["damping"])
         change = grouped_gram(qs, bases, dtype=torch.float64)
-        energy = inverse_r.mT @ grouped_gram(self._tall_grads(pairs, side), dtype=torch.float64) @ inverse_r
+        energy = inverse_r.mT @ grouped_gram(active.tall_grads(side), dtype=torch.float64) @ inverse_r
 
         stacked = {key: self._stacked_state(pairs, side, key) for key in ("second", "escaped")}
         before = stacked["second"].double()
@@ -121,8 +122,9 @@ class LoRARITE(PreconditionedOptimizer):
         lost = (grouped_eigvalsh(before) - grouped_eigvalsh(moved)).abs().amax(dim=1)
         escaped = beta2 * (stacked["escaped"].double() + lost)
         second = beta2 * moved + (1 - beta2) * energy
-        self._write_stacked_state(pairs, side, "second", stacked["second"], second)
-        self._write_stacked_state(pairs, side, "escaped", stacked["escaped"], escaped)
+        for key, value in (("second", second), ("escaped", escaped)):
+            stacked[key].copy_(value)
+            self._write_stacked_state(pairs, side, key, stacked[key])
         torch._foreach_copy_(bases, qs)
 
         eigenvalues, vectors = grouped_eigh(second)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.lists import Tall, column, consecutive, gradients, idle, states
+from ..backends.lists import Gathered, Tall, column, consecutive, gather, states
 from ..ops import grouped_gram, grouped_preconditioner
 from .base import LowRankOptimizer
 from .pairing import FactorPair, LikePairs, Position
@@ -29,6 +29,17 @@ DEFAULT_DAMPING = 1e-5
 OTHER = {"A": "B", "B": "A"}
 #: Which dimension of a factor is r: A is (r, d_in), B is (d_out, r).
 RANK_DIM = {"A": 0, "B": 1}
+
+
+class Active(NamedTuple):
+    """Like pairs whose factors of one side have a gradient, and what the moment step of these factors needs."""
+
+    pairs: LikePairs
+    found: Gathered
+
+    def tall_grads(self, side: str) -> Sequence[Tensor]:
+        """Their gradients as tall matrices, as :meth:`PreconditionedOptimizer._tall` has the factors."""
+        return Tall(local_parts(self.found.grads)) if side == "A" else local_parts(self.found.grads)
 
 
 class PreconditionedOptimizer(LowRankOptimizer):
@@ -76,25 +87,21 @@ class PreconditionedOptimizer(LowRankOptimizer):
         params = self._group(pairs, side)["params"] if pairs else []  # like pairs share their groups
         return [params[index] for index in pairs.indices[side]]
 
-    def _tall_grads(self, pairs: LikePairs, side: str) -> Sequence[Tensor]:
-        """The gradients, as :meth:`_tall` has the factors; every factor must have one."""
-        _, _, grads, _ = gradients(self._group(pairs, side)["params"], pairs.indices[side])
-        return Tall(local_parts(grads)) if side == "A" else local_parts(grads)
-
     def _tall(self, pairs: LikePairs, side: str) -> Sequence[Tensor]:
         """The factors as tall matrices: Aᵀ (d_in, r) without a copy, B (d_out, r)."""
         factors = local_parts(self._factors_of(pairs, side))
         return Tall(factors) if side == "A" else factors
 
-    def _with_gradient(self, pairs: LikePairs, side: str) -> LikePairs:
-        """The pairs whose factor of this side has a gradient; the others' factors miss the step."""
+    def _active(self, pairs: LikePairs, side: str) -> Active:
+        """Those whose factor of this side has a gradient; the others' factors miss the step."""
         group = self._group(pairs, side)
-        missing = set(idle(group["params"], pairs.indices[side]))
-        if not missing:
-            return pairs
-        for index in missing:
+        found = gather(group["params"], pairs.indices[side], self.state)
+        if not found.idle:
+            return Active(pairs, found)
+        for index in found.idle:
             self._miss(group, index)
-        return LikePairs(pair for pair in pairs if self._position(pair, side)[1] not in missing)
+        missing = set(found.idle)
+        return Active(LikePairs(pair for pair in pairs if self._position(pair, side)[1] not in missing), found)
 
     def _grams(self, pairs: LikePairs, side: str) -> Tensor:
         """``XᵀX`` (N, r, r) in fp64 of the factors of this side, X being Aᵀ or B."""
@@ -125,13 +132,14 @@ class PreconditionedOptimizer(LowRankOptimizer):
                     "fully_shard(…, shard_placement_fn=lowrank_kernels.shard_placement(model))"
                 )
 
-    def _step_side(self, pairs: LikePairs, side: str, *, drifts: Tensor | None = None, **options: Any) -> None:
+    def _step_side(self, active: Active, side: str, *, drifts: Tensor | None = None, **options: Any) -> None:
         """The moment step of all factors of one side, with the maps in ``options`` (in any float dtype)."""
+        pairs, found = active
         dtype = state_dtype(self._at(pairs[0].a).dtype)
         maps = {key: value.to(dtype) if key.endswith("_maps") and value is not None else value for key, value in options.items()}
         members, dims = pairs.indices[side], [RANK_DIM[side]] * len(pairs)
         group_index = self._position(pairs[0], side)[0]
-        self._adamw(group_index, members, is_factor=True, is_second=side == "B", rank_dims=dims, drifts=drifts, **maps)
+        self._adamw(group_index, members, is_factor=True, is_second=side == "B", found=found, rank_dims=dims, drifts=drifts, **maps)
 
     def _stacked_state(self, pairs: LikePairs, side: str, key: str) -> Tensor:
         """The r×r state of this name of all factors of a side as one (N, r, r) tensor; :meth:`_write_stacked_state` writes it.
@@ -153,9 +161,8 @@ class PreconditionedOptimizer(LowRankOptimizer):
                 state[key] = view
         return stacked
 
-    def _write_stacked_state(self, pairs: LikePairs, side: str, key: str, stacked: Tensor, value: Tensor) -> None:
-        """``value`` (that can be broadcast) into ``stacked``, which came from :meth:`_stacked_state`, and so into the state."""
-        stacked.copy_(value)
+    def _write_stacked_state(self, pairs: LikePairs, side: str, key: str, stacked: Tensor) -> None:
+        """What was written into ``stacked``, which came from :meth:`_stacked_state`, into the state too, where that has its own memory."""
         if self._group(pairs, side)["capturable"]:
             torch._foreach_copy_([self.state[factor][key] for factor in self._factors_of(pairs, side)], list(stacked.unbind()))
 

@@ -40,8 +40,8 @@ class ScaledAdamW(PreconditionedOptimizer):
         return {}
 
     def _step_pairs(self, pairs: LikePairs) -> None:
-        active = {side: self._with_gradient(pairs, side) for side in "AB"}
-        maps = {side: self._preconditioners(active[side], side) for side in "AB" if active[side]}
+        active = {side: self._active(pairs, side) for side in "AB"}
+        maps = {side: self._preconditioners(found.pairs, side) for side, found in active.items() if found.pairs}
         for side, preconditioners in maps.items():
             self._step_side(active[side], side, grad_maps=preconditioners, **self._moments(self._group(pairs, side), side))
 
