@@ -567,7 +567,7 @@ def test_atomic_undoes_a_step_that_moves_stacked_state(method: type, steps: int,
 
     def fails(self, *args) -> None:
         write(self, *args)
-        args[-2].fill_(7.0)
+        args[-1].fill_(7.0)
         raise RuntimeError("simulated")
 
     problem.set_gradients()
