@@ -10,7 +10,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowrank_kernels.ops import grouped_gram, grouped_lorsum, grouped_polar, grouped_qr, grouped_solve, grouped_svd_product
+from lowrank_kernels.ops import (
+    grouped_gram,
+    grouped_lorsum,
+    grouped_polar,
+    grouped_preconditioner,
+    grouped_qr,
+    grouped_solve,
+    grouped_svd_product,
+)
+from lowrank_kernels.optim.preconditioned import DEFAULT_DAMPING
 
 from ..harness import Case, Trial
 from ..naive import aligned_qr
@@ -192,8 +201,24 @@ def _solve_loop(xs: list[Tensor], grams: list[Tensor]) -> list[Tensor]:
     return [torch.cholesky_solve(x.mT, factor).mT.contiguous() for x, factor in zip(xs, factors, strict=True)]
 
 
+def _preconditioner_loop(grams: list[Tensor], drifts: list[Tensor]) -> list[Tensor]:
+    """``(G + δI)⁻¹`` and ``I - (G + δI)⁻¹ K`` of every layer."""
+    maps, realigned = [], []
+    for gram, drift in zip(grams[0], drifts[0], strict=True):
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + DEFAULT_DAMPING * identity))
+        maps.append(inverse.to(drift.dtype))
+        realigned.append((identity - inverse @ drift.to(gram.dtype)).to(drift.dtype))
+    return [torch.stack(maps), torch.stack(realigned)]
+
+
+def _preconditioner_grouped(grams: list[Tensor], drifts: list[Tensor]) -> list[Tensor]:
+    found = grouped_preconditioner(grams[0], DEFAULT_DAMPING, drifts=drifts[0], dtype=drifts[0].dtype)
+    return [x for x in found if x is not None]
+
+
 def products(bases: Bases, setting: Setting) -> Iterator[Case]:
-    """Everything but QR: Gram matrices (summed in fp32 and in fp64), solves, polar factors, SVDs of B·A."""
+    """Everything but QR: Gram matrices (summed in fp32 and in fp64), preconditioners, solves, polar factors, SVDs of B·A."""
     xs, size, small = bases.xs, bases.xs[0].element_size(), setting.rank**2 * len(bases.xs)
     factors = sum(x.numel() for x in xs) * size
     loop = lambda xs: [x.mT @ x for x in xs]  # noqa: E731
@@ -204,6 +229,8 @@ def products(bases: Bases, setting: Setting) -> Iterator[Case]:
     grams = [torch.stack([x.float().mT @ x.float() / len(x) for x in xs])]
     solve = lambda xs, grams: grouped_solve(grams[0], xs, side="right")  # noqa: E731
     if setting.dtype == torch.float32:
+        maps = ([grams[0].double()], [0.1 * grams[0]])
+        yield Product(maps, _preconditioner_loop, _preconditioner_grouped, 20 * small).case("grouped_preconditioner", setting)
         yield Product((xs, grams), _solve_loop, solve, 2 * factors + 4 * small).case("grouped_solve", setting)
         yield Product((xs,), _polar_loop, grouped_polar, 2 * factors).case("grouped_polar", setting)
         pairs = (xs[1::2], xs[::2])
@@ -327,6 +354,7 @@ def grouped_sums(backend: str, sums: Sums, judge: SumJudge) -> Trial:
     "grouped_qr",
     "grouped_gram",
     "grouped_gram fp64",
+    "grouped_preconditioner",
     "grouped_solve",
     "grouped_polar",
     "grouped_svd_product",
