@@ -201,6 +201,7 @@ ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("small", "gram r128 fp64"): (90,),
     ("small", "solve r128 fp32"): (90,),
     ("small", "solve r128 fp64"): (90, 100),
+    ("small", "preconditioner r16 fp32"): (80, 100),
     ("small", "preconditioner r128 fp32"): (90,),
     ("small", "polar r64"): (90,),
     ("adamw", "bf16 on device"): (90,),

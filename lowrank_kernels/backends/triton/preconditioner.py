@@ -73,7 +73,9 @@ def grouped_preconditioner(
     padded = padded_rank(rank)
     factors = torch.empty(count, padded, padded, dtype=grams.dtype, device=grams.device)
     inverses = torch.empty(count, padded, dtype=grams.dtype, device=grams.device)
+    # As few blocks of rows as fit the registers, and the shared memory of any GPU.
+    block = 32 if padded == 64 or (padded == 128 and maps.dtype == torch.float32) else 16
     with on_device(grams):
         launch(preconditioner_kernel, (count,), grams.contiguous(), grams if drifts is None else drifts.contiguous(), factors, inverses,
                maps, maps if drifts is None else realigned, rank, float(damping), float(weight), HAS_DRIFTS=drifts is not None,
-               TRANSPOSED=transposed, R=padded, TILE=min(padded, 32), BLOCK=16, num_warps=8 if padded > 32 else 4)  # fmt: skip
+               TRANSPOSED=transposed, R=padded, TILE=min(padded, 32), BLOCK=block, num_warps=8 if padded > 32 else 4)  # fmt: skip
