@@ -2,7 +2,6 @@
 // (array.array("q")), one section of n numbers per column.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
