@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import Tall, as_stored, matrix_layout, sizes, width
+from ..backends.lists import as_stored, matrix_layout, sizes, width
 from ..backends.registry import run
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, is_eager, no_backward
+from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, is_eager, is_list, no_backward
 
 
 def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -31,7 +31,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
 
     The result is a constant for autograd; its backward says so.
     """
-    layout = matrix_layout(xs) if ys is None and isinstance(xs, (list, Tall)) and forward_ad._current_level < 0 else None
+    layout = matrix_layout(xs) if ys is None and is_list(xs) and xs and forward_ad._current_level < 0 else None
     if layout is None or layout.columns < 0:  # what fails here is explained
         layout = None
         _check(xs, ys)

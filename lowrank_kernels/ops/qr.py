@@ -40,7 +40,7 @@ def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequenc
 
 def _layouts(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequence[Tensor] | None) -> tuple[Any, Any, Any] | None:
     """Where all these lie, if compiled code has found that they fit each other; if not, :func:`_check` says what does not."""
-    if not xs or not is_list(xs, previous, out) or forward_ad._current_level >= 0:
+    if not is_list(xs, previous, out) or not xs or forward_ad._current_level >= 0:
         return None
     x = matrix_layout(xs)
     if x is None or x.columns < 0 or not x.tall:
