@@ -7,7 +7,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..ops import grouped_preconditioner
 from .arguments import AdamWOptions, ParamsT
 from .pairing import FactorPair, LikePairs, Position
 from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
@@ -99,7 +98,8 @@ class AltLoRA(PreconditionedOptimizer):
         present = {side: found.pairs for side, found in active.items() if found.pairs}
         # Jacobi: every preconditioner, and what aligns the momentum, from the factors as they were.
         misaligned = {side: self._stacked_state(of_side, side, "drift") for side, of_side in present.items()}
-        maps = {side: self._maps(present[side], side, drifts) for side, drifts in misaligned.items()}
+        weight = pairs[0].scale ** -2
+        maps = {side: self._preconditioners(present[side], side, weight=weight, drifts=drifts) for side, drifts in misaligned.items()}
         late = {side: self._with_late_partner(of_side, side) for side, of_side in present.items()}
         behind = {side: self._realigned(late[side], OTHER[side]) for side in late if late[side]}
         moved = {}
@@ -135,17 +135,11 @@ class AltLoRA(PreconditionedOptimizer):
                 "the host, and a replayed CUDA graph would repeat one factor's turn for ever"
             )
 
-    def _maps(self, pairs: LikePairs, side: str, drifts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``P = s⁻² (XᵀX + δI)⁻¹`` and C (of B's momentum Cᵀ), (N, r, r) in the dtype of the drifts, X being the partners."""
-        grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
-        options: dict[str, Any] = {"drifts": drifts, "transposed": side == "B", "dtype": drifts.dtype}
-        return grouped_preconditioner(grams, damping, weight=pairs[0].scale ** -2, **options)
-
     def _realigned(self, pairs: LikePairs, side: str) -> Tensor:
         """C in fp64 of the factors of this side."""
-        drifts = self._stacked_state(pairs, side, "drift").double()
-        grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
-        return grouped_preconditioner(grams, damping, drifts=drifts)[1]  # type: ignore[return-value]
+        _, realigned = self._preconditioners(pairs, side, drifts=self._stacked_state(pairs, side, "drift").double())
+        assert realigned is not None
+        return realigned.mT if side == "B" else realigned
 
     def _set_drift(self, pairs: LikePairs, side: str, value: Tensor) -> None:
         self._write_stacked_state(pairs, side, "drift", self._stacked_state(pairs, side, "drift").copy_(value))

@@ -67,7 +67,7 @@ class LoRAPro(PreconditionedOptimizer):
             self._step_both(both, self._active(both, "A"), self._active(both, "B"))
         for side, present, others in (("A", with_a, of_b), ("B", with_b, of_a)):
             if alone := LikePairs(pair for pair in present if pair not in others):
-                maps = self._preconditioners(alone, side, weight=alone[0].scale ** -2)
+                maps, _ = self._preconditioners(alone, side, weight=alone[0].scale ** -2)
                 self._step_side(self._active(alone, side), side, grad_maps=maps)
 
     def _step_both(self, pairs: LikePairs, active_a: Active, active_b: Active) -> None:

@@ -31,6 +31,11 @@ OTHER = {"A": "B", "B": "A"}
 RANK_DIM = {"A": 0, "B": 1}
 
 
+def tall(tensors: list[Tensor], side: str) -> Sequence[Tensor]:
+    """What this rank holds of factors of a side, or of their gradients, as tall matrices: Aᵀ (d_in, r) without a copy, B (d_out, r)."""
+    return Tall(local_parts(tensors)) if side == "A" else local_parts(tensors)
+
+
 class Active(NamedTuple):
     """Like pairs whose factors of one side have a gradient, and what the moment step of these factors needs."""
 
@@ -38,8 +43,8 @@ class Active(NamedTuple):
     found: Gathered
 
     def tall_grads(self, side: str) -> Sequence[Tensor]:
-        """Their gradients as tall matrices, as :meth:`PreconditionedOptimizer._tall` has the factors."""
-        return Tall(local_parts(self.found.grads)) if side == "A" else local_parts(self.found.grads)
+        """Their gradients, :func:`tall`."""
+        return tall(self.found.grads, side)
 
 
 class PreconditionedOptimizer(LowRankOptimizer):
@@ -88,9 +93,8 @@ class PreconditionedOptimizer(LowRankOptimizer):
         return [params[index] for index in pairs.indices[side]]
 
     def _tall(self, pairs: LikePairs, side: str) -> Sequence[Tensor]:
-        """The factors as tall matrices: Aᵀ (d_in, r) without a copy, B (d_out, r)."""
-        factors = local_parts(self._factors_of(pairs, side))
-        return Tall(factors) if side == "A" else factors
+        """The factors, :func:`tall`."""
+        return tall(self._factors_of(pairs, side), side)
 
     def _active(self, pairs: LikePairs, side: str) -> Active:
         """Those whose factor of this side has a gradient; the others' factors miss the step."""
@@ -107,10 +111,16 @@ class PreconditionedOptimizer(LowRankOptimizer):
         """``XᵀX`` (N, r, r) in fp64 of the factors of this side, X being Aᵀ or B."""
         return self._over_shards(grouped_gram(self._tall(pairs, side), dtype=torch.float64), pairs, side)
 
-    def _preconditioners(self, pairs: LikePairs, side: str, *, weight: float = 1.0) -> Tensor:
-        """P of the factors of this side: ``w (XᵀX + δI)⁻¹`` (N, r, r) in the dtype of their state, X being their partners."""
+    def _preconditioners(
+        self, pairs: LikePairs, side: str, *, weight: float = 1.0, drifts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``P = w (XᵀX + δI)⁻¹`` of the factors of this side, X being their partners, and with drifts C (of B's momentum Cᵀ).
+
+        (N, r, r), in the dtype of the drifts, or else of the factors' state.
+        """
         grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
-        return grouped_preconditioner(grams, damping, weight=weight, dtype=state_dtype(self._at(pairs[0].a).dtype))[0]
+        dtype = state_dtype(self._at(pairs[0].a).dtype) if drifts is None else drifts.dtype
+        return grouped_preconditioner(grams, damping, weight=weight, drifts=drifts, transposed=side == "B", dtype=dtype)
 
     def _over_shards(self, sums: Tensor, pairs: LikePairs, side: str) -> Tensor:
         """``sums`` over the long dimension of factors of a side; where that is sharded (FSDP2), the sum of all ranks' sums, in place."""
@@ -169,7 +179,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
         for pairs in self._alike(self._pairs):
-            tall = [x.detach() for x in self._tall(pairs, "B")]
-            grams = torch.empty(len(pairs), self._rank(pairs[0]), self._rank(pairs[0]), dtype=torch.float64, device=tall[0].device)
-            yield "grouped_gram", tall[0].device.type, (tall, None, grams)
-            yield "grouped_preconditioner", tall[0].device.type, (grams, None, 0.0, 1.0, False, grams, grams)
+            factors = [x.detach() for x in self._tall(pairs, "B")]
+            grams = torch.empty(len(pairs), self._rank(pairs[0]), self._rank(pairs[0]), dtype=torch.float64, device=factors[0].device)
+            yield "grouped_gram", factors[0].device.type, (factors, None, grams)
+            yield "grouped_preconditioner", factors[0].device.type, (grams, None, 0.0, 1.0, False, grams, grams)
