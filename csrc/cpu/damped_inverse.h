@@ -39,26 +39,11 @@ inline void append_rows(double* r, double* e, int64_t n) {
   }
 }
 
-// inverse = R⁻¹, the upper triangle.
-inline void invert_lanes(const double* r, int64_t n, double* inverse) {
-  constexpr int W = kLanes<double>;
-  using V = Vec<double>;
-  for (int64_t i = n - 1; i >= 0; --i) {
-    const V reciprocal = splat(1.0) / load(r + (i * n + i) * W);
-    store(inverse + (i * n + i) * W, reciprocal);
-    for (int64_t j = i + 1; j < n; ++j) {
-      V sum{};
-      for (int64_t k = i + 1; k <= j; ++k) sum += load(r + (i * n + k) * W) * load(inverse + (k * n + j) * W);
-      store(inverse + (i * n + j) * W, V{} - reciprocal * sum);
-    }
-  }
-}
-
 template <class T>
 void damped_inverse(const Stack& stack, double damping, void* out, int64_t first, int64_t count, int64_t n,
                     double* scratch) {
   constexpr int W = kLanes<double>;
-  double *const r = scratch, *const e = scratch + n * n * W;
+  double *const r = scratch, *const e = scratch + n * n * W, *const reciprocals = e + n * n * W;
   const double root = std::sqrt(damping);
   for (; count > 0; first += W, count -= W) {
     const int64_t here = count < W ? count : W;
@@ -69,7 +54,8 @@ void damped_inverse(const Stack& stack, double damping, void* out, int64_t first
       for (int64_t i = 0; i < n; ++i) e[(i * n + i) * W + lane] = scaled;
     }
     append_rows(r, e, n);
-    invert_lanes(r, n, e);
+    for (int64_t i = 0; i < n; ++i) store(reciprocals + i * W, splat(1.0) / load(lanes_at(r, n, i, i)));
+    invert_upper_lanes(r, n, reciprocals, e);
     for (int64_t lane = 0; lane < here; ++lane) {
       T* to = static_cast<T*>(out) + (first + lane) * n * n;
       const PowerOfTwo scaled(-facts.exponents[lane]);

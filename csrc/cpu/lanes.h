@@ -9,6 +9,43 @@
 
 namespace lowrank::LOWRANK_ISA {
 
+// Element (i, j) of all matrices of a group is at (i * n + j) * kLanes<double>.
+LOWRANK_INLINE double* lanes_at(double* matrices, int64_t n, int64_t i, int64_t j) {
+  return matrices + (i * n + j) * kLanes<double>;
+}
+
+// body(j, std::integral_constant<int, J>) for j from `first` to `end`, four at a time, then one by one.
+template <class Body>
+LOWRANK_INLINE void by_fours(int64_t first, int64_t end, const Body& body) {
+  for (; first + 4 <= end; first += 4) body(first, std::integral_constant<int, 4>());
+  for (; first < end; ++first) body(first, std::integral_constant<int, 1>());
+}
+
+// inverse = U⁻¹, the upper triangle.
+inline void invert_upper_lanes(double* u, int64_t n, const double* reciprocals, double* inverse) {
+  constexpr int W = kLanes<double>;
+  using V = Vec<double>;
+  for (int64_t i = n - 1; i >= 0; --i) {
+    const V reciprocal = load(reciprocals + i * W);
+    store(lanes_at(inverse, n, i, i), reciprocal);
+    // Column j needs U(i, k) for k up to j: what four columns share, then the rest of each.
+    by_fours(i + 1, n, [&](int64_t j, auto count) {
+      constexpr int J = decltype(count)::value;
+      V sum[J] = {};
+      for (int64_t k = i + 1; k <= j; ++k) {
+        const V value = load(lanes_at(u, n, i, k));
+        for (int c = 0; c < J; ++c) sum[c] += value * load(lanes_at(inverse, n, k, j + c));
+      }
+      for (int c = 1; c < J; ++c) {
+        for (int64_t k = j + 1; k <= j + c; ++k) {
+          sum[c] += load(lanes_at(u, n, i, k)) * load(lanes_at(inverse, n, k, j + c));
+        }
+      }
+      for (int c = 0; c < J; ++c) store(lanes_at(inverse, n, i, j + c), V{} - reciprocal * sum[c]);
+    });
+  }
+}
+
 // What is known of the matrices of a group: scaled by 2^-exponent, their largest entries are at most 1.
 struct LaneFacts {
   int exponents[kLanes<double>];

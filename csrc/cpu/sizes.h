@@ -60,7 +60,7 @@ constexpr int64_t lorsum_chunks(int64_t d) { return d == 0 ? 1 : (d + kLorsumRow
 // Small matrices are worked on side by side, in groups of the widest vector; the scratch of a group, in doubles.
 constexpr int64_t kLaneGroup = 8;
 constexpr int64_t eigh_scratch(int64_t r) { return (r + 4) * r * kLaneGroup; }
-constexpr int64_t damped_inverse_scratch(int64_t r) { return 2 * r * r * kLaneGroup; }
+constexpr int64_t damped_inverse_scratch(int64_t r) { return (2 * r + 1) * r * kLaneGroup; }
 constexpr int64_t preconditioner_scratch(int64_t r) { return (3 * r + 1) * r * kLaneGroup; }
 
 // Row pitch of small r × r matrices: whole vectors of doubles.
