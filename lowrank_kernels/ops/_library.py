@@ -123,6 +123,16 @@ def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like
             raise ValueError(f"{operation}: {argument}[{index}] is on {tensor.device}, expected {like.device}; call once per device")
 
 
+def check_stack(operation: str, argument: str, stack: Any) -> None:
+    """Refuse what is no stack (N, r, r) in fp32 or fp64."""
+    if not isinstance(stack, Tensor):
+        raise TypeError(f"{operation}: {argument} must be one stacked tensor (N, r, r), got {type(stack).__name__}; torch.stack a list")
+    if stack.ndim != 3 or stack.shape[1] != stack.shape[2]:
+        raise ValueError(f"{operation}: {argument} must be (N, r, r), got {tuple(stack.shape)}")
+    if stack.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{operation}: {argument} must be fp32 or fp64, got {stack.dtype}")
+
+
 def check_same_length(operation: str, **lists: Sequence[Any]) -> None:
     """Refuse lists of different lengths, and what has no length."""
     for name, values in lists.items():

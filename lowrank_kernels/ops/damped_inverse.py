@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import define, is_plain_eager, no_backward
+from ._library import check_stack, define, is_plain_eager, no_backward
 
 
 def grouped_damped_inverse(rs: Tensor, damping: float = 0.0) -> Tensor:
@@ -29,12 +29,7 @@ def grouped_damped_inverse(rs: Tensor, damping: float = 0.0) -> Tensor:
     The result is a constant for autograd; its backward says so.
     """
     name = "grouped_damped_inverse"
-    if not isinstance(rs, Tensor):
-        raise TypeError(f"{name}: rs must be one stacked tensor (N, r, r), got {type(rs).__name__}; torch.stack a list")
-    if rs.ndim != 3 or rs.shape[1] != rs.shape[2]:
-        raise ValueError(f"{name}: rs must be (N, r, r), got {tuple(rs.shape)}")
-    if rs.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: rs must be fp32 or fp64, got {rs.dtype}")
+    check_stack(name, "rs", rs)
     if not damping >= 0:
         raise ValueError(f"{name}: damping must be ≥ 0, got {damping}")
     eager = not torch.is_grad_enabled() and is_plain_eager(rs)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import define, is_plain_eager, no_backward
+from ._library import check_stack, define, is_plain_eager, no_backward
 
 
 def grouped_eigh(xs: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,12 +36,7 @@ def grouped_eigvalsh(xs: Tensor) -> Tensor:
 
 def _check(name: str, xs: Tensor) -> bool:
     """Whether nothing needs the operation as a node, once the argument is found to be right."""
-    if not isinstance(xs, Tensor):
-        raise TypeError(f"{name}: xs must be one stacked tensor (N, r, r), got {type(xs).__name__}; torch.stack a list")
-    if xs.ndim != 3 or xs.shape[1] != xs.shape[2]:
-        raise ValueError(f"{name}: xs must be (N, r, r), got {tuple(xs.shape)}")
-    if xs.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: xs must be fp32 or fp64, got {xs.dtype}")
+    check_stack(name, "xs", xs)
     return not torch.is_grad_enabled() and is_plain_eager(xs)
 
 
