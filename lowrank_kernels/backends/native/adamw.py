@@ -27,8 +27,8 @@ def verify(
     reason = refuse_device(params[0])
     if reason is not None:
         return False, reason
-    layout = scalars[9] if len(scalars) > 9 else None  # lr … maximize come before it
-    for name, tensors in (("params", params), ("grads", grads)) if layout is None else ():
+    seen = bool(scalars) and isinstance(scalars[-1], _csrc.StepLayout)  # lists.gather takes no others
+    for name, tensors in () if seen else (("params", params), ("grads", grads)):
         index = _csrc.first_irregular(tensors)
         if index >= 0:
             shape, strides = tuple(tensors[index].shape), tensors[index].stride()
