@@ -31,10 +31,18 @@ struct Panels {
 // Accumulators of a Gram product come in tiles of kGramI × kGramJ vectors: a lane sums up every kLanes-th product.
 constexpr int kGramI = kManyRegisters ? 4 : 2, kGramJ = 4, kGramTile = kGramI * kGramJ;
 
+// Columns of storage that are wanted next, `pitch` bytes apart. They are asked for while the tiles on the diagonal are
+// formed, spread over the products, as memory answers so many requests at a time only.
+struct NextColumns {
+  const char* data = nullptr;
+  int64_t pitch = 0, element_bytes = 0;
+};
+
 // tile[i * kGramJ + j] += x_i · y_j, lane by lane, over `rows` rows of the kGramI columns x and the kGramJ columns y;
 // products and sums in A. Entries with j < i + Below are left alone: what is below the diagonal of a symmetric product.
 template <class A, class T, int Below>
-LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile) {
+LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile,
+                              const NextColumns& next = {}) {
   constexpr int I = kGramI, J = kGramJ;
   Vec<A> sum[I][J];
   LOWRANK_UNROLL
@@ -43,6 +51,9 @@ LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows
     for (int j = 0; j < J; ++j) sum[i][j] = tile[i * J + j];
   }
   for (int64_t k = 0; k < rows; k += kLanes<A>) {
+    if (Below == 0 && next.data) {
+      for (int j = 0; j < J; ++j) prefetch(next.data + j * next.pitch + k * next.element_bytes);
+    }
     Vec<A> a[I], b[J];
     LOWRANK_UNROLL
     for (int i = 0; i < I; ++i) a[i] = load_as<A>(x[i] + k);
@@ -67,12 +78,14 @@ LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows
 // column beyond the last one stands for the last one.
 template <class A, class T>
 LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t r,
-                                  int64_t k, bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile) {
+                                  int64_t k, bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile,
+                                  const NextColumns& next = {}) {
   const T *x_columns[kGramI], *y_columns[kGramJ];
   for (int i = 0; i < kGramI; ++i) x_columns[i] = x + (i0 + i < r ? i0 + i : r - 1) * x_pitch;
   for (int j = 0; j < kGramJ; ++j) y_columns[j] = y + (j0 + j < k ? j0 + j : k - 1) * y_pitch;
   if (symmetric && j0 == i0) {
-    gram_tile<A, T, 0>(x_columns, y_columns, rows, tile);
+    const NextColumns here{next.data ? next.data + j0 * next.pitch : nullptr, next.pitch, next.element_bytes};
+    gram_tile<A, T, 0>(x_columns, y_columns, rows, tile, here);
   } else if (symmetric && kGramI < kGramJ && j0 + kGramI == i0) {
     gram_tile<A, T, kGramI>(x_columns, y_columns, rows, tile);
   } else {
@@ -121,9 +134,9 @@ class GramSums {
   }
   // `rows` rows (whole vectors) of columns that are so far apart.
   template <class T>
-  void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows) {
+  void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, const NextColumns& next = {}) {
     for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t index) {
-      add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile);
+      add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile, next);
     });
   }
   void add_to(double* gram, int64_t pitch) {

@@ -8,17 +8,37 @@
 
 namespace lowrank::LOWRANK_ISA {
 
-// Columns of T that are consecutive in memory are read where they are; products and sums in A.
+// Columns of T that are consecutive in memory; products and sums in A. Where that is T they are read where they are,
+// else each panel is widened once and not at every product.
 template <class A, class T>
 void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, int64_t rows, double* scratch,
                      double* sums) {
-  GramSums<A> gram(r, k, item.y.data == nullptr, scratch);
-  const T* const x = static_cast<const T*>(item.x.data) + first;
-  const T* const y = item.y.data ? static_cast<const T*>(item.y.data) + first : x;
-  constexpr int64_t kHeight = 256;
-  for (int64_t begin = 0; begin < rows; begin += kHeight) {
-    gram.add(x + begin, item.x.column_stride, y + begin, item.y.data ? item.y.column_stride : item.x.column_stride,
-             rows - begin < kHeight ? rows - begin : kHeight);
+  constexpr bool kWidened = !std::is_same_v<A, T>;
+  const bool symmetric = item.y.data == nullptr;
+  GramSums<A> gram(r, k, symmetric, scratch);
+  const int64_t height = kWidened ? gram_panel_rows(r > k ? r : k) : 256;
+  A *const x_panel = reinterpret_cast<A*>(scratch + gram_lanes(r, k)), *const y_panel = x_panel + height * r;
+  const auto widen_columns = [&](const T* from, int64_t stride, int64_t columns, int64_t count, A* to) {
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t i = 0; i < count; i += kLanes<A>) store(to + j * height + i, load_as<A>(from + j * stride + i));
+    }
+  };
+  const int64_t x_stride = item.x.column_stride, y_stride = symmetric ? x_stride : item.y.column_stride;
+  for (int64_t begin = 0; begin < rows; begin += height) {
+    const int64_t count = rows - begin < height ? rows - begin : height;
+    const T* const x = static_cast<const T*>(item.x.data) + first + begin;
+    const T* const y = symmetric ? x : static_cast<const T*>(item.y.data) + first + begin;
+    NextColumns next;
+    if (begin + height < rows)
+      next = {reinterpret_cast<const char*>(x + height), x_stride * static_cast<int64_t>(sizeof(T)),
+              static_cast<int64_t>(sizeof(T))};
+    if constexpr (kWidened) {
+      widen_columns(x, x_stride, r, count, x_panel);
+      if (!symmetric) widen_columns(y, y_stride, k, count, y_panel);
+      gram.add(x_panel, height, symmetric ? x_panel : y_panel, height, count, next);
+    } else {
+      gram.add(x, x_stride, y, y_stride, count, next);
+    }
   }
   gram.add_to(sums, k);
 }
@@ -41,16 +61,20 @@ void gram_of_panels(DType dtype, const GramItem& item, int64_t r, int64_t k, int
   gram.add_to(sums, k);
 }
 
-// The Gram of dense rows of T, widened to A a block at a time.
+// The Gram of dense rows of T, a block at a time: products and sums of a block in A, to which T is widened.
 template <class A, class T>
 void gram_of_dense_rows(const T* x, int64_t r, int64_t rows, double* scratch, double* sums) {
   const int64_t height = gram_panel_rows(r);
-  A* const block = reinterpret_cast<A*>(scratch);
   for (int64_t begin = 0; begin < rows; begin += height) {
     const int64_t count = rows - begin < height ? rows - begin : height;
     const T* const source = x + begin * r;
-    for (int64_t i = 0; i < count * r; ++i) block[i] = static_cast<A>(source[i]);
-    add_product_of_rows(static_cast<const A*>(block), static_cast<const A*>(block), count, r, true, sums);
+    if constexpr (std::is_same_v<A, T>) {
+      add_product_of_rows(source, source, count, r, true, sums);
+    } else {
+      A* const block = reinterpret_cast<A*>(scratch);
+      for (int64_t i = 0; i < count * r; ++i) block[i] = static_cast<A>(source[i]);
+      add_product_of_rows(static_cast<const A*>(block), static_cast<const A*>(block), count, r, true, sums);
+    }
   }
 }
 
@@ -60,8 +84,9 @@ void gram_rows_in(DType dtype, const GramItem& item, int64_t r, int64_t k, int64
   const bool symmetric = item.y.data == nullptr;
   const bool own_type = dtype == (sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32);
   const int64_t whole = rows / kLanes<A> * kLanes<A>;
-  if (own_type && sizeof(A) == sizeof(double) && symmetric && item.x.column_stride == 1 && item.x.row_stride == r &&
-      r % 4 == 0) {
+  // In float short rows leave most of a vector empty: panels are faster.
+  const bool rows_fill_vectors = r % (sizeof(A) == sizeof(double) ? 4 : 8) == 0;
+  if (own_type && symmetric && item.x.column_stride == 1 && item.x.row_stride == r && rows_fill_vectors) {
     gram_of_dense_rows<A>(static_cast<const T*>(item.x.data) + first * r, r, rows, scratch, sums);
   } else if (own_type && item.x.row_stride == 1 && (symmetric || item.y.row_stride == 1)) {
     if (whole > 0) gram_of_columns<A, T>(item, r, k, first, whole, scratch, sums);

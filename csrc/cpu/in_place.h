@@ -147,24 +147,52 @@ LOWRANK_INLINE void gram_rows_block(const A* x, const A* const* y, int64_t rows,
   }
 }
 
+// The same of 2H columns of x with themselves, at least the upper triangle: the lower left quarter is left out.
+template <class A, int H>
+LOWRANK_INLINE void gram_rows_diagonal(const A* x, int64_t rows, int64_t r, double* gram) {
+  using Whole = Part<A, 2 * H>;
+  using Half = Part<A, H>;
+  typename Whole::Vector upper[H] = {};
+  typename Half::Vector lower[H] = {};
+  for (int64_t k = 0; k < rows; ++k) {
+    const A* const row = x + k * r;
+    const typename Whole::Vector all = Whole::load(row);
+    const typename Half::Vector second = Half::load(row + H);
+    LOWRANK_UNROLL
+    for (int i = 0; i < H; ++i) upper[i] += Whole::splat(row[i]) * all;
+    LOWRANK_UNROLL
+    for (int i = 0; i < H; ++i) lower[i] += Half::splat(row[H + i]) * second;
+  }
+  for (int i = 0; i < H; ++i) {
+    for (int j = 0; j < 2 * H; ++j) gram[i * r + j] += static_cast<double>(upper[i][j]);
+    for (int j = 0; j < H; ++j) gram[(H + i) * r + H + j] += static_cast<double>(lower[i][j]);
+  }
+}
+
 // product (r, r) += XᵀY of dense rows, for Y = X (`symmetric`) at least its upper triangle: outer products, so that
 // nothing is summed across lanes.
 template <class A>
 inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r, bool symmetric, double* product) {
   with_part<A>(r, [&](auto width) {
-    constexpr int W = decltype(width)::value, I = W < 8 || !kManyRegisters ? 4 : 8;
-    for (int64_t i = 0; i < r; i += I) {
-      int64_t j = symmetric ? i / W * W : 0;
-      const auto block = [&](auto count) {
-        constexpr int V = decltype(count)::value;
-        const A* parts[V];
-        int64_t offsets[V];
-        for (int v = 0; v < V; ++v) parts[v] = y + j + v * W, offsets[v] = j + v * W;
-        gram_rows_block<A, W, I, V>(x + i, parts, rows, r, product + i * r, offsets);
-        j += V * W;
-      };
-      while (j + 2 * W <= r) block(std::integral_constant<int, 2>());
-      while (j < r) block(std::integral_constant<int, 1>());
+    constexpr int W = decltype(width)::value, I = W < 8 || !kManyRegisters ? 4 : 8, S = W < I ? I : W;
+    constexpr bool kHalves = kManyRegisters && W >= 8;
+    for (int64_t i0 = 0; i0 < r; i0 += S) {
+      if constexpr (kHalves) {
+        if (symmetric) gram_rows_diagonal<A, W / 2>(x + i0, rows, r, product + i0 * (r + 1));
+      }
+      for (int64_t i = i0; i < i0 + S; i += I) {
+        int64_t j = !symmetric ? 0 : kHalves ? i0 + W : i0;
+        const auto block = [&](auto count) {
+          constexpr int V = decltype(count)::value;
+          const A* parts[V];
+          int64_t offsets[V];
+          for (int v = 0; v < V; ++v) parts[v] = y + j + v * W, offsets[v] = j + v * W;
+          gram_rows_block<A, W, I, V>(x + i, parts, rows, r, product + i * r, offsets);
+          j += V * W;
+        };
+        while (j + 2 * W <= r) block(std::integral_constant<int, 2>());
+        while (j < r) block(std::integral_constant<int, 1>());
+      }
     }
   });
 }
