@@ -41,15 +41,20 @@ LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size_64
   }
 }
 
-template <class T, bool HasX = true, bool HasMoved = false>
-LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size, double scale_v, const T* x, const T* g,
-                                const T* aligned, T* m, T* v, T* out, T* moved, int64_t n) {
-  const auto run = [&](auto has_m, auto has_v) {
-    moment_step<T, HasX, decltype(has_m)::value, decltype(has_v)::value, HasMoved>(scalars, step_size, scale_v, x, g,
-                                                                                   aligned, m, v, out, moved, n);
-  };
-  const auto with_m = [&](auto has_m) { v ? run(has_m, std::true_type()) : run(has_m, std::false_type()); };
+// Calls f(has_m, has_v): which moments there are.
+template <class F>
+LOWRANK_INLINE void with_moments(const void* m, const void* v, const F& f) {
+  const auto with_m = [&](auto has_m) { v ? f(has_m, std::true_type()) : f(has_m, std::false_type()); };
   m ? with_m(std::true_type()) : with_m(std::false_type());
+}
+
+template <class T, bool HasX = true>
+LOWRANK_INLINE void moment_step(const AdamWScalars& scalars, double step_size, double scale_v, const T* x, const T* g,
+                                const T* aligned, T* m, T* v, T* out, int64_t n) {
+  with_moments(m, v, [&](auto has_m, auto has_v) {
+    moment_step<T, HasX, decltype(has_m)::value, decltype(has_v)::value, false>(
+        scalars, step_size, scale_v, x, g, aligned, m, v, out, static_cast<T*>(nullptr), n);
+  });
 }
 
 // Calls f(offset into the block, pointer, stride, length) for the runs that elements [begin, begin + n) of a row-major
@@ -76,7 +81,7 @@ void adamw_range(const AdamWScalars& scalars, const AdamWItem& item, int64_t beg
   if (dense && (scalars.dtype == DType::kFloat32 || scalars.dtype == DType::kFloat64)) {
     T* x = static_cast<T*>(item.param.data) + begin;
     moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(item.grad.data) + begin, m, m, v, x,
-                static_cast<T*>(nullptr), end - begin);
+                end - begin);
     return;
   }
   constexpr int64_t kBlock = 1024;
@@ -90,8 +95,7 @@ void adamw_range(const AdamWScalars& scalars, const AdamWItem& item, int64_t beg
       for_each_run(grad, item.grad, item.columns, at, n,
                    [&](int64_t i, auto* p, int64_t stride, int64_t length) { widen_run(p, stride, length, g + i); });
       T *m_block = m ? m + (at - begin) : nullptr, *v_block = v ? v + (at - begin) : nullptr;
-      moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(g), m_block, m_block, v_block, x,
-                  static_cast<T*>(nullptr), n);
+      moment_step(scalars, item.step_size, item.scale_v, x, static_cast<const T*>(g), m_block, m_block, v_block, x, n);
       for_each_run(param, item.param, item.columns, at, n,
                    [&](int64_t i, auto* p, int64_t stride, int64_t length) { narrow_run(x + i, length, p, stride); });
     }
@@ -160,10 +164,10 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
     T *m_column = item.m ? m + at : nullptr, *v_column = item.v ? v + at : nullptr;
     if (item.direction_map) {
       moment_step<T, false>(scalars, item.step_size, item.scale_v, nullptr, g + at, m_column, m_column, v_column,
-                            x + at, nullptr, padded);
+                            x + at, padded);
     } else {
       moment_step(scalars, item.step_size, item.scale_v, static_cast<const T*>(old + at), g + at, m_column, m_column,
-                  v_column, x + at, static_cast<T*>(nullptr), padded);
+                  v_column, x + at, padded);
     }
   }
   if (item.direction_map) {
@@ -198,13 +202,17 @@ void adamw_mapped_in_panels(const AdamWScalars& scalars, const AdamWItem& item, 
 }
 
 // The same for a factor that may stay where it is. `rows` are whole vectors of a wide one.
+//
+// Strips of a few rows go from maps to moments while they are in registers and the first-level cache, and the next
+// strip is asked for meanwhile; the drift is added up over blocks of strips.
 template <class T, bool kTall>
 void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
                            double* drift) {
-  const int64_t r = kTall ? item.columns : item.rows, height = kTall ? in_place_rows(r) : in_place_columns(r);
-  const int64_t area = height * r;
-  T *mapped_g = scratch, *mapped_m = mapped_g + area, *other = mapped_m + area, *moved = other + area;
-  T* const maps = moved + area;
+  constexpr int64_t L = kLanes<T>, kStrip = kTall ? kMappedRows : 2 * L;
+  const int64_t r = kTall ? item.columns : item.rows, block = kTall ? in_place_rows(r) : in_place_columns(r);
+  const int64_t width = kTall ? r : 1, runs = kTall ? 1 : r;  // a strip of n rows is so many runs of n · width
+  T *mapped_g = scratch, *mapped_m = mapped_g + kStrip * r, *other = mapped_m + kStrip * r, *moved = other + kStrip * r;
+  T* const maps = moved + block * r;
   // As map_rows and map_columns want them.
   const auto prepare = [&](const void* map, T* out) -> const T* {
     const T* in = static_cast<const T*>(map);
@@ -218,74 +226,95 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
   const T* param_map = prepare(item.param_map, maps + 2 * r * r);
   const T* direction_map = prepare(item.direction_map, maps + 3 * r * r);
   const T sign = scalars.maximize ? T(-1) : T(1), shrink = static_cast<T>(1 - scalars.lr * scalars.weight_decay);
+  const int64_t x_pitch = item.param.row_stride, g_pitch = item.grad.row_stride, m_pitch = item.columns;
+  const auto from_row = [&](void* data, int64_t row) {
+    return data ? static_cast<T*>(data) + (first + row) * width : nullptr;
+  };
 
-  // Rows [from, from + n): `runs` runs of `length` elements, which are so far apart in x, in g, in the moments and in
-  // scratch.
-  const auto step_rows = [&](int64_t from, int64_t n) {
-    const int64_t runs = kTall ? 1 : r, width = kTall ? r : 1, length = n * width, start = (first + from) * width;
-    const int64_t x_pitch = item.param.row_stride, g_pitch = item.grad.row_stride, m_pitch = item.columns;
-    T *x = static_cast<T*>(item.param.data) + start, *g = static_cast<T*>(item.grad.data) + start;
-    T *m = item.m ? static_cast<T*>(item.m) + start : nullptr, *v = item.v ? static_cast<T*>(item.v) + start : nullptr;
-    // The rows after these, while maps are applied. (Of wide factors nothing: it makes them slower.)
-    const int64_t rest = rows - from - n, following = (rest < height ? rest : height) * width;
-    const int64_t maps_here = (grad_map != nullptr) + (param_map != nullptr) + (m && momentum_map);
-    Prefetcher ahead(following * static_cast<int64_t>(sizeof(T)), maps_here * n * r / kMappedRows);
-    if (kTall && following > 0) {
-      for (const T* data :
-           {static_cast<const T*>(g), static_cast<const T*>(m), static_cast<const T*>(v), static_cast<const T*>(x)})
-        ahead.add(data ? data + length : nullptr);
-    }
-    const auto apply = [&](const T* map, const T* in, int64_t pitch, T* out) {
+  // `count` rows from row `at` on; how they moved goes to moved_strip, whose runs are moved_pitch apart.
+  const auto step_strip = [&](auto count, int64_t at, T* moved_strip, int64_t moved_pitch) {
+    const int64_t n = count, length = n * width;
+    T *x = from_row(item.param.data, at), *g = from_row(item.grad.data, at);
+    T *m = from_row(item.m, at), *v = from_row(item.v, at);
+    // What the next strip reads is asked for by the maps of g and of m of this one, or by the one that there is.
+    const bool asks = at + n + kStrip <= rows, both = grad_map && m && momentum_map;
+    const Ahead<T> ahead[2] = {
+        {{g + length, x + length}, {g_pitch, x_pitch}},
+        {{(m ? m : g) + length, (v ? v : g) + length}, {m ? m_pitch : g_pitch, v ? m_pitch : g_pitch}}};
+    const auto apply = [&](const T* map, const T* in, int64_t pitch, T* out, const Ahead<T>* of, int asked) {
       if constexpr (kTall) {
-        map_rows(in, n, r, map, out, ahead);
+        map_rows(in, n, r, map, out, of, asked);
       } else {
-        map_columns(in, pitch, n, r, map, out, height);
+        map_columns<T, decltype(count)::value / L>(in, pitch, r, map, out, n, of, asked);
       }
     };
     const T *gradient = g, *momentum = m;
     int64_t gradient_pitch = g_pitch, momentum_pitch = m_pitch;
-    if (grad_map) apply(grad_map, g, g_pitch, mapped_g), gradient = mapped_g, gradient_pitch = height;
+    if (grad_map) {
+      apply(grad_map, g, g_pitch, mapped_g, ahead, !asks ? 0 : both ? 1 : 2);
+      gradient = mapped_g, gradient_pitch = n;
+    }
     if (param_map) {  // it is not ascended along: -T x, where the moment step turns the sign of g
-      apply(param_map, x, x_pitch, other);
+      apply(param_map, x, x_pitch, other, ahead, 0);
       for (int64_t k = 0; k < runs; ++k) {
         for (int64_t i = 0; i < length; ++i) {
-          mapped_g[k * height + i] = gradient[k * gradient_pitch + i] + sign * other[k * height + i];
+          mapped_g[k * n + i] = gradient[k * gradient_pitch + i] + sign * other[k * n + i];
         }
       }
-      gradient = mapped_g, gradient_pitch = height;
+      gradient = mapped_g, gradient_pitch = n;
     }
-    if (m && momentum_map) apply(momentum_map, m, m_pitch, mapped_m), momentum = mapped_m, momentum_pitch = height;
+    if (m && momentum_map) {
+      apply(momentum_map, m, m_pitch, mapped_m, ahead + (both ? 1 : 0), !asks ? 0 : both ? 1 : 2);
+      momentum = mapped_m, momentum_pitch = n;
+    }
     const auto step_runs = [&](auto has_x, auto has_moved) {
-      for (int64_t k = 0; k < runs; ++k) {
-        T *m_run = m ? m + k * m_pitch : nullptr, *v_run = v ? v + k * m_pitch : nullptr, *x_run = x + k * x_pitch;
-        const T *g_run = gradient + k * gradient_pitch, *aligned = m ? momentum + k * momentum_pitch : nullptr;
-        T* const out = decltype(has_x)::value ? x_run : mapped_m + k * height;
-        moment_step<T, decltype(has_x)::value, decltype(has_moved)::value>(scalars, item.step_size, item.scale_v, x_run,
-                                                                           g_run, aligned, m_run, v_run, out,
-                                                                           moved + k * height, length);
-      }
+      with_moments(m, v, [&](auto has_m, auto has_v) {
+        constexpr bool kX = decltype(has_x)::value, kM = decltype(has_m)::value, kV = decltype(has_v)::value;
+        for (int64_t k = 0; k < runs; ++k) {
+          T* const x_run = x + k * x_pitch;
+          moment_step<T, kX, kM, kV, decltype(has_moved)::value>(
+              scalars, item.step_size, item.scale_v, x_run, gradient + k * gradient_pitch,
+              kM ? momentum + k * momentum_pitch : nullptr, kM ? m + k * m_pitch : nullptr,
+              kV ? v + k * m_pitch : nullptr, kX ? x_run : mapped_m + k * n, moved_strip + k * moved_pitch, length);
+        }
+      });
     };
     if (!direction_map) {
       drift ? step_runs(std::true_type(), std::true_type()) : step_runs(std::true_type(), std::false_type());
-    } else {
-      step_runs(std::false_type(), std::false_type());
-      apply(direction_map, mapped_m, height, other);
-      for (int64_t k = 0; k < runs; ++k) {
-        for (int64_t i = 0; i < length; ++i) {
-          const T old = x[k * x_pitch + i], next_x = shrink * old - other[k * height + i];
-          moved[k * height + i] = next_x - old;
-          x[k * x_pitch + i] = next_x;
-        }
+      return;
+    }
+    step_runs(std::false_type(), std::false_type());
+    apply(direction_map, mapped_m, n, other, ahead, 0);
+    for (int64_t k = 0; k < runs; ++k) {
+      for (int64_t i = 0; i < length; ++i) {
+        const T old = x[k * x_pitch + i], next_x = shrink * old - other[k * n + i];
+        moved_strip[k * moved_pitch + i] = next_x - old;
+        x[k * x_pitch + i] = next_x;
       }
     }
-    if (!drift) return;
-    if constexpr (kTall) {
-      add_product_of_rows(static_cast<const T*>(x), static_cast<const T*>(moved), n, r, false, drift);
-    } else {
-      add_product_of_columns(static_cast<const T*>(x), x_pitch, static_cast<const T*>(moved), height, n, r, drift);
-    }
   };
-  for (int64_t from = 0; from < rows; from += height) step_rows(from, rows - from < height ? rows - from : height);
+
+  for (int64_t from = 0; from < rows; from += block) {
+    const int64_t n = rows - from < block ? rows - from : block;
+    int64_t at = 0;
+    for (; at + kStrip <= n; at += kStrip) {
+      step_strip(std::integral_constant<int64_t, kStrip>(), from + at, moved + at * width, block);
+    }
+    if (at < n) {
+      if constexpr (kTall) {
+        step_strip(n - at, from + at, moved + at * width, block);
+      } else {
+        step_strip(std::integral_constant<int64_t, L>(), from + at, moved + at, block);
+      }
+    }
+    if (!drift) continue;
+    const T* const x = from_row(item.param.data, from);
+    if constexpr (kTall) {
+      add_product_of_rows(x, static_cast<const T*>(moved), n, r, false, drift);
+    } else {
+      add_product_of_columns(x, x_pitch, static_cast<const T*>(moved), block, n, r, drift);
+    }
+  }
 }
 
 // Rows [first, first + rows) with r × r maps. Their share of the drift (r, r), if there is one, is added to while the

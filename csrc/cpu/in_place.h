@@ -44,85 +44,113 @@ LOWRANK_INLINE void with_part(int64_t r, const F& f) {
   f(std::integral_constant<int, L>());
 }
 
-// Asks for what some arrays hold next while something is computed, a few lines at each of `calls` calls.
-class Prefetcher {
- public:
-  Prefetcher(int64_t bytes, int64_t calls) : lines_((bytes + 63) / 64), calls_(calls > 0 ? calls : 1) {}
-  // null is no array.
-  void add(const void* data) {
-    if (data == nullptr) return;
-    arrays_[count_++] = static_cast<const char*>(data);
-    each_ = (count_ * lines_ + calls_ - 1) / calls_;
-  }
-  LOWRANK_INLINE void operator()() {
-    for (int64_t n = each_; n > 0 && array_ < count_; --n) {
-      prefetch(arrays_[array_] + 64 * line_);
-      if (++line_ == lines_) line_ = 0, ++array_;
-    }
-  }
-
- private:
-  const char* arrays_[4];
-  int64_t lines_, calls_, each_ = 0, line_ = 0;
-  int count_ = 0, array_ = 0;
+// What a product asks memory for while it reads its input: the same rows and columns of two other arrays, which are
+// wanted next. (So spread it is free; many lines at once, or into the first-level cache, are not.)
+template <class T>
+struct Ahead {
+  const T* data[2];
+  int64_t pitch[2];  // of wide factors
 };
 
-// K rows of out = in · M for a tall `in` (dense rows of r), columns [j0, j0 + V · W).
-template <class T, int W, int K, int V>
-LOWRANK_INLINE void map_rows_block(const T* in, int64_t r, const T* map, T* out, Prefetcher& ahead) {
+constexpr int64_t kLineBytes = 64;
+
+// Calls f(std::integral_constant<int, N>) for asking for what N = 0, 1 or 2 Aheads say.
+template <class F>
+LOWRANK_INLINE void with_asked(int asked, const F& f) {
+  if (asked == 0) return f(std::integral_constant<int, 0>());
+  asked == 1 ? f(std::integral_constant<int, 1>()) : f(std::integral_constant<int, 2>());
+}
+
+// K rows of out = in · M for a tall `in` (dense rows of r; of R, if that is not 0, which saves address registers), W
+// columns of M.
+template <class T, int W, int K, int R, int kAsked>
+LOWRANK_INLINE void map_rows_block(const T* in, int64_t rank, const T* map, T* out, const Ahead<T>* ahead) {
   using P = Part<T, W>;
-  typename P::Vector sum[K][V] = {};
+  const int64_t r = R > 0 ? R : rank;
+  typename P::Vector sum[K];
+  LOWRANK_UNROLL
+  for (int k = 0; k < K; ++k) sum[k] = typename P::Vector{};
   for (int64_t i = 0; i < r; ++i) {
-    ahead();
-    for (int v = 0; v < V; ++v) {
-      const typename P::Vector m = P::load(map + i * r + v * W);
-      for (int k = 0; k < K; ++k) sum[k][v] += P::splat(in[k * r + i]) * m;
+    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    LOWRANK_UNROLL
+    for (int n = 0; n < 2 * kAsked; ++n) {  // in all, of K rows of r
+      for (int64_t at = i * K; at < (i + 1) * K; at += kLine) prefetch(ahead[n / 2].data[n % 2] + at);
     }
+    const typename P::Vector m = P::load(map + i * r);
+    LOWRANK_UNROLL
+    for (int k = 0; k < K; ++k) sum[k] += P::splat(in[k * r + i]) * m;
   }
-  for (int k = 0; k < K; ++k) {
-    for (int v = 0; v < V; ++v) P::store(out + k * r + v * W, sum[k][v]);
-  }
+  LOWRANK_UNROLL
+  for (int k = 0; k < K; ++k) P::store(out + k * r, sum[k]);
 }
 
 // How many rows are mapped at a time.
 constexpr int kMappedRows = kManyRegisters ? 12 : 8;
 
-// out = in · M for `rows` dense rows of a tall factor; `ahead` is called some rows · r / kMappedRows times.
+// out = in · M for `rows` dense rows of a tall factor, at most kMappedRows.
 template <class T>
-inline void map_rows(const T* in, int64_t rows, int64_t r, const T* map, T* out, Prefetcher& ahead) {
+inline void map_rows(const T* in, int64_t rows, int64_t r, const T* map, T* out, const Ahead<T>* ahead, int asked) {
   constexpr int K = kMappedRows;
   with_part<T>(r, [&](auto width) {
     constexpr int W = decltype(width)::value;
-    int64_t k = 0;
-    for (; k + K <= rows; k += K) {
-      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, K, 1>(in + k * r, r, map + j, out + k * r + j, ahead);
+    const auto whole = [&](auto known) {
+      constexpr int R = decltype(known)::value;
+      with_asked(asked,
+                 [&](auto asked) { map_rows_block<T, W, K, R, decltype(asked)::value>(in, r, map, out, ahead); });
+      for (int64_t j = W; j < r; j += W) map_rows_block<T, W, K, R, 0>(in, r, map + j, out + j, ahead);
+    };
+    if (rows == K) {
+      if (r == W) return whole(std::integral_constant<int, W>());
+      if (r == 2 * W) return whole(std::integral_constant<int, 2 * W>());
+      return whole(std::integral_constant<int, 0>());
     }
-    for (; k + 4 <= rows; k += 4) {
-      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 4, 1>(in + k * r, r, map + j, out + k * r + j, ahead);
-    }
-    for (; k < rows; ++k) {
-      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 1, 1>(in + k * r, r, map + j, out + k * r + j, ahead);
+    for (int64_t k = 0; k < rows; ++k) {
+      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 1, 0, 0>(in + k * r, r, map + j, out + k * r + j, ahead);
     }
   });
 }
 
-// out = M · in for `columns` (whole vectors) of a wide factor, whose rows are `pitch` apart; `transposed` is Mᵀ.
-template <class T>
-inline void map_columns(const T* in, int64_t pitch, int64_t columns, int64_t r, const T* transposed, T* out,
-                        int64_t out_pitch) {
-  constexpr int J = kManyRegisters ? 8 : 4, L = kLanes<T>;
-  const auto block = [&](auto j_count, auto v_count, int64_t j, int64_t k) {
-    multiply_block<T, decltype(j_count)::value, decltype(v_count)::value>(in + k, pitch, r, transposed + j, r, 1,
-                                                                          out + j * out_pitch + k, out_pitch);
-  };
-  const auto all_rows = [&](auto v_count, int64_t k) {
-    int64_t j = 0;
-    for (; j + J <= r; j += J) block(std::integral_constant<int, J>(), v_count, j, k);
-    for (; j < r; ++j) block(std::integral_constant<int, 1>(), v_count, j, k);
-  };
-  int64_t k = 0;
-  for (; k + 2 * L <= columns; k += 2 * L) all_rows(std::integral_constant<int, 2>(), k);
-  for (; k < columns; k += L) all_rows(std::integral_constant<int, 1>(), k);
+// J rows of out = M · in for V vectors of columns of a wide factor, whose rows are `pitch` apart; `transposed` is Mᵀ.
+template <class T, int J, int V, int kAsked>
+LOWRANK_INLINE void map_columns_block(const T* in, int64_t pitch, int64_t r, const T* transposed, T* out,
+                                      int64_t out_pitch, const Ahead<T>* ahead) {
+  Vec<T> sum[J][V] = {};
+  for (int64_t i = 0; i < r; ++i) {
+    Vec<T> x[V];
+    for (int v = 0; v < V; ++v) x[v] = load(in + i * pitch + v * kLanes<T>);
+    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    LOWRANK_UNROLL
+    for (int n = 0; n < 2 * kAsked; ++n) {
+      const T* const row = ahead[n / 2].data[n % 2] + i * ahead[n / 2].pitch[n % 2];
+      for (int64_t at = 0; at < V * kLanes<T>; at += kLine) prefetch(row + at);
+    }
+    for (int j = 0; j < J; ++j) {
+      const Vec<T> c = splat(transposed[i * r + j]);
+      for (int v = 0; v < V; ++v) sum[j][v] += c * x[v];
+    }
+  }
+  for (int j = 0; j < J; ++j) {
+    for (int v = 0; v < V; ++v) store(out + j * out_pitch + v * kLanes<T>, sum[j][v]);
+  }
+}
+
+// out = M · in for V vectors of columns.
+template <class T, int V>
+inline void map_columns(const T* in, int64_t pitch, int64_t r, const T* transposed, T* out, int64_t out_pitch,
+                        const Ahead<T>* ahead, int asked) {
+  constexpr int J = kManyRegisters ? 8 : 4;
+  int64_t j = 0;
+  if (r >= J && asked == 1) map_columns_block<T, J, V, 1>(in, pitch, r, transposed, out, out_pitch, ahead), j = J;
+  if (r >= J && asked == 2) map_columns_block<T, J, V, 2>(in, pitch, r, transposed, out, out_pitch, ahead), j = J;
+  for (; j + J <= r; j += J) {
+    map_columns_block<T, J, V, 0>(in, pitch, r, transposed + j, out + j * out_pitch, out_pitch, ahead);
+  }
+  for (; J > 4 && j + 4 <= r; j += 4) {
+    map_columns_block<T, 4, V, 0>(in, pitch, r, transposed + j, out + j * out_pitch, out_pitch, ahead);
+  }
+  for (; j < r; ++j) {
+    map_columns_block<T, 1, V, 0>(in, pitch, r, transposed + j, out + j * out_pitch, out_pitch, ahead);
+  }
 }
 
 // gram[i][j] += Σ_k x[k][i] · y_v[k][j] for I columns of x and V parts of W columns, x and all y in dense rows of r;
@@ -131,7 +159,12 @@ template <class A, int W, int I, int V>
 LOWRANK_INLINE void gram_rows_block(const A* x, const A* const* y, int64_t rows, int64_t r, double* gram,
                                     const int64_t* offset) {
   using P = Part<A, W>;
-  typename P::Vector sum[I][V] = {};
+  typename P::Vector sum[I][V];
+  LOWRANK_UNROLL
+  for (int i = 0; i < I; ++i) {
+    LOWRANK_UNROLL
+    for (int v = 0; v < V; ++v) sum[i][v] = typename P::Vector{};
+  }
   for (int64_t k = 0; k < rows; ++k) {
     LOWRANK_UNROLL
     for (int v = 0; v < V; ++v) {

@@ -27,16 +27,18 @@ constexpr int64_t group_count(int64_t d) { return d == 0 ? 1 : (d + kGroupRows -
 // Rows of a panel of the moment step with maps, which works on seven of them: at r = 16 they fit the first-level cache.
 constexpr int64_t mapped_panel_rows(int64_t r) { return r <= 64 ? 64 : 32; }
 
-// The same where the factor stays in place. Rows of a tall one: x, its gradient, two moments and three blocks of
-// scratch fit the first-level cache; whole blocks of map_rows, of 12 or of 8. Columns of a wide one, which is r runs:
-// long enough for the processor to fetch ahead, all seven in the second-level cache.
-constexpr int64_t in_place_rows(int64_t r) { return r <= 8 ? 96 : r <= 16 ? 48 : 24; }
-constexpr int64_t in_place_columns(int64_t r) { return r <= 16 ? 1024 : 16384 / r / 32 * 32; }
+// The same where the factor stays in place, which is worked on in strips of at most so many rows.
+constexpr int64_t kStripRows = 32;
+// Over so many rows of a tall factor (whole strips of 12 or of 8), or columns of a wide one, the drift is added up
+// before it goes to double: few enough for what moved to stay in the cache, enough to pay for that.
+constexpr int64_t in_place_rows(int64_t r) { return r <= 8 ? 384 : r <= 16 ? 192 : r <= 32 ? 96 : r <= 64 ? 48 : 24; }
+constexpr int64_t in_place_columns(int64_t r) { return r <= 16 ? 512 : 8192 / r / 32 * 32; }
 
 // Scratch of the moment step with maps, in elements.
 constexpr int64_t mapped_scratch(int64_t r) {
   const int64_t panels = (2 * kBlockRows + 5 * mapped_panel_rows(r)) * r;
-  const int64_t in_place = 4 * in_place_columns(r) * r + 4 * r * r;
+  const int64_t block = in_place_rows(r) > in_place_columns(r) ? in_place_rows(r) : in_place_columns(r);
+  const int64_t in_place = (3 * kStripRows + block) * r + 4 * r * r;
   return round_up(panels > in_place ? panels : in_place, 16);
 }
 
