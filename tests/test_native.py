@@ -8,6 +8,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lowrank_kernels import ops
 from lowrank_kernels.backends import reference, registry
+from lowrank_kernels.backends.lists import Tall, gather
 
 native = pytest.importorskip("lowrank_kernels.backends.native", reason="the native extension is not built")
 _csrc = native._csrc
@@ -481,6 +483,72 @@ def test_svd_product_does_not_depend_on_threads(threads: None) -> None:
     alone = ops.grouped_svd_product(lefts, rights, 8)
     assert torch.equal(ss, alone[1])
     assert all(torch.equal(a, b) for a, b in zip([*us, *vs], [*alone[0], *alone[2]], strict=True))
+
+
+# --- grouped_altlora_turn_ -----------------------------------------------------------------------------------------------
+
+
+def altlora_turn(
+    side: str, heights: tuple[tuple[int, int], ...], rank: int, dtype: torch.dtype, whole: bool, **options: Any
+) -> list[Tensor]:
+    """What a turn of factors (their heights, their partners') leaves, as a whole or as the operations that it consists of."""
+    torch.manual_seed(7)
+    state_dtype, second, taken = wide(dtype), options.pop("second", True), options.pop("taken", whole)
+    layouts = ("rows", "rows", "columns of a wider one", "strided")  # as they are stored
+
+    def stored(rows: int, i: int) -> Tensor:
+        return matrix(rows, rank, dtype, layouts[i % 4]) if side == "B" else matrix(rank, rows, dtype, layouts[i % 4])
+
+    params = [torch.nn.Parameter(stored(height, i)) for i, (height, _) in enumerate(heights)]
+    state = {}
+    for i, p in enumerate(params):
+        p.grad = stored(heights[i][0], i)
+        state[p] = {"exp_avg": torch.randn(p.shape, dtype=state_dtype)}
+        if second:
+            state[p]["exp_avg_sq"] = torch.rand(p.shape, dtype=state_dtype)
+    stored_partners = [matrix(rows, rank, dtype) for _, rows in heights]
+    partners = stored_partners if side == "A" else Tall([y.mT.contiguous() for y in stored_partners])
+    behind = torch.randn(len(params), rank, rank, dtype=state_dtype)
+    moved = torch.full_like(behind, torch.nan)
+    found = gather(params, list(range(len(params))), state)
+    assert found.layout is not None
+    calls = registry.call_counts().get(("grouped_altlora_turn_", "native"), 0)
+    with torch.no_grad():
+        ops.grouped_altlora_turn_(
+            found.params, found.grads, found.exp_avgs, found.exp_avg_sqs, partners=partners, behind=behind, moved=moved, damping=1e-3,
+            own_damping=1e-2, weight=0.25, rank_dims=[0 if side == "A" else 1] * len(params), layout=found.layout if whole else None,
+            **{"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "step": 3, **options},
+        )  # fmt: skip
+    assert registry.call_counts().get(("grouped_altlora_turn_", "native"), 0) == calls + taken
+    return [*params, *(value for values in state.values() for value in values.values()), behind, moved]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_altlora_turn_is_its_parts_to_the_bit(side: str, dtype: torch.dtype, threads: None) -> None:
+    many = tuple((40 + 23 * (i % 7), 30 + 11 * (i % 5)) for i in range(19))
+    cases = [(rank, many, {}) for rank in RANKS if rank < 30]
+    cases += [
+        (8, ((2500, 1100), (64, 3000), *many), {"missed": [i % 3 for i in range(21)], "maximize": True}),
+        (4, ((40000, 20000), (30, 40)), {"second": False, "betas": (0.9, 0.0), "bias_correction": False}),  # shared by the threads
+        (16, ((1, 1), (5, 0), (0, 5)), {}),
+        (33, many[:3], {}),
+        (128, many[:2], {}),
+    ]
+    for rank, heights, options in cases:
+        wanted = altlora_turn(side, heights, rank, dtype, whole=False, **options)
+        got = altlora_turn(side, heights, rank, dtype, whole=True, **options)
+        assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True)), (rank, heights)
+        assert not got[-2].any()
+        torch.set_num_threads(1)
+        assert all(map(torch.equal, altlora_turn(side, heights, rank, dtype, whole=True, **options), got)), (rank, heights)
+        torch.set_num_threads(2)
+
+
+def test_altlora_turn_as_a_whole_only_where_its_parts_are_free() -> None:
+    for forced in ("reference", "native,grouped_gram=reference", "native,grouped_adamw_=reference"):
+        with registry.force(forced):
+            altlora_turn("A", ((30, 20),), 4, torch.float32, whole=True, taken=False)
 
 
 # --- grouped_gram -----------------------------------------------------------------------------------------------------

@@ -553,26 +553,39 @@ def test_peft_and_our_layers_train_alike(method: type[LowRankOptimizer]) -> None
     torch.testing.assert_close(train_peft(ours, method(ours, lr=1e-2, damping=1e-3), 0, 12), losses, rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [AltLoRA, AltLoRAPlus, LoRARITE], ids=lambda method: method.__name__)
+@pytest.mark.parametrize(
+    ("method", "options", "last"),
+    [
+        (AltLoRA, {}, "_step_side"),
+        (AltLoRA, {"order": "joint"}, "_write_stacked_state"),
+        (AltLoRAPlus, {}, "_step_side"),
+        (AltLoRAPlus, {"order": "joint"}, "_write_stacked_state"),
+        (LoRARITE, {}, "_write_stacked_state"),
+    ],
+)
 @pytest.mark.parametrize("steps", [0, 1])
-def test_atomic_undoes_a_step_that_moves_stacked_state(method: type, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atomic_undoes_a_step_that_moves_stacked_state(
+    method: type, options: dict[str, str], last: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The step that puts views of one stack into the state fails after it has written them: the state is what it was."""
     problem, whole = Targets(), Targets()
-    optimizer, plain = method(problem.model, lr=0.02, atomic=True), method(whole.model, lr=0.02)
+    optimizer, plain = method(problem.model, lr=0.02, atomic=True, **options), method(whole.model, lr=0.02, **options)
     problem.run(optimizer, steps)
     whole.run(plain, steps)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # the stacks are gone
     before = copy.deepcopy(list(optimizer.state.values()))
-    write = method._write_stacked_state
+    write = getattr(method, last)
 
-    def fails(self, *args) -> None:
-        write(self, *args)
-        args[-1].fill_(7.0)
+    def fails(self, *args, **kwargs) -> None:
+        write(self, *args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):  # a stack
+                value.fill_(7.0)
         raise RuntimeError("simulated")
 
     problem.set_gradients()
     with monkeypatch.context() as patch:
-        patch.setattr(method, "_write_stacked_state", fails)
+        patch.setattr(method, last, fails)
         with pytest.raises(RuntimeError, match="simulated"):
             optimizer.step()
     for old, new in zip(before, optimizer.state.values(), strict=False):

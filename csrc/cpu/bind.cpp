@@ -92,6 +92,7 @@ class Matrices {
   Matrices& operator=(const Matrices&) = delete;
 
   int64_t size() const { return static_cast<int64_t>(layout_->entries.size()); }
+  const TensorInfo& like() const { return layout_->like; }
   int64_t rows(int64_t i) const { return layout_->entries[i].rows; }
   // The i-th one, which must have this shape.
   View view(const char* what, int64_t i, int64_t rows, int64_t columns) const {
@@ -140,33 +141,41 @@ StepLayout layout_of(const py::list& params, const py::list& grads, const py::li
   return layout;
 }
 
-// Lists of tensors: params, grads, moments (or empty), or what was read of them before, or None; lists of int: missed
-// steps, which dimension is r (or empty). The r × r maps are (n, r, r), contiguous, of the type of the moments.
-void adamw(const py::list& params, const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
-           const StepLayout* known, const py::list& missed, const py::list& rank_dims, double lr, double beta1,
-           double beta2, double eps, double weight_decay, double step, bool bias_correction, bool maximize, int64_t r,
-           intptr_t grad_maps, intptr_t momentum_maps, intptr_t param_maps, intptr_t direction_maps, intptr_t drifts,
-           int threads) {
-  const size_t n = params.size();
-  for (const py::list* list : {&grads, &exp_avgs, &exp_avg_sqs, &missed, &rank_dims})
-    if (list->size() != n && (list == &grads || !list->empty()))
+// Params, grads and moments (or empty lists), or what was read of these very lists before, or null.
+class StepLists {
+ public:
+  StepLists(const py::list& params, const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
+            const StepLayout* known)
+      : layout_(known ? known : &own_) {
+    for (const py::list* list : {&grads, &exp_avgs, &exp_avg_sqs}) check_length(params, *list, list != &grads);
+    if (known == nullptr) own_ = layout_of(params, grads, exp_avgs, exp_avg_sqs);
+    if (layout_->entries.size() != params.size()) throw std::invalid_argument("grouped_adamw: a layout of other lists");
+  }
+  StepLists(const StepLists&) = delete;
+  StepLists& operator=(const StepLists&) = delete;
+
+  static void check_length(const py::list& params, const py::list& list, bool may_be_empty) {
+    if (list.size() != params.size() && !(may_be_empty && list.empty()))
       throw std::invalid_argument("grouped_adamw: lists of different lengths");
-  const bool mapped = grad_maps || momentum_maps || param_maps || direction_maps || drifts;
-  if (mapped && (rank_dims.empty() || r < 0)) throw std::invalid_argument("grouped_adamw: maps without a rank");
-  if (mapped) check_rank(r);
-  StepLayout read;
-  if (known == nullptr) read = layout_of(params, grads, exp_avgs, exp_avg_sqs);
-  const StepLayout& layout = known ? *known : read;
-  if (layout.entries.size() != n) throw std::invalid_argument("grouped_adamw: a layout of other lists");
-  if (n == 0) return;
-  const AdamWScalars scalars{dtype_of(layout.like.dtype), lr, beta1, beta2, eps, weight_decay, maximize};
-  const int64_t size = scalars.dtype == DType::kFloat64 ? 8 : 4;
+  }
+  const StepLayout& layout() const { return *layout_; }
+
+ private:
+  StepLayout own_;
+  const StepLayout* layout_;
+};
+
+// Without maps: rows of numbers where they are contiguous. `missed` steps and `rank_dims`, which dimension is r, are
+// lists of int, or empty; with maps of rank r all are matrices.
+std::vector<AdamWItem> step_items(const AdamWScalars& scalars, const StepLayout& layout, const py::list& missed,
+                                  const py::list& rank_dims, double step, bool bias_correction, bool mapped,
+                                  int64_t r) {
   const auto number = [&](const py::list& list, size_t i) {
     return list.empty() ? 0 : PyLong_AsLongLong(PyList_GET_ITEM(list.ptr(), i));
   };
-  std::vector<AdamWItem> items(n);
+  std::vector<AdamWItem> items(layout.entries.size());
   double steps_known = -1, correction1 = 1, correction2 = 1;
-  for (size_t i = 0; i < n; ++i) {
+  for (size_t i = 0; i < items.size(); ++i) {
     AdamWItem& item = items[i];
     const StepEntry& entry = layout.entries[i];
     item.rank_dim = static_cast<int>(number(rank_dims, i));
@@ -177,7 +186,6 @@ void adamw(const py::list& params, const py::list& grads, const py::list& exp_av
     item.rows = entry.rows;
     item.columns = entry.columns;
     if (entry.contiguous) {
-      // Without maps a row of numbers; with maps a matrix of which one dimension is r.
       const int64_t rest = r > 0 ? entry.elements / r : 0;
       item.rows = !mapped ? 1 : item.rank_dim == 1 ? rest : r;
       item.columns = !mapped ? entry.elements : item.rank_dim == 1 ? r : rest;
@@ -186,25 +194,76 @@ void adamw(const py::list& params, const py::list& grads, const py::list& exp_av
     }
     const double steps = step - static_cast<double>(number(missed, i));
     if (bias_correction && steps != steps_known) {
-      correction1 = 1 - std::pow(beta1, steps);
-      correction2 = 1 - std::pow(beta2, steps);
+      correction1 = 1 - std::pow(scalars.beta1, steps);
+      correction2 = 1 - std::pow(scalars.beta2, steps);
       steps_known = steps;
     }
-    item.step_size = lr / correction1;
+    item.step_size = scalars.lr / correction1;
     item.scale_v = 1 / std::sqrt(correction2);
-    if (mapped) {
-      const auto map = [&](intptr_t maps) {
-        return maps ? reinterpret_cast<void*>(maps + static_cast<int64_t>(i) * r * r * size) : nullptr;
-      };
-      item.grad_map = map(grad_maps);
-      item.momentum_map = map(momentum_maps);
-      item.param_map = map(param_maps);
-      item.direction_map = map(direction_maps);
-      item.drift = map(drifts);
-    }
+  }
+  return items;
+}
+
+// The r × r maps are (n, r, r), contiguous, of the type of the moments.
+void adamw(const py::list& params, const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
+           const StepLayout* known, const py::list& missed, const py::list& rank_dims, double lr, double beta1,
+           double beta2, double eps, double weight_decay, double step, bool bias_correction, bool maximize, int64_t r,
+           intptr_t grad_maps, intptr_t momentum_maps, intptr_t param_maps, intptr_t direction_maps, intptr_t drifts,
+           int threads) {
+  const StepLists lists(params, grads, exp_avgs, exp_avg_sqs, known);
+  for (const py::list* list : {&missed, &rank_dims}) StepLists::check_length(params, *list, true);
+  const bool mapped = grad_maps || momentum_maps || param_maps || direction_maps || drifts;
+  if (mapped && (rank_dims.empty() || r < 0)) throw std::invalid_argument("grouped_adamw: maps without a rank");
+  if (mapped) check_rank(r);
+  if (params.empty()) return;
+  const AdamWScalars scalars{dtype_of(lists.layout().like.dtype), lr, beta1, beta2, eps, weight_decay, maximize};
+  const int64_t bytes = r * r * (scalars.dtype == DType::kFloat64 ? 8 : 4);
+  std::vector<AdamWItem> items =
+      step_items(scalars, lists.layout(), missed, rank_dims, step, bias_correction, mapped, r);
+  for (size_t i = 0; mapped && i < items.size(); ++i) {
+    const auto map = [&](intptr_t maps) {
+      return maps ? reinterpret_cast<void*>(maps + static_cast<int64_t>(i) * bytes) : nullptr;
+    };
+    items[i].grad_map = map(grad_maps);
+    items[i].momentum_map = map(momentum_maps);
+    items[i].param_map = map(param_maps);
+    items[i].direction_map = map(direction_maps);
+    items[i].drift = map(drifts);
   }
   const py::gil_scoped_release released;
-  grouped_adamw(scalars, items.data(), static_cast<int64_t>(n), threads);
+  grouped_adamw(scalars, items.data(), static_cast<int64_t>(items.size()), threads);
+}
+
+// The factors of one side as for adamw, their partners as for gram; drifts (n, r, r) of the type of the moments.
+void altlora_turn(const py::list& params, const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
+                  const StepLayout* known, const py::list& partners, int64_t partners_transposed,
+                  const MatrixLayout* partners_known, const py::list& missed, const py::list& rank_dims, double lr,
+                  double beta1, double beta2, double eps, double weight_decay, double step, bool bias_correction,
+                  bool maximize, int64_t r, intptr_t behind, intptr_t moved, double damping, double own_damping,
+                  double weight, int threads) {
+  const char* const what = "grouped_altlora_turn";
+  const StepLists lists(params, grads, exp_avgs, exp_avg_sqs, known);
+  StepLists::check_length(params, missed, true);
+  StepLists::check_length(params, rank_dims, false);
+  const Matrices ys(what, partners, partners_transposed, partners_known);
+  check_sizes(what, ys.size() == static_cast<int64_t>(params.size()));
+  check_rank(r);
+  if (params.empty() || r == 0) return;
+  if (!ys.like().is_like(lists.layout().like))
+    throw std::invalid_argument("grouped_altlora_turn: partners of another dtype or device");
+  if (behind == 0 || moved == 0)
+    throw std::invalid_argument("grouped_altlora_turn: a tensor without memory (fake, meta or distributed)");
+  const AdamWScalars scalars{dtype_of(lists.layout().like.dtype), lr, beta1, beta2, eps, weight_decay, maximize};
+  std::vector<AdamWItem> items = step_items(scalars, lists.layout(), missed, rank_dims, step, bias_correction, true, r);
+  std::vector<GramItem> grams(items.size());
+  for (int64_t i = 0; i < ys.size(); ++i) {
+    grams[i].rows = ys.rows(i);
+    grams[i].x = ys.view(what, i, grams[i].rows, r);
+  }
+  const TurnArguments turn{
+      reinterpret_cast<void*>(behind), reinterpret_cast<void*>(moved), r, damping, own_damping, weight};
+  const py::gil_scoped_release released;
+  grouped_altlora_turn(scalars, turn, items.data(), grams.data(), ys.size(), threads);
 }
 
 // x, previous (or None) and q, how many of each are stored transposed, and what was read of them before, or None. R is
@@ -408,6 +467,7 @@ void bind_cpu(py::module_& m) {
   watch_for_fork();
   bind_lists(m);
   m.def("adamw", &adamw, "One AdamW step of a list of parameters, in place.");
+  m.def("altlora_turn", &altlora_turn, "One turn of AltLoRA of the factors of one side, in place.");
   m.def("first_irregular", &first_irregular,
         "The first tensor of a list that is neither contiguous nor a matrix; -1 if there is none.");
   m.def("qr", &qr, "Thin QR of a list of tall matrices.");

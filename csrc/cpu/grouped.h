@@ -35,6 +35,11 @@ void grouped_damped_inverse(DType dtype, const Stack& rs, double damping, void* 
 // n preconditioners, and what realigns momentum.
 void grouped_preconditioner(DType dtype, const PreconditionerArguments& arguments, int64_t n, int threads);
 
+// A turn of AltLoRA of n factors of one side without maps: the Grams of their partners, preconditioners, the moment
+// step.
+void grouped_altlora_turn(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* items,
+                          const GramItem* partners, int64_t n, int threads);
+
 // LoRSum of n layers, computed in double for fp64 factors and else in float; r × r matrices always in double.
 void grouped_lorsum(const LorsumScalars& scalars, const LorsumItem* items, int64_t n, int threads);
 

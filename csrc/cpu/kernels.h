@@ -81,6 +81,15 @@ struct PreconditionerArguments {
   bool transposed;
 };
 
+// A turn of AltLoRA, besides the factors and their partners: the drifts that the momentum is behind by, which are
+// zeroed, and those of the factors' move, which are written; (n, r, r), contiguous, of the type of the computation.
+// `damping` is of the partners' Grams, `own_damping` of the factors' own.
+struct TurnArguments {
+  void *behind, *moved;
+  int64_t r;
+  double damping, own_damping, weight;
+};
+
 // One term of one layer: c P Qᵀ with P (d_out, k) on the left and Q (d_in, k) on the right, or c D with D on the left.
 struct LorsumTerm {
   View left, right;

@@ -3,12 +3,25 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/schedule.h"
 #include "cpu/scratch.h"
 
 namespace lowrank {
+
+// add(first, rows, sums) adds the sums of a group of rows to `sums` (`count` doubles), for one matrix of `rows` rows.
+// The total is left in `total`, behind which there is room for the sums of a group, at a multiple of 8.
+template <class Add>
+void sum_groups(int64_t rows, int64_t count, double* total, const Add& add) {
+  double* const sums = total + round_up(count, 8);
+  for (int64_t group = 0; group < group_count(rows); ++group) {
+    double* const to = group == 0 ? total : sums;
+    std::fill(to, to + count, 0.0);
+    add(group * kGroupRows, std::min(kGroupRows, rows - group * kGroupRows), to);
+    if (group == 0) continue;
+    for (int64_t j = 0; j < count; ++j) total[j] += sums[j];
+  }
+}
 
 // rows(i) of matrix i; add(i, first, rows, scratch, sums) adds the sums of a group of rows to `sums` (`count` doubles);
 // finish(i, sums) takes the total. `scratch` holds `scratch_bytes`, for one thread.
@@ -16,35 +29,31 @@ template <class Rows, class Add, class Finish>
 void sum_rows(int64_t n, int64_t columns, int64_t count, size_t scratch_bytes, int threads, const Rows& rows,
               const Add& add, const Finish& finish) {
   const Schedule schedule(n, columns, threads, rows);
-  const size_t sums_bytes = static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(double)), 64));
-  const auto add_group = [&](int64_t i, int64_t group, char* scratch, double* sums) {
-    const int64_t first = group * kGroupRows;
-    std::memset(sums, 0, sums_bytes);
-    add(i, first, std::min(kGroupRows, rows(i) - first), scratch, sums);
-  };
-  const auto add_to = [&](double* total, const double* sums) {
-    for (int64_t j = 0; j < count; ++j) total[j] += sums[j];
-  };
+  const size_t sums_bytes = static_cast<size_t>(round_up(count, 8)) * sizeof(double);
   for (int64_t s = 0; s < schedule.split; ++s) {
     const int64_t i = schedule.order[s], groups = group_count(rows(i));
     const Scratch partial(sums_bytes, static_cast<int>(groups)), scratch(scratch_bytes, schedule.workers);
     parallel_for(groups, schedule.workers, [&](int64_t group, int worker) {
-      add_group(i, group, scratch.of<char>(worker), partial.of<double>(static_cast<int>(group)));
+      const int64_t first = group * kGroupRows;
+      double* const sums = partial.of<double>(static_cast<int>(group));
+      std::fill(sums, sums + count, 0.0);
+      add(i, first, std::min(kGroupRows, rows(i) - first), scratch.of<char>(worker), sums);
     });
     double* total = partial.of<double>(0);
-    for (int64_t group = 1; group < groups; ++group) add_to(total, partial.of<double>(static_cast<int>(group)));
+    for (int64_t group = 1; group < groups; ++group) {
+      for (int64_t j = 0; j < count; ++j) total[j] += partial.of<double>(static_cast<int>(group))[j];
+    }
     finish(i, total);
   }
   if (schedule.split == n) return;
   const Scratch scratch(2 * sums_bytes + scratch_bytes, schedule.workers);
   parallel_for(n - schedule.split, schedule.workers, [&](int64_t task, int worker) {
-    const int64_t i = schedule.order[schedule.split + task], groups = group_count(rows(i));
+    const int64_t i = schedule.order[schedule.split + task];
     char* const base = scratch.of<char>(worker);
-    double *total = reinterpret_cast<double*>(base), *sums = reinterpret_cast<double*>(base + sums_bytes);
-    for (int64_t group = 0; group < groups; ++group) {
-      add_group(i, group, base + 2 * sums_bytes, group == 0 ? total : sums);
-      if (group > 0) add_to(total, sums);
-    }
+    double* const total = reinterpret_cast<double*>(base);
+    sum_groups(rows(i), count, total, [&](int64_t first, int64_t height, double* sums) {
+      add(i, first, height, base + 2 * sums_bytes, sums);
+    });
     finish(i, total);
   });
 }

@@ -209,8 +209,28 @@ def select(operation: str, device_type: str, args: tuple[Any, ...]) -> Selection
 
 def run(operation: str, device_type: str, *args: Any) -> Any:
     """Choose an implementation and run it, with autocast off inside: the operation has settled its dtypes before."""
-    implementation = select(operation, device_type, args).implementation
-    _calls[operation, implementation.backend] += 1
+    return _call(select(operation, device_type, args).implementation, device_type, args)
+
+
+def run_whole(operation: str, parts: tuple[str, ...], device_type: str, *args: Any) -> bool:
+    """Run an operation that is others, its ``parts``, one after the other, where the backend that is preferred has it as a whole.
+
+    False, and nothing has run, where that one does not have it or take it, or where another backend is forced for one of the parts.
+    """
+    if not _loaded:
+        _load()
+    preferred = next(name for name in PREFERENCE.get(device_type, ("reference",)) if name not in _unavailable)
+    implementation = _implementations.get(operation, {}).get(preferred)
+    if implementation is None or {_forced_backend(name) for name in (operation, *parts)} - {None, preferred}:
+        return False
+    taken, _ = implementation.verify(*args)
+    if taken:
+        _call(implementation, device_type, args)
+    return taken
+
+
+def _call(implementation: Implementation, device_type: str, args: tuple[Any, ...]) -> Any:
+    _calls[implementation.operation, implementation.backend] += 1
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return implementation.function(*args)

@@ -1,6 +1,7 @@
 """Operations: schemas, checks, meta implementations and autograd. What runs them is in ``backends/``."""
 
 from .adamw import grouped_adamw_
+from .altlora_turn import grouped_altlora_turn_
 from .damped_inverse import grouped_damped_inverse
 from .eigh import grouped_eigh, grouped_eigvalsh
 from .gram import grouped_gram
@@ -16,6 +17,7 @@ from .svd_product import grouped_svd_product
 
 __all__ = [
     "grouped_adamw_",
+    "grouped_altlora_turn_",
     "grouped_damped_inverse",
     "grouped_eigh",
     "grouped_eigvalsh",

@@ -7,9 +7,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from ..ops import grouped_altlora_turn_
 from .arguments import AdamWOptions, ParamsT
 from .pairing import FactorPair, LikePairs, Position
-from .preconditioned import DEFAULT_DAMPING, OTHER, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, OTHER, Active, PreconditionedOptimizer
+from .shards import is_sharded
 from .state import moments, state_dtype
 
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
@@ -95,33 +97,55 @@ class AltLoRA(PreconditionedOptimizer):
         active = {side: self._active(pairs, side) for side in turn}
         for side, found in active.items():
             self._note_late(pairs, found.pairs, side)
-        present = {side: found.pairs for side, found in active.items() if found.pairs}
-        # Jacobi: every preconditioner, and what aligns the momentum, from the factors as they were.
-        misaligned = {side: self._stacked_state(of_side, side, "drift") for side, of_side in present.items()}
-        weight = pairs[0].scale ** -2
-        maps = {side: self._preconditioners(present[side], side, weight=weight, drifts=drifts) for side, drifts in misaligned.items()}
-        late = {side: self._with_late_partner(of_side, side) for side, of_side in present.items()}
+        active = {side: found for side, found in active.items() if found.pairs}
+        late = {side: self._with_late_partner(found.pairs, side) for side, found in active.items()}
         behind = {side: self._realigned(late[side], OTHER[side]) for side in late if late[side]}
-        moved = {}
-        for side, (preconditioners, realignments) in maps.items():
-            moved[side] = torch.empty_like(misaligned[side])
-            self._step_side(
-                active[side],
-                side,
-                grad_maps=preconditioners,
-                momentum_maps=realignments,
-                drifts=moved[side],
-                **self._moments(self._group(pairs, side)),
-            )
-        for side, drifts in misaligned.items():  # aligned now
-            self._write_stacked_state(present[side], side, "drift", drifts.zero_())
-        for side, drifts in moved.items():
-            self._over_shards(drifts, present[side], side).diagonal(dim1=1, dim2=2).add_(self._group(pairs, side)["damping"])
-            self._set_drift(present[side], OTHER[side], drifts)
-            if side in behind:
-                self._carry_twice(late[side], side, behind[side])
+        if group["order"] == "joint" or is_sharded(self._at(pairs[0].a)):
+            self._step_sides(active)
+        else:
+            for side, found in active.items():
+                self._turn(found, side)
+        for side, realigned in behind.items():
+            self._carry_twice(late[side], side, realigned)
         if group["freeze_idle"]:
             self._freeze_idle(pairs, next_turn)
+
+    def _turn(self, active: Active, side: str) -> None:
+        """One turn of the factors of a side."""
+        pairs, other = active.pairs, OTHER[side]
+        self._step_side(
+            active,
+            side,
+            operation=grouped_altlora_turn_,
+            partners=self._tall(pairs, other),
+            behind=self._stacked_state(pairs, side, "drift"),
+            moved=self._stacked_state(pairs, other, "drift"),
+            damping=self._group(pairs, other)["damping"],
+            own_damping=self._group(pairs, side)["damping"],
+            weight=pairs[0].scale ** -2,
+            **self._moments(self._group(pairs, side)),
+        )
+
+    def _step_sides(self, active: dict[str, Active]) -> None:
+        """The same of both sides at once (Jacobi: every preconditioner, and what aligns the momentum, from the factors as they were), or of
+        factors of which each rank holds a part, whose Gram matrices are sums over ranks."""
+        misaligned = {side: self._stacked_state(found.pairs, side, "drift") for side, found in active.items()}
+        maps = {
+            side: self._preconditioners(found.pairs, side, weight=found.pairs[0].scale ** -2, drifts=misaligned[side])
+            for side, found in active.items()
+        }
+        moved = {side: torch.empty_like(drifts) for side, drifts in misaligned.items()}
+        for side, (preconditioners, realignments) in maps.items():
+            moments_of_side = self._moments(self._group(active[side].pairs, side))
+            self._step_side(
+                active[side], side, grad_maps=preconditioners, momentum_maps=realignments, drifts=moved[side], **moments_of_side
+            )
+        for side, drifts in misaligned.items():  # aligned now
+            self._write_stacked_state(active[side].pairs, side, "drift", drifts.zero_())
+        for side, drifts in moved.items():
+            of_side = active[side].pairs
+            self._over_shards(drifts, of_side, side).diagonal(dim1=1, dim2=2).add_(self._group(of_side, side)["damping"])
+            self._set_drift(of_side, OTHER[side], drifts)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)

@@ -510,10 +510,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         found: Gathered | None = None,
         grads: list[Tensor] | None = None,
         parts: Mapping[int, tuple[slice, ...]] = NO_PARTS,
+        operation: Callable[..., None] = grouped_adamw_,
         **options: Any,
     ) -> None:
         """One call of ``grouped_adamw_`` on parameters of which ``parts`` are trained; ``found``: all that is needed of them, where the
-        caller has read it; ``grads`` in place of their own; ``options`` replace what AdamW would pass."""
+        caller has read it; ``grads`` in place of their own; ``options`` replace what AdamW would pass; ``operation``: one that is a moment
+        step and more, which gets the rest of the ``options``."""
         group, lone = self.param_groups[group_index], self._lone_factors[group_index]
         found = gather(group["params"], members, self.state) if found is None else found
         layout, params, grads = found.layout, found.params, found.grads if grads is None else grads
@@ -535,7 +537,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "maximize": group["maximize"],
             "layout": layout,
         }
-        grouped_adamw_(*tensors, **{**arguments, **options})
+        operation(*tensors, **{**arguments, **options})
 
     def _clear_factor_state(self, cleared: list[FactorPair]) -> None:
         """Zero the factors' moments in the groups of these pairs and restart their bias correction; other state stays."""

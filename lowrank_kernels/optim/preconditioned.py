@@ -142,14 +142,14 @@ class PreconditionedOptimizer(LowRankOptimizer):
                     "fully_shard(…, shard_placement_fn=lowrank_kernels.shard_placement(model))"
                 )
 
-    def _step_side(self, active: Active, side: str, *, drifts: Tensor | None = None, **options: Any) -> None:
-        """The moment step of all factors of one side, with the maps in ``options`` (in any float dtype)."""
+    def _step_side(self, active: Active, side: str, **options: Any) -> None:
+        """The moment step of all factors of one side, with the maps in ``options`` (in any float dtype), as :meth:`_adamw` has it."""
         pairs, found = active
         dtype = state_dtype(self._at(pairs[0].a).dtype)
         maps = {key: value.to(dtype) if key.endswith("_maps") and value is not None else value for key, value in options.items()}
         members, dims = pairs.indices[side], [RANK_DIM[side]] * len(pairs)
         group_index = self._position(pairs[0], side)[0]
-        self._adamw(group_index, members, is_factor=True, is_second=side == "B", found=found, rank_dims=dims, drifts=drifts, **maps)
+        self._adamw(group_index, members, is_factor=True, is_second=side == "B", found=found, rank_dims=dims, **maps)
 
     def _stacked_state(self, pairs: LikePairs, side: str, key: str) -> Tensor:
         """The r×r state of this name of all factors of a side as one (N, r, r) tensor; :meth:`_write_stacked_state` writes it.

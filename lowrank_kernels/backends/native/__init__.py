@@ -9,7 +9,7 @@ from typing import Any
 import torch  # noqa: F401
 
 #: What this package asks of the extension; ``kInterface`` in csrc/bindings.cpp, where it says when to raise both.
-INTERFACE = 2
+INTERFACE = 3
 
 try:
     _csrc: Any = import_module("._csrc", __package__)
@@ -26,11 +26,12 @@ else:
             "reinstall the package: `pip install .`, or `pip install -e .` for a checkout"
         )
 
-from . import adamw, damped_inverse, eigh, gram, lora_linear, lorsum, polar, preconditioner, qr, solve, svd, svd_product  # noqa: E402 (they use the extension)
+from . import adamw, altlora_turn, damped_inverse, eigh, gram, lora_linear, lorsum, polar, preconditioner, qr, solve, svd, svd_product  # noqa: E402 (they use the extension)
 
 __all__ = [
     "_csrc",
     "adamw",
+    "altlora_turn",
     "damped_inverse",
     "eigh",
     "gram",

@@ -1,0 +1,74 @@
+"""``grouped_altlora_turn_`` on the CPU: one call into compiled code, pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lists import as_stored
+from ..registry import count_launch, implements
+from . import _csrc
+from ._common import MAX_RANK, refuse_device
+
+
+def verify(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    layout: Any,
+    partners: Sequence[Tensor],
+    partner_layout: Any,
+    behind: Tensor,
+    moved: Tensor,
+    damping: float,
+    own_damping: float,
+    weight: float,
+    rank_dims: list[int],
+    step: dict[str, Any],
+) -> tuple[bool, str]:
+    """Takes pairs of one dtype, of which compiled code has read the layouts, up to rank 128."""
+    reason = refuse_device(behind)
+    if reason is not None:
+        return False, reason
+    partner, rank = as_stored(partners)[0][0], behind.shape[-1]
+    if rank > MAX_RANK:
+        return False, f"rank {rank}: the compiled code stops at {MAX_RANK}"
+    if partner.dtype is not params[0].dtype or partner.device != params[0].device or params[0].shape[rank_dims[0]] != rank:
+        return False, "partners of another dtype, device or rank"
+    state_dtype = torch.float64 if partner.dtype == torch.float64 else torch.float32
+    for drifts in (behind, moved):
+        if drifts.shape != (len(params), rank, rank) or drifts.dtype is not state_dtype or not drifts.is_contiguous():
+            return False, f"behind and moved must be contiguous {state_dtype}, an r×r matrix for each factor"
+    return True, f"compiled code ({_csrc.instruction_set()}), one call"
+
+
+@implements("grouped_altlora_turn_", "native", verify)
+def grouped_altlora_turn_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    layout: Any,
+    partners: Sequence[Tensor],
+    partner_layout: Any,
+    behind: Tensor,
+    moved: Tensor,
+    damping: float,
+    own_damping: float,
+    weight: float,
+    rank_dims: list[int],
+    step: dict[str, Any],
+) -> None:
+    """See the operation. The layouts are of ``lists.gather`` and of ``lists.matrix_layout``; ``step`` is for ``grouped_adamw_``."""
+    count_launch()
+    beta1, beta2 = step["betas"]
+    _csrc.altlora_turn(
+        params, grads, exp_avgs, exp_avg_sqs, layout, *as_stored(partners), partner_layout, list(step.get("missed", ())), rank_dims,
+        float(step["lr"]), beta1, beta2, step["eps"], step["weight_decay"], float(step["step"]), step.get("bias_correction", True),
+        step.get("maximize", False), behind.shape[-1], behind.data_ptr(), moved.data_ptr(), damping, own_damping, weight,
+        torch.get_num_threads(),
+    )  # fmt: skip

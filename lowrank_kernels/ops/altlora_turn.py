@@ -1,0 +1,81 @@
+"""``grouped_altlora_turn_``: one turn of AltLoRA, from Gram matrices to the moment step, of all pairs at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.lists import matrix_layout
+from ..backends.registry import run_whole
+from ._library import for_eager, is_eager
+from .adamw import grouped_adamw_
+from .gram import grouped_gram
+from .preconditioner import grouped_preconditioner
+
+_NAME = "grouped_altlora_turn_"
+_PARTS = ("grouped_gram", "grouped_preconditioner", "grouped_adamw_")
+
+
+def grouped_altlora_turn_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    partners: Sequence[Tensor],
+    behind: Tensor,
+    moved: Tensor,
+    damping: float,
+    own_damping: float,
+    weight: float,
+    rank_dims: list[int],
+    layout: Any = None,
+    **step: Any,
+) -> None:
+    """A turn of the factors X of one side (AltLoRA paper, Algorithms 1 and 2), Y being their partners::
+
+        P = w (YᵀY + δI)⁻¹ ;   C = I - (YᵀY + δI)⁻¹ K          grouped_gram in fp64, grouped_preconditioner
+        moment step of X with P and C                          grouped_adamw_
+        K ← 0 ;   K of the partners ← δ_X I + Xᵀ(X - X_old)
+
+    It is these operations one after the other, and the result is theirs to the bit. Compiled code on the CPU has it as a whole, pair by
+    pair in one call, since between three small calls a processor does nothing: 0.3 ms of 2.6 in a step of RoBERTa-base's r = 16.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs, layout, step: as :func:`grouped_adamw_` takes them; contiguous or strided matrices.
+        partners: Y as tall matrices (d_i, r), of the dtype and device of ``params``.
+        behind: K (N, r, r), what the momentum is behind by, contiguous, in the dtype of the moments; zero afterwards.
+        moved: (N, r, r), likewise: the partners' K, written.
+        damping, own_damping: δ ≥ 0 of YᵀY, and δ_X of XᵀX, absolute.
+        weight: w.
+        rank_dims: for each of ``params`` the same: 0 for factors A (r, d), 1 for B (d, r).
+
+    Raises:
+        TypeError, ValueError: as the operations raise them.
+    """
+    if not params:
+        return
+    if layout is not None and not torch.is_grad_enabled() and is_eager():
+        partner_layout = matrix_layout(partners)
+        if partner_layout is not None and partner_layout.columns == behind.shape[-1]:
+            arguments = (params, grads, exp_avgs, exp_avg_sqs, layout, for_eager(partners), partner_layout, behind, moved,
+                         damping, own_damping, weight, rank_dims, step)  # fmt: skip
+            if run_whole(_NAME, _PARTS, params[0].device.type, *arguments):
+                torch.autograd.graph.increment_version(params)
+                return
+    grams = grouped_gram(partners, dtype=torch.float64)
+    preconditioners, realignments = grouped_preconditioner(
+        grams, damping, weight=weight, drifts=behind, transposed=rank_dims[0] == 1, dtype=behind.dtype
+    )
+    grouped_adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, grad_maps=preconditioners, momentum_maps=realignments, rank_dims=rank_dims, drifts=moved,
+        layout=layout, **step,
+    )  # fmt: skip
+    behind.zero_()
+    moved.diagonal(dim1=1, dim2=2).add_(own_damping)
+
+
+__all__ = ["grouped_altlora_turn_"]
