@@ -26,10 +26,11 @@
 
 namespace lowrank {
 
-// Asks the second-level cache for a line: a hint, whatever the address.
+// Asks a cache, the first-level or the second-level one, for a line: a hint, whatever the address.
+template <int kLevel = 2>
 LOWRANK_INLINE void prefetch(const void* address) {
 #if defined(__GNUC__)
-  __builtin_prefetch(address, 0, 2);
+  __builtin_prefetch(address, 0, 4 - kLevel);
 #else
   (void)address;
 #endif

@@ -204,15 +204,15 @@ py::tuple gather(const py::list& params, const py::list& indices, const py::dict
       found[i].index = item(indices, begin + i);
       const Py_ssize_t index = PyLong_AsSsize_t(found[i].index);
       if (index < 0 || index >= length(params)) throw py::index_error();
-      prefetch_object(found[i].param = item(params, index));
+      prefetch<1>(found[i].param = item(params, index));
     }
     for (Py_ssize_t i = 0; i < count; ++i) prefetch_contents(found[i].param);
-    for (Py_ssize_t i = 0; i < count; ++i) prefetch_object((found[i].grad = reader.grad(found[i].param)).ptr());
+    for (Py_ssize_t i = 0; i < count; ++i) prefetch<1>((found[i].grad = reader.grad(found[i].param)).ptr());
     for (Py_ssize_t i = 0; i < count; ++i) {
       if (found[i].grad.is_none()) continue;
       PyObject* const of_param = state_of(found[i].param);
-      if ((found[i].m = entry_of(of_param, exp_avg))) prefetch_object(found[i].m);
-      if ((found[i].v = entry_of(of_param, exp_avg_sq))) prefetch_object(found[i].v);
+      if ((found[i].m = entry_of(of_param, exp_avg))) prefetch<1>(found[i].m);
+      if ((found[i].v = entry_of(of_param, exp_avg_sq))) prefetch<1>(found[i].v);
       prefetch_contents(found[i].grad.ptr());
     }
     for (Py_ssize_t i = 0; i < count; ++i) {

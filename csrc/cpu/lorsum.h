@@ -14,14 +14,6 @@
 
 namespace lowrank::LOWRANK_ISA {
 
-LOWRANK_INLINE void prefetch(const void* p) {
-#if defined(__GNUC__)
-  __builtin_prefetch(p);
-#else
-  (void)p;
-#endif
-}
-
 // Columns of a (rows, ·) matrix, in place where vectors can be read from its memory, else by way of a tile.
 template <class T>
 struct Columns {

@@ -78,32 +78,22 @@ struct TensorInfo {
   int64_t columns(bool transposed) const { return sizes[transposed ? 0 : 1]; }
 };
 
-// Asks the cache for an object that is soon to be read, or for what its third and fourth word point to: one of them is
+// Asks the cache for what the third and fourth word of an object that is soon to be read point to: one of them is
 // where a tensor's Python object keeps the address of the rest of it. A guess that costs nothing where it is wrong, as
 // nothing is read there.
-LOWRANK_INLINE void prefetch_object(const PyObject* object) {
-#if defined(__GNUC__)
-  __builtin_prefetch(object);
-#else
-  (void)object;
-#endif
-}
 LOWRANK_INLINE void prefetch_contents(const PyObject* object) {
-#if defined(__GNUC__)
   void* words[4];
   if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>(sizeof(words))) return;
   std::memcpy(words, object, sizeof(words));
   for (int word = 2; word < 4; ++word) {
-    for (int line = 0; line < 3; ++line) __builtin_prefetch(static_cast<const char*>(words[word]) + 64 * line);
+    for (int line = 0; line < 3; ++line) prefetch<1>(static_cast<const char*>(words[word]) + 64 * line);
   }
-#else
-  (void)object;
-#endif
 }
+
 // While the i-th tensor of a list is read.
 LOWRANK_INLINE void prefetch_after(const PyObject* list, Py_ssize_t i) {
   constexpr Py_ssize_t kObject = 12, kContents = 6;
-  if (i + kObject < PyList_GET_SIZE(list)) prefetch_object(PyList_GET_ITEM(list, i + kObject));
+  if (i + kObject < PyList_GET_SIZE(list)) prefetch<1>(PyList_GET_ITEM(list, i + kObject));
   if (i + kContents < PyList_GET_SIZE(list)) prefetch_contents(PyList_GET_ITEM(list, i + kContents));
 }
 
