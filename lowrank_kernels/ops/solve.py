@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import sizes
+from ..backends.lists import signature, sizes
 from ..backends.registry import run
-from ._library import FLOATING, are_plain_eager, check_list, define, is_plain_eager, no_backward, refuse_tangents
+from ._library import FLOATING, are_plain_eager, check_list, check_same_length, define, is_plain_eager, no_backward, refuse_tangents
+
+_ops = torch.ops.lowrank_kernels
 
 
-def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float = 0.0, *, side: str = "left") -> list[Tensor] | Tensor:
+def grouped_solve(
+    grams: Tensor,
+    rhs: Sequence[Tensor] | Tensor,
+    damping: float = 0.0,
+    *,
+    side: str = "left",
+    out: Sequence[Tensor] | Tensor | None = None,
+) -> list[Tensor] | Tensor:
     """``(G_i + δI)⁻¹ R_i`` (left) or ``R_i (G_i + δI)⁻¹`` (right) for symmetric positive definite G_i, by Cholesky.
 
     Args:
@@ -22,6 +32,7 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
             or (N, k, r).
         damping: δ ≥ 0, absolute.
         side: "left" or "right".
+        out: where to write the results, like ``rhs`` in everything but strides; may be ``rhs`` itself, but not overlap it otherwise.
 
     Returns:
         What ``rhs`` is, of the same shapes and dtype. A matrix ``G_i + δI`` that is not positive definite in the arithmetic
@@ -61,11 +72,38 @@ def grouped_solve(grams: Tensor, rhs: Sequence[Tensor] | Tensor, damping: float 
             )
     if samples and (samples[0].device != grams.device or samples[0].dtype not in FLOATING):
         raise ValueError(f"{name}: rhs is {samples[0].dtype} on {samples[0].device}, the Grams are on {grams.device}")
+    if out is not None:
+        _check_out(rhs, out)
+    grad = torch.is_grad_enabled()
     if isinstance(rhs, Tensor):
-        eager = not torch.is_grad_enabled() and is_plain_eager(grams, rhs)
-        return (_grouped_solve_stacked if eager else torch.ops.lowrank_kernels.grouped_solve_stacked)(grams, rhs, float(damping), left)
-    eager = not torch.is_grad_enabled() and are_plain_eager([grams], rhs)
-    return (_grouped_solve if eager else torch.ops.lowrank_kernels.grouped_solve)(grams, list(rhs), float(damping), left)
+        eager = not grad and is_plain_eager(grams, rhs, out)  # type: ignore[arg-type]
+        if out is None:
+            return (_grouped_solve_stacked if eager else _ops.grouped_solve_stacked)(grams, rhs, float(damping), left)
+        (_into if eager else _ops.grouped_solve_stacked_out)(grams, rhs, float(damping), left, out)  # type: ignore[arg-type]
+    else:
+        eager = not grad and are_plain_eager([grams], rhs, out)  # type: ignore[arg-type]
+        if out is None:
+            return (_grouped_solve if eager else _ops.grouped_solve)(grams, list(rhs), float(damping), left)
+        out = list(out)
+        (_into if eager else _ops.grouped_solve_out)(grams, list(rhs), float(damping), left, out)
+    torch.autograd.graph.increment_version(out)
+    return out  # type: ignore[return-value]
+
+
+def _check_out(rhs: Sequence[Tensor] | Tensor, out: Any) -> None:
+    if isinstance(rhs, Tensor):
+        fits = isinstance(out, Tensor) and out.shape == rhs.shape and out.dtype == rhs.dtype and out.device == rhs.device
+        if not fits:
+            got = f"{tuple(out.shape)} {out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"grouped_solve: out must be {tuple(rhs.shape)} {rhs.dtype} on {rhs.device}, like rhs; got {got}")
+        return
+    if out is rhs or (isinstance(out, list) and (wanted := signature(rhs)) is not None and signature(out) == wanted):
+        return
+    check_list("grouped_solve", "out", out, like=rhs[0] if rhs else None)  # what fails is explained
+    check_same_length("grouped_solve", rhs=rhs, out=out)
+    for index, (matrix, target) in enumerate(zip(rhs, out, strict=True)):
+        if matrix.shape != target.shape:
+            raise ValueError(f"grouped_solve: out[{index}] has shape {tuple(target.shape)}, rhs[{index}] has {tuple(matrix.shape)}")
 
 
 def _empty_result(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) -> list[Tensor]:
@@ -74,8 +112,7 @@ def _empty_result(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) 
 
 def _grouped_solve(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) -> list[Tensor]:
     solutions = _empty_result(grams, rhs, damping, left)
-    if rhs:
-        run("grouped_solve", grams.device.type, grams, rhs, damping, left, solutions)
+    _into(grams, rhs, damping, left, solutions)
     return solutions
 
 
@@ -85,13 +122,19 @@ def _empty_stack(grams: Tensor, rhs: Tensor, damping: float, left: bool) -> Tens
 
 def _grouped_solve_stacked(grams: Tensor, rhs: Tensor, damping: float, left: bool) -> Tensor:
     solutions = _empty_stack(grams, rhs, damping, left)
-    if len(rhs):
-        run("grouped_solve", grams.device.type, grams, rhs, damping, left, solutions)
+    _into(grams, rhs, damping, left, solutions)
     return solutions
+
+
+def _into(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, left: bool, out: list[Tensor] | Tensor) -> None:
+    if len(rhs):
+        run("grouped_solve", grams.device.type, grams, rhs, damping, left, out)
 
 
 define("grouped_solve", "(Tensor grams, Tensor[] rhs, float damping, bool left) -> Tensor[]", _grouped_solve, _empty_result)
 define("grouped_solve_stacked", "(Tensor grams, Tensor rhs, float damping, bool left) -> Tensor", _grouped_solve_stacked, _empty_stack)
+define("grouped_solve_out", "(Tensor grams, Tensor[] rhs, float damping, bool left, Tensor(a!)[] out) -> ()", _into, lambda *args: None)
+define("grouped_solve_stacked_out", "(Tensor grams, Tensor rhs, float damping, bool left, Tensor(a!) out) -> ()", _into, lambda *args: None)
 for _name in ("grouped_solve", "grouped_solve_stacked"):
     no_backward(_name, "preconditioned gradients are constants in every method of this package")
 __all__ = ["grouped_solve"]
