@@ -209,6 +209,7 @@ template <class T, bool kTall>
 void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
                            double* drift) {
   constexpr int64_t L = kLanes<T>, kStrip = kTall ? kMappedRows : 2 * L;
+  static_assert(kStrip <= kStripRows, "scratch is laid out for strips of so many rows");
   const int64_t r = kTall ? item.columns : item.rows, block = kTall ? in_place_rows(r) : in_place_columns(r);
   const int64_t width = kTall ? r : 1, runs = kTall ? 1 : r;  // a strip of n rows is so many runs of n · width
   T *mapped_g = scratch, *mapped_m = mapped_g + kStrip * r, *other = mapped_m + kStrip * r, *moved = other + kStrip * r;

@@ -61,6 +61,14 @@ def refuse_tangents(operation: str, argument: str, tensors: Iterable[Any]) -> No
         )
 
 
+def records_nothing(*given: Tensor | Sequence[Tensor] | Sequence[Tensor | None] | None) -> bool:
+    """Whether autograd has nothing to record: it is off, or none of the tensors, or of the lists of them, requires a gradient."""
+    if not torch.is_grad_enabled():
+        return True
+    lists = ([one] if isinstance(one, Tensor) else as_stored(one)[0] for one in given if one is not None)  # type: ignore[arg-type]
+    return not any(tensor is not None and tensor.requires_grad for tensors in lists for tensor in tensors)
+
+
 def is_plain_eager(*tensors: Tensor | None) -> bool:
     """Whether nothing needs an operation as a node: no compiler, dispatch mode, functorch transform, forward mode or tensor subclass.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import check_stack, define, is_plain_eager, no_backward
+from ._library import check_stack, define, is_plain_eager, no_backward, records_nothing
 
 
 def grouped_eigh(xs: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def grouped_eigvalsh(xs: Tensor) -> Tensor:
 def _check(name: str, xs: Tensor) -> bool:
     """Whether nothing needs the operation as a node, once the argument is found to be right."""
     check_stack(name, "xs", xs)
-    return not torch.is_grad_enabled() and is_plain_eager(xs)
+    return records_nothing(xs) and is_plain_eager(xs)
 
 
 def _empty_values(xs: Tensor) -> Tensor:

@@ -11,7 +11,18 @@ from torch.autograd import forward_ad
 
 from ..backends.lists import as_stored, matrix_layout, sizes, width
 from ..backends.registry import run
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, is_eager, is_list, no_backward
+from ._library import (
+    accumulation_dtype,
+    are_plain_eager,
+    check_list,
+    check_same_length,
+    define,
+    for_eager,
+    is_eager,
+    is_list,
+    no_backward,
+    records_nothing,
+)
 
 
 def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -39,7 +50,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     if dtype not in (None, torch.float32, torch.float64) or (natural == torch.float64 and dtype == torch.float32):
         raise TypeError(f"grouped_gram: dtype must be torch.float64{'' if natural == torch.float64 else ' or torch.float32'}, got {dtype}")
     double = torch.float64 in (dtype, natural)
-    if xs and not torch.is_grad_enabled() and (is_eager() if layout is not None else are_plain_eager(xs, ys)):
+    if xs and records_nothing(xs, ys) and (is_eager() if layout is not None else are_plain_eager(xs, ys)):
         return _grouped_gram(for_eager(xs), None if ys is None else for_eager(ys), double, layout)
     return torch.ops.lowrank_kernels.grouped_gram(list(xs), None if ys is None else list(ys), double)
 

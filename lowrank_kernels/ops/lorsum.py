@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import check_list, check_same_length, define, is_plain_eager, no_backward
+from ._library import check_list, check_same_length, define, is_plain_eager, no_backward, records_nothing
 
 NAME = "grouped_lorsum"
 #: Two lists over the layers: left factors (d_out, ·) and right factors (d_in, ·).
@@ -182,7 +182,7 @@ def grouped_lorsum(
     if not us:
         return out_us, out_vs
     arguments = (us, vs, lefts, rights, numbers, tensor, sweeps, float(proximal), first == "u", out_us, out_vs)
-    if not torch.is_grad_enabled() and is_plain_eager(*us, *vs, *lefts, *rights, *out_us, *out_vs):
+    if records_nothing(us, vs, lefts, rights, out_us, out_vs) and is_plain_eager(*us, *vs, *lefts, *rights, *out_us, *out_vs):
         _grouped_lorsum_out(*arguments)
     elif out is None:
         return torch.ops.lowrank_kernels.grouped_lorsum(*arguments[:-2])
@@ -250,7 +250,7 @@ def grouped_lorsum_product(terms: Sequence[Term], xs: Sequence[Tensor], coeffici
         return []
     numbers, tensor = _check_coefficients(name, coefficients, len(terms), len(xs), xs[0].device)
     arguments = (list(xs), lefts, rights, numbers, tensor)
-    if not torch.is_grad_enabled() and is_plain_eager(*xs, *lefts, *rights):
+    if records_nothing(xs, lefts, rights) and is_plain_eager(*xs, *lefts, *rights):
         return _grouped_lorsum_product(*arguments)
     return torch.ops.lowrank_kernels.grouped_lorsum_product(*arguments)
 

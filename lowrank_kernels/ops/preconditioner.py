@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.registry import run
-from ._library import define, is_plain_eager, no_backward, refuse_tangents
+from ._library import define, is_plain_eager, no_backward, records_nothing, refuse_tangents
 
 _NAME = "grouped_preconditioner"
 
@@ -62,7 +62,7 @@ def grouped_preconditioner(
         )
     if not damping >= 0:
         raise ValueError(f"{_NAME}: damping must be ≥ 0, got {damping}")
-    eager = not torch.is_grad_enabled() and is_plain_eager(grams, drifts)
+    eager = records_nothing(grams, drifts) and is_plain_eager(grams, drifts)
     call = _grouped_preconditioner if eager else torch.ops.lowrank_kernels.grouped_preconditioner
     maps, realigned = call(grams, drifts, float(damping), float(weight), bool(transposed), dtype)
     return maps, None if drifts is None else realigned

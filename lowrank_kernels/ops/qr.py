@@ -11,7 +11,18 @@ from torch.autograd import forward_ad
 
 from ..backends.lists import Tall, as_stored, matrix_layout, signature, sizes, width
 from ..backends.registry import run
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, for_eager, is_eager, is_list, no_backward
+from ._library import (
+    accumulation_dtype,
+    are_plain_eager,
+    check_list,
+    check_same_length,
+    define,
+    for_eager,
+    is_eager,
+    is_list,
+    no_backward,
+    records_nothing,
+)
 
 _ops = torch.ops.lowrank_kernels
 
@@ -80,7 +91,7 @@ def grouped_qr(
     layouts = _layouts(xs, previous, out)
     if layouts is None:
         _check(xs, previous, out)
-    eager = bool(xs) and not torch.is_grad_enabled() and (is_eager() if layouts else are_plain_eager(xs, previous, out))
+    eager = bool(xs) and records_nothing(xs, previous, out) and (is_eager() if layouts else are_plain_eager(xs, previous, out))
     known = (layouts,) if eager else ()
     listed: Any = for_eager if eager else list
     xs, previous = listed(xs), None if previous is None else listed(previous)

@@ -11,7 +11,17 @@ from torch.autograd import forward_ad
 
 from ..backends.lists import signature, sizes
 from ..backends.registry import run
-from ._library import FLOATING, are_plain_eager, check_list, check_same_length, define, is_plain_eager, no_backward, refuse_tangents
+from ._library import (
+    FLOATING,
+    are_plain_eager,
+    check_list,
+    check_same_length,
+    define,
+    is_plain_eager,
+    no_backward,
+    records_nothing,
+    refuse_tangents,
+)
 
 _ops = torch.ops.lowrank_kernels
 
@@ -74,14 +84,14 @@ def grouped_solve(
         raise ValueError(f"{name}: rhs is {samples[0].dtype} on {samples[0].device}, the Grams are on {grams.device}")
     if out is not None:
         _check_out(rhs, out)
-    grad = torch.is_grad_enabled()
+    unrecorded = records_nothing(grams, rhs, out)
     if isinstance(rhs, Tensor):
-        eager = not grad and is_plain_eager(grams, rhs, out)  # type: ignore[arg-type]
+        eager = unrecorded and is_plain_eager(grams, rhs, out)  # type: ignore[arg-type]
         if out is None:
             return (_grouped_solve_stacked if eager else _ops.grouped_solve_stacked)(grams, rhs, float(damping), left)
         (_into if eager else _ops.grouped_solve_stacked_out)(grams, rhs, float(damping), left, out)  # type: ignore[arg-type]
     else:
-        eager = not grad and are_plain_eager([grams], rhs, out)  # type: ignore[arg-type]
+        eager = unrecorded and are_plain_eager([grams], rhs, out)  # type: ignore[arg-type]
         if out is None:
             return (_grouped_solve if eager else _ops.grouped_solve)(grams, list(rhs), float(damping), left)
         out = list(out)
