@@ -21,7 +21,7 @@ void add_damping(T* moved, int64_t r, double damping) {
 
 // One operation after the other, each with all threads: where a few matrices are most of the work.
 template <class T>
-void run_in_turn(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* items, const GramItem* partners,
+void run_by_operation(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* items, const GramItem* partners,
                  int64_t n, int threads) {
   const int64_t r = turn.r, area = r * r, all = n * area;
   T *const behind = static_cast<T*>(turn.behind), *const moved = static_cast<T*>(turn.moved);
@@ -71,7 +71,7 @@ void run(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* item
   const int64_t r = turn.r, area = r * r;
   const auto rows = [&](int64_t i) { return height_of(items[i]) + partners[i].rows; };
   const Schedule schedule(n, r, threads, rows);
-  if (schedule.split > 0) return run_in_turn<T>(scalars, turn, items, partners, n, threads);
+  if (schedule.split > 0) return run_by_operation<T>(scalars, turn, items, partners, n, threads);
   const std::vector<int64_t> begins = units_of(schedule.order, schedule.workers, rows);
   const Kernels<T>& kernel = kernels<T>();
   T *const all_behind = static_cast<T*>(turn.behind), *const all_moved = static_cast<T*>(turn.moved);

@@ -96,7 +96,7 @@ inline void map_rows(const T* in, int64_t rows, int64_t r, const T* map, T* out,
     const auto whole = [&](auto known) {
       constexpr int R = decltype(known)::value;
       with_asked(asked,
-                 [&](auto asked) { map_rows_block<T, W, K, R, decltype(asked)::value>(in, r, map, out, ahead); });
+                 [&](auto count) { map_rows_block<T, W, K, R, decltype(count)::value>(in, r, map, out, ahead); });
       for (int64_t j = W; j < r; j += W) map_rows_block<T, W, K, R, 0>(in, r, map + j, out + j, ahead);
     };
     if (rows == K) {
