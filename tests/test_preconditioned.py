@@ -239,11 +239,11 @@ def test_scaled_gd_has_state_as_long_as_it_has_momentum(monkeypatch: pytest.Monk
     assert all(state.keys() == {"exp_avg"} for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-8), (1e3, 2e-6)])
+@pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-9), (1e3, 5e-8)])
 def test_lora_pro_under_sgd_does_not_depend_on_the_split(condition: float, tolerance: float) -> None:
     """X = 0. AdamW with a huge eps is SGD: the direction is m / eps.
 
-    Its projection I - B(BᵀB)⁻¹Bᵀ cancels what (AAᵀ)⁻¹ has magnified: rounding counts with the fourth power of cond(T), not the second.
+    1.5e-8 at cond(T) = 1e3, and the same with exact inverses: it is the rounding of the Gram matrices, which counts with cond(T)².
     """
     sgd = {"betas": (0.0, 0.999), "eps": 1e14, "lr": 0.05 * 1e14}
     assert largest_difference(lambda m: LoRAPro(m, damping=0.0, sylvester=False, **sgd), condition=condition) < tolerance
