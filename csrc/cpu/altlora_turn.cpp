@@ -21,8 +21,8 @@ void add_damping(T* moved, int64_t r, double damping) {
 
 // One operation after the other, each with all threads: where a few matrices are most of the work.
 template <class T>
-void run_by_operation(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* items, const GramItem* partners,
-                 int64_t n, int threads) {
+void run_by_operation(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* items,
+                      const GramItem* partners, int64_t n, int threads) {
   const int64_t r = turn.r, area = r * r, all = n * area;
   T *const behind = static_cast<T*>(turn.behind), *const moved = static_cast<T*>(turn.moved);
   std::vector<double> grams(static_cast<size_t>(all));
