@@ -141,6 +141,13 @@ def check_stack(operation: str, argument: str, stack: Any) -> None:
         raise TypeError(f"{operation}: {argument} must be fp32 or fp64, got {stack.dtype}")
 
 
+def check_same_shapes(operation: str, argument: str, tensors: Sequence[Tensor], other: str, others: Sequence[Tensor]) -> None:
+    """Refuse tensors that do not have the shapes of the ``others``, one by one."""
+    for index, (tensor, like) in enumerate(zip(tensors, others, strict=True)):
+        if tensor.shape != like.shape:
+            raise ValueError(f"{operation}: {argument}[{index}] has shape {tuple(tensor.shape)}, {other}[{index}] has {tuple(like.shape)}")
+
+
 def check_same_length(operation: str, **lists: Sequence[Any]) -> None:
     """Refuse lists of different lengths, and what has no length."""
     for name, values in lists.items():

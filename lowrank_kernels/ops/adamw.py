@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, define, is_eager
+from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, check_same_shapes, define, is_eager
 
 _NAME = "grouped_adamw_"
 
@@ -117,9 +117,7 @@ def _check(
     check_list(_NAME, "grads", grads, like=first, ndim=None)
     state_dtype = accumulation_dtype(first.dtype)
     shapes, device = [param.shape for param in params], first.device
-    for index, (shape, grad) in enumerate(zip(shapes, grads, strict=True)):
-        if grad.shape != shape:
-            raise ValueError(f"{_NAME}: grads[{index}] has shape {tuple(grad.shape)}, params[{index}] has {tuple(shape)}")
+    check_same_shapes(_NAME, "grads", grads, "params", params)
     for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         if not states:
             continue

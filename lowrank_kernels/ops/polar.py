@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import check_list, check_same_length, define, no_backward
+from ._library import check_list, check_same_length, check_same_shapes, define, no_backward
 
 
 def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) -> list[Tensor]:
@@ -37,9 +37,7 @@ def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) 
         return torch.ops.lowrank_kernels.grouped_polar(list(xs))
     check_same_length("grouped_polar", xs=xs, out=out)
     check_list("grouped_polar", "out", out, like=xs[0] if xs else None)
-    for index, (x, o) in enumerate(zip(xs, out, strict=True)):
-        if x.shape != o.shape:
-            raise ValueError(f"grouped_polar: out[{index}] has shape {tuple(o.shape)}, xs[{index}] has {tuple(x.shape)}")
+    check_same_shapes("grouped_polar", "out", out, "xs", xs)
     if xs:
         torch.ops.lowrank_kernels.grouped_polar_out(list(xs), list(out))
         torch.autograd.graph.increment_version(list(out))

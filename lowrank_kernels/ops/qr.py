@@ -16,6 +16,7 @@ from ._library import (
     are_plain_eager,
     check_list,
     check_same_length,
+    check_same_shapes,
     define,
     for_eager,
     is_eager,
@@ -44,9 +45,7 @@ def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequenc
         if others is xs or (name == "out" and others is previous) or (expected is not None and signature(others) == expected):
             continue
         check_list("grouped_qr", name, others, like=xs[0] if xs else None)
-        for index, (shape, other) in enumerate(zip(zip(heights, ranks, strict=True), others, strict=True)):
-            if other.shape != shape:
-                raise ValueError(f"grouped_qr: {name}[{index}] has shape {tuple(other.shape)}, xs[{index}] has {shape}")
+        check_same_shapes("grouped_qr", name, others, "xs", xs)
 
 
 def _layouts(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequence[Tensor] | None) -> tuple[Any, Any, Any] | None:

@@ -16,6 +16,7 @@ from ._library import (
     are_plain_eager,
     check_list,
     check_same_length,
+    check_same_shapes,
     define,
     is_plain_eager,
     no_backward,
@@ -111,9 +112,7 @@ def _check_out(rhs: Sequence[Tensor] | Tensor, out: Any) -> None:
         return
     check_list("grouped_solve", "out", out, like=rhs[0] if rhs else None)  # what fails is explained
     check_same_length("grouped_solve", rhs=rhs, out=out)
-    for index, (matrix, target) in enumerate(zip(rhs, out, strict=True)):
-        if matrix.shape != target.shape:
-            raise ValueError(f"grouped_solve: out[{index}] has shape {tuple(target.shape)}, rhs[{index}] has {tuple(matrix.shape)}")
+    check_same_shapes("grouped_solve", "out", out, "rhs", rhs)
 
 
 def _empty_result(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) -> list[Tensor]:
