@@ -20,6 +20,11 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 PLAIN = frozenset((Tensor, nn.Parameter))
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 in, fp64 out; everything narrower is computed, and keeps its state, in fp32 (METHODS, Numerics)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Tall(Sequence[Tensor]):
     """A list of matrices of which the first ``transposed`` (default: all) stand for their transposes.
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..backends.lists import PLAIN
+from ..backends.lists import PLAIN, compute_dtype
 from .pairing import Position, name_at
 from .shards import is_sharded
 
@@ -19,7 +19,7 @@ ExpectedStates: TypeAlias = Callable[[int, dict[str, Any]], Iterable[tuple[Posit
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Optimizer state is fp32 for bf16, fp16 and fp32 parameters, fp64 for fp64 ones."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return compute_dtype(dtype)
 
 
 def moments(like: Tensor, *names: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lists import as_stored
+from ..lists import as_stored, compute_dtype
 from ..registry import count_launch, implements
 from . import _csrc
 from ._common import MAX_RANK, refuse_device
@@ -39,7 +39,7 @@ def verify(
         return False, f"rank {rank}: the compiled code stops at {MAX_RANK}"
     if partner.dtype is not params[0].dtype or partner.device != params[0].device or params[0].shape[rank_dims[0]] != rank:
         return False, "partners of another dtype, device or rank"
-    state_dtype = torch.float64 if partner.dtype == torch.float64 else torch.float32
+    state_dtype = compute_dtype(partner.dtype)
     for drifts in (behind, moved):
         if drifts.shape != (len(params), rank, rank) or drifts.dtype is not state_dtype or not drifts.is_contiguous():
             return False, f"behind and moved must be contiguous {state_dtype}, an r×r matrix for each factor"

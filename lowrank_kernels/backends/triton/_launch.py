@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..lists import compute_dtype as compute_dtype
 from ..registry import Verdict, count_launch
 
 #: Whether kernels run in Triton's interpreter (decided when triton is imported).
@@ -19,11 +20,6 @@ INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 
 TL_DTYPE = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _NOWHERE: AbstractContextManager[Any] = contextlib.nullcontext()
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 in, fp64 out; everything narrower is computed in fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def padded_rank(rank: int) -> int:
