@@ -209,27 +209,25 @@ def select(operation: str, device_type: str, args: tuple[Any, ...]) -> Selection
 
 def run(operation: str, device_type: str, *args: Any) -> Any:
     """Choose an implementation and run it, with autocast off inside: the operation has settled its dtypes before."""
-    return _call(select(operation, device_type, args).implementation, device_type, args)
+    return call(select(operation, device_type, args).implementation, device_type, args)
 
 
-def run_whole(operation: str, parts: tuple[str, ...], device_type: str, *args: Any) -> bool:
-    """Run an operation that is others, its ``parts``, one after the other, where the backend that is preferred has it as a whole.
+def whole(operation: str, parts: tuple[str, ...], device_type: str) -> Implementation | None:
+    """Of an operation that is others, its ``parts``, one after the other: the preferred backend's, if that has it as a whole.
 
-    False, and nothing has run, where that one does not have it or take it, or where another backend is forced for one of the parts.
+    None where it does not, or where another backend is forced for one of the parts. What it answers says nothing of arguments.
     """
     if not _loaded:
         _load()
     preferred = next(name for name in PREFERENCE.get(device_type, ("reference",)) if name not in _unavailable)
     implementation = _implementations.get(operation, {}).get(preferred)
     if implementation is None or {_forced_backend(name) for name in (operation, *parts)} - {None, preferred}:
-        return False
-    taken, _ = implementation.verify(*args)
-    if taken:
-        _call(implementation, device_type, args)
-    return taken
+        return None
+    return implementation
 
 
-def _call(implementation: Implementation, device_type: str, args: tuple[Any, ...]) -> Any:
+def call(implementation: Implementation, device_type: str, args: tuple[Any, ...]) -> Any:
+    """Run an implementation that has been found to take these arguments, and count the call."""
     _calls[implementation.operation, implementation.backend] += 1
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.lists import matrix_layout
-from ..backends.registry import run_whole
+from ..backends.registry import call, whole
 from ._library import for_eager, is_eager
 from .adamw import grouped_adamw_
 from .gram import grouped_gram
@@ -58,14 +58,16 @@ def grouped_altlora_turn_(
     """
     if not params:
         return
-    if layout is not None and not torch.is_grad_enabled() and is_eager():
-        partner_layout = matrix_layout(partners)
-        if partner_layout is not None and partner_layout.columns == behind.shape[-1]:
-            arguments = (params, grads, exp_avgs, exp_avg_sqs, layout, for_eager(partners), partner_layout, behind, moved,
-                         damping, own_damping, weight, rank_dims, step)  # fmt: skip
-            if run_whole(_NAME, _PARTS, params[0].device.type, *arguments):
-                torch.autograd.graph.increment_version(params)
-                return
+    device_type = params[0].device.type
+    eager = layout is not None and not torch.is_grad_enabled() and is_eager()
+    implementation = whole(_NAME, _PARTS, device_type) if eager else None
+    if implementation is not None:
+        arguments = (params, for_eager(partners), matrix_layout(partners), behind, moved, rank_dims, grads, exp_avgs, exp_avg_sqs, layout,
+                     damping, own_damping, weight, step)  # fmt: skip
+        if implementation.verify(*arguments)[0]:
+            call(implementation, device_type, arguments)
+            torch.autograd.graph.increment_version(params)
+            return
     grams = grouped_gram(partners, dtype=torch.float64)
     preconditioners, realignments = grouped_preconditioner(
         grams, damping, weight=weight, drifts=behind, transposed=rank_dims[0] == 1, dtype=behind.dtype

@@ -16,19 +16,12 @@ from ._common import MAX_RANK, refuse_device
 
 def verify(
     params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    layout: Any,
     partners: Sequence[Tensor],
     partner_layout: Any,
     behind: Tensor,
     moved: Tensor,
-    damping: float,
-    own_damping: float,
-    weight: float,
     rank_dims: list[int],
-    step: dict[str, Any],
+    *others: object,
 ) -> tuple[bool, str]:
     """Takes pairs of one dtype, of which compiled code has read the layouts, up to rank 128."""
     reason = refuse_device(behind)
@@ -37,6 +30,8 @@ def verify(
     partner, rank = as_stored(partners)[0][0], behind.shape[-1]
     if rank > MAX_RANK:
         return False, f"rank {rank}: the compiled code stops at {MAX_RANK}"
+    if partner_layout is None or partner_layout.columns != rank:
+        return False, f"partners that are not plain matrices of rank {rank} and one dtype"
     if partner.dtype is not params[0].dtype or partner.device != params[0].device or params[0].shape[rank_dims[0]] != rank:
         return False, "partners of another dtype, device or rank"
     state_dtype = compute_dtype(partner.dtype)
@@ -49,18 +44,18 @@ def verify(
 @implements("grouped_altlora_turn_", "native", verify)
 def grouped_altlora_turn_(
     params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    layout: Any,
     partners: Sequence[Tensor],
     partner_layout: Any,
     behind: Tensor,
     moved: Tensor,
+    rank_dims: list[int],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    layout: Any,
     damping: float,
     own_damping: float,
     weight: float,
-    rank_dims: list[int],
     step: dict[str, Any],
 ) -> None:
     """See the operation. The layouts are of ``lists.gather`` and of ``lists.matrix_layout``; ``step`` is for ``grouped_adamw_``."""
