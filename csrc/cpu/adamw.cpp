@@ -17,17 +17,14 @@ bool has_maps(const AdamWItem& item) {
   return item.grad_map || item.momentum_map || item.param_map || item.direction_map;
 }
 
-int64_t rank_of(const AdamWItem& item) { return item.rank_dim == 1 ? item.columns : item.rows; }
-int64_t height_of(const AdamWItem& item) { return item.rank_dim == 1 ? item.rows : item.columns; }
-
 // All of one rank, with their drifts, mapped or not.
 template <class T>
 void run_with_drifts(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int threads) {
-  const int64_t r = rank_of(items[0]);
+  const int64_t r = items[0].rank();
   const Kernels<T>& kernel = kernels<T>();
   sum_rows(
       n, r, r * r, static_cast<size_t>(mapped_scratch(r)) * sizeof(T), threads,
-      [&](int64_t i) { return height_of(items[i]); },
+      [&](int64_t i) { return items[i].height(); },
       [&](int64_t i, int64_t first, int64_t rows, char* scratch, double* sums) {
         kernel.adamw_mapped_rows(scalars, items[i], first, rows, reinterpret_cast<T*>(scratch), sums);
       },
@@ -44,7 +41,7 @@ void run(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int thr
     const AdamWItem& item = items[i];
     int64_t chunks = (item.rows * item.columns + kChunk - 1) / kChunk;
     if (has_maps(item)) {
-      const int64_t r = rank_of(item), height = height_of(item);
+      const int64_t r = item.rank(), height = item.height();
       chunks = r ? group_count(height) : 0;
       scratch_elements = std::max(scratch_elements, mapped_scratch(r));
     }
@@ -58,7 +55,7 @@ void run(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int thr
     const int64_t i = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
     const AdamWItem& item = items[i];
     if (has_maps(item)) {
-      const int64_t begin = (task - first[i]) * kGroupRows, rows = std::min(kGroupRows, height_of(item) - begin);
+      const int64_t begin = (task - first[i]) * kGroupRows, rows = std::min(kGroupRows, item.height() - begin);
       kernel.adamw_mapped_rows(scalars, item, begin, rows, scratch.of<T>(worker), nullptr);
     } else {
       const int64_t begin = (task - first[i]) * kChunk;

@@ -136,7 +136,7 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
   };
   T *x = new_x.panel(p), *old = moved.panel(p);
   T *g = scratch, *m = g + area, *v = m + area, *mapped = v + area, *dense = mapped + area;
-  const DType state = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+  constexpr DType state = kDTypeOf<T>;
 
   load_panel(scalars.dtype, tall_view(item.param), first, rows, r, old, pitch, dense);
   load_panel(scalars.dtype, tall_view(item.grad), first, rows, r, g, pitch, dense);
@@ -327,7 +327,7 @@ void adamw_mapped_rows(const AdamWScalars& scalars, const AdamWItem& item, int64
   const auto dense = [&](const View& view) {
     return view.column_stride == 1 && (!tall || view.row_stride == item.columns);
   };
-  const bool own_type = scalars.dtype == (sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32);
+  const bool own_type = scalars.dtype == kDTypeOf<T>;
   int64_t in_place = 0;
   if (own_type && dense(item.param) && dense(item.grad)) {
     in_place = tall ? (item.columns % 4 == 0 ? rows : 0) : rows / kLanes<T> * kLanes<T>;

@@ -11,8 +11,6 @@
 namespace lowrank {
 namespace {
 
-int64_t height_of(const AdamWItem& item) { return item.rank_dim == 1 ? item.rows : item.columns; }
-
 // What the drift of a factor's move is to its partner: with the damping that stands beside the factor's Gram.
 template <class T>
 void add_damping(T* moved, int64_t r, double damping) {
@@ -35,9 +33,8 @@ void run_by_operation(const AdamWScalars& scalars, const TurnArguments& turn, Ad
     items[i].drift = moved + i * area;
   }
   grouped_gram(scalars.dtype, true, gram_items.data(), n, r, r, threads);
-  const DType state = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
   grouped_preconditioner(
-      state,
+      kDTypeOf<T>,
       {grams.data(), behind, maps.data(), realigned.data(), r, turn.damping, turn.weight, items[0].rank_dim == 1}, n,
       threads);
   grouped_adamw(scalars, items, n, threads);
@@ -69,7 +66,7 @@ template <class T>
 void run(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* items, const GramItem* partners, int64_t n,
          int threads) {
   const int64_t r = turn.r, area = r * r;
-  const auto rows = [&](int64_t i) { return height_of(items[i]) + partners[i].rows; };
+  const auto rows = [&](int64_t i) { return items[i].height() + partners[i].rows; };
   const Schedule schedule(n, r, threads, rows);
   if (schedule.split > 0) return run_by_operation<T>(scalars, turn, items, partners, n, threads);
   const std::vector<int64_t> begins = units_of(schedule.order, schedule.workers, rows);
@@ -104,7 +101,7 @@ void run(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* item
       AdamWItem& item = items[members[k]];
       item.grad_map = maps + k * area;
       item.momentum_map = realigned + k * area;
-      sum_groups(height_of(item), area, sums, [&](int64_t first, int64_t height, double* to) {
+      sum_groups(item.height(), area, sums, [&](int64_t first, int64_t height, double* to) {
         kernel.adamw_mapped_rows(scalars, item, first, height, reinterpret_cast<T*>(free), to);
       });
       T* const moved = all_moved + members[k] * area;

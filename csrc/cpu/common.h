@@ -26,6 +26,8 @@
 
 namespace lowrank {
 
+constexpr int64_t kLineBytes = 64;
+
 // Asks a cache, the first-level or the second-level one, for a line: a hint, whatever the address.
 template <int kLevel = 2>
 LOWRANK_INLINE void prefetch(const void* address) {
@@ -38,6 +40,10 @@ LOWRANK_INLINE void prefetch(const void* address) {
 
 // The codes that Python passes. Narrow types are stored as 16 bits and computed in float.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// The type that T is the computation of, without conversion.
+template <class T>
+constexpr DType kDTypeOf = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
 
 constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 

@@ -82,7 +82,7 @@ template <class A, class T>
 void gram_rows_in(DType dtype, const GramItem& item, int64_t r, int64_t k, int64_t first, int64_t rows, double* scratch,
                   double* sums) {
   const bool symmetric = item.y.data == nullptr;
-  const bool own_type = dtype == (sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32);
+  const bool own_type = dtype == kDTypeOf<T>;
   const int64_t whole = rows / kLanes<A> * kLanes<A>;
   // In float short rows leave most of a vector empty: panels are faster.
   const bool rows_fill_vectors = r % (sizeof(A) == sizeof(double) ? 4 : 8) == 0;

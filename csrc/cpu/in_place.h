@@ -52,8 +52,6 @@ struct Ahead {
   int64_t pitch[2];  // of wide factors
 };
 
-constexpr int64_t kLineBytes = 64;
-
 // Calls f(std::integral_constant<int, N>) for asking for what N = 0, 1 or 2 Aheads say.
 template <class F>
 LOWRANK_INLINE void with_asked(int asked, const F& f) {

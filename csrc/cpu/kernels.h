@@ -28,6 +28,9 @@ struct AdamWItem {
   const void* direction_map = nullptr;
   int rank_dim = 0;
   void* drift = nullptr;  // (r, r), of the type of the computation
+
+  int64_t rank() const { return rank_dim == 1 ? columns : rows; }
+  int64_t height() const { return rank_dim == 1 ? rows : columns; }
 };
 
 // xᵀy, or xᵀx without y: (r, k), contiguous.

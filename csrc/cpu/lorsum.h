@@ -21,9 +21,7 @@ struct Columns {
   DType dtype;
   int64_t rows;
 
-  static constexpr DType kOwn = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-
-  bool in_place() const { return dtype == kOwn && view.row_stride == 1 && rows % kLanes<T> == 0; }
+  bool in_place() const { return dtype == kDTypeOf<T> && view.row_stride == 1 && rows % kLanes<T> == 0; }
 
   // Part of them: whole vectors of rows, columns `pitch` apart.
   struct Part {
@@ -210,7 +208,7 @@ class Lorsum {
           packed += term.k * f.pitch;
           pack(columns.view, term.dtype, f.rows, term.k, at, f.pitch);
         }
-        columns = {{at, 1, f.pitch}, Columns<T>::kOwn, f.pitch};
+        columns = {{at, 1, f.pitch}, kDTypeOf<T>, f.pitch};
       }
     }
   }

@@ -9,17 +9,25 @@
 
 namespace lowrank {
 
-// add(first, rows, sums) adds the sums of a group of rows to `sums` (`count` doubles), for one matrix of `rows` rows.
-// The total is left in `total`, behind which there is room for the sums of a group, at a multiple of 8.
+// Of one matrix of `rows` rows: add(first, rows, sums) adds the sums of some rows to `sums` (`count` doubles).
+template <class Add>
+void sum_group(int64_t rows, int64_t group, int64_t count, double* sums, const Add& add) {
+  std::fill(sums, sums + count, 0.0);
+  add(group * kGroupRows, std::min(kGroupRows, rows - group * kGroupRows), sums);
+}
+
+inline void add_sums(double* total, const double* sums, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) total[j] += sums[j];
+}
+
+// The same of all groups, in order. The total is left in `total`, behind which there is room for the sums of a group,
+// at a multiple of 8.
 template <class Add>
 void sum_groups(int64_t rows, int64_t count, double* total, const Add& add) {
   double* const sums = total + round_up(count, 8);
   for (int64_t group = 0; group < group_count(rows); ++group) {
-    double* const to = group == 0 ? total : sums;
-    std::fill(to, to + count, 0.0);
-    add(group * kGroupRows, std::min(kGroupRows, rows - group * kGroupRows), to);
-    if (group == 0) continue;
-    for (int64_t j = 0; j < count; ++j) total[j] += sums[j];
+    sum_group(rows, group, count, group == 0 ? total : sums, add);
+    if (group > 0) add_sums(total, sums, count);
   }
 }
 
@@ -34,15 +42,13 @@ void sum_rows(int64_t n, int64_t columns, int64_t count, size_t scratch_bytes, i
     const int64_t i = schedule.order[s], groups = group_count(rows(i));
     const Scratch partial(sums_bytes, static_cast<int>(groups)), scratch(scratch_bytes, schedule.workers);
     parallel_for(groups, schedule.workers, [&](int64_t group, int worker) {
-      const int64_t first = group * kGroupRows;
-      double* const sums = partial.of<double>(static_cast<int>(group));
-      std::fill(sums, sums + count, 0.0);
-      add(i, first, std::min(kGroupRows, rows(i) - first), scratch.of<char>(worker), sums);
+      sum_group(
+          rows(i), group, count, partial.of<double>(static_cast<int>(group)),
+          [&](int64_t first, int64_t height, double* sums) { add(i, first, height, scratch.of<char>(worker), sums); });
     });
-    double* total = partial.of<double>(0);
-    for (int64_t group = 1; group < groups; ++group) {
-      for (int64_t j = 0; j < count; ++j) total[j] += partial.of<double>(static_cast<int>(group))[j];
-    }
+    double* const total = partial.of<double>(0);
+    for (int64_t group = 1; group < groups; ++group)
+      add_sums(total, partial.of<double>(static_cast<int>(group)), count);
     finish(i, total);
   }
   if (schedule.split == n) return;

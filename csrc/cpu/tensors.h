@@ -86,7 +86,7 @@ LOWRANK_INLINE void prefetch_contents(const PyObject* object) {
   if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>(sizeof(words))) return;
   std::memcpy(words, object, sizeof(words));
   for (int word = 2; word < 4; ++word) {
-    for (int line = 0; line < 3; ++line) prefetch<1>(static_cast<const char*>(words[word]) + 64 * line);
+    for (int line = 0; line < 3; ++line) prefetch<1>(static_cast<const char*>(words[word]) + kLineBytes * line);
   }
 }
 
