@@ -44,14 +44,6 @@ LOWRANK_INLINE void with_part(int64_t r, const F& f) {
   f(std::integral_constant<int, L>());
 }
 
-// What a product asks memory for while it reads its input: the same rows and columns of two other arrays, which are
-// wanted next. (So spread it is free; many lines at once, or into the first-level cache, are not.)
-template <class T>
-struct Ahead {
-  const T* data[2];
-  int64_t pitch[2];  // of wide factors
-};
-
 // Calls f(std::integral_constant<int, N>) for asking for what N = 0, 1 or 2 Aheads say.
 template <class F>
 LOWRANK_INLINE void with_asked(int asked, const F& f) {
@@ -108,47 +100,19 @@ inline void map_rows(const T* in, int64_t rows, int64_t r, const T* map, T* out,
   });
 }
 
-// J rows of out = M · in for V vectors of columns of a wide factor, whose rows are `pitch` apart; `transposed` is Mᵀ.
-template <class T, int J, int V, int kAsked>
-LOWRANK_INLINE void map_columns_block(const T* in, int64_t pitch, int64_t r, const T* transposed, T* out,
-                                      int64_t out_pitch, const Ahead<T>* ahead) {
-  Vec<T> sum[J][V] = {};
-  for (int64_t i = 0; i < r; ++i) {
-    Vec<T> x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(in + i * pitch + v * kLanes<T>);
-    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
-    LOWRANK_UNROLL
-    for (int n = 0; n < 2 * kAsked; ++n) {
-      const T* const row = ahead[n / 2].data[n % 2] + i * ahead[n / 2].pitch[n % 2];
-      for (int64_t at = 0; at < V * kLanes<T>; at += kLine) prefetch(row + at);
-    }
-    for (int j = 0; j < J; ++j) {
-      const Vec<T> c = splat(transposed[i * r + j]);
-      for (int v = 0; v < V; ++v) sum[j][v] += c * x[v];
-    }
-  }
-  for (int j = 0; j < J; ++j) {
-    for (int v = 0; v < V; ++v) store(out + j * out_pitch + v * kLanes<T>, sum[j][v]);
-  }
-}
-
-// out = M · in for V vectors of columns.
+// out = M · in for V vectors of columns of a wide factor, whose rows are `pitch` apart; `transposed` is Mᵀ.
 template <class T, int V>
 inline void map_columns(const T* in, int64_t pitch, int64_t r, const T* transposed, T* out, int64_t out_pitch,
                         const Ahead<T>* ahead, int asked) {
   constexpr int J = kManyRegisters ? 8 : 4;
   int64_t j = 0;
-  if (r >= J && asked == 1) map_columns_block<T, J, V, 1>(in, pitch, r, transposed, out, out_pitch, ahead), j = J;
-  if (r >= J && asked == 2) map_columns_block<T, J, V, 2>(in, pitch, r, transposed, out, out_pitch, ahead), j = J;
-  for (; j + J <= r; j += J) {
-    map_columns_block<T, J, V, 0>(in, pitch, r, transposed + j, out + j * out_pitch, out_pitch, ahead);
-  }
-  for (; J > 4 && j + 4 <= r; j += 4) {
-    map_columns_block<T, 4, V, 0>(in, pitch, r, transposed + j, out + j * out_pitch, out_pitch, ahead);
-  }
-  for (; j < r; ++j) {
-    map_columns_block<T, 1, V, 0>(in, pitch, r, transposed + j, out + j * out_pitch, out_pitch, ahead);
-  }
+  if (r >= J && asked == 1) multiply_block<T, J, V, 1>(in, pitch, r, transposed, r, 1, out, out_pitch, ahead), j = J;
+  if (r >= J && asked == 2) multiply_block<T, J, V, 2>(in, pitch, r, transposed, r, 1, out, out_pitch, ahead), j = J;
+  for (; j + J <= r; j += J)
+    multiply_block<T, J, V>(in, pitch, r, transposed + j, r, 1, out + j * out_pitch, out_pitch);
+  for (; J > 4 && j + 4 <= r; j += 4)
+    multiply_block<T, 4, V>(in, pitch, r, transposed + j, r, 1, out + j * out_pitch, out_pitch);
+  for (; j < r; ++j) multiply_block<T, 1, V>(in, pitch, r, transposed + j, r, 1, out + j * out_pitch, out_pitch);
 }
 
 // gram[i][j] += Σ_k x[k][i] · y_v[k][j] for I columns of x and V parts of W columns, x and all y in dense rows of r;

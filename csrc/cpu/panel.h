@@ -128,14 +128,29 @@ inline void store_panel(DType dtype, const View& view, int64_t first, int64_t ro
   });
 }
 
-// out_j = Σ_i coefficient(i, j) · in_i over the r columns of a panel, J columns from j0 on, V vectors from row k on.
-template <class T, int J, int V>
+// What a product asks memory for while it reads its input: the same places of two other arrays, which are wanted next.
+// (So spread it is free; many lines at once, or into the first-level cache, are not.)
+template <class T>
+struct Ahead {
+  const T* data[2];
+  int64_t pitch[2];  // of their columns, or unused where rows are dense
+};
+
+// out_j = Σ_i coefficient(i, j) · in_i over the r columns of a panel, J columns from j0 on, V vectors from row k on; it
+// asks for what kAsked Aheads say.
+template <class T, int J, int V, int kAsked = 0>
 LOWRANK_INLINE void multiply_block(const T* in, int64_t pitch, int64_t r, const T* matrix, int64_t row_stride,
-                                   int64_t column_stride, T* out, int64_t out_pitch) {
+                                   int64_t column_stride, T* out, int64_t out_pitch, const Ahead<T>* ahead = nullptr) {
   Vec<T> sum[J][V] = {};
   for (int64_t i = 0; i < r; ++i) {
     Vec<T> x[V];
     for (int v = 0; v < V; ++v) x[v] = load(in + i * pitch + v * kLanes<T>);
+    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    LOWRANK_UNROLL
+    for (int n = 0; n < 2 * kAsked; ++n) {
+      const T* const column = ahead[n / 2].data[n % 2] + i * ahead[n / 2].pitch[n % 2];
+      for (int64_t at = 0; at < V * kLanes<T>; at += kLine) prefetch(column + at);
+    }
     for (int j = 0; j < J; ++j) {
       const Vec<T> c = splat(matrix[i * row_stride + j * column_stride]);
       for (int v = 0; v < V; ++v) sum[j][v] += c * x[v];
