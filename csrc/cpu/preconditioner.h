@@ -1,5 +1,5 @@
-// From damped Gram matrices the r × r maps of a preconditioned step, in double: P = (G + δI)⁻¹ by Cholesky, and I - P
-// K. A lane is a matrix, so that square roots, divisions and short rows keep the vector units busy.
+// From damped Gram matrices the r × r maps of a preconditioned step, in double: (G + δI)⁻¹ by Cholesky, and
+// I - (G + δI)⁻¹K. A lane is a matrix, so that square roots, divisions and short rows keep the vector units busy.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -61,27 +61,30 @@ inline void square_upper_lanes(double* w, int64_t n, double* product) {
   }
 }
 
-// product = I - a b.
-inline void one_minus_product_lanes(double* a, double* b, int64_t n, double* product) {
+// x = I - (UᵀU)⁻¹ x, by substitution.
+inline void one_minus_solution_lanes(double* u, int64_t n, const double* reciprocals, double* x) {
+  constexpr int W = kLanes<double>;
   using V = Vec<double>;
-  by_fours(0, n, [&](int64_t i, auto row_count) {
-    by_fours(0, n, [&](int64_t j, auto column_count) {
-      constexpr int I = decltype(row_count)::value, J = decltype(column_count)::value;
-      V sum[I][J] = {};
-      for (int64_t k = 0; k < n; ++k) {
-        V row[J];
-        for (int d = 0; d < J; ++d) row[d] = load(lanes_at(b, n, k, j + d));
-        for (int c = 0; c < I; ++c) {
-          const V value = load(lanes_at(a, n, i + c, k));
-          for (int d = 0; d < J; ++d) sum[c][d] += value * row[d];
-        }
+  by_fours(0, n, [&](int64_t j, auto count) {
+    constexpr int J = decltype(count)::value;
+    // Row i from the rows [first, end), which are done; their coefficients are `step` apart.
+    const auto substitute = [&](int64_t i, int64_t first, int64_t end, const double* coefficient, int64_t step) {
+      V sum[J];
+      for (int c = 0; c < J; ++c) sum[c] = load(lanes_at(x, n, i, j + c));
+      for (int64_t k = first; k < end; ++k, coefficient += step) {
+        const V value = load(coefficient);
+        for (int c = 0; c < J; ++c) sum[c] -= value * load(lanes_at(x, n, k, j + c));
       }
-      for (int c = 0; c < I; ++c) {
-        for (int d = 0; d < J; ++d) {
-          store(lanes_at(product, n, i + c, j + d), splat(i + c == j + d ? 1.0 : 0.0) - sum[c][d]);
-        }
+      for (int c = 0; c < J; ++c) store(lanes_at(x, n, i, j + c), sum[c] * load(reciprocals + i * W));
+    };
+    for (int64_t i = 0; i < n; ++i) substitute(i, 0, i, lanes_at(u, n, 0, i), n * W);
+    for (int64_t i = n - 1; i >= 0; --i) substitute(i, i + 1, n, lanes_at(u, n, i, i + 1), W);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int c = 0; c < J; ++c) {
+        double* const at = lanes_at(x, n, i, j + c);
+        store(at, splat(i == j + c ? 1.0 : 0.0) - load(at));
       }
-    });
+    }
   });
 }
 
@@ -133,9 +136,9 @@ void preconditioner(const PreconditionerArguments& of, int64_t first, int64_t co
     square_upper_lanes(inverse, n, p);
     scatter_lanes(p, n, here, of.weight, false, static_cast<T*>(of.out) + first * area);
     if (of.drifts == nullptr) continue;
-    gather_lanes(static_cast<const T*>(of.drifts) + first * area, n, here, g);
-    one_minus_product_lanes(p, g, n, inverse);
-    scatter_lanes(inverse, n, here, 1.0, of.transposed, static_cast<T*>(of.realigned) + first * area);
+    gather_lanes(static_cast<const T*>(of.drifts) + first * area, n, here, p);
+    one_minus_solution_lanes(g, n, reciprocals, p);
+    scatter_lanes(p, n, here, 1.0, of.transposed, static_cast<T*>(of.realigned) + first * area);
   }
 }
 

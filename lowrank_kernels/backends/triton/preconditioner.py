@@ -1,7 +1,7 @@
 """``grouped_preconditioner``: ``w (G + δI)⁻¹`` and ``I - (G + δI)⁻¹ K`` of a whole stack in one launch, in fp64.
 
-One program per matrix: Cholesky in tiles, then the inverse, a block of its rows at a time in registers, by substitution
-from the rows of the identity, and the product of that block with K. Floor: read G and K, write both results, once; at these
+One program per matrix: Cholesky in tiles, then by substitution, a block of rows at a time in registers, from the rows of
+the identity the inverse and from those of Kᵀ the other. Floor: read G and K, write both results, once; at these
 sizes the chain of pivots takes the time, and the matrices side by side hide it.
 """
 
@@ -42,17 +42,15 @@ def preconditioner_kernel(grams, drifts, factors, inverses, maps, realigned, ran
         inside = (i[:, None] < rank) & (k[None, :] < rank)
         tl.store(maps + first_entry + i[:, None] * rank + k[None, :], rounded(weight * rows, OUT), mask=inside)
         if HAS_DRIFTS:
-            for column in range(0, R, BLOCK):
-                j = column + tl.arange(0, BLOCK)
-                some = (k[:, None] < rank) & (j[None, :] < rank)
-                drift = tl.load(drifts + first_entry + k[:, None] * rank + j[None, :], mask=some, other=0.0).to(tl.float64)
-                product = tl.dot(rows, drift, input_precision="ieee", out_dtype=tl.float64)
-                difference = rounded(tl.where(i[:, None] == j[None, :], 1.0, 0.0) - product, OUT)
-                fits = (i[:, None] < rank) & (j[None, :] < rank)
-                if TRANSPOSED:
-                    tl.store(realigned + first_entry + j[None, :] * rank + i[:, None], difference, mask=fits)
-                else:
-                    tl.store(realigned + first_entry + i[:, None] * rank + j[None, :], difference, mask=fits)
+            # As rows: of the transposed drift, and what comes of them.
+            at = k[None, :] * rank + i[:, None]
+            columns = tl.load(drifts + first_entry + at, mask=inside, other=0.0).to(tl.float64)
+            columns = substitute(columns, factor, inverses, rank, R, R)
+            columns = substitute_back(columns, factor, inverses, rank, R, R)
+            difference = rounded(tl.where(i[:, None] == k[None, :], 1.0, 0.0) - columns, OUT)
+            if TRANSPOSED:
+                at = i[:, None] * rank + k[None, :]
+            tl.store(realigned + first_entry + at, difference, mask=inside)
 
 
 def verify(
