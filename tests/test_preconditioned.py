@@ -212,7 +212,7 @@ def largest_difference(build: Callable[[nn.Module], torch.optim.Optimizer], step
 @pytest.mark.parametrize("order", ["B", "A", "joint"])
 def test_altlora_does_not_depend_on_the_split(order: str, weight_decay: float) -> None:
     """Theorem 4, with momentum."""
-    assert largest_difference(lambda m: AltLoRA(m, lr=0.05, damping=0.0, order=order, weight_decay=weight_decay)) < 1e-8
+    assert largest_difference(lambda m: AltLoRA(m, lr=0.05, damping=0.0, order=order, weight_decay=weight_decay)) < 2e-9
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
@@ -239,14 +239,12 @@ def test_scaled_gd_has_state_as_long_as_it_has_momentum(monkeypatch: pytest.Monk
     assert all(state.keys() == {"exp_avg"} for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-9), (1e3, 5e-8)])
-def test_lora_pro_under_sgd_does_not_depend_on_the_split(condition: float, tolerance: float) -> None:
-    """X = 0. AdamW with a huge eps is SGD: the direction is m / eps.
-
-    1.5e-8 at cond(T) = 1e3, and the same with exact inverses: it is the rounding of the Gram matrices, which counts with cond(T)².
-    """
-    sgd = {"betas": (0.0, 0.999), "eps": 1e14, "lr": 0.05 * 1e14}
-    assert largest_difference(lambda m: LoRAPro(m, damping=0.0, sylvester=False, **sgd), condition=condition) < tolerance
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_lora_pro_under_sgd_does_not_depend_on_the_split(weight_decay: float) -> None:
+    """X = 0. AdamW with a huge eps is SGD: the direction is m / eps."""
+    eps = 1e30
+    sgd = {"lr": 0.05 * eps, "betas": (0.0, 0.999), "eps": eps, "weight_decay": weight_decay / eps}
+    assert largest_difference(lambda m: LoRAPro(m, damping=0.0, sylvester=False, **sgd)) < 2e-9
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..ops import grouped_eigh, grouped_gram, grouped_preconditioner
+from ..ops import grouped_eigh, grouped_gram, grouped_preconditioner, grouped_solve
 from .arguments import AdamWOptions, ParamsT
 from .pairing import LikePairs
 from .preconditioned import DEFAULT_DAMPING, Active, PreconditionedOptimizer
@@ -73,30 +73,32 @@ class LoRAPro(PreconditionedOptimizer):
     def _step_both(self, pairs: LikePairs, active_a: Active, active_b: Active) -> None:
         group = self._group(pairs, "A")
         gram_b, gram_a = self._grams(pairs, "B"), self._grams(pairs, "A")
-        inverse_b, inverse_a = (
-            grouped_preconditioner(gram, self._group(pairs, side)["damping"])[0] for side, gram in (("B", gram_b), ("A", gram_a))
-        )
+        damping_b, damping_a = (self._group(pairs, side)["damping"] for side in "BA")
         s = pairs[0].scale ** -2
         sign = -1.0 if group["maximize"] else 1.0
-        map_a = s * inverse_b
-        # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself.
+        map_a, _ = grouped_preconditioner(gram_b, damping_b, weight=s)
+        map_b, _ = grouped_preconditioner(gram_a, damping_a, weight=s)
+        # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself. Solved, not
+        # multiplied by the two inverses: their entries would cancel, at the price of cond(B)² cond(A)² in place of cond(B) cond(A).
         overlap_b = grouped_gram(self._tall(pairs, "B"), active_b.tall_grads("B"), dtype=torch.float64)
         self._over_shards(overlap_b, pairs, "B")
-        x = torch.zeros_like(inverse_a)
+        projection = s * grouped_solve(gram_a, grouped_solve(gram_b, overlap_b, damping_b), damping_a, side="right")
+        x = torch.zeros_like(projection)
         if group["sylvester"]:
             overlap_a = grouped_gram(active_a.tall_grads("A"), self._tall(pairs, "A"), dtype=torch.float64)
             self._over_shards(overlap_a, pairs, "A")
-            x = _solve_sylvester(gram_b, gram_a, -map_a @ overlap_a)
+            x = _solve_sylvester(gram_b, gram_a, -s * grouped_solve(gram_b, overlap_a, damping_b))
         # The maps of the factors themselves come from the gradients: they change sign with them.
         self._step_side(active_a, "A", grad_maps=map_a, param_maps=sign * x)
-        self._step_side(active_b, "B", grad_maps=s * inverse_a, param_maps=-sign * (s * inverse_b @ overlap_b @ inverse_a + x))
+        self._step_side(active_b, "B", grad_maps=map_b, param_maps=-sign * (projection + x))
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
         for pairs in self._alike(self._pairs):
+            rank, device = self._rank(pairs[0]), self._at(pairs[0].a).device
+            grams = torch.empty(len(pairs), rank, rank, dtype=torch.float64, device=device)
+            yield "grouped_solve", device.type, (grams, grams, 0.0, True, grams)
             if self._group(pairs, "A")["sylvester"]:
-                rank, device = self._rank(pairs[0]), self._at(pairs[0].a).device
-                grams = torch.empty(len(pairs), rank, rank, dtype=torch.float64, device=device)
                 yield "grouped_eigh", device.type, (grams, grams[:, 0], grams)
 
 
