@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ from ._library import (
 _ops = torch.ops.lowrank_kernels
 
 
+@overload
+def grouped_solve(grams: Tensor, rhs: Tensor, damping: float = ..., *, side: str = ..., out: Tensor | None = ...) -> Tensor: ...
+@overload
+def grouped_solve(
+    grams: Tensor, rhs: Sequence[Tensor], damping: float = ..., *, side: str = ..., out: Sequence[Tensor] | None = ...
+) -> list[Tensor]: ...
 def grouped_solve(
     grams: Tensor,
     rhs: Sequence[Tensor] | Tensor,

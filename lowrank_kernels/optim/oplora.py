@@ -578,7 +578,7 @@ class OPLoRA(LowRankOptimizer):
         eye = torch.eye(wide[0].shape[1], dtype=dtype, device=wide[0].device)
         products = grouped_lorsum_product(terms, [eye] * len(wide), factors)
         grams, _ = damped(grouped_gram(wide, dtype=torch.float64), 0.0, dtype)
-        solved: list[Tensor] = grouped_solve(grams, products, side="right")  # type: ignore[assignment]
+        solved = grouped_solve(grams, products, side="right")
         if not naive:
             return [*solved, *torch._foreach_mul(wide, 1.0)]  # the factors are about to move
         torch._foreach_add_(solved, mus, alpha=group["momentum"])

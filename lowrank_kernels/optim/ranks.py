@@ -110,5 +110,5 @@ def composed_lorsum(
             step = torch.cat(metrics[side].solve(list(step.split(heights[side]))))
         gram, damping = damped(gram, proximal, dtype)
         sums = torch.cat(known) + step + starts[side] * damping.to(dtype)[rows]
-        current[side] = grouped_solve(gram, list(sums.split(heights[side])), side="right")  # type: ignore[assignment]
+        current[side] = grouped_solve(gram, list(sums.split(heights[side])), side="right")
     return current[0], current[1]
