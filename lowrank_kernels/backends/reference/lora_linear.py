@@ -13,7 +13,7 @@ from .dropout import dropout_mask
 
 def dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
     """Inverted dropout with a given mask (True = kept): ``x ∘ mask / keep``."""
-    return x if mask is None else x * mask.to(x.dtype) * (1.0 / keep)
+    return x if mask is None else torch.where(mask, x * (1.0 / keep), 0.0)
 
 
 @implements("lora_linear", "reference", always)
