@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 
 from lowrank_kernels.ops import lora_down, lora_linear, lora_up
 
@@ -21,6 +21,8 @@ from ..shapes import MODELS, SHARED, layers, names
 from . import Setting, on, suite
 
 SCALE = 0.5
+#: Of the rows with dropout.
+DROPOUT = 1 / 8  # a multiple of 2⁻¹⁶: dropout by a seed rounds to these
 
 
 @dataclass
@@ -74,6 +76,8 @@ def make_shared(setting: Setting, decoupled: bool) -> list[Layer]:
 
 
 Forward = Callable[[Layer], Tensor]
+#: From layers to a call that answers as :func:`results` does.
+Prepare = Callable[[list[Layer]], Callable[[], list[Tensor | None]]]
 
 
 def frozen(layer: Layer) -> Tensor:
@@ -90,6 +94,14 @@ def naive(layer: Layer) -> Tensor:
 
 def ours(layer: Layer) -> Tensor:
     return lora_linear(layer.x, layer.weight, None, layer.a, layer.b, SCALE, q_a=layer.q_a, q_b=layer.q_b)
+
+
+def naive_dropout(layer: Layer) -> Tensor:
+    return linear(layer.x, layer.weight) + SCALE * linear(linear(dropout(layer.x, DROPOUT), layer.a), layer.b)
+
+
+def ours_dropout(layer: Layer) -> Tensor:
+    return lora_linear(layer.x, layer.weight, None, layer.a, layer.b, SCALE, dropout=DROPOUT)
 
 
 def results(forward: Forward, block: list[Layer], backward: bool) -> list[Tensor | None]:
@@ -171,6 +183,43 @@ class Judge:
         return worst([((f.double() - e).abs().max().item(), t) for f, e, t in rows if f is not None and e is not None])
 
 
+class DropoutJudge:
+    """Dropout draws what it likes, so each provider runs once more, on layers whose ∂x tells what was kept; the rest is then judged
+    in fp64 with that mask.
+
+    W = 0 and positive factors and gradients: ∂x is ``s ∂y B A`` (positive, never small) where an entry was kept, and 0 elsewhere.
+    """
+
+    def __init__(self, block: list[Layer]) -> None:
+        self.block = [
+            Layer(layer.x, torch.zeros_like(layer.weight), *(t.abs() + 0.1 for t in (layer.a, layer.b)), None, None, layer.grad.abs() + 0.1)
+            for layer in block
+        ]
+
+    def __call__(self, prepare: Prepare) -> tuple[float, float]:
+        dtype = self.block[0].x.dtype
+        found = prepare([layer.to(dtype) for layer in self.block])()
+        kept, judgements = [], []
+        for layer, grad_x in zip(self.block, found[len(self.block) :: 3], strict=True):
+            assert grad_x is not None
+            kept.append(grad_x.double() > 0.5 * SCALE * layer.grad.double() @ layer.b.double() @ layer.a.double())
+            share, count = kept[-1].double().mean().item(), kept[-1].numel()
+            judgements.append((abs(share - 1 + DROPOUT), 6 * (DROPOUT * (1 - DROPOUT) / count) ** 0.5))
+
+        def known(masks: Iterator[Tensor]) -> Forward:
+            return lambda layer: SCALE * linear(linear(layer.x * next(masks) / (1 - DROPOUT), layer.a), layer.b)
+
+        exact = results(known(iter(kept)), [layer.to(torch.float64) for layer in self.block], backward=True)
+        own = results(known(iter(kept)), [layer.to(dtype) for layer in self.block], backward=True)
+        judgements += ((_largest(f, e), 2 * _largest(o, e) + 8 * torch.finfo(dtype).eps * e.abs().max().item())
+                       for f, o, e in zip(found, own, exact, strict=True) if f is not None and o is not None and e is not None)  # fmt: skip
+        return worst(judgements)
+
+
+def _largest(found: Tensor, exact: Tensor) -> float:
+    return (found.double() - exact).abs().max().item()
+
+
 def trial(forward: Forward, block: list[Layer], backward: bool, judge: Judge, backend: str = "auto", is_ours: bool = False) -> Trial:
     mine, found = [layer.to(layer.x.dtype) for layer in block], []
 
@@ -178,6 +227,16 @@ def trial(forward: Forward, block: list[Layer], backward: bool, judge: Judge, ba
         found[:] = results(forward, mine, backward)
 
     return Trial(run, lambda: judge(found), on(backend), ours=is_ours)
+
+
+def dropout_trial(prepare: Prepare, block: list[Layer], judge: DropoutJudge, backend: str = "auto", is_ours: bool = False) -> Trial:
+    forced = on(backend)
+
+    def check() -> tuple[float, float]:
+        with forced():
+            return judge(prepare)
+
+    return Trial(prepare([layer.to(layer.x.dtype) for layer in block]), check, forced, ours=is_ours)
 
 
 def compiled_trial(block: list[Layer], backward: bool, judge: Judge, seconds: float) -> Trial:
@@ -197,38 +256,49 @@ def compiled_trial(block: list[Layer], backward: bool, judge: Judge, seconds: fl
     return Trial(lambda: run(call), lambda: judge(found))
 
 
-def peft_trial(block: list[Layer], backward: bool, judge: Judge) -> Trial:
+def peft_results(block: list[Layer], backward: bool, lora_dropout: float = 0.0) -> Callable[[], list[Tensor | None]]:
     """PEFT's own layer; decoupled: an unmodified one of rank 2r, whose constant halves get their gradients all the same."""
     from peft import LoraConfig, get_peft_model
 
-    mine, found = [layer.to(layer.x.dtype) for layer in block], []
-    rank, decoupled = mine[0].a.shape[0], mine[0].q_a is not None
+    rank, decoupled = block[0].a.shape[0], block[0].q_a is not None
     base = nn.Sequential()
-    for layer in mine:
+    for layer in block:
         module = nn.Linear(1, 1, bias=False)
         module.in_features, module.out_features = layer.weight.shape[1], layer.weight.shape[0]
         module.weight = nn.Parameter(layer.weight, requires_grad=False)
         base.append(module)
     total = 2 * rank if decoupled else rank
-    # PEFT declares α an int, and only divides it.
-    config = LoraConfig(r=total, lora_alpha=total * SCALE, target_modules=[str(i) for i in range(len(mine))])  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=total,
+        lora_alpha=total * SCALE,  # type: ignore[arg-type]  # PEFT declares α an int, and only divides it
+        target_modules=[str(i) for i in range(len(block))],
+        lora_dropout=lora_dropout,
+    )
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    modules = [model.base_model.model[i] for i in range(len(mine))]
+    modules = [model.base_model.model[i] for i in range(len(block))]
     factors = [(module.lora_A["default"].weight, module.lora_B["default"].weight) for module in modules]
-    for (a, b), layer in zip(factors, mine, strict=True):
+    for (a, b), layer in zip(factors, block, strict=True):
         a.data = layer.a.detach() if layer.q_a is None else torch.cat([layer.a.detach(), layer.q_a])
         b.data = layer.b.detach() if layer.q_b is None else torch.cat([layer.q_b, layer.b.detach()], dim=1)
 
-    def run() -> None:
+    def run() -> list[Tensor | None]:
         if not backward:
             with torch.no_grad():
-                found[:] = [module(layer.x) for module, layer in zip(modules, mine, strict=True)]
-            return
-        ys = [module(layer.x) for module, layer in zip(modules, mine, strict=True)]
-        wanted = [tensor for layer, pair in zip(mine, factors, strict=True) for tensor in (layer.x, *pair)]
-        grads = torch.autograd.grad(ys, wanted, [layer.grad for layer in mine])
+                return [module(layer.x) for module, layer in zip(modules, block, strict=True)]
+        ys = [module(layer.x) for module, layer in zip(modules, block, strict=True)]
+        wanted = [tensor for layer, pair in zip(block, factors, strict=True) for tensor in (layer.x, *pair)]
+        grads = torch.autograd.grad(ys, wanted, [layer.grad for layer in block])
         trained = [g if i % 3 == 0 else g[:rank] if i % 3 == 1 else g[:, total - rank :] for i, g in enumerate(grads)]
-        found[:] = [*ys, *trained]
+        return [*ys, *trained]
+
+    return run
+
+
+def peft_trial(block: list[Layer], backward: bool, judge: Judge) -> Trial:
+    call, found = peft_results([layer.to(layer.x.dtype) for layer in block], backward), []
+
+    def run() -> None:
+        found[:] = call()
 
     return Trial(run, lambda: judge(found))
 
@@ -236,11 +306,11 @@ def peft_trial(block: list[Layer], backward: bool, judge: Judge) -> Trial:
 @suite(
     "forward",
     *(f"{kind}_linear_{passes}" for kind in ("lora", "decoupled") for passes in ("forward", "forward_backward")),
+    "lora_linear_dropout_forward_backward",
     *(f"{kind}_shared_input_{passes}" for kind in ("lora", "decoupled") for passes in ("forward", "forward_backward")),
 )
 def cases(setting: Setting) -> Iterator[Case]:
-    """Forward, and forward + backward, of the plain and of the decoupled layer, alone and with others on the same input."""
-    elements = {"weight": sum(d_out * d_in for d_out, d_in in _block(setting)), "both": sum(map(sum, _block(setting)))}
+    """Forward, and forward + backward, of the plain and of the decoupled layer, alone and with others on the same input; with dropout."""
     for decoupled in (False, True):
         block = make_block(setting, decoupled)
         for backward in (False, True):
@@ -253,26 +323,54 @@ def cases(setting: Setting) -> Iterator[Case]:
                 **({"torch-compile": partial(compiled_trial, *arguments, setting.compile_seconds)} if setting.compile_seconds else {}),
                 **{f"ours-{name}": partial(trial, ours, *arguments, name, True) for name in setting.backends if name != "native"},
             }
-            passes, factors = (2 if backward else 1), 2 if decoupled else 1
-            # x, W, y and the factors once; with the backward pass ∂y, W, x, ∂x once more, and the trained factors' gradients.
-            moved = passes * (setting.tokens * elements["both"] + elements["weight"] + factors * setting.rank * elements["both"])
-            # Each factor is one product forward and one for ∂x; each trained one is another for its own gradient.
-            rank_r = (factors * passes + (1 if backward else 0)) * setting.rank * elements["both"]
-            yield Case(
-                op=("decoupled_linear" if decoupled else "lora_linear") + ("_forward_backward" if backward else "_forward"),
-                shapes=setting.shapes,
-                rank=setting.rank,
-                dtype=setting.dtype,
-                device=setting.device,
-                bytes=moved * setting.dtype.itemsize,
-                tensors=len(block),
-                providers=providers,
-                rival="frozen-linear",
-                flops=2 * setting.tokens * (passes * elements["weight"] + rank_r),
-                tokens=setting.tokens,
-            )
-
+            yield _case("decoupled_linear" if decoupled else "lora_linear", block, backward, providers, setting)
+        if not decoupled:
+            yield dropout_case(block, setting)
         yield from shared_cases(setting, decoupled)
+
+
+def _case(name: str, block: list[Layer], backward: bool, providers: dict[str, Callable[[], Trial]], setting: Setting) -> Case:
+    """Of layers one after the other, and the frozen layers alone as rival."""
+    weights = sum(layer.weight.numel() for layer in block)
+    both = sum(sum(layer.weight.shape) for layer in block)
+    passes, factors = (2 if backward else 1), 1 if block[0].q_a is None else 2
+    # x, W, y and the factors once; with the backward pass ∂y, W, x, ∂x once more, and the trained factors' gradients.
+    moved = passes * (setting.tokens * both + weights + factors * setting.rank * both)
+    # Each factor is one product forward and one for ∂x; each trained one is another for its own gradient.
+    rank_r = (factors * passes + (1 if backward else 0)) * setting.rank * both
+    return Case(
+        op=name + ("_forward_backward" if backward else "_forward"),
+        shapes=setting.shapes,
+        rank=setting.rank,
+        dtype=setting.dtype,
+        device=setting.device,
+        bytes=moved * setting.dtype.itemsize,
+        tensors=len(block),
+        providers=providers,
+        rival="frozen-linear",
+        flops=2 * setting.tokens * (passes * weights + rank_r),
+        tokens=setting.tokens,
+    )
+
+
+def dropout_case(block: list[Layer], setting: Setting) -> Case:
+    """Forward + backward; the floor is without any mask, which ours computes from a seed on a GPU and keeps as bytes elsewhere."""
+
+    def prepare(forward: Forward) -> Prepare:
+        return lambda layers: partial(results, forward, layers, True)
+
+    judge = DropoutJudge(block)
+    providers: dict[str, Callable[[], Trial]] = {
+        "naive": partial(dropout_trial, prepare(naive_dropout), block, judge),
+        "frozen-linear": partial(trial, frozen, block, True, Judge(block, True, frozen)),
+        "peft": partial(dropout_trial, partial(peft_results, backward=True, lora_dropout=DROPOUT), block, judge),
+        **{
+            f"ours-{name}": partial(dropout_trial, prepare(ours_dropout), block, judge, name, True)
+            for name in setting.backends
+            if name != "native"
+        },
+    }
+    return _case("lora_linear_dropout", block, True, providers, setting)
 
 
 def shared_cases(setting: Setting, decoupled: bool) -> Iterator[Case]:
