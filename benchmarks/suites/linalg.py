@@ -208,9 +208,9 @@ def _preconditioner_loop(grams: list[Tensor], drifts: list[Tensor]) -> list[Tens
     maps, realigned = [], []
     for gram, drift in zip(grams[0], drifts[0], strict=True):
         identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + DEFAULT_DAMPING * identity))
-        maps.append(inverse.to(drift.dtype))
-        realigned.append((identity - inverse @ drift.to(gram.dtype)).to(drift.dtype))
+        factor = torch.linalg.cholesky(gram + DEFAULT_DAMPING * identity)
+        maps.append(torch.cholesky_inverse(factor).to(drift.dtype))
+        realigned.append((identity - torch.cholesky_solve(drift.to(gram.dtype), factor)).to(drift.dtype))
     return [torch.stack(maps), torch.stack(realigned)]
 
 
