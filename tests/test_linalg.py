@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -466,6 +467,11 @@ def test_svd_product(backend: str, dtype: torch.dtype, k: int, kappa: float) -> 
         assert (image - u.double() * s.double()).abs().max() <= bound * exact[0], "the triples belong together"
 
 
+def transposed_places(xs: list[Tensor]) -> list[Tensor]:
+    """Where tensors like xs may be written, stored the other way round."""
+    return [torch.full_like(x.mT, math.nan, memory_format=torch.contiguous_format).mT for x in xs]
+
+
 @on_every_backend
 @in_both_dtypes
 def test_svd_product_of_awkward_factors(backend: str, dtype: torch.dtype) -> None:
@@ -478,12 +484,13 @@ def test_svd_product_of_awkward_factors(backend: str, dtype: torch.dtype) -> Non
         rights.append((torch.randn(130, 5, dtype=DOUBLE) * scale_right).to(dtype))
     with running("grouped_svd_product", backend):
         us, ss, vs = ops.grouped_svd_product(lefts, rights, 5)
-        again = ops.grouped_svd_product(lefts, rights, 5)
+        again = ops.grouped_svd_product(lefts, rights, 5, out=(out := transposed_places(us), transposed_places(vs)))
     for index, (left, right, u, s, v) in enumerate(zip(lefts, rights, us, ss, vs, strict=True)):
         assert orthogonality(u) <= BOUND[dtype] and orthogonality(v) <= BOUND[dtype], index
         exact = torch.linalg.svdvals(torch.linalg.qr(left.double())[1] @ torch.linalg.qr(right.double())[1].mT)
         if exact[0] < torch.finfo(dtype).max and exact.isfinite().all():
             assert (s.double() - exact).abs().max() <= BOUND[dtype] * exact[0] + 8 * torch.finfo(dtype).tiny, index
+    assert all(map(operator.is_, out, again[0]))
     assert torch.equal(ss, again[1]) and all(map(torch.equal, us + vs, again[0] + again[2])), "not deterministic"
 
 
@@ -589,11 +596,12 @@ def test_svd_of_small_matrices_is_exact(backend: str, dtype: torch.dtype) -> Non
     xs = [x.to(dtype) for x in xs]
     with running("grouped_svd", backend):
         us, ss, vs = ops.grouped_svd(xs, 8)
-        again = ops.grouped_svd(xs, 8)
+        again = ops.grouped_svd(xs, 8, out=(out := transposed_places(us), transposed_places(vs)))
     for index, (x, u, s, v) in enumerate(zip(xs, us, ss, vs, strict=True)):
         assert orthogonality(u) <= BOUND[dtype] and orthogonality(v) <= BOUND[dtype], index
         exact = torch.linalg.svdvals(x.double())[:8]
         assert (s.double() - exact).abs().max() <= 10 * BOUND[dtype] * exact[0], index
+    assert all(map(operator.is_, out, again[0]))
     assert torch.equal(ss, again[1]) and all(map(torch.equal, us + vs, again[0] + again[2])), "not deterministic"
 
 
@@ -797,6 +805,11 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_svd([X, WIDE], 4), r"rank must be between 1 and min\(3, 4\) of xs\[1\]"),
     (lambda: ops.grouped_svd([X], 2, oversample=-1), r"oversample must be ≥ 0"),
     (lambda: ops.grouped_svd([X], 2, iterations=-1), r"iterations must be ≥ 0"),
+    (lambda: ops.grouped_svd([X], 2, out=[X]), r"grouped_svd: out must be a pair \(us, vs\) of lists of tensors, got 1 values"),
+    (lambda: ops.grouped_svd([X], 2, out=X), r"out must be a pair .* got Tensor"),
+    (lambda: ops.grouped_svd([X], 4, out=([X], [X])), r"out\[1\]\[0\] must have shape \(4, 4\), got \(9, 4\)"),
+    (lambda: ops.grouped_svd_product([X], [X], 4, out=([X, X], [X])), r"out\[0\] must have 1 tensors, got 2"),
+    (lambda: ops.grouped_svd_product([X], [X], 4, out=([X], [X.double()])), r"out\[1\]\[0\] has dtype torch.float64"),
     (lambda: ops.grouped_polar([X, THREE]), r"xs\[1\] must be tall with 4 columns"),
     (lambda: ops.grouped_polar([WIDE]), r"xs\[0\] must be tall"),
     (lambda: ops.grouped_polar([X], out=[TALLER]), r"out\[0\] has shape \(11, 4\)"),

@@ -8,14 +8,20 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import accumulation_dtype, check_list, define, no_backward
+from ._library import check_list, define, no_backward
+from ._triples import check_out, empty_values
 
 #: Estimated share of the best rank-r approximation's energy that may be missing when the iteration stops by itself.
 ENERGY_TOLERANCE = 3e-3
 
 
 def grouped_svd(
-    xs: Sequence[Tensor], rank: int, *, oversample: int = 8, iterations: int | None = None
+    xs: Sequence[Tensor],
+    rank: int,
+    *,
+    oversample: int = 8,
+    iterations: int | None = None,
+    out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Randomized truncated SVD ``X_i ≈ U_i diag(s_i) V_iᵀ`` of dense matrices; same-shaped ones in one batch.
 
@@ -28,6 +34,7 @@ def grouped_svd(
         oversample: columns of a block beyond ``rank``.
         iterations: Krylov blocks after the first. None: until the captured energy Σs² is estimated to be within 3e-3 of its
             limit (from its last two increments), at least 2.
+        out: ``(us, vs)``, where to write U_i and V_i; any strides, no memory shared with xs.
 
     Returns:
         ``(us, ss, vs)``: U_i (m_i, rank), V_i (n_i, rank) with orthonormal columns in the dtype of xs, and (N, rank) singular
@@ -47,14 +54,19 @@ def grouped_svd(
         raise ValueError(f"grouped_svd: oversample must be ≥ 0, got {oversample}")
     if iterations is not None and iterations < 0:
         raise ValueError(f"grouped_svd: iterations must be ≥ 0 or None, got {iterations}")
-    return torch.ops.lowrank_kernels.grouped_svd(list(xs), rank, oversample, iterations)
+    if out is None:
+        return torch.ops.lowrank_kernels.grouped_svd(list(xs), rank, oversample, iterations)
+    check_out("grouped_svd", out, ([(x.shape[0], rank) for x in xs], [(x.shape[1], rank) for x in xs]), xs[0] if xs else None)
+    us, vs = list(out[0]), list(out[1])
+    ss = empty_values(xs, rank)
+    if xs:
+        torch.ops.lowrank_kernels.grouped_svd_out(list(xs), oversample, iterations, us, ss, vs)
+        torch.autograd.graph.increment_version([*us, *vs])
+    return us, ss, vs
 
 
 def _empty_results(xs: list[Tensor], rank: int, oversample: int, iterations: int | None) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    if not xs:
-        return [], torch.empty(0, rank), []
-    ss = xs[0].new_empty(len(xs), rank, dtype=accumulation_dtype(xs[0].dtype))
-    return [x.new_empty(x.shape[0], rank) for x in xs], ss, [x.new_empty(x.shape[1], rank) for x in xs]
+    return [x.new_empty(x.shape[0], rank) for x in xs], empty_values(xs, rank), [x.new_empty(x.shape[1], rank) for x in xs]
 
 
 def _grouped_svd(xs: list[Tensor], rank: int, oversample: int, iterations: int | None) -> tuple[list[Tensor], Tensor, list[Tensor]]:
@@ -64,8 +76,18 @@ def _grouped_svd(xs: list[Tensor], rank: int, oversample: int, iterations: int |
     return us, ss, vs
 
 
+def _grouped_svd_out(xs: list[Tensor], oversample: int, iterations: int | None, us: list[Tensor], ss: Tensor, vs: list[Tensor]) -> None:
+    run("grouped_svd", xs[0].device.type, xs, oversample, iterations, ENERGY_TOLERANCE, us, ss, vs)
+
+
 define(
     "grouped_svd", "(Tensor[] xs, int rank, int oversample, int? iterations) -> (Tensor[], Tensor, Tensor[])", _grouped_svd, _empty_results
+)
+define(
+    "grouped_svd_out",
+    "(Tensor[] xs, int oversample, int? iterations, Tensor(a!)[] us, Tensor(b!) ss, Tensor(c!)[] vs) -> ()",
+    _grouped_svd_out,
+    lambda xs, oversample, iterations, us, ss, vs: None,
 )
 no_backward("grouped_svd", "the bases U and V are constants in every method of this package")
 __all__ = ["grouped_svd"]
