@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import inspect
 import os
 import subprocess
 import sys
@@ -30,6 +31,18 @@ def in_a_foreign_thread(function: Callable[[], None]) -> None:
     done = threading.Event()
     _thread.start_new_thread(lambda: (function(), done.set()), ())
     assert done.wait(10)
+
+
+@pytest.mark.parametrize("operation", registry.operations())
+def test_a_verify_function_takes_what_its_implementation_takes(operation: str) -> None:
+    for backend, implementation in registry.implementations(operation).items():
+        parameters = inspect.signature(implementation.function).parameters.values()
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        for count in {sum(p.default is p.empty for p in positional), len(positional)}:
+            try:
+                inspect.signature(implementation.verify).bind(*range(count))
+            except TypeError as error:
+                pytest.fail(f"{operation} on {backend} with {count} arguments: {error}")
 
 
 def test_a_forced_backend_is_the_threads_own() -> None:

@@ -87,6 +87,7 @@ def grouped_svd(
     us: list[Tensor],
     ss: Tensor,
     vs: list[Tensor],
+    *,
     thin_qr: ThinQR = householder,
 ) -> None:
     """Write the leading ``ss.shape[1]`` singular triples of each X_i; same-shaped matrices go in one batch.

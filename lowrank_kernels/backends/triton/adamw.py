@@ -413,6 +413,7 @@ def verify(
     missed: list[int],
     bias_correction: bool,
     maximize: bool,
+    layout: object = None,
 ) -> Verdict:
     """Refuses long strided tensors, strided tensors that are not matrices, ranks above 128, hyperparameters elsewhere."""
     verdict = device_verdict(params)
