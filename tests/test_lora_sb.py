@@ -621,6 +621,23 @@ def test_theorem_2_is_the_least_squares_solution() -> None:
     torch.testing.assert_close(pair.core.detach(), -0.5 * dense, rtol=1e-10, atol=1e-12)
 
 
+def test_the_step_is_the_gradient_projected_whatever_the_condition_of_the_factors() -> None:
+    torch.manual_seed(0)
+    spectrum = torch.logspace(0, -4, 4, dtype=torch.float64)
+    (q_b, q_a), (turn_b, turn_a) = (
+        [torch.linalg.qr(torch.randn(d, 4, dtype=torch.float64))[0] for d in sizes] for sizes in ((11, 8), (4, 4))
+    )
+    g = torch.randn(11, 8, dtype=torch.float64)
+    model = lk.adapt(nn.Sequential(nn.Linear(8, 11, bias=False).double()), method="xs", rank=4, alpha=2)
+    (pair,) = pairs(model)
+    pair.B.copy_(q_b * spectrum @ turn_b), pair.A.copy_((q_a * spectrum @ turn_a).mT)
+    optimizer = lk.LoRASB(model, lr=1.0, update="sgd")
+    model(torch.eye(8, dtype=torch.float64)).backward(g.mT)
+    optimizer.step()
+    expected = -q_b @ q_b.mT @ g @ q_a @ q_a.mT
+    assert (pair_delta(pair) - expected).norm() < 5e-8 * expected.norm()
+
+
 def test_theorem_3_a_small_step_lowers_the_loss_by_the_inner_product() -> None:
     model = xs_model()
     optimizer = lk.LoRASB(model, lr=1e-6, update="sgd")

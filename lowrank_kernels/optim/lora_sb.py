@@ -15,7 +15,7 @@ from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
 from .pairing import Core
 from .shards import FLATTENED, KEEP_WHOLE, is_sharded
-from .state import moments, state_dtype
+from .state import moments
 
 UPDATES = ("adam", "sgd")
 
@@ -59,13 +59,13 @@ class LoRASB(LowRankOptimizer):
         momentum: float = 0.0,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        self._inverses: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+        self._kept_whitening: dict[Any, tuple[Any, Tensor, Tensor]] = {}
         method = {"update": update, "momentum": momentum}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._inverses = {}  # not part of a copy or a checkpoint: made anew from the factors
+        self._kept_whitening = {}  # not part of a copy or a checkpoint: made anew from the factors
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
@@ -111,7 +111,7 @@ class LoRASB(LowRankOptimizer):
 
     def _step_cores(self, cores: list[Core]) -> None:
         group = self.param_groups[cores[0].position[0]]
-        left, right = self._inverse_grams(cores)
+        left, right = self._whitening(cores)
         params = [self._at(core.position) for core in cores]
         active = [i for i, p in enumerate(params) if p.grad is not None]
         for i, core in enumerate(cores):
@@ -122,8 +122,9 @@ class LoRASB(LowRankOptimizer):
         if len(active) < len(cores):
             left, right = left[active], right[active]
         # A two-sided map. One side could be a map of the moment step, but then the gradients would be stacked for the other all the same.
-        dtype = params[active[0]].dtype
-        grads = (left @ torch.stack([params[i].grad for i in active]).to(left.dtype) @ right).to(dtype)  # type: ignore[misc]
+        # W(WᵀgW)Wᵀ, not (WWᵀ)g(WWᵀ): the entries of the inverses cancel, at the price of cond(B)² cond(A)².
+        stacked = torch.stack([params[i].grad for i in active])  # type: ignore[misc]
+        grads = (left @ (left.mT @ stacked.to(left.dtype) @ right) @ right.mT).to(stacked.dtype)
         options: dict[str, Any] = {}
         if group["update"] == "sgd":
             # The moment step averages, m = μ m + (1-μ) g; SGD adds up. Dividing the step by 1-μ makes them equal.
@@ -137,8 +138,8 @@ class LoRASB(LowRankOptimizer):
         members = [cores[i].position[1] for i in active]
         self._adamw(cores[0].position[0], members, is_factor=True, is_second=False, grads=list(grads), **options)
 
-    def _inverse_grams(self, cores: list[Core]) -> tuple[Tensor, Tensor]:
-        """``s⁻²(BᵀB)⁻¹`` and ``(AAᵀ)⁻¹``, (N, r, r) each, in the dtype of the moments."""
+    def _whitening(self, cores: list[Core]) -> tuple[Tensor, Tensor]:
+        """W and V with ``WWᵀ = s⁻²(BᵀB)⁻¹`` and ``VVᵀ = (AAᵀ)⁻¹``, (N, r, r) each, in fp64."""
         live = core_owners()
         layers: list[Any] = []
         for core in cores:
@@ -149,13 +150,11 @@ class LoRASB(LowRankOptimizer):
         factors = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
         stamp = [(id(x), x._version, x.data_ptr()) for x in factors]
         key = (cores[0].position[0], factors[0].device, len(factors[0]), self._at(cores[0].position).dtype)
-        if key not in self._inverses or self._inverses[key][0] != stamp:
-            scales = torch.tensor([core.scale**-2 for core in cores], dtype=torch.float64, device=factors[0].device)
-            left = _inverse([layer.lora_B for layer in layers], cores) * scales[:, None, None]
-            right = _inverse([layer.lora_A.mT for layer in layers], cores)
-            dtype = state_dtype(self._at(cores[0].position).dtype)
-            self._inverses[key] = (stamp, left.to(dtype), right.to(dtype))
-        return self._inverses[key][1:]
+        if key not in self._kept_whitening or self._kept_whitening[key][0] != stamp:
+            scales = torch.tensor([1 / core.scale for core in cores], dtype=torch.float64, device=factors[0].device)
+            left = _whitening_of([layer.lora_B for layer in layers], cores) * scales[:, None, None]
+            self._kept_whitening[key] = (stamp, left, _whitening_of([layer.lora_A.mT for layer in layers], cores))
+        return self._kept_whitening[key][1:]
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
@@ -167,12 +166,12 @@ class LoRASB(LowRankOptimizer):
             yield "grouped_gram", tall[0].device.type, (tall, None, grams)
 
 
-def _inverse(tall: list[Tensor], cores: list[Core]) -> Tensor:
-    """``(XᵀX)⁻¹`` of every factor X (d, r), in fp64."""
+def _whitening_of(tall: list[Tensor], cores: list[Core]) -> Tensor:
+    """W with ``WWᵀ = (XᵀX)⁻¹`` of every factor X (d, r), in fp64: XW has orthonormal columns."""
     by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
     for index, x in enumerate(tall):
         by_dtype[x.dtype].append(index)
-    inverses = torch.empty(len(tall), tall[0].shape[1], tall[0].shape[1], dtype=torch.float64, device=tall[0].device)
+    whitening = torch.empty(len(tall), tall[0].shape[1], tall[0].shape[1], dtype=torch.float64, device=tall[0].device)
     for members in by_dtype.values():
         values, vectors = grouped_eigh(grouped_gram([tall[i] for i in members], dtype=torch.float64))
         floor = values[:, -1] * values.shape[1] * torch.finfo(torch.float64).eps
@@ -182,5 +181,5 @@ def _inverse(tall: list[Tensor], cores: list[Core]) -> Tensor:
                     f"LoRASB: a constant factor of {cores[index].name} is zero, rank deficient or not finite, so that Theorem 2 has no "
                     "unique answer; start the model by lora_sb_init or initialize(model, 'svd'), with a lower rank if need be"
                 )
-        inverses[members] = (vectors / values[:, None, :]) @ vectors.mT
-    return inverses
+        whitening[members] = vectors / values.sqrt()[:, None, :]
+    return whitening
