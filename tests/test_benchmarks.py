@@ -325,6 +325,11 @@ def test_a_provider_that_nobody_offers_is_named(monkeypatch, tmp_path, capsys):
     assert caught.value.code == 2 and "argument --provider: 'foo' is none of naive" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("path", sorted((readme.ROOT / "benchmarks" / "results").glob("*pu.csv")), ids=lambda path: path.name)
+def test_what_is_published_was_right(path):
+    assert not [row for row in read(path) if row["note"].startswith(("wrong", "failed"))]
+
+
 def test_readme_shows_what_the_results_say(tmp_path):
     assert readme.main(["--check"]) == 0, "the README's figures are not those of benchmarks/results/cpu.csv: python -m benchmarks readme"
     block = readme.render(read(readme.ROOT / "benchmarks" / "results" / "cpu.csv"))

@@ -332,10 +332,9 @@ def cases(setting: Setting) -> Iterator[Case]:
 def _case(name: str, block: list[Layer], backward: bool, providers: dict[str, Callable[[], Trial]], setting: Setting) -> Case:
     """Of layers one after the other, and the frozen layers alone as rival."""
     weights = sum(layer.weight.numel() for layer in block)
-    both = sum(sum(layer.weight.shape) for layer in block)
+    both, inputs = sum(sum(layer.weight.shape) for layer in block), sum(layer.weight.shape[1] for layer in block)
     passes, factors = (2 if backward else 1), 1 if block[0].q_a is None else 2
-    # x, W, y and the factors once; with the backward pass ∂y, W, x, ∂x once more, and the trained factors' gradients.
-    moved = passes * (setting.tokens * both + weights + factors * setting.rank * both)
+    moved = _moved(setting, inputs, both, weights, factors * setting.rank * both, setting.rank * both, backward)
     # Each factor is one product forward and one for ∂x; each trained one is another for its own gradient.
     rank_r = (factors * passes + (1 if backward else 0)) * setting.rank * both
     return Case(
@@ -351,6 +350,13 @@ def _case(name: str, block: list[Layer], backward: bool, providers: dict[str, Ca
         flops=2 * setting.tokens * (passes * weights + rank_r),
         tokens=setting.tokens,
     )
+
+
+def _moved(setting: Setting, inputs: int, both: int, weights: int, factors: int, trained: int, backward: bool) -> int:
+    """Elements to move for layers of ``inputs`` columns of x, ``both`` of x and y together, and so many elements of W, of factors and of
+    trained ones: x, W, the factors and y once; for the backward pass ∂y, x, W, the factors, ∂x and the gradients of the trained once."""
+    forward = setting.tokens * both + weights + factors
+    return forward + (forward + setting.tokens * inputs + trained if backward else 0)
 
 
 def dropout_case(block: list[Layer], setting: Setting) -> Case:
@@ -389,7 +395,7 @@ def shared_cases(setting: Setting, decoupled: bool) -> Iterator[Case]:
             rank=setting.rank,
             dtype=setting.dtype,
             device=setting.device,
-            bytes=passes * (setting.tokens * both + weights + factors * thin) * setting.dtype.itemsize,
+            bytes=_moved(setting, block[0].x.shape[1], both, weights, factors * thin, thin, backward) * setting.dtype.itemsize,
             tensors=len(block),
             providers={
                 "naive": partial(shared_trial, apart(naive), block, backward),
