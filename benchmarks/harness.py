@@ -9,16 +9,19 @@ gets a row that says so and shows no time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -241,6 +244,15 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def _triton_version() -> str:
     try:
         import triton
@@ -261,6 +273,7 @@ def run_case(case: Case, ceilings: Ceilings, budget: Budget, providers: Sequence
             device_name(case.device), torch.get_num_threads(), case.tokens, tensors=case.tensors, bytes=case.bytes, flops=case.flops,
             copy_gb_s=ceilings.copy_bandwidth / 1e9, gemm_gflop_s=ceilings.gemm_flops / 1e9,
             torch=torch.__version__, triton=_triton_version(), python=platform.python_version(), date=date.today().isoformat(),
+            commit=_commit(),
         )  # fmt: skip
         try:
             trial = build()
