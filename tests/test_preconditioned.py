@@ -148,6 +148,33 @@ def test_trajectory_is_the_algorithm_box(method: type[LowRankOptimizer], options
                 pytest.fail("the case diverges: it proves nothing")
 
 
+def narrow_model() -> nn.Module:
+    """A head with one output at a rank of 4, as PEFT allows it; a layer with as little input; an ordinary one."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 1))
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2", "4"], init_lora_weights=False)).double()
+
+
+@every_method
+def test_layers_narrower_than_the_rank(method: type[LowRankOptimizer]) -> None:
+    """XᵀX has less than full rank, and the damping does the rest; a QR of X there is none."""
+    model = narrow_model()
+    if method is LoRARITE:
+        with pytest.raises(ValueError, match=r"LoRARITE: .*\.0\.default is of rank 4, more than its 16 × 3 weight has"):
+            method(model)
+        return
+    options = {"lr": 1e-3, "damping": 0.1}
+    optimizer, found = method(model, **options), pairs(model)
+    twins = [NAIVE[method](pair.A.detach().clone(), pair.B.detach().clone(), pair.scale, **options) for pair in found]
+    for _ in range(20):
+        for pair, twin in zip(found, twins, strict=True):
+            pair.A.grad, pair.B.grad = torch.randn_like(pair.A), torch.randn_like(pair.B)
+            twin.step(pair.A.grad.clone(), pair.B.grad.clone())
+        optimizer.step()
+    for pair, twin in zip(found, twins, strict=True):
+        assert_follows(pair.scale * pair.B.detach() @ pair.A.detach(), twin.delta_weight(), 1e-9, pair.name)
+
+
 @every_method
 def test_low_precision_factors_are_rounded_once(method: type[LowRankOptimizer]) -> None:
     """bf16 factors, fp32 state: after a step from the same bf16 factors and gradients, the fp64 result to one rounding."""

@@ -64,8 +64,7 @@ class AltLoRA(PreconditionedOptimizer):
         method = {"momentum": momentum, **_alternation(order, damping, freeze_idle)}
         super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
 
-    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
-        rank = min(part.shape)
+    def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
         drift = torch.zeros(rank, rank, dtype=state_dtype(part.dtype), device=part.device)
         return {**moments(part, "exp_avg"), "drift": drift}
 
@@ -228,8 +227,8 @@ class AltLoRAPlus(AltLoRA):
         method = _alternation(order, damping, freeze_idle)
         super(AltLoRA, self).__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
-    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
-        return {**super()._factor_state(group, part), **moments(part, "exp_avg_sq")}
+    def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
+        return {**super()._factor_state(group, part, rank), **moments(part, "exp_avg_sq")}
 
     def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
         return {}

@@ -415,8 +415,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """For parameters of which only a part is trained: position → the slice that is."""
         return {}
 
-    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
-        """The initial state of a factor, of which ``part`` is trained."""
+    def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
+        """The initial state of a factor, of which ``part`` is trained; ``rank``: of its pair, as trained, which may exceed its width."""
         return moments(part, "exp_avg", "exp_avg_sq")
 
     def _keeps_state(self, group: dict[str, Any]) -> bool:
@@ -449,13 +449,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 if not self.state.get(p) and (p.requires_grad or (group_index, index) in wanted):
                     parts = self._trained_parts(group_index) if parts is None else parts
                     part = p[parts[index]] if index in parts else p
-                    is_factor = index in self._factors[group_index]
-                    state = self._factor_state(group, part) if is_factor else moments(part, "exp_avg", "exp_avg_sq")
+                    state = self._initial_state(group_index, group, index, part)
                     if state or p not in self.state:
                         if due := int(self._updates_due(group_index, index)):
                             group["missed"][index] = due
                         self.state[p], created = state, True
         return created
+
+    def _initial_state(self, group_index: int, group: dict[str, Any], index: int, part: Tensor) -> dict[str, Tensor]:
+        """Of a parameter, factor or not, of which ``part`` is trained."""
+        if index not in self._factors[group_index]:
+            return moments(part, "exp_avg", "exp_avg_sq")
+        return self._factor_state(group, part, part.shape[1 if index in self._second_factors[group_index] else 0])
 
     def _reads_of_frozen(self) -> frozenset[Position]:
         """Factors that get state though they may be frozen, since a step of their partners reads or writes it."""
@@ -581,11 +586,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         """What the state of each parameter holds under the hyperparameters of ``group``, as tensors without memory."""
-        parts, factors = self._trained_parts(group_index), self._factors[group_index]
+        parts = self._trained_parts(group_index)
         for index, p in enumerate(self.param_groups[group_index]["params"]):
             shape = (p[parts[index]] if index in parts else p).shape
             like = torch.empty(shape, dtype=p.dtype, device="meta")
-            yield (group_index, index), self._factor_state(group, like) if index in factors else moments(like, "exp_avg", "exp_avg_sq")
+            yield (group_index, index), self._initial_state(group_index, group, index, like)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse what this optimizer cannot go on from; a method may ask for more."""

@@ -62,6 +62,16 @@ class LoRARITE(PreconditionedOptimizer):
                 "which waits for the device and cannot be captured"
             )
 
+    def _accept_pairs(self) -> None:
+        super()._accept_pairs()
+        for pair in self._pairs:
+            rank, widths = self._rank(pair), (self._at(pair.b).shape[0], self._at(pair.a).shape[1])
+            if rank > min(widths):
+                raise ValueError(
+                    f"LoRARITE: {pair.name} is of rank {rank}, more than its {widths[0]} × {widths[1]} weight has, so that its factors "
+                    "have no QR with orthonormal columns; give that layer a lower rank, or take AltLoRAPlus"
+                )
+
     def _accept_sharded(self, pair: FactorPair) -> None:
         raise RuntimeError(f"LoRARITE: {pair.name} is sharded (a DTensor), and each step takes the QR of whole factors; {KEEP_WHOLE}")
 
@@ -83,9 +93,8 @@ class LoRARITE(PreconditionedOptimizer):
                 state["basis"] = torch.empty(shape, dtype=state_dtype(self._at(position).dtype), device="meta")
             yield position, state
 
-    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
-        rank, dtype = min(part.shape), state_dtype(part.dtype)
-        second = torch.zeros(rank, rank, dtype=dtype, device=part.device)
+    def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
+        second = torch.zeros(rank, rank, dtype=state_dtype(part.dtype), device=part.device)
         return {**moments(part, "exp_avg"), "second": second, "escaped": second.new_zeros(())}
 
     def _step_pairs(self, pairs: LikePairs) -> None:

@@ -90,9 +90,9 @@ class LoRASB(LowRankOptimizer):
     def _keeps_state(self, group: dict[str, Any]) -> bool:
         return group["update"] == "adam" or bool(group["momentum"])
 
-    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
+    def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
         if group["update"] == "adam":
-            return super()._factor_state(group, part)
+            return super()._factor_state(group, part, rank)
         return moments(part, "exp_avg") if self._keeps_state(group) else {}
 
     def _update(self) -> None:

@@ -257,7 +257,7 @@ class OPLoRA(LowRankOptimizer):
 
     # ---------------------------------------------------------------- state
 
-    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
+    def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
         return {}  # A and B differ: see _create_state
 
     def _state_shapes(self, pair: FactorPair, group: dict[str, Any]) -> Iterator[tuple[Position, str, tuple[int, ...]]]:

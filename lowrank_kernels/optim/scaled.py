@@ -80,7 +80,7 @@ class ScaledGD(ScaledAdamW):
     def _keeps_state(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"])
 
-    def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
+    def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
         return moments(part, "exp_avg") if self._keeps_state(group) else {}
 
     def _moments(self, group: dict[str, Any], side: str) -> dict[str, Any]:
