@@ -129,9 +129,14 @@ def _module_scale(layer: nn.Module, adapter: str) -> float | None:
     return None
 
 
-def _layer_pairs(name: str, layer: nn.Module, convolutions: bool) -> Iterator[Pair]:
+#: PEFT's variants of a layer in which ΔW = sBA holds, or would without what the variant adds to it (DoRA's magnitudes).
+_VARIANTS_WITH_PAIRS = re.compile(r"_?(Dora|ALora|Arrow|MiCA|QALora|Velora)")
+
+
+def _layer_pairs(name: str, layer: nn.Module, convolutions: bool) -> Iterator[tuple[Pair, bool]]:
+    """The factors of a layer two by two, and whether they are a pair: whether ΔW is sBA, or something else of them."""
     if isinstance(layer, HoldsPair) and layer in _live_layers:
-        yield own_pair(name, layer)
+        yield own_pair(name, layer), True
         return
     for a_name, b_name in (("lora_A", "lora_B"), ("lora_a", "lora_b")):
         a, b = getattr(layer, a_name, None), getattr(layer, b_name, None)
@@ -143,12 +148,23 @@ def _layer_pairs(name: str, layer: nn.Module, convolutions: bool) -> Iterator[Pa
             yield from _weights_pair(name, a, b, layer, "", convolutions)
 
 
-def _weights_pair(name: str, a: nn.Module, b: nn.Module, layer: nn.Module, adapter: str, convolutions: bool) -> Iterator[Pair]:
+def _weights_pair(name: str, a: nn.Module, b: nn.Module, layer: nn.Module, adapter: str, convolutions: bool) -> Iterator[tuple[Pair, bool]]:
     a_weight, b_weight = getattr(a, "weight", None), getattr(b, "weight", None)
     if not (isinstance(a_weight, Tensor) and isinstance(b_weight, Tensor)):
         return
-    if a_weight.ndim == b_weight.ndim == 2 or (convolutions and _is_convolution_pair(a, b)):
-        yield Pair(name, a_weight, b_weight, _module_scale(layer, adapter), layer)
+    matrices = a_weight.ndim == b_weight.ndim == 2
+    if matrices or (convolutions and _is_convolution_pair(a, b)):
+        fits = not matrices or (_is_matrix(a) and _is_matrix(b) and a_weight.shape[0] == b_weight.shape[1])
+        variants, experts = getattr(layer, "lora_variant", {}), getattr(layer, "num_experts", 1)
+        plain = adapter not in variants or _VARIANTS_WITH_PAIRS.match(type(variants[adapter]).__name__) is not None
+        yield Pair(name, a_weight, b_weight, _module_scale(layer, adapter), layer), fits and plain and experts == 1
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether the module's weight is the matrix that it multiplies with, not blocks of it."""
+    weight: Any = module.weight
+    features = (getattr(module, "out_features", len(weight)), getattr(module, "in_features", weight.shape[1]))
+    return tuple(weight.shape) == features
 
 
 def _is_convolution_pair(a: nn.Module, b: nn.Module) -> bool:
@@ -163,13 +179,27 @@ def pairs(model: nn.Module, convolutions: bool = False) -> list[Pair]:
     """Every pair of low-rank factors in ``model``, frozen ones too: our adapters', PEFT's ``LoraLayer``, torchtune's.
 
     With ``convolutions`` also those of 1-d and 2-d convolutions, of which A is one and B a pointwise one, neither in groups.
-    The scale is read from the module that applies it. A pair that two names share (a tied layer) is listed once.
+    The scale is read from the module that applies it. A pair that two names share (a tied layer) is listed once. Factors of which ΔW is
+    not the product sBA (PEFT's block-diagonal ones, experts of one parameter, KaSA, MonteCLoRA) are no pair.
     """
     found: dict[tuple[int, int], Pair] = {}
     for name, module in model.named_modules():
-        for pair in _layer_pairs(name, module, convolutions):
-            found.setdefault((id(pair.A), id(pair.B)), pair)
+        for pair, is_pair in _layer_pairs(name, module, convolutions):
+            if is_pair:
+                found.setdefault((id(pair.A), id(pair.B)), pair)
     return list(found.values())
+
+
+def unpaired(model: nn.Module) -> list[Tensor]:
+    """Factors that stand as pairs do and are none: block-diagonal ones, the experts of one parameter together, variants of LoRA whose ΔW
+    is not sBA."""
+    return [
+        factor
+        for name, module in model.named_modules()
+        for pair, is_pair in _layer_pairs(name, module, convolutions=True)
+        if not is_pair
+        for factor in (pair.A, pair.B)
+    ]
 
 
 def shard_placement(model: nn.Module) -> Callable[[nn.Parameter], Any]:

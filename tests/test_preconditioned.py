@@ -16,6 +16,7 @@ import torch
 from _models import loss_of, make_model, trainable
 from torch import Tensor, nn
 
+import lowrank_kernels as lk
 from benchmarks.naive.preconditioned import AltLoRALayer, LoRAProLayer, LoRARITELayer, ScaledLayer
 from lowrank_kernels import (
     AdamW,
@@ -618,3 +619,66 @@ def test_atomic_undoes_a_step_that_moves_stacked_state(
     problem.run(optimizer, 3)
     whole.run(plain, 3)
     assert all(map(torch.equal, problem.deltas(), whole.deltas()))
+
+
+# ------------------------------------------------------------------------------------------------------------------ no pairs
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 12, 16))
+        self.is_transposed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->bo", x, self.w)
+
+
+def _blocks(side: str) -> dict:
+    from peft.tuners.lora.config import BdLoraConfig
+
+    return {"use_bdlora": BdLoraConfig(**{f"target_modules_bd_{side}": ["0"]}, nblocks=2, match_strict=False)}
+
+
+def _kasa() -> dict:
+    return {"kasa_config": peft.tuners.lora.config.KasaConfig()}
+
+
+@every_method
+@pytest.mark.parametrize("options", [lambda: _blocks("a"), lambda: _blocks("b"), _kasa], ids=["A in blocks", "B in blocks", "KaSA"])
+def test_variants_that_take_no_product_are_refused_or_left_to_adamw(method: type[LowRankOptimizer], options: Callable[[], dict]) -> None:
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 16)), peft.LoraConfig(r=4, target_modules=["0"], **options()))
+    with pytest.raises(ValueError, match=r"lora_A.default.weight, .* ΔW is not the product sBA"):
+        method(model)
+    model = lk.adapt(nn.Sequential(model, nn.Linear(16, 8)), rank=2, target_modules=["1"])
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    with pytest.warns(UserWarning, match="variants whose ΔW is not sBA"):
+        assert [pair.name for pair in method(model)._pairs] == ["1"]
+
+
+@every_method
+def test_experts_of_one_parameter_are_no_pair(method: type[LowRankOptimizer]) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["1"], target_parameters=["0.w"])
+    model = peft.get_peft_model(nn.Sequential(Experts(), nn.Linear(16, 8)), config)
+    with pytest.warns(UserWarning, match="variants whose ΔW is not sBA"):
+        optimizer = method(model)
+    assert [pair.name for pair in optimizer._pairs] == ["base_model.model.1.default"]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(5, 12)).square().mean().backward()
+        optimizer.step()
+
+
+@every_method
+def test_rank_0_is_no_pair_and_scale_0_is_refused(method: type[LowRankOptimizer]) -> None:
+    shapes = {"a.lora_A": (0, 6), "a.lora_B": (5, 0), "b.lora_A": (2, 6), "b.lora_B": (5, 2)}
+    named = [(f"{name}.weight", nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
+    with pytest.warns(UserWarning, match="a.lora_A.weight, a.lora_B.weight"):
+        optimizer = method(named, scale=1.0)
+    for _, p in named:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)), peft.LoraConfig(r=2, lora_alpha=0, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"\.0\.default has s = 0"):
+        method(model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..backends.lists import PLAIN, Gathered, first_sparse_gradient, gather, signature
 from ..ops import grouped_adamw_
-from ..pairs import Pair, core_owners, owners, pairs
+from ..pairs import Pair, core_owners, owners, pairs, unpaired
 from .arguments import (
     ParamsT,
     check_hyperparameters,
@@ -146,7 +146,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
         super().__init__(groups_of(name, params), {key: pythons_number(value) for key, value in defaults.items()})
         self._constructed = True
-        self._find_pairs(known, since_group=0)
+        self._find_pairs(known, [] if model is None else unpaired(model), since_group=0)
 
     # ---------------------------------------------------------------- arguments
 
@@ -172,7 +172,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             group["weight_decay"] = REST_WEIGHT_DECAY if decay is None else decay
             group["step"], group["cleared_at"], group["missed"] = 0, 0, {}
             if self._constructed:
-                self._find_pairs([], since_group=len(self.param_groups) - 1)
+                self._find_pairs([], [], since_group=len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             self._pairing, self._buckets = before, (None, [])
@@ -184,9 +184,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- pairs
 
-    def _find_pairs(self, known: list[Pair], since_group: int) -> None:
-        """Pair what is not paired yet; ``known``: the model's pairs. What is new are the groups from ``since_group`` on."""
-        self._pairing, notices = find_pairs(self, self.param_groups, self._pairing, known, self._scale, since_group)
+    def _find_pairs(self, known: list[Pair], never: list[Tensor], since_group: int) -> None:
+        """Pair what is not paired yet; ``known``: the model's pairs; ``never``: its factors that are none, whatever their names say. What
+        is new are the groups from ``since_group`` on."""
+        self._pairing, notices = find_pairs(self, self.param_groups, self._pairing, known, never, self._scale, since_group)
         self._buckets = (None, [])
         self._accept_pairs()
         for notice in notices:

@@ -71,6 +71,7 @@ class Pairing:
     Args:
         lone: positions of what belongs to an adapter and is no factor here: weight decay is the factors', the rest AdamW's.
         sizes: how many parameters each group has.
+        never: positions of what is no factor of a pair although it is named like one.
 
     Attributes:
         pairs, cores: the factors.
@@ -79,9 +80,14 @@ class Pairing:
     """
 
     def __init__(
-        self, pairs: Iterable[FactorPair] = (), cores: Iterable[Core] = (), lone: Iterable[Position] = (), sizes: Sequence[int] = ()
+        self,
+        pairs: Iterable[FactorPair] = (),
+        cores: Iterable[Core] = (),
+        lone: Iterable[Position] = (),
+        sizes: Sequence[int] = (),
+        never: Iterable[Position] = (),
     ) -> None:
-        self.pairs, self.cores = list(pairs), list(cores)
+        self.pairs, self.cores, self.never = list(pairs), list(cores), frozenset(never)
         self.factors, self.second_factors, self.lone_factors = (
             [frozenset(i for g, i in positions if g == index) for index in range(len(sizes))]
             for positions in (factor_positions(self.pairs, self.cores), {pair.b for pair in self.pairs}, set(lone))
@@ -114,11 +120,18 @@ def name_at(groups: Sequence[dict[str, Any]], position: Position) -> str:
 
 
 def find_pairs(
-    method: Method, groups: Sequence[dict[str, Any]], before: Pairing, known: list[Pair], scale: float | None, since_group: int
+    method: Method,
+    groups: Sequence[dict[str, Any]],
+    before: Pairing,
+    known: list[Pair],
+    never: Iterable[Tensor],
+    scale: float | None,
+    since_group: int,
 ) -> tuple[Pairing, list[str]]:
     """Pair what ``before`` has not paired: by ``known`` (the model's pairs), by our live layers, then by name.
 
     Args:
+        never: factors that are no pairs, although their names say so.
         scale: s of pairs whose module is not known.
         since_group: what is new, and may be worth a notice, are the groups from this one on.
 
@@ -128,6 +141,9 @@ def find_pairs(
     name, pairs, cores = type(method).__name__, list(before.pairs), list(before.cores)
     taken = factor_positions(pairs, cores)
     free = {id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"]) if (g, i) not in taken}
+    refused = {id(p) for p in never}
+    unpairable = before.never | {position for p, position in free.items() if p in refused}
+    free = {p: position for p, position in free.items() if position not in unpairable}
     named: list[tuple[str, Tensor]] = []
     for group in groups:
         named += zip(group.get("param_names", ()), group["params"], strict=False)
@@ -140,20 +156,22 @@ def find_pairs(
                 f"{name}: found no core lora_R among the {sum(len(g['params']) for g in groups)} parameters; "
                 "adapt the model with method='xs', and pass it or its parameters"
             )
-        raise ValueError(f"{name}: {_why_no_pair(groups, known, ours, named)}")
+        raise ValueError(f"{name}: {_why_no_pair(groups, known, ours, named, unpairable)}")
     ratio = next((group["lr_ratio"] for group in groups if group["lr_ratio"] != 1.0), None)
     if ratio is not None and method.trains_pairs and not pairs:
-        raise ValueError(f"{name}: lr_ratio={ratio} is the lr of B over that of A, but {_why_no_pair(groups, known, ours, named)}")
+        raise ValueError(
+            f"{name}: lr_ratio={ratio} is the lr of B over that of A, but {_why_no_pair(groups, known, ours, named, unpairable)}"
+        )
     taken = factor_positions(pairs, cores)
     names = [((g, i), n) for g, group in enumerate(groups) for i, n in enumerate(group.get("param_names", ()))]
     left = {position: n for position, n in names if is_adapter_parameter(n) and position not in taken}
     lone = {p for pair in (*known, *ours) for tensor in (pair.A, pair.B, pair.core) if (p := free.get(id(tensor))) is not None}
-    found = Pairing(pairs, cores, lone.union(left), [len(group["params"]) for group in groups])
+    found = Pairing(pairs, cores, lone.union(left), [len(group["params"]) for group in groups], unpairable)
     if new := [n for (group_index, _), n in left.items() if group_index >= since_group]:
         kinds = f"convolutions{' in groups, transposed or 3-d' if method.trains_convolutions else ''}"
         notices.append(
             f"{name}: {len(new)} adapter parameter(s) are no {'pair of matrices' if method.trains_pairs else 'cores'} "
-            f"(embeddings, {kinds}, DoRA's magnitudes, lone factors) and get AdamW: "
+            f"(embeddings, {kinds}, DoRA's magnitudes, lone factors, variants whose ΔW is not sBA) and get AdamW: "
             f"{', '.join(new[:4])}{', …' if len(new) > 4 else ''}"
         )
     return found, notices if method.requires_pairs else []
@@ -186,7 +204,11 @@ def _match(
         a, b = free.get(id(pair.A)), free.get(id(pair.B))
         if a is None or b is None or not method.trains_pairs:
             continue
+        if pair.A.ndim == 2 and not len(pair.A):  # of rank 0: nothing to train
+            continue
         its_name, its_scale = pair.name or name_at(groups, a), scale if pair.scale is None else pair.scale
+        if its_scale == 0 and method.requires_pairs:
+            raise ValueError(f"{name}: {its_name} has s = 0 (alpha 0), so that its factors do nothing; freeze them or give it an alpha")
         unknown |= its_scale is None
         if scale is not None and its_scale != scale:
             unlike = unlike or f"{its_name} has s = {its_scale:g}"
@@ -210,7 +232,9 @@ def _refuse_flattened(name: str, groups: Sequence[dict[str, Any]], named: list[t
         raise ValueError(f"{name}: {FLATTENED}")
 
 
-def _why_no_pair(groups: Sequence[dict[str, Any]], known: list[Pair], ours: list[Pair], named: list[tuple[str, Tensor]]) -> str:
+def _why_no_pair(
+    groups: Sequence[dict[str, Any]], known: list[Pair], ours: list[Pair], named: list[tuple[str, Tensor]], unpairable: Iterable[Position]
+) -> str:
     """What to say when there is none: where cores, frozen or lone factors are the reason, that."""
     held = {id(p) for group in groups for p in group["params"]}
     found = f"found no pair of low-rank factors among the {len(held)} parameters"
@@ -231,6 +255,11 @@ def _why_no_pair(groups: Sequence[dict[str, Any]], known: list[Pair], ours: list
         )
     if known and not any(p.requires_grad for pair in known for p in (pair.A, pair.B, pair.core) if p is not None):
         return f"{found}: the model's {len(known)} pairs are frozen; call requires_grad_(True) on their factors first"
+    if names := [name_at(groups, position) for position in sorted(unpairable)]:
+        return (
+            f"{found}: of {', '.join(names[:4])}{', …' if len(names) > 4 else ''} ΔW is not the product sBA (a variant of LoRA: factors in "
+            "blocks, the experts of one parameter, KaSA, …); train them with AdamW"
+        )
     if left := [n for n, _ in named if is_adapter_parameter(n)]:
         return (
             f"{found}: {', '.join(left[:4])}{', …' if len(left) > 4 else ''} have no partner among them that fits. Pass the adapted "
