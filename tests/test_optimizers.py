@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import io
+import math
 import pickle
 import warnings
 
@@ -107,6 +108,45 @@ def test_lone_factors_are_decayed_as_factors(named: bool) -> None:
             with pytest.warns(UserWarning, match="lone factors"):
                 optimizer = lk.ScaledAdamW(params, lr=0.1, weight_decay=decay)
             assert len(optimizer._lone_factors[0]) == 2, "lora_B of the first layer, and the core"
+
+
+@every_optimizer
+def test_edited_groups_are_checked_before_anything_changes(build) -> None:
+    model = make_model("ours")
+    optimizer = build(model, weight_decay=0.1)
+    run(model, optimizer, 0, 2)
+    group = optimizer.param_groups[0]
+    wrong = {
+        "lr": ["a", None, math.nan, -1.0, torch.ones(2)],
+        "weight_decay": [None, "x", -1.0, math.inf],
+        "factor_weight_decay": ["x", -1.0],
+        "betas": [(0.9,), (2.0, 3.0)],
+        "eps": ["1e-8", -1.0],
+        "maximize": ["no"],
+        "lr_ratio": [0.0, math.inf],
+        "damping": [-1.0, math.inf, "x"],
+        "momentum": [1.0],
+        "order": ["Q"],
+        "sweeps": [0],
+        "proximal": [-1.0, math.inf],
+    }
+    saved = optimizer.state_dict()
+    before = copy.deepcopy((model.state_dict(), saved["state"]))
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
+    for key, values in wrong.items():
+        for value in values if key in group else ():
+            kept, group[key] = group[key], value
+            with pytest.raises((TypeError, ValueError), match=f"(?i){'learning rate|lr' if key == 'lr' else key.rstrip('s')}") as raised:
+                optimizer.step()
+            assert len(str(raised.value)) < 200
+            group[key] = kept
+            damaged = {**saved, "param_groups": [{**saved["param_groups"][0], key: value}, *saved["param_groups"][1:]]}
+            with pytest.raises((TypeError, ValueError)):
+                optimizer.load_state_dict(damaged)
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    assert group["step"] == 2
+    optimizer.step()
 
 
 @every_optimizer

@@ -48,6 +48,7 @@ class AltLoRA(PreconditionedOptimizer):
     """
 
     factors_share_steps = True
+    counts = frozenset({"turn", "late"})
 
     def __init__(
         self,

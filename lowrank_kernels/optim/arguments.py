@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -15,7 +16,9 @@ from .shards import FLATTENED
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module
 
 #: The hyperparameters of all methods that are numbers.
-NUMBERS = ("lr", "eps", "weight_decay", "lr_ratio", "momentum", "damping", "proximal")
+NUMBERS = ("lr", "eps", "weight_decay", "factor_weight_decay", "lr_ratio", "momentum", "damping", "proximal")
+#: Those that may be None, and those that must be finite (AdamW takes an infinite lr or eps, for what it is worth).
+OPTIONAL, FINITE = ("weight_decay", "factor_weight_decay"), ("weight_decay", "factor_weight_decay", "lr_ratio", "damping", "proximal")
 #: What may happen when a gradient is infinite or NaN.
 NONFINITE_GRADS = ("keep", "skip", "raise")
 
@@ -72,8 +75,10 @@ def check_options(
         raise ValueError(f"{name}: differentiable=True is not supported; step() is not differentiated through")
     if fused and foreach:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if scale is not None and not (isinstance(scale, Real) and scale > 0):
-        raise ValueError(f"{name}: scale must be positive, got {scale!r}")
+    if scale is not None and not isinstance(scale, Real):
+        raise TypeError(f"{name}: scale must be a number, got {scale!r}")
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"{name}: scale must be positive and finite, got {scale!r}")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
     if nonfinite_grads not in NONFINITE_GRADS:
@@ -124,12 +129,16 @@ def check_parameters(name: str, group: dict[str, Any]) -> None:
 
 def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
     """``torch.optim.AdamW``'s checks, in its words, and that numbers are numbers."""
-    lr, betas, decay = group["lr"], group["betas"], group["weight_decay"]
+    lr, betas = group["lr"], group["betas"]
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
         raise ValueError(f"{name}: betas must be two numbers, got {betas!r}")
     for key, value in [*((key, group.get(key, 0.0)) for key in NUMBERS), *(("betas", beta) for beta in betas)]:
-        if not (isinstance(value, (Real, Tensor)) or (key == "weight_decay" and value is None)):
+        # In a group that is made, weight_decay is a number.
+        optional = key in OPTIONAL and (key == "factor_weight_decay" or "factor_weight_decay" not in group)
+        if not (isinstance(value, (Real, Tensor)) or (optional and value is None)):
             raise TypeError(f"{name}: {key} must be a number, got {value!r}")
+        if key in FINITE and isinstance(value, Real) and math.isinf(value):
+            raise ValueError(f"{name}: {key} must be finite, got {value}")
     for key in ("amsgrad", "differentiable"):
         if group.get(key):
             raise ValueError(f"{name}: {key}=True is not supported; leave it out")
@@ -146,5 +155,7 @@ def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
     for index, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if decay is not None and not decay >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {decay}")
+    for key in OPTIONAL:
+        decay = group.get(key)
+        if decay is not None and not decay >= 0.0:
+            raise ValueError(f"Invalid {key} value: {decay}")

@@ -7,8 +7,9 @@ are in ``pairing``, what state must look like in ``state``, sharded tensors in `
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Never
 
 import torch
@@ -82,6 +83,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
     trains_pairs, trains_cores = True, False
     #: Whether it takes the factors of convolutions, as matrices (r, d_in·k·k) and (d_out, r). Else AdamW trains them with the rest.
     trains_convolutions = False
+    #: The hyperparameters of all groups that were checked last, and what of ``defaults`` is none but the method's own count.
+    _checked: Sequence[Any] = ()
+    counts: frozenset[str] = frozenset()
     #: The pairs as :meth:`_alike` has them, and of which parameters.
     _buckets: tuple[object, list[LikePairs]] = (None, [])
 
@@ -181,6 +185,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         """Refuse hyperparameters out of range; a method adds its own."""
         check_hyperparameters(type(self).__name__, group)
+
+    def _check_edits(self) -> None:
+        """:meth:`_check_hyperparameters` of the groups, if one was edited (a schedule edits lr) since that was last done."""
+        keys = [*(key for key in self.defaults if key not in self.counts), "factor_weight_decay"]
+        values = [group.get(key) for group in self.param_groups for key in keys]
+        if len(values) != len(self._checked) or not all(map(operator.is_, values, self._checked)):
+            for group in self.param_groups:
+                self._check_hyperparameters(group)
+            self._checked = values
 
     # ---------------------------------------------------------------- pairs
 
@@ -331,8 +344,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return loss
 
     def _check_groups(self) -> None:
-        """Refuse groups that were edited since pairs were found, and sparse gradients (which come from embeddings, never from factors)."""
+        """Refuse groups that were edited since pairs were found, hyperparameters that were edited to what none may be, and sparse gradients
+        (which come from embeddings, never from factors)."""
         name = type(self).__name__
+        self._check_edits()
         sizes = [len(group["params"]) for group in self.param_groups]
         known = [sum(len(members) for _, _, members in kinds[False]) for kinds in self._kinds]
         if sizes != known:
@@ -598,6 +613,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         # torch puts "differentiable" into the defaults of an optimizer that was unpickled or loaded.
         needed = self.defaults.keys() - {"differentiable"} | {"factor_weight_decay", "step", "cleared_at", "missed"}
         check_state_dict(type(self).__name__, state_dict, self.param_groups, needed, self._expected_states)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            self._check_hyperparameters({**group, **saved})
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_pairing", "_scale", "_constructed", "_nonfinite_grads", "_atomic", "skipped_steps", "_torn")
