@@ -688,6 +688,44 @@ def test_overlap_refuses_what_it_cannot_do() -> None:
     assert not any(torch.equal(p, q) for p, q in zip(before, deltas(model), strict=True))
 
 
+def two_ranks_and_a_head() -> nn.Module:
+    """Layers in two buckets, and parameters beside them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRankLinear(nn.Linear(12, 12), 3, 1.0), LowRankLinear(nn.Linear(12, 12), 2, 1.0), nn.Linear(12, 9)).double()
+    for pair in pairs(model):
+        nn.init.normal_(pair.B)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum_mode": "projected"}, KFAC], ids=["lowrank", "projected", "kfac"])
+def test_overlap_that_fails_in_one_layer_changes_nothing(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = two_ranks_and_a_head(), two_ranks_and_a_head()
+    optimizer, other = make(model, overlap=True, **options), make(plain, **options)
+    for step in range(4):
+        with monkeypatch.context() as patch:
+            if step == 2:
+
+                def fails(self, gradients, *arguments, step_pairs=OPLoRA._step_pairs) -> None:
+                    step_pairs(self, gradients, *arguments)
+                    if gradients.pairs[0] is self._pairs[1]:
+                        raise RuntimeError("simulated")
+
+                patch.setattr(OPLoRA, "_step_pairs", fails)
+            for net, its in ((model, optimizer), (plain, other)):
+                its.zero_grad()
+                loss_of(net, step).backward()
+            if step == 2:
+                before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+                with pytest.raises(RuntimeError, match="simulated"):
+                    optimizer.step()
+                assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+                torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+        optimizer.step()  # after the failure: without what was begun early
+        other.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+
+
 #: Of a base layer; PEFT's A has its kernel, stride and padding.
 CONVOLUTIONS = {
     "2d": lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1),

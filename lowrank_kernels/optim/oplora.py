@@ -15,7 +15,7 @@ from ..pairs import owners
 from .arguments import AdamWOptions, ParamsT, pythons_number
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, watch
-from .early import EarlyWork, start
+from .early import EarlyWork, Tensors, start
 from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, random_matrix, widened
 from .kfac import Kronecker, track
 from .pairing import FactorPair, Position
@@ -349,6 +349,11 @@ class OPLoRA(LowRankOptimizer):
         self._gradients = self._captured_gradients()
         if self._overlap:
             self._check_overlap(self._gradients)
+        try:
+            self._results = [self._early_results(gradients.pairs) for gradients in self._gradients]
+        except BaseException:
+            self._early.clear()  # nothing has been changed: the next step() does the work itself
+            raise
 
     def _captured_gradients(self) -> list[Gradients]:
         """G of all layers that have one, in lists of what one call takes, and checked."""
@@ -427,12 +432,14 @@ class OPLoRA(LowRankOptimizer):
             if id(pair) not in stepped:
                 for group_index, index in (pair.a, pair.b):
                     self._miss(self.param_groups[group_index], index)
-        for gradients in self._gradients:
-            if not self._commit(gradients):
+        for gradients, results in zip(self._gradients, self._results, strict=True):
+            if results:
+                self._commit(gradients.pairs, results)
+            else:
                 tensors = self._tensors(gradients.pairs)
                 self._step_pairs(gradients, self._updates(gradients.pairs), *tensors)
                 self._write_back(gradients.pairs, *tensors[:2])
-        self._gradients = []
+        self._gradients, self._results = [], []
         self._forget()
 
     def _updates(self, pairs: list[FactorPair]) -> list[int]:
@@ -519,20 +526,26 @@ class OPLoRA(LowRankOptimizer):
         (update,) = self._updates([pair])
         self._early[number] = start(lambda tensors: self._step_pairs(gradients, [update + 1], *tensors), self._tensors([pair]), group["lr"])
 
-    def _commit(self, gradients: Gradients) -> bool:
-        """Take over what was computed early, if it was for all of these layers, at this lr."""
-        numbers = {id(pair): number for number, pair in enumerate(self._pairs)} if self._early else {}
-        early = [self._early.get(numbers[id(pair)]) for pair in gradients.pairs] if self._early else [None]
-        lr = self._group(gradients.pairs[0])["lr"]
-        results = [None if work is None else work.result(lr) for work in early]
-        if any(result is None for result in results):
-            return False
-        targets = [self._tensors([pair]) for pair in gradients.pairs]
-        found = [x for result in results for part in result for x in part]  # type: ignore[union-attr]
-        torch._foreach_copy_([x for tensors in targets for part in tensors for x in part], found)
-        for pair, tensors in zip(gradients.pairs, targets, strict=True):
+    def _early_results(self, pairs: list[FactorPair]) -> list[Tensors]:
+        """What was computed early of each of these layers, as :meth:`_tensors` has it; nothing, if it was not for all of them at this lr.
+
+        Waits for it, and raises what it raised.
+        """
+        if not self._early:
+            return []
+        numbers, lr = {id(pair): number for number, pair in enumerate(self._pairs)}, self._group(pairs[0])["lr"]
+        works = [self._early.get(numbers[id(pair)]) for pair in pairs]
+        results = [work.result(lr) for work in works if work is not None]
+        found = [result for result in results if result is not None]
+        return found if len(found) == len(pairs) else []
+
+    def _commit(self, pairs: list[FactorPair], results: list[Tensors]) -> None:
+        """Take over what was computed early."""
+        targets = [self._tensors([pair]) for pair in pairs]
+        written, found = ([x for tensors in side for part in tensors for x in part] for side in (targets, results))
+        torch._foreach_copy_(written, found)
+        for pair, tensors in zip(pairs, targets, strict=True):
             self._write_back([pair], *tensors[:2])
-        return True
 
     def _check_overlap(self, gradients: list[Gradients]) -> None:
         for found in gradients:
