@@ -726,6 +726,27 @@ def test_overlap_that_fails_in_one_layer_changes_nothing(options: dict, monkeypa
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
 
 
+def test_overlap_that_fails_while_it_is_taken_over_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("ours")
+    optimizer = make(model, overlap=True)
+
+    def fails(self, *arguments) -> None:
+        raise RuntimeError("simulated")
+
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        with monkeypatch.context() as patch:
+            if step:
+                patch.setattr(OPLoRA, "_write_back", fails)
+                with pytest.raises(RuntimeError, match="simulated"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    with pytest.raises(RuntimeError, match="failed half-way .*simulated.*Load a checkpoint"):
+        optimizer.step()
+
+
 #: Of a base layer; PEFT's A has its kernel, stride and padding.
 CONVOLUTIONS = {
     "2d": lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1),
