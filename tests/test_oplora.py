@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import lowrank_kernels as lk
 from benchmarks.naive.oplora import Kronecker, OPLoRALayer
 from lowrank_kernels import LowRankLinear, OPLoRA, pairs
-from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, reconstruct
+from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, random_matrix, reconstruct
 
 LR = 0.05
 GRADIENTS = ("factors", "dense", "sketch")
@@ -388,6 +389,33 @@ def test_clipping_scales_the_full_gradient(gradient: str, kind: str) -> None:
     shorter.step()
     for delta, expected in zip(deltas(model), deltas(twin), strict=True):
         torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_layers_of_one_width_share_their_random_matrices(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ω and Ψ are made once a step, whatever the number of layers, micro-batches and backward passes that were dropped."""
+    made: list[tuple[int, ...]] = []
+
+    def counted(like: Tensor, *numbers: int) -> Tensor:
+        made.append(numbers)
+        return random_matrix(like, *numbers)
+
+    model = make_model("ours", shapes=[(12, 12)] * 6)
+    optimizer = make(model, gradient="sketch", sketch_width=3, overlap=overlap)
+    monkeypatch.setattr("lowrank_kernels.optim.full_gradient.random_matrix", counted)
+    x = batch(0)[0]
+    for step in range(4):
+        optimizer.zero_grad()
+        made.clear()
+        for part in range(1 if overlap else 3):
+            model(x).square().mean().backward()
+            if part == 0 and step == 2:
+                model.zero_grad()
+                copy.deepcopy(model), pickle.dumps(optimizer)
+                model(x).square().mean().backward()
+        optimizer.step()
+        assert [numbers[1:4] for numbers in made] == [(12, 3, step), (12, 7, step)]
+        assert not optimizer._probes[0]._made, "they are kept for one step"
 
 
 def test_sketch_is_exact_up_to_its_width_then_within_its_bound() -> None:
