@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import multiprocessing
 import pickle
 import weakref
 
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import lowrank_kernels as lk
 from benchmarks.naive.oplora import Kronecker, OPLoRALayer
 from lowrank_kernels import LowRankLinear, OPLoRA, pairs
+from lowrank_kernels.optim import early
 from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, random_matrix, reconstruct
 
 LR = 0.05
@@ -773,6 +776,81 @@ def test_overlap_that_fails_while_it_is_taken_over_is_refused(monkeypatch: pytes
                 optimizer.step()
     with pytest.raises(RuntimeError, match="failed half-way .*simulated.*Load a checkpoint"):
         optimizer.step()
+
+
+def _step_in_child(results: multiprocessing.Queue, model: nn.Module, optimizer: OPLoRA) -> None:
+    torch.set_num_threads(1)  # torch's own products may wait for ever in a forked child
+    optimizer.step()  # begun early in the parent
+    for step in (2, 3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    results.put([p.detach().numpy() for p in model.parameters()])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch's autograd has threads for GPUs, and refuses to work in a forked child")
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_overlap_in_a_forked_child() -> None:
+    """The worker does not survive a fork: the child has its own, and does not wait for what the parent's had begun."""
+    model = make_model("ours")
+    optimizer = make(model, overlap=True)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_step_in_child, args=(results, model, optimizer))
+    child.start()
+    try:
+        found = results.get(timeout=60)
+    finally:
+        child.kill()
+        child.join()
+    optimizer.step()
+    for step in (2, 3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    for p, other in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(p.detach(), torch.from_numpy(other), rtol=1e-12, atol=1e-14)
+
+
+def test_overlap_on_a_gpu_keeps_one_stream_and_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: streams that do nothing, and tensors that note by which stream they are recorded."""
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    class Recorded:
+        device = torch.device("cuda", 0)
+
+        def __init__(self) -> None:
+            self.streams: list[object] = []
+
+        def clone(self) -> Recorded:
+            return Recorded()
+
+        def record_stream(self, stream: object) -> None:
+            self.streams.append(stream)
+
+    current = Stream(Recorded.device)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(early, "_streams", {})
+    sides = set()
+    for _ in range(3):
+        changed, read = Recorded(), Recorded()
+        work = early.start(lambda copies: None, ([changed],), 0.1, [read])
+        sides.add(work.work)
+        assert changed.streams == read.streams == [work.work]
+        assert work.copies[0][0].streams == [current]
+    assert len(sides) == 1 and current not in sides
 
 
 #: Of a base layer; PEFT's A has its kernel, stride and padding.

@@ -264,6 +264,10 @@ class Gradients:
     def term(self) -> Any:
         return self.lefts if self.rights is None else (self.lefts, self.rights)
 
+    def tensors(self) -> list[Tensor]:
+        """All that is read where it is used: the term's matrices, the coefficients and the factors."""
+        return [*self.lefts, *(self.rights or ()), self.coefficients, *(factor for pair in self.factors for factor in pair)]
+
     def times(self, others: list[Tensor], transposed: bool = False) -> list[Tensor]:
         """``GV``, or ``GᵀU`` if transposed, for all layers: of the term's matrices without the coefficients, averaged over ranks."""
         term = self.term

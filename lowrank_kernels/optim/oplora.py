@@ -535,7 +535,7 @@ class OPLoRA(LowRankOptimizer):
         def change(copies: Tensors) -> None:
             self._step_pairs(gradients, [update + 1], _copies_only, *copies)
 
-        self._early[number] = start(change, self._tensors([pair]), group["lr"])
+        self._early[number] = start(change, self._tensors([pair]), group["lr"], gradients.tensors())
 
     def _early_results(self, pairs: list[FactorPair]) -> list[Tensors]:
         """What was computed early of each of these layers, as :meth:`_tensors` has it; nothing, if it was not for all of them at this lr.
