@@ -1,4 +1,9 @@
-"""Work on copies of tensors that runs beside the backward pass: in a worker thread on a CPU, on a side stream on a GPU."""
+"""Work on copies of tensors that runs beside the backward pass: in a worker thread on a CPU, on a side stream on a GPU.
+
+The worker computes with as many threads as the rest (``torch.get_num_threads()``), at the same time: for moments there are more threads
+than cores. One thread for the worker measured no better on two cores (8 layers 384², r = 8, 512 tokens, interleaved: medians 54 and 56 ms,
+best 49 and 42), and torch can only be told so for the whole process.
+"""
 
 from __future__ import annotations
 
