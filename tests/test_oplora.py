@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import multiprocessing
+import pickle
 import weakref
 
 import numpy as np
@@ -21,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 import lowrank_kernels as lk
 from benchmarks.naive.oplora import Kronecker, OPLoRALayer
 from lowrank_kernels import LowRankLinear, OPLoRA, pairs
-from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, reconstruct
+from lowrank_kernels.optim import early
+from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, random_matrix, reconstruct
 
 LR = 0.05
 GRADIENTS = ("factors", "dense", "sketch")
@@ -390,6 +394,33 @@ def test_clipping_scales_the_full_gradient(gradient: str, kind: str) -> None:
         torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_layers_of_one_width_share_their_random_matrices(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ω and Ψ are made once a step, whatever the number of layers, micro-batches and backward passes that were dropped."""
+    made: list[tuple[int, ...]] = []
+
+    def counted(like: Tensor, *numbers: int) -> Tensor:
+        made.append(numbers)
+        return random_matrix(like, *numbers)
+
+    model = make_model("ours", shapes=[(12, 12)] * 6)
+    optimizer = make(model, gradient="sketch", sketch_width=3, overlap=overlap)
+    monkeypatch.setattr("lowrank_kernels.optim.full_gradient.random_matrix", counted)
+    x = batch(0)[0]
+    for step in range(4):
+        optimizer.zero_grad()
+        made.clear()
+        for part in range(1 if overlap else 3):
+            model(x).square().mean().backward()
+            if part == 0 and step == 2:
+                model.zero_grad()
+                copy.deepcopy(model), pickle.dumps(optimizer)
+                model(x).square().mean().backward()
+        optimizer.step()
+        assert [numbers[1:4] for numbers in made] == [(12, 3, step), (12, 7, step)]
+        assert not optimizer._probes[0]._made, "they are kept for one step"
+
+
 def test_sketch_is_exact_up_to_its_width_then_within_its_bound() -> None:
     generator = torch.Generator().manual_seed(1)
     x, s = (torch.randn(200, width, generator=generator, dtype=torch.float64) for width in (60, 80))
@@ -686,6 +717,140 @@ def test_overlap_refuses_what_it_cannot_do() -> None:
     loss_of(model, 1).backward()
     optimizer.step()
     assert not any(torch.equal(p, q) for p, q in zip(before, deltas(model), strict=True))
+
+
+def two_ranks_and_a_head() -> nn.Module:
+    """Layers in two buckets, and parameters beside them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRankLinear(nn.Linear(12, 12), 3, 1.0), LowRankLinear(nn.Linear(12, 12), 2, 1.0), nn.Linear(12, 9)).double()
+    for pair in pairs(model):
+        nn.init.normal_(pair.B)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum_mode": "projected"}, KFAC], ids=["lowrank", "projected", "kfac"])
+def test_overlap_that_fails_in_one_layer_changes_nothing(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = two_ranks_and_a_head(), two_ranks_and_a_head()
+    optimizer, other = make(model, overlap=True, **options), make(plain, **options)
+    for step in range(4):
+        with monkeypatch.context() as patch:
+            if step == 2:
+
+                def fails(self, gradients, *arguments, step_pairs=OPLoRA._step_pairs) -> None:
+                    step_pairs(self, gradients, *arguments)
+                    if gradients.pairs[0] is self._pairs[1]:
+                        raise RuntimeError("simulated")
+
+                patch.setattr(OPLoRA, "_step_pairs", fails)
+            for net, its in ((model, optimizer), (plain, other)):
+                its.zero_grad()
+                loss_of(net, step).backward()
+            if step == 2:
+                before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+                with pytest.raises(RuntimeError, match="simulated"):
+                    optimizer.step()
+                assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+                torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+        optimizer.step()  # after the failure: without what was begun early
+        other.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+
+
+def test_overlap_that_fails_while_it_is_taken_over_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("ours")
+    optimizer = make(model, overlap=True)
+
+    def fails(self, *arguments) -> None:
+        raise RuntimeError("simulated")
+
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        with monkeypatch.context() as patch:
+            if step:
+                patch.setattr(OPLoRA, "_write_back", fails)
+                with pytest.raises(RuntimeError, match="simulated"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    with pytest.raises(RuntimeError, match="failed half-way .*simulated.*Load a checkpoint"):
+        optimizer.step()
+
+
+def _step_in_child(results: multiprocessing.Queue, model: nn.Module, optimizer: OPLoRA) -> None:
+    torch.set_num_threads(1)  # torch's own products may wait for ever in a forked child
+    optimizer.step()  # begun early in the parent
+    for step in (2, 3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    results.put([p.detach().numpy() for p in model.parameters()])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch's autograd has threads for GPUs, and refuses to work in a forked child")
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_overlap_in_a_forked_child() -> None:
+    """The worker does not survive a fork: the child has its own, and does not wait for what the parent's had begun."""
+    model = make_model("ours")
+    optimizer = make(model, overlap=True)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_step_in_child, args=(results, model, optimizer))
+    child.start()
+    try:
+        found = results.get(timeout=60)
+    finally:
+        child.kill()
+        child.join()
+    optimizer.step()
+    for step in (2, 3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    for p, other in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(p.detach(), torch.from_numpy(other), rtol=1e-12, atol=1e-14)
+
+
+def test_overlap_on_a_gpu_keeps_one_stream_and_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: streams that do nothing, and tensors that note by which stream they are recorded."""
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    class Recorded:
+        device = torch.device("cuda", 0)
+
+        def __init__(self) -> None:
+            self.streams: list[object] = []
+
+        def clone(self) -> Recorded:
+            return Recorded()
+
+        def record_stream(self, stream: object) -> None:
+            self.streams.append(stream)
+
+    current = Stream(Recorded.device)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(early, "_streams", {})
+    sides = set()
+    for _ in range(3):
+        changed, read = Recorded(), Recorded()
+        work = early.start(lambda copies: None, ([changed],), 0.1, [read])
+        sides.add(work.work)
+        assert changed.streams == read.streams == [work.work]
+        assert work.copies[0][0].streams == [current]
+    assert len(sides) == 1 and current not in sides
 
 
 #: Of a base layer; PEFT's A has its kernel, stride and padding.

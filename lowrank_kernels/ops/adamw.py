@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.registry import run
+from ..backends.registry import run_in_place
 from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, check_same_shapes, define, is_eager
 
 _NAME = "grouped_adamw_"
@@ -37,6 +37,7 @@ def grouped_adamw_(
     rank_dims: Sequence[int] = (),
     drifts: Tensor | None = None,
     layout: object = None,
+    begin_writing: Callable[[], object] | None = None,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, decoupled decay) of a whole list of parameters, in place::
 
@@ -66,6 +67,7 @@ def grouped_adamw_(
             is why fp32 is enough where a cross-Gram matrix in fp32 would not be: the error is eps·‖X‖·‖X - X_old‖, not eps·‖X‖².
         layout: what ``lists.gather`` found when it read these very lists in this step, as our optimizers have it: then all fits, and
             nothing is looked at again. Maps and numbers are the caller's then, too.
+        begin_writing: called when all has been checked, right before anything is written.
 
     Raises:
         TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
@@ -96,8 +98,10 @@ def grouped_adamw_(
         maximize,
     )
     if is_eager() if layout is not None else are_plain_eager(params, grads):
-        _grouped_adamw_(*(*arguments, layout))
+        _grouped_adamw_(*(*arguments, layout, begin_writing))
     else:
+        if begin_writing is not None:
+            begin_writing()
         torch.ops.lowrank_kernels.grouped_adamw_(*arguments)
 
 
@@ -217,8 +221,10 @@ def _grouped_adamw_(
     bias_correction: bool,
     maximize: bool,
     layout: object = None,
+    begin_writing: Callable[[], object] | None = None,
 ) -> None:
-    run(
+    run_in_place(
+        begin_writing,
         _NAME,
         params[0].device.type,
         params,

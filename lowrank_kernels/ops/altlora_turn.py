@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ def grouped_altlora_turn_(
     weight: float,
     rank_dims: list[int],
     layout: Any = None,
+    begin_writing: Callable[[], object] | None = None,
     **step: Any,
 ) -> None:
     """A turn of the factors X of one side (AltLoRA paper, Algorithms 1 and 2), Y being their partners::
@@ -45,7 +46,8 @@ def grouped_altlora_turn_(
     pair in one call, since between three small calls a processor does nothing: 0.3 ms of 2.6 in a step of RoBERTa-base's r = 16.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs, layout, step: as :func:`grouped_adamw_` takes them; contiguous or strided matrices.
+        params, grads, exp_avgs, exp_avg_sqs, layout, begin_writing, step: as :func:`grouped_adamw_` takes them; contiguous or strided
+            matrices.
         partners: Y as tall matrices (d_i, r), of the dtype and device of ``params``.
         behind: K (N, r, r), what the momentum is behind by, contiguous, in the dtype of the moments; zero afterwards.
         moved: (N, r, r), likewise: the partners' K, written.
@@ -65,6 +67,8 @@ def grouped_altlora_turn_(
         arguments = (params, for_eager(partners), matrix_layout(partners), behind, moved, rank_dims, grads, exp_avgs, exp_avg_sqs, layout,
                      damping, own_damping, weight, step)  # fmt: skip
         if implementation.verify(*arguments)[0]:
+            if begin_writing is not None:
+                begin_writing()
             call(implementation, device_type, arguments)
             torch.autograd.graph.increment_version(params)
             return
@@ -74,7 +78,7 @@ def grouped_altlora_turn_(
     )
     grouped_adamw_(
         params, grads, exp_avgs, exp_avg_sqs, grad_maps=preconditioners, momentum_maps=realignments, rank_dims=rank_dims, drifts=moved,
-        layout=layout, **step,
+        layout=layout, begin_writing=begin_writing, **step,
     )  # fmt: skip
     behind.zero_()
     moved.diagonal(dim1=1, dim2=2).add_(own_damping)

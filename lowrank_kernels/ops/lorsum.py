@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..backends.registry import run
+from ..backends.registry import run, run_in_place
 from ._library import check_list, check_same_length, define, is_plain_eager, no_backward, records_nothing
 
 NAME = "grouped_lorsum"
@@ -111,6 +111,7 @@ def grouped_lorsum(
     first: str = "u",
     *,
     out: Factors | None = None,
+    begin_writing: Callable[[], object] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """LoRSum (OPLoRA, Listing 1): ``U_i V_iᵀ ≈ Σ_j c_ji P_ji Q_jiᵀ`` for all layers of a list, the sum itself never formed.
 
@@ -134,6 +135,7 @@ def grouped_lorsum(
         first: which side is solved first, "u" or "v". The other one must have full column rank to tell anything.
         out: where to write the result, ``(us, vs)`` of the targets' shapes and dtype; may be the targets themselves, also when these
             are a term.
+        begin_writing: called when all has been checked, right before anything is written into ``out``.
 
     Returns:
         ``(us, vs)``. r × r systems are accumulated and solved in fp64, all else in fp32 at least. In column j the λ that is used is at
@@ -183,10 +185,12 @@ def grouped_lorsum(
         return out_us, out_vs
     arguments = (us, vs, lefts, rights, numbers, tensor, sweeps, float(proximal), first == "u", out_us, out_vs)
     if records_nothing(us, vs, lefts, rights, out_us, out_vs) and is_plain_eager(*us, *vs, *lefts, *rights, *out_us, *out_vs):
-        _grouped_lorsum_out(*arguments)
+        run_in_place(begin_writing, NAME, us[0].device.type, *arguments)
     elif out is None:
         return torch.ops.lowrank_kernels.grouped_lorsum(*arguments[:-2])
     else:
+        if begin_writing is not None:
+            begin_writing()
         torch.ops.lowrank_kernels.grouped_lorsum_out(*arguments)
     if out is not None:
         torch.autograd.graph.increment_version([*out_us, *out_vs])

@@ -88,6 +88,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     counts: frozenset[str] = frozenset()
     #: The pairs as :meth:`_alike` has them, and of which parameters.
     _buckets: tuple[object, list[LikePairs]] = (None, [])
+    #: What the step found that is under way.
+    _before: Before | None = None
 
     def __init__(
         self,
@@ -330,6 +332,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         before = Before(self.param_groups)
         if self._atomic:
             before.keep(self._written(), self.state)
+        self._before = before
         try:
             for group in self.param_groups:
                 group["step"] += 1
@@ -341,7 +344,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if isinstance(error, Exception) and (what := misfit(self.param_groups, self.state, self._expected_states)):
                 raise RuntimeError(f"{type(self).__name__}: {what}") from error
             raise
+        finally:
+            self._before = None
         return loss
+
+    def _begin_writing(self) -> None:
+        """To be called right before a step writes into parameters or state, by whatever may be the first to do so."""
+        if self._before is not None:
+            self._before.begin_writing()
 
     def _check_groups(self) -> None:
         """Refuse groups that were edited since pairs were found, hyperparameters that were edited to what none may be, and sparse gradients
@@ -558,7 +568,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "maximize": group["maximize"],
             "layout": layout,
         }
-        operation(*tensors, **{**arguments, **options})
+        operation(*tensors, **{**arguments, "begin_writing": self._begin_writing, **options})
 
     def _clear_factor_state(self, cleared: list[FactorPair]) -> None:
         """Zero the factors' moments in the groups of these pairs and restart their bias correction; other state stays."""
@@ -566,6 +576,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             group, factors = self.param_groups[group_index], self._factors[group_index]
             values = [value for i in factors for value in self.state.get(group["params"][i], {}).values()]
             if values:  # none, where all were frozen so far
+                self._begin_writing()
                 torch._foreach_zero_(values)
             group["cleared_at"] = group["step"].clone() if isinstance(group["step"], Tensor) else group["step"]
             group["missed"] = {i: n for i, n in group["missed"].items() if i not in factors}

@@ -103,8 +103,6 @@ class Recorder:
 def _emptied(gradient: FullGradient) -> FullGradient:
     twin = object.__new__(type(gradient))
     twin.__dict__.update(gradient.__dict__)
-    if hasattr(twin, "probes"):
-        twin.probes.forget()
     twin.clear()
     return twin
 

@@ -223,6 +223,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         for pairs in self._all_alike() if len(due) == len(self._pairs) else self._alike(due):
             factors, bases = self._tall(pairs)
             polar = self.param_groups[pairs[0].a[0]]["basis"] == "polar"
+            self._begin_writing()
             if ranks is None:
                 _renew(factors, bases, polar)
                 continue
@@ -319,6 +320,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             for index, pair in enumerate(pairs):
                 u, sigma, v = found[index]
                 new = self._views(pair, layers, decoupled=True)
+                self._begin_writing()
                 new.q_a.copy_(v.mT)
                 new.q_b.copy_(u)
                 if pair.holds_bases:

@@ -80,15 +80,22 @@ def random_matrix(like: Tensor, seed: int, rows: int, columns: int, *more: int) 
 
 
 class Probes:
-    """The random matrices of the sketches, the same for every micro-batch and rank of a step, others in the next; made when asked for.
-
-    Attributes:
-        step: which step it is; part of the seed.
-    """
+    """The random matrices of the sketches, the same for every layer, micro-batch and rank of a step, others in the next; made when asked
+    for, and kept for the step."""
 
     def __init__(self, seed: int) -> None:
-        self.seed, self.step = seed, 0
+        self.seed, self._step = seed, 0
         self._made: dict[object, Tensor] = {}
+
+    @property
+    def step(self) -> int:
+        """Which step it is; part of the seed."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if step != self._step:
+            self._step, self._made = step, {}
 
     def matrix(self, rows: int, columns: int, like: Tensor, kind: int) -> Tensor:
         """Standard normal, (rows, columns), in the dtype that ``like`` has as optimizer state; kinds are independent."""
@@ -97,8 +104,8 @@ class Probes:
             self._made[key] = random_matrix(like, self.seed, rows, columns, self.step, kind)
         return self._made[key]
 
-    def forget(self) -> None:
-        self._made.clear()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}
 
 
 class Sketch:
@@ -129,7 +136,6 @@ class Sketch:
 
     def clear(self) -> None:
         self.y = self.z = None
-        self.probes.forget()
 
     def _psi(self, d_out: int, width: int, like: Tensor) -> Tensor:
         return self.probes.matrix(d_out, 2 * width + 1, like, 1)
@@ -257,6 +263,10 @@ class Gradients:
     @property
     def term(self) -> Any:
         return self.lefts if self.rights is None else (self.lefts, self.rights)
+
+    def tensors(self) -> list[Tensor]:
+        """All that is read where it is used: the term's matrices, the coefficients and the factors."""
+        return [*self.lefts, *(self.rights or ()), self.coefficients, *(factor for pair in self.factors for factor in pair)]
 
     def times(self, others: list[Tensor], transposed: bool = False) -> list[Tensor]:
         """``GV``, or ``GᵀU`` if transposed, for all layers: of the term's matrices without the coefficients, averaged over ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,7 +39,14 @@ def _columns_times(bases: list[Tensor], values: Tensor) -> list[Tensor]:
 
 
 def track(
-    gradients: Gradients, bases: list[Tensor], values: list[Tensor], updates: list[int], decay: float, damping: float, sweeps: int
+    gradients: Gradients,
+    bases: list[Tensor],
+    values: list[Tensor],
+    updates: list[int],
+    decay: float,
+    damping: float,
+    sweeps: int,
+    begin_writing: Callable[[], object],
 ) -> tuple[Kronecker, Kronecker]:
     """Take this step's X and S into the running averages, in place, and return the metrics (D_U, D_V).
 
@@ -51,6 +59,7 @@ def track(
         bases, values: W (d, k) and σ (k,) of all Us, then of all Vs.
         updates: t of each layer, this step counted.
         decay, damping: β and δ.
+        begin_writing: called before bases and values are written.
     """
     lefts, rights = gradients.lefts, gradients.rights
     assert rights is not None
@@ -81,6 +90,7 @@ def track(
 
             found = composed_lorsum((old, old), [average], [kept], gradient, share, sweeps, 0.0)
         new, new_values, _ = grouped_svd_product(*found, rank)
+        begin_writing()
         torch._foreach_copy_([*old, *old_values], [*new, *new_values])
         unbiased = new_values.double() / known[members]
         weights = torch.cat([unbiased, -unbiased / (damping * (unbiased + damping))])

@@ -131,6 +131,7 @@ class LoRARITE(PreconditionedOptimizer):
         lost = (grouped_eigvalsh(before) - grouped_eigvalsh(moved)).abs().amax(dim=1)
         escaped = beta2 * (stacked["escaped"].double() + lost)
         second = beta2 * moved + (1 - beta2) * energy
+        self._begin_writing()
         for key, value in (("second", second), ("escaped", escaped)):
             stacked[key].copy_(value)
             self._write_stacked_state(pairs, side, key, stacked[key])

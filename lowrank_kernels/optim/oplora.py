@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
 import torch
@@ -15,7 +15,7 @@ from ..pairs import owners
 from .arguments import AdamWOptions, ParamsT, pythons_number
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, watch
-from .early import EarlyWork, start
+from .early import EarlyWork, Tensors, start
 from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, random_matrix, widened
 from .kfac import Kronecker, track
 from .pairing import FactorPair, Position
@@ -349,6 +349,11 @@ class OPLoRA(LowRankOptimizer):
         self._gradients = self._captured_gradients()
         if self._overlap:
             self._check_overlap(self._gradients)
+        try:
+            self._results = [self._early_results(gradients.pairs) for gradients in self._gradients]
+        except BaseException:
+            self._early.clear()  # nothing has been changed: the next step() does the work itself
+            raise
 
     def _captured_gradients(self) -> list[Gradients]:
         """G of all layers that have one, in lists of what one call takes, and checked."""
@@ -427,12 +432,14 @@ class OPLoRA(LowRankOptimizer):
             if id(pair) not in stepped:
                 for group_index, index in (pair.a, pair.b):
                     self._miss(self.param_groups[group_index], index)
-        for gradients in self._gradients:
-            if not self._commit(gradients):
+        for gradients, results in zip(self._gradients, self._results, strict=True):
+            if results:
+                self._commit(gradients.pairs, results)
+            else:
                 tensors = self._tensors(gradients.pairs)
-                self._step_pairs(gradients, self._updates(gradients.pairs), *tensors)
+                self._step_pairs(gradients, self._updates(gradients.pairs), self._begin_writing, *tensors)
                 self._write_back(gradients.pairs, *tensors[:2])
-        self._gradients = []
+        self._gradients, self._results = [], []
         self._forget()
 
     def _updates(self, pairs: list[FactorPair]) -> list[int]:
@@ -465,6 +472,7 @@ class OPLoRA(LowRankOptimizer):
         self,
         gradients: Gradients,
         updates: list[int],
+        begin_writing: Callable[[], object],
         a: list[Tensor],
         us: list[Tensor],
         mus: list[Tensor],
@@ -472,11 +480,15 @@ class OPLoRA(LowRankOptimizer):
         bases: list[Tensor],
         values: list[Tensor],
     ) -> None:
-        """One step, the ``updates``-th of each layer, of layers that agree in rank, dtype, device and groups, on the given tensors."""
+        """One step, the ``updates``-th of each layer, of layers that agree in rank, dtype, device and groups, on the given tensors.
+
+        ``begin_writing`` is called before the first of them is written.
+        """
         pairs, group = gradients.pairs, self._group(gradients.pairs[0])
         metrics = None
         if group["metric"]:
-            metrics = track(gradients, bases, values, updates, group["metric_decay"], group["metric_damping"], group["sweeps"])
+            settings = group["metric_decay"], group["metric_damping"], group["sweeps"]
+            metrics = track(gradients, bases, values, updates, *settings, begin_writing)
         vs = [x.mT for x in a]
         lr, momentum = group["lr"] * (-1.0 if group["maximize"] else 1.0), group["momentum"]
         inverse_scales = torch.tensor([1.0 / pair.scale for pair in pairs], dtype=torch.float64, device=us[0].device)
@@ -489,10 +501,11 @@ class OPLoRA(LowRankOptimizer):
             coefficients.append(momentum * steps)
             if group["momentum_mode"] != "lowrank":
                 new_momentum = self._projected_momentum(gradients, mus, mvs, vs)
-        self._lorsum((us, vs), terms, coefficients, gradients, steps, metrics)
+        self._lorsum((us, vs), terms, coefficients, gradients, steps, begin_writing, metrics)
         if not momentum:
             return
         if group["momentum_mode"] != "lowrank":
+            begin_writing()
             torch._foreach_copy_([*mus, *mvs], new_momentum)
             return
         by_rank: defaultdict[int, list[int]] = defaultdict(list)
@@ -501,7 +514,8 @@ class OPLoRA(LowRankOptimizer):
         for members in by_rank.values():
             some = gradients if len(members) == len(pairs) else gradients.of(members)
             target = [mus[i] for i in members], [mvs[i] for i in members]
-            self._lorsum(target, [target], [torch.full_like(some.coefficients, momentum)], some, torch.ones_like(some.coefficients))
+            kept, ones = torch.full_like(some.coefficients, momentum), torch.ones_like(some.coefficients)
+            self._lorsum(target, [target], [kept], some, ones, begin_writing)
 
     # ---------------------------------------------------------------- overlap with the backward pass
 
@@ -517,22 +531,33 @@ class OPLoRA(LowRankOptimizer):
         gradients = Gradients([pair], [(self._matrix(pair.a), self._matrix(pair.b))], [recorder.gradient], [recorder.scale], None)
         gradients.coefficients = torch.full((1,), 1.0 / recorder.scale, dtype=torch.float64, device=gradients.factors[0][0].device)
         (update,) = self._updates([pair])
-        self._early[number] = start(lambda tensors: self._step_pairs(gradients, [update + 1], *tensors), self._tensors([pair]), group["lr"])
 
-    def _commit(self, gradients: Gradients) -> bool:
-        """Take over what was computed early, if it was for all of these layers, at this lr."""
-        numbers = {id(pair): number for number, pair in enumerate(self._pairs)} if self._early else {}
-        early = [self._early.get(numbers[id(pair)]) for pair in gradients.pairs] if self._early else [None]
-        lr = self._group(gradients.pairs[0])["lr"]
-        results = [None if work is None else work.result(lr) for work in early]
-        if any(result is None for result in results):
-            return False
-        targets = [self._tensors([pair]) for pair in gradients.pairs]
-        found = [x for result in results for part in result for x in part]  # type: ignore[union-attr]
-        torch._foreach_copy_([x for tensors in targets for part in tensors for x in part], found)
-        for pair, tensors in zip(gradients.pairs, targets, strict=True):
+        def change(copies: Tensors) -> None:
+            self._step_pairs(gradients, [update + 1], _copies_only, *copies)
+
+        self._early[number] = start(change, self._tensors([pair]), group["lr"], gradients.tensors())
+
+    def _early_results(self, pairs: list[FactorPair]) -> list[Tensors]:
+        """What was computed early of each of these layers, as :meth:`_tensors` has it; nothing, if it was not for all of them at this lr.
+
+        Waits for it, and raises what it raised.
+        """
+        if not self._early:
+            return []
+        numbers, lr = {id(pair): number for number, pair in enumerate(self._pairs)}, self._group(pairs[0])["lr"]
+        works = [self._early.get(numbers[id(pair)]) for pair in pairs]
+        results = [work.result(lr) for work in works if work is not None]
+        found = [result for result in results if result is not None]
+        return found if len(found) == len(pairs) else []
+
+    def _commit(self, pairs: list[FactorPair], results: list[Tensors]) -> None:
+        """Take over what was computed early."""
+        targets = [self._tensors([pair]) for pair in pairs]
+        self._begin_writing()
+        written, found = ([x for tensors in side for part in tensors for x in part] for side in (targets, results))
+        torch._foreach_copy_(written, found)
+        for pair, tensors in zip(pairs, targets, strict=True):
             self._write_back([pair], *tensors[:2])
-        return True
 
     def _check_overlap(self, gradients: list[Gradients]) -> None:
         for found in gradients:
@@ -552,16 +577,18 @@ class OPLoRA(LowRankOptimizer):
         coefficients: list[Tensor],
         gradients: Gradients,
         scaled: Tensor,
+        begin_writing: Callable[[], object],
         metrics: tuple[Kronecker, Kronecker] | None = None,
     ) -> None:
         """``targets ← LoRSum(Σ coefficient·term + scaled·G)``, in the metrics if there are any."""
         group = self._group(gradients.pairs[0])
         of_gradient, sweeps, proximal = scaled * gradients.coefficients, group["sweeps"], group["proximal"]
         if gradients.local and metrics is None:
-            options = {"sweeps": sweeps, "proximal": proximal, "out": targets}
+            options = {"sweeps": sweeps, "proximal": proximal, "out": targets, "begin_writing": begin_writing}
             grouped_lorsum(targets, [*terms, gradients.term], [*coefficients, of_gradient], **options)
         else:
             us, vs = composed_lorsum(targets, terms, coefficients, gradients.times, of_gradient, sweeps, proximal, metrics)
+            begin_writing()
             torch._foreach_copy_([*targets[0], *targets[1]], [*us, *vs])
 
     def _projected_momentum(self, gradients: Gradients, mus: list[Tensor], mvs: list[Tensor], vs: list[Tensor]) -> list[Tensor]:
@@ -598,6 +625,10 @@ class OPLoRA(LowRankOptimizer):
             if group["metric"]:
                 values = us[0].new_empty(len(us), us[0].shape[1])
                 yield "grouped_svd_product", us[0].device.type, (us, us, us, values, us)
+
+
+def _copies_only() -> None:
+    """What work on copies says where a step would say that it begins to write."""
 
 
 def _close(recorders: list[Recorder], handles: list[Any]) -> None:

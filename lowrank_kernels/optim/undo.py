@@ -7,27 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends.registry import call_counts
-
-#: Operations that make new tensors only. A step that failed before any other one began has changed nothing.
-_PURE_OPERATIONS = frozenset(
-    {
-        "lora_linear",
-        "lora_linear_backward",
-        "dropout_mask",
-        "grouped_damped_inverse",
-        "grouped_eigh",
-        "grouped_gram",
-        "grouped_preconditioner",
-        "grouped_solve",
-    }
-)
-
-
-def _writes_begun() -> int:
-    """How many calls of operations that write into their arguments this process has begun."""
-    return sum(count for (operation, _), count in call_counts().items() if operation not in _PURE_OPERATIONS)
-
 
 class Before:
     """The groups, as far as the host counts, as they are now; and, with :meth:`keep`, everything else that a step may change."""
@@ -38,12 +17,16 @@ class Before:
         self._old = [{**group, "missed": dict(group["missed"])} for group in groups]
         self._copies: list[tuple[Tensor, Tensor]] | None = None
         self._states: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._begun = _writes_begun()
+        self._written = False
 
     def keep(self, written: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Copy all tensors that a step may write, and remember which ones are the state: a step may put others in their place."""
         self._copies = [(tensor, tensor.clone()) for tensor in written]
         self._states = [(of_parameter, dict(of_parameter)) for of_parameter in state.values()]
+
+    def begin_writing(self) -> None:
+        """Said by the step right before it first writes into parameters or state: what fails until then has changed nothing."""
+        self._written = True
 
     def put_back(self) -> bool:
         """Counters as before, tensors too if there are copies; whether all is as it was, since else some tensors may be written."""
@@ -55,4 +38,4 @@ class Before:
             of_parameter.update(tensors)
         for tensor, copy in self._copies or ():
             tensor.copy_(copy)
-        return self._copies is not None or _writes_begun() == self._begun
+        return self._copies is not None or not self._written
