@@ -43,7 +43,7 @@ def is_plain(base: nn.Linear) -> bool:
     )
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
+def tensor_state(tensor: Tensor) -> tuple[int, int]:
     """What changes when a tensor is replaced or written in place (inference tensors do not count their writes)."""
     return id(tensor), -1 if tensor.is_inference() else tensor._version
 
@@ -182,7 +182,7 @@ class LowRankLinear(nn.Module):
         """
         if self.method == "sds" and not torch.compiler.is_compiling():
             buffer, read = self._buffers["is_decoupled"], self._decoupled_read
-            if buffer is not None and (read is None or read[0] is not buffer or read[1] != _state(buffer)[1]):
+            if buffer is not None and (read is None or read[0] is not buffer or read[1] != tensor_state(buffer)[1]):
                 self._read_decoupled(buffer)
         return self._decoupled
 
@@ -192,7 +192,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"LowRankLinear: a layer adapted with method={self.method!r} cannot be decoupled; use method='sds'")
         if self.method == "sds":
             self.is_decoupled.fill_(value)
-            self._decoupled_read = self.is_decoupled, _state(self.is_decoupled)[1]
+            self._decoupled_read = self.is_decoupled, tensor_state(self.is_decoupled)[1]
         self._note_decoupled(bool(value))
 
     def _note_decoupled(self, value: bool) -> None:
@@ -215,7 +215,7 @@ class LowRankLinear(nn.Module):
                 self._note_decoupled(bool(buffer.item()))
         if wrapper is not None:
             self._decoupled_wrapper = weakref.ref(wrapper)
-        self._decoupled_read = buffer, _state(buffer)[1]
+        self._decoupled_read = buffer, tensor_state(buffer)[1]
 
     @property
     def merged(self) -> bool:
@@ -286,7 +286,7 @@ class LowRankLinear(nn.Module):
             tensors += [self.q_a, self.q_b]
         if self.method == "xs":
             tensors.append(self.lora_R)
-        state = (self.scale, *map(_state, tensors))
+        state = (self.scale, *map(tensor_state, tensors))
         if self._merged_weight is None or self._merged_state != state:
             self._merged_weight, self._merged_state = self.merged_weight(), state
         return self._merged_weight
