@@ -877,6 +877,30 @@ def test_lists_are_checked() -> None:
         _csrc.gram([x, x], 0, _csrc.matrix_layout([x], 0), None, 0, 0, True, 4, 4, rs.data_ptr(), 1)
 
 
+def test_results_and_operands_without_memory_are_refused() -> None:
+    x, square = torch.randn(9, 4), torch.eye(4)[None]
+    lorsum = array("q", [0] * 14), 1, array("q", [0] * 8)
+    calls = {
+        "grouped_qr": lambda: _csrc.qr([x], 0, None, None, 0, None, [x.clone()], 0, None, 0, 4, 0, 1),
+        "grouped_svd_product": lambda: _csrc.svd_product(
+            1, array("q", [*[x.data_ptr()] * 4, 9, 9, *[4, 1] * 4]), 0, 4, 2, 0, 1
+        ),
+        "grouped_gram": lambda: _csrc.gram([x], 0, None, None, 0, 0, True, 4, 4, 0, 1),
+        "grouped_solve": lambda: _csrc.solve([x], [x.clone()], False, 0, False, 4, 0, 0.1, 1),
+        "grouped_eigh": lambda: _csrc.eigh(1, 4, 0, square.data_ptr(), 16, 4, 1, 0, 0, 1),
+        "grouped_damped_inverse": lambda: _csrc.damped_inverse(1, 4, 0, 0, 16, 4, 1, 0.1, square.data_ptr(), 1),
+        "grouped_preconditioner": lambda: _csrc.preconditioner(1, 4, 0, square.data_ptr(), 0, 0.1, 1.0, False, 0, 0, 1),
+        "grouped_lorsum": lambda: _csrc.lorsum(1, *lorsum, 0, 0, 0, 1, 0.0, True, 1),
+        "grouped_altlora_turn": lambda: _csrc.altlora_turn(
+            [x], [x], [], [], None, [x], 0, None, [], [1], 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, False, False, 4, 0, 0, 0.1, 0.1, 1.0, 1
+        ),
+    }  # fmt: skip
+    for what, call in calls.items():
+        with pytest.raises(ValueError, match=rf"^{what}: a tensor without memory \(fake, meta or distributed\)"):
+            call()
+    assert _csrc.gram([], 0, None, None, 0, 0, True, 4, 4, 0, 1) is None, "nothing is written"
+
+
 def test_a_missing_extension_is_reported_once_with_its_cause() -> None:
     code = (
         "import sys, warnings; sys.modules['lowrank_kernels.backends.native._csrc'] = None\n"
