@@ -8,6 +8,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from lowrank_kernels import ops
 from lowrank_kernels.backends import reference, registry
 from lowrank_kernels.backends.lists import Tall, gather
+from lowrank_kernels.ops.altlora_turn import altlora_turn_as_gathered_
 
 native = pytest.importorskip("lowrank_kernels.backends.native", reason="the native extension is not built")
 _csrc = native._csrc
@@ -514,9 +516,9 @@ def altlora_turn(
     assert found.layout is not None
     calls = registry.call_counts().get(("grouped_altlora_turn_", "native"), 0)
     with torch.no_grad():
-        ops.grouped_altlora_turn_(
+        (partial(altlora_turn_as_gathered_, layout=found.layout) if whole else ops.grouped_altlora_turn_)(
             found.params, found.grads, found.exp_avgs, found.exp_avg_sqs, partners=partners, behind=behind, moved=moved, damping=1e-3,
-            own_damping=1e-2, weight=0.25, rank_dims=[0 if side == "A" else 1] * len(params), layout=found.layout if whole else None,
+            own_damping=1e-2, weight=0.25, rank_dims=[0 if side == "A" else 1] * len(params),
             **{"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "step": 3, **options},
         )  # fmt: skip
     assert registry.call_counts().get(("grouped_altlora_turn_", "native"), 0) == calls + taken
@@ -549,6 +551,27 @@ def test_altlora_turn_as_a_whole_only_where_its_parts_are_free() -> None:
     for forced in ("reference", "native,grouped_gram=reference", "native,grouped_adamw_=reference"):
         with registry.force(forced):
             altlora_turn("A", ((30, 20),), 4, torch.float32, whole=True, taken=False)
+
+
+def test_what_is_written_is_what_was_given() -> None:
+    """A layout says where tensors lie: that of other lists would have theirs written, so the operations take none."""
+    given, other = (torch.nn.Parameter(torch.ones(9, 4)) for _ in range(2))
+    given.grad, other.grad = torch.ones(9, 4), torch.ones(9, 4)
+    numbers = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+    layout = gather([other], [0], {other: {}}).layout
+    small = torch.zeros(1, 4, 4)
+    turn = {"partners": [torch.ones(7, 4)], "behind": small, "moved": small.clone(), "damping": 0.1, "own_damping": 0.1, "weight": 1.0}
+    with torch.no_grad():
+        for call in (
+            lambda **more: ops.grouped_adamw_([given], [given.grad], [], [], **numbers, **more),
+            lambda **more: ops.grouped_altlora_turn_([given], [given.grad], [], [], **turn, rank_dims=[1], **numbers, **more),
+        ):
+            with pytest.raises(TypeError, match="layout"):
+                call(layout=layout)
+            assert torch.equal(given, other)
+            call()
+            assert not torch.equal(given, other)
+            given.copy_(other)
 
 
 # --- grouped_gram -----------------------------------------------------------------------------------------------------

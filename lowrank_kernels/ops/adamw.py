@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,19 @@ from ..backends.registry import run
 from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, check_same_shapes, define, is_eager
 
 _NAME = "grouped_adamw_"
+
+
+class StepNumbers(TypedDict):
+    """What a moment step takes beside tensors, as :func:`grouped_adamw_` says."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    step: int | Tensor
+    missed: NotRequired[Sequence[int]]
+    bias_correction: NotRequired[bool]
+    maximize: NotRequired[bool]
 
 
 def grouped_adamw_(
@@ -36,7 +49,6 @@ def grouped_adamw_(
     direction_maps: Tensor | None = None,
     rank_dims: Sequence[int] = (),
     drifts: Tensor | None = None,
-    layout: object = None,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, decoupled decay) of a whole list of parameters, in place::
 
@@ -64,11 +76,59 @@ def grouped_adamw_(
         drifts: (N, r, r), fp32 (fp64 for fp64 parameters), written: ``Xᵀ(X - X_old)`` for B and ``X(X - X_old)ᵀ`` for A, formed in
             the same pass while the old factor is known, so that ``XᵀX_old = XᵀX - drift``. The difference is exact or nearly so, which
             is why fp32 is enough where a cross-Gram matrix in fp32 would not be: the error is eps·‖X‖·‖X - X_old‖, not eps·‖X‖².
-        layout: what ``lists.gather`` found when it read these very lists in this step, as our optimizers have it: then all fits, and
-            nothing is looked at again. Maps and numbers are the caller's then, too.
 
     Raises:
         TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
+    """
+    adamw_as_gathered_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        layout=None,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+        missed=missed,
+        bias_correction=bias_correction,
+        maximize=maximize,
+        grad_maps=grad_maps,
+        momentum_maps=momentum_maps,
+        param_maps=param_maps,
+        direction_maps=direction_maps,
+        rank_dims=rank_dims,
+        drifts=drifts,
+    )
+
+
+def adamw_as_gathered_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    layout: object,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int | Tensor,
+    missed: Sequence[int] = (),
+    bias_correction: bool = True,
+    maximize: bool = False,
+    grad_maps: Tensor | None = None,
+    momentum_maps: Tensor | None = None,
+    param_maps: Tensor | None = None,
+    direction_maps: Tensor | None = None,
+    rank_dims: Sequence[int] = (),
+    drifts: Tensor | None = None,
+) -> None:
+    """:func:`grouped_adamw_` as our optimizers call it, once for all tensors of a kind, in every step.
+
+    ``layout``: what ``lists.gather`` found when it read these very lists in this step: then all fits, and nothing is looked at again; maps
+    and numbers are the caller's, too. With the layout of other lists, what is written are their tensors. None: all is checked.
     """
     if not params:
         return

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..ops import grouped_altlora_turn_
+from ..ops.altlora_turn import altlora_turn_as_gathered_
 from .arguments import AdamWOptions, ParamsT
 from .pairing import FactorPair, LikePairs, Position
 from .preconditioned import DEFAULT_DAMPING, OTHER, Active, PreconditionedOptimizer
@@ -116,7 +116,7 @@ class AltLoRA(PreconditionedOptimizer):
         self._step_side(
             active,
             side,
-            operation=grouped_altlora_turn_,
+            operation=altlora_turn_as_gathered_,
             partners=self._tall(pairs, other),
             behind=self._stacked_state(pairs, side, "drift"),
             moved=self._stacked_state(pairs, other, "drift"),

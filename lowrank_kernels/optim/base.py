@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.lists import PLAIN, Gathered, first_sparse_gradient, gather, signature
-from ..ops import grouped_adamw_
+from ..ops.adamw import adamw_as_gathered_
 from ..pairs import Pair, core_owners, owners, pairs
 from .arguments import (
     ParamsT,
@@ -510,7 +510,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         found: Gathered | None = None,
         grads: list[Tensor] | None = None,
         parts: Mapping[int, tuple[slice, ...]] = NO_PARTS,
-        operation: Callable[..., None] = grouped_adamw_,
+        operation: Callable[..., None] = adamw_as_gathered_,
         **options: Any,
     ) -> None:
         """One call of ``grouped_adamw_`` on parameters of which ``parts`` are trained; ``found``: all that is needed of them, where the

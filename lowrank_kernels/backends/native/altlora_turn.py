@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from ..lists import as_stored, compute_dtype
 from ..registry import count_launch, implements
 from . import _csrc
 from ._common import MAX_RANK, refuse_device
+
+if TYPE_CHECKING:
+    from ...ops.adamw import StepNumbers
 
 
 def verify(
@@ -56,7 +59,7 @@ def grouped_altlora_turn_(
     damping: float,
     own_damping: float,
     weight: float,
-    step: dict[str, Any],
+    step: StepNumbers,
 ) -> None:
     """See the operation. The layouts are of ``lists.gather`` and of ``lists.matrix_layout``; ``step`` is for ``grouped_adamw_``."""
     count_launch()
