@@ -688,7 +688,15 @@ def test_opcheck(backend: str) -> None:
     strided = [x.mT.contiguous().mT for x in xs]
     spd = torch.stack([x.mT @ x for x in xs])
     previous, out, rs = [torch.linalg.qr(x)[0] for x in xs], [torch.empty_like(x) for x in xs], torch.empty(2, 4, 4, dtype=DOUBLE)
+    moments = [[torch.rand(x.shape, dtype=DOUBLE) for x in xs] for _ in range(2)]
+    lists = ([x.clone() for x in xs], strided, *moments)
+    no_maps, maps = (None, None, None, None, [], None), (spd, spd.triu(), 0.1 * spd, spd.mT, [1, 1], rs.clone())
+    numbers, tensors = (0.1, None, 0.9, 0.99, 1e-8, 0.01, 3, None), (0.0, torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.01, 0, torch.tensor(3.0))
     for operation, overload, arguments in (
+        ("grouped_adamw_", namespace.grouped_adamw_, (*lists, *no_maps, *numbers, [], True, False)),
+        ("grouped_adamw_", namespace.grouped_adamw_, (*lists[:2], [], [], *no_maps, *numbers, [], False, True)),
+        ("grouped_adamw_", namespace.grouped_adamw_, (*lists, *maps, *numbers, [0, 2], True, True)),
+        ("grouped_adamw_", namespace.grouped_adamw_, (*lists, *maps, *tensors, [], True, False)),
         ("grouped_gram", namespace.grouped_gram, (strided, None, False)),
         ("grouped_gram", namespace.grouped_gram, (strided, xs, True)),
         ("grouped_qr", namespace.grouped_qr, (strided, None)),
