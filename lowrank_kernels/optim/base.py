@@ -82,6 +82,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     trains_pairs, trains_cores = True, False
     #: Whether it takes the factors of convolutions, as matrices (r, d_in·k·k) and (d_out, r). Else AdamW trains them with the rest.
     trains_convolutions = False
+    #: Whether factors are stepped by AdamW, as parameters that are none are; else a method steps them itself.
+    adamw_takes_factors = True
     #: The pairs as :meth:`_alike` has them, and of which parameters.
     _buckets: tuple[object, list[LikePairs]] = (None, [])
 
@@ -601,12 +603,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         """``(operation, device type, arguments)`` as ``step()`` will make them, for ``explain()``; no data is read."""
-        for group_index, group in enumerate(self.param_groups):
-            parts = self._trained_parts(group_index)
-            buckets: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-            for index, p in enumerate(group["params"]):
+        for group_index, kinds in enumerate(self._kinds):
+            for is_factor, _, members in kinds[self.param_groups[group_index]["lr_ratio"] != 1.0]:
+                if self.adamw_takes_factors or not is_factor:
+                    yield from self._example_adamw(group_index, members)
+
+    def _example_adamw(
+        self, group_index: int, members: Iterable[int], maps: tuple[Any, ...] = (None, None, None, None, [], None)
+    ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        """The moment step of those parameters of a group that are trained, with these maps, rank_dims and drifts."""
+        group, parts = self.param_groups[group_index], self._trained_parts(group_index)
+        buckets: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for index in members:
+            p = group["params"][index]
+            if p.requires_grad:
                 buckets[p.device, p.dtype].append(p.detach()[parts[index]] if index in parts else p.detach())
-            for (device, _), tensors in buckets.items():
-                maps: tuple[Any, ...] = (None, None, None, None, [], None)
-                hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], 1, [], True, group["maximize"])
-                yield "grouped_adamw_", device.type, (tensors, tensors, [], [], *maps, *hyperparameters)
+        for (device, _), tensors in buckets.items():
+            own = local_parts(tensors)
+            hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], 1, [], True, group["maximize"], None)
+            yield "grouped_adamw_", device.type, (own, own, [], [], *maps, *hyperparameters)

@@ -40,6 +40,8 @@ class LoRARITE(PreconditionedOptimizer):
     State of a factor: ``exp_avg``, ``basis`` (the partner's Q, of the partner's shape), ``second`` (r, r), ``escaped`` ().
     """
 
+    small_arguments = frozenset({"grad_maps", "momentum_maps", "direction_maps"})
+
     def __init__(
         self,
         params: ParamsT,
@@ -149,11 +151,11 @@ class LoRARITE(PreconditionedOptimizer):
         missed = [group["missed"].get(index, 0) for index in pairs.indices[side]]
         return group["step"] - torch.tensor(missed, dtype=torch.float64, device=self._at(pairs[0].a).device)[:, None]
 
-    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-        yield from (call for call in super()._example_calls() if call[0] != "grouped_preconditioner")
-        for pairs in self._alike(self._pairs):
-            tall, damping = [x.detach() for x in self._tall(pairs, "B")], self._group(pairs, "B")["damping"]
-            stack = torch.empty(len(pairs), tall[0].shape[1], tall[0].shape[1], dtype=torch.float64, device=tall[0].device)
-            yield "grouped_qr", stack.device.type, (tall, None, tall, stack.to(state_dtype(tall[0].dtype)))
-            yield "grouped_damped_inverse", stack.device.type, (stack, damping, stack)
-            yield "grouped_eigh", stack.device.type, (stack, stack[:, 0], stack)
+    def _example_side(self, pairs: LikePairs, side: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        grams, rs = self._example_stacks(pairs)
+        device, tall = grams.device.type, [x.detach() for x in self._tall(pairs, OTHER[side])]
+        yield "grouped_qr", device, (tall, None, tall, rs)
+        yield "grouped_damped_inverse", device, (grams, self._group(pairs, side)["damping"], grams)
+        yield "grouped_gram", device, (tall, None, grams)
+        yield "grouped_eigh", device, (grams, grams[:, 0], grams)
+        yield from self._example_mapped(pairs, side)

@@ -29,6 +29,8 @@ DEFAULT_DAMPING = 1e-5
 OTHER = {"A": "B", "B": "A"}
 #: Which dimension of a factor is r: A is (r, d_in), B is (d_out, r).
 RANK_DIM = {"A": 0, "B": 1}
+#: All r×r arguments of the moment step.
+_SMALL = ("grad_maps", "momentum_maps", "param_maps", "direction_maps", "drifts")
 
 
 def tall(tensors: list[Tensor], side: str) -> Sequence[Tensor]:
@@ -49,6 +51,10 @@ class Active(NamedTuple):
 
 class PreconditionedOptimizer(LowRankOptimizer):
     """Factors are stepped side by side (all As, or all Bs, of like pairs in one call), each with r×r maps; the rest gets AdamW."""
+
+    adamw_takes_factors = False
+    #: Which r×r matrices the moment step of factors has, by the names of its arguments.
+    small_arguments = frozenset({"grad_maps"})
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
@@ -179,7 +185,29 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
         for pairs in self._alike(self._pairs):
-            factors = [x.detach() for x in self._tall(pairs, "B")]
-            grams = torch.empty(len(pairs), self._rank(pairs[0]), self._rank(pairs[0]), dtype=torch.float64, device=factors[0].device)
-            yield "grouped_gram", factors[0].device.type, (factors, None, grams)
-            yield "grouped_preconditioner", factors[0].device.type, (grams, None, 0.0, 1.0, False, grams, grams)
+            for side in "AB":
+                if any(factor.requires_grad for factor in self._factors_of(pairs, side)):
+                    yield from self._example_side(pairs, side)
+
+    def _example_side(self, pairs: LikePairs, side: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        """The calls of a step of the factors of a side: Gram matrices of the partners, what they give, and the moment step."""
+        grams, maps = self._example_stacks(pairs)
+        device, drifts = grams.device.type, maps if "drifts" in self.small_arguments else None
+        yield "grouped_gram", device, ([x.detach() for x in self._tall(pairs, OTHER[side])], None, grams)
+        yield "grouped_preconditioner", device, (grams, drifts, 0.0, 1.0, side == "B", maps, maps)
+        yield from self._example_mapped(pairs, side)
+
+    def _example_stacks(self, pairs: LikePairs) -> tuple[Tensor, Tensor]:
+        """Two stacks (N, r, r), in fp64 and in the dtype of the factors' state."""
+        rank, factor = self._rank(pairs[0]), self._at(pairs[0].a)
+        grams, maps = (
+            torch.empty(len(pairs), rank, rank, dtype=d, device=factor.device) for d in (torch.float64, state_dtype(factor.dtype))
+        )
+        return grams, maps
+
+    def _example_mapped(self, pairs: LikePairs, side: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        """The moment step of the factors of a side."""
+        _, stack = self._example_stacks(pairs)
+        *maps, drifts = (stack if name in self.small_arguments else None for name in _SMALL)
+        dims = [RANK_DIM[side]] * len(pairs)
+        yield from self._example_adamw(self._position(pairs[0], side)[0], pairs.indices[side], (*maps, dims, drifts))
