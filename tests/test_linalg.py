@@ -243,7 +243,7 @@ def test_solve(backend: str, dtype: torch.dtype, rank: int, side: str, damping: 
 
 @on_every_backend
 def test_solve_in_fp64_with_the_smallest_damping_survives_kappa_1e6(backend: str) -> None:
-    """METHODS §6: σ₁ = 10, κ = 1e6, δ = 1e-6: an fp32 Cholesky of the damped Gram fails every time, an fp64 one never."""
+    """σ₁ = 10, κ = 1e6, δ = 1e-6: an fp32 Cholesky of the damped Gram fails every time, an fp64 one never."""
     xs = [10 * conditioned(300, 8, 1e6).float() for _ in range(20)]
     rhs = [torch.randn(8, 50) for _ in xs]
     with running("grouped_solve", backend):

@@ -32,7 +32,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
         xs: (d_i, r) of one r, dtype and device; any heights, any strides (``A.mT`` needs no copy).
         ys: (d_i, k) of one k; None means xs.
         dtype: of the accumulation and the result: fp32 or fp64. None means fp64 for fp64 factors, else fp32. A Gram matrix
-            squares the condition number: with κ(X) = 1e6 only fp64 keeps what a small damping needs (METHODS §6).
+            squares the condition number: with κ(X) = 1e6 only fp64 keeps what a small damping needs.
 
     Returns:
         (N, r, k), or (N, r, r) and exactly symmetric without ys.

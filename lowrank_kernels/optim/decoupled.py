@@ -1,7 +1,7 @@
 """What SDS-LoRA and OD-LoRA share: the decoupled parametrization ``ΔW = s(Q_B A + B Q_Aᵀ)`` on both of its roads.
 
 Road one: our adapter layers, which hold Q_A and Q_B as buffers. Road two: an unmodified LoRA layer of rank 2r of any
-library, ``s [Q_B B] [A; Q_Aᵀ]``, of which the optimizer trains one half and overwrites the other (METHODS §1).
+library, ``s [Q_B B] [A; Q_Aᵀ]``, of which the optimizer trains one half and overwrites the other (OD-LoRA, Eq. 4).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def refresh_due(t: int, total: int, phases: int) -> bool:
 
 
 def _half(pair_a: bool, rank: int, decoupled: bool, idle: bool) -> tuple[slice, ...]:
-    """The trained (or the idle) half of ``lora_A`` (2r, d_in) or ``lora_B`` (d_out, 2r) on road two (METHODS §1).
+    """The trained (or the idle) half of ``lora_A`` (2r, d_in) or ``lora_B`` (d_out, 2r) on road two.
 
     ``lora_A = [A; Q_Aᵀ]`` always; ``lora_B`` is ``[B 0]`` while plain and ``[Q_B B]`` when decoupled.
     """

@@ -21,7 +21,7 @@ SPARE_BYTES = 1 << 20
 
 
 class LoRARITE(PreconditionedOptimizer):
-    """LoRA-RITE (Yen et al., arXiv 2410.20625) with the r×r second moments of METHODS §3. For A, with ``B = QR``::
+    """LoRA-RITE (Yen et al., arXiv 2410.20625), its second moments r×r matrices V. For A, with ``B = QR``::
 
         X = R⁻ᵀ ∂A ,  Π = Qᵀ Q_prev                                 unmagnified gradient; change of basis since A's last update
         V⁻ = Π V Πᵀ ,  ρ ← β₂ (ρ + max|λ(V) - λ(V⁻)|)               what the old second moment loses by it
