@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..backends.lists import compute_dtype
 from ..ops import lora_linear, lora_up
 from ..ops.lora_shared import autocast_dtype
 from ..pairs import count_switch, register_layer
@@ -109,7 +110,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"LowRankLinear: dropout must be in [0, 1), got {dropout}")
         weight = base_layer.weight
         if dtype is None:
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            dtype = compute_dtype(weight.dtype)
             if method == "xs" and holds_matrix(base_layer):
                 dtype = weight.dtype
         self.base_layer = base_layer
@@ -119,8 +120,7 @@ class LowRankLinear(nn.Module):
         if method == "xs":
             self.register_buffer("lora_A", a)
             self.register_buffer("lora_B", b)
-            core_dtype = torch.promote_types(dtype, torch.float32)
-            self.lora_R = nn.Parameter(torch.empty(rank, rank, dtype=core_dtype, device=weight.device))
+            self.lora_R = nn.Parameter(torch.empty(rank, rank, dtype=compute_dtype(dtype), device=weight.device))
         else:
             self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
         if method == "sds":
@@ -254,7 +254,7 @@ class LowRankLinear(nn.Module):
 
     def _delta_weight(self) -> Tensor:
         """What the factors add to the base layer's weight as it is now."""
-        dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(self.lora_A.dtype)
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
         if self.decoupled:
             return self.scale * (self.q_b.to(dtype) @ a + b @ self.q_a.to(dtype))
@@ -267,7 +267,7 @@ class LowRankLinear(nn.Module):
         """ΔW (d_out, d_in), computed and returned in fp32 (fp64 for fp64 factors), without gradient; ``s(B A − B₀A₀)`` after a start."""
         if self.start_A is None or self.start_B is None:
             return self._delta_weight()
-        dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(self.lora_A.dtype)
         a, b = torch.cat([self.lora_A, self.start_A]).to(dtype), torch.cat([self.lora_B, -self.start_B], dim=1).to(dtype)
         return self.scale * (b @ a)
 

@@ -21,7 +21,7 @@ PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 in, fp64 out; everything narrower is computed, and keeps its state, in fp32 (METHODS, Numerics)."""
+    """fp64 in, fp64 out; everything narrower is computed, and keeps its state, in fp32: sums, r×r matrices, moments."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

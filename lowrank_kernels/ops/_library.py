@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import FLOATING, PLAIN, Tall, alike, as_stored, compute_dtype, plain
+from ..backends.lists import FLOATING, PLAIN, Tall, alike, as_stored, plain
 
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -100,11 +100,6 @@ def for_eager(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if type(tensors) is Tall and tensors.stored and tensors.stored[0].device.type == "cpu":
         return tensors
     return list(tensors)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of r×r results: fp64 for fp64, else fp32."""
-    return compute_dtype(dtype)
 
 
 def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like: Tensor | None = None, ndim: int | None = 2) -> None:

@@ -10,8 +10,9 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
+from ..backends.lists import compute_dtype
 from ..backends.registry import run
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, check_same_shapes, define, is_eager
+from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, define, is_eager
 
 _NAME = "grouped_adamw_"
 
@@ -175,7 +176,7 @@ def _check(
     check_same_length(_NAME, params=params, grads=grads)
     first = params[0]
     check_list(_NAME, "grads", grads, like=first, ndim=None)
-    state_dtype = accumulation_dtype(first.dtype)
+    state_dtype = compute_dtype(first.dtype)
     shapes, device = [param.shape for param in params], first.device
     check_same_shapes(_NAME, "grads", grads, "params", params)
     for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import as_stored, matrix_layout, sizes, width
+from ..backends.lists import as_stored, compute_dtype, matrix_layout, sizes, width
 from ..backends.registry import run
 from ._library import (
-    accumulation_dtype,
     are_plain_eager,
     check_list,
     check_same_length,
@@ -46,7 +45,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     if layout is None or layout.columns < 0:  # what fails here is explained
         layout = None
         _check(xs, ys)
-    natural = accumulation_dtype(as_stored(xs)[0][0].dtype) if xs else torch.float32
+    natural = compute_dtype(as_stored(xs)[0][0].dtype) if xs else torch.float32
     if dtype not in (None, torch.float32, torch.float64) or (natural == torch.float64 and dtype == torch.float32):
         raise TypeError(f"grouped_gram: dtype must be torch.float64{'' if natural == torch.float64 else ' or torch.float32'}, got {dtype}")
     double = torch.float64 in (dtype, natural)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import Tall, as_stored, matrix_layout, signature, sizes, width
+from ..backends.lists import Tall, as_stored, compute_dtype, matrix_layout, signature, sizes, width
 from ..backends.registry import run
 from ._library import (
-    accumulation_dtype,
     are_plain_eager,
     check_list,
     check_same_length,
@@ -106,7 +105,7 @@ def grouped_qr(
 
 def _empty_rs(xs: Sequence[Tensor]) -> Tensor:
     first, rank = as_stored(xs)[0][0], width(xs)
-    return torch.empty(len(xs), rank, rank, dtype=accumulation_dtype(first.dtype), device=first.device)
+    return torch.empty(len(xs), rank, rank, dtype=compute_dtype(first.dtype), device=first.device)
 
 
 def _empty_results(xs: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:

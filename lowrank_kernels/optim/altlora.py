@@ -8,13 +8,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..backends.lists import matrix_layout
+from ..backends.lists import compute_dtype, matrix_layout
 from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
 from .arguments import AdamWOptions, ParamsT
 from .pairing import FactorPair, LikePairs, Position
 from .preconditioned import DEFAULT_DAMPING, OTHER, RANK_DIM, Active, PreconditionedOptimizer
 from .shards import is_sharded
-from .state import moments, state_dtype
+from .state import moments
 
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
 
@@ -69,7 +69,7 @@ class AltLoRA(PreconditionedOptimizer):
 
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
         rank = min(part.shape)
-        drift = torch.zeros(rank, rank, dtype=state_dtype(part.dtype), device=part.device)
+        drift = torch.zeros(rank, rank, dtype=compute_dtype(part.dtype), device=part.device)
         return {**moments(part, "exp_avg"), "drift": drift}
 
     def _reads_of_frozen(self) -> frozenset[Position]:

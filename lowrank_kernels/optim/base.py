@@ -14,7 +14,7 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import PLAIN, Gathered, first_sparse_gradient, gather, signature
+from ..backends.lists import PLAIN, Gathered, compute_dtype, first_sparse_gradient, gather, signature
 from ..ops.adamw import adamw_as_gathered_
 from ..pairs import Pair, core_owners, owners, pairs
 from .arguments import (
@@ -31,7 +31,7 @@ from .nonfinite import which_nonfinite
 from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
 from .shards import FLATTENED, is_sharded, local_parts
-from .state import check_state_dict, misfit, moments, state_dtype
+from .state import check_state_dict, misfit, moments
 from .undo import Before
 
 #: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).
@@ -578,7 +578,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for p, key in zip(group["params"], saved_group["params"], strict=True):
                 for name, value in saved_state.get(key, {}).items():
                     if isinstance(value, Tensor):
-                        dtype = state_dtype(p.dtype) if value.is_floating_point() else value.dtype
+                        dtype = compute_dtype(p.dtype) if value.is_floating_point() else value.dtype
                         self.state[p][name] = value.to(p.device, dtype, copy=True)
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import Tall, held
+from ..backends.lists import Tall, compute_dtype, held
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
 from .arguments import AdamWOptions, ParamsT
@@ -23,7 +23,6 @@ from .base import LowRankOptimizer
 from .pairing import FactorPair, LikePairs, Position
 from .ranks import Ranks, ranks_of
 from .shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
-from .state import state_dtype
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 
@@ -307,7 +306,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             if decoupled:
                 lefts = [torch.cat([v.q_b, b], dim=1) for v, b in zip(old, lefts, strict=True)]
                 rights = [torch.cat([a, v.q_a.mT], dim=1) for v, a in zip(old, rights, strict=True)]
-            wide = state_dtype(lefts[0].dtype)
+            wide = compute_dtype(lefts[0].dtype)
             thin = [_no_wider_than_tall(left.to(wide), right.to(wide)) for left, right in zip(lefts, rights, strict=True)]
             by_width: defaultdict[int, list[int]] = defaultdict(list)
             for index, (left, _) in enumerate(thin):
@@ -332,7 +331,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             return grouped_svd_product(lefts, rights, rank)
         doers = shares([left.numel() + right.numel() for left, right in zip(lefts, rights, strict=True)], ranks.size)
         us, vs = ([x.new_empty(len(x), rank) for x in side] for side in (lefts, rights))
-        ss = torch.zeros(len(lefts), rank, dtype=state_dtype(lefts[0].dtype), device=lefts[0].device)
+        ss = torch.zeros(len(lefts), rank, dtype=compute_dtype(lefts[0].dtype), device=lefts[0].device)
         mine = ranks.own(doers)
         if mine:
             its_us, ss[mine], its_vs = grouped_svd_product([lefts[i] for i in mine], [rights[i] for i in mine], rank)
@@ -479,8 +478,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         for pairs in self._alike(self._pairs):
             factors, bases = map(list, self._tall(pairs))
             device, rank, count = factors[0].device, factors[0].shape[1], len(pairs)
-            rs, ss = (
-                torch.empty(shape, dtype=state_dtype(factors[0].dtype), device=device) for shape in ((2 * count, rank, rank), (count, rank))
-            )
+            dtype = compute_dtype(factors[0].dtype)
+            rs, ss = (torch.empty(shape, dtype=dtype, device=device) for shape in ((2 * count, rank, rank), (count, rank)))
             yield "grouped_qr", device.type, (factors, bases, bases, rs)
             yield "grouped_svd_product", device.type, (factors[count:], factors[:count], bases[count:], ss, bases[:count])

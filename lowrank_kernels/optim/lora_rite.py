@@ -8,13 +8,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..backends.lists import column, states
+from ..backends.lists import column, compute_dtype, states
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
 from .arguments import AdamWOptions, ParamsT
 from .pairing import FactorPair, LikePairs, Position
 from .preconditioned import DEFAULT_DAMPING, OTHER, Active, PreconditionedOptimizer
 from .shards import KEEP_WHOLE
-from .state import moments, state_dtype
+from .state import moments
 
 #: The most memory that one side of like pairs may keep between steps for the next bases.
 SPARE_BYTES = 1 << 20
@@ -74,7 +74,7 @@ class LoRARITE(PreconditionedOptimizer):
             for factor, partner in ((self._at(pair.a), self._at(pair.b)), (self._at(pair.b), self._at(pair.a).mT)):
                 state = self.state.get(factor)
                 if state and "basis" not in state:
-                    state["basis"] = torch.zeros(partner.shape, dtype=state_dtype(partner.dtype), device=partner.device)
+                    state["basis"] = torch.zeros(partner.shape, dtype=compute_dtype(partner.dtype), device=partner.device)
         return True
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
@@ -82,11 +82,11 @@ class LoRARITE(PreconditionedOptimizer):
         for position, state in super()._expected_states(group_index, group):
             if position in partners:  # a basis is tall
                 shape = sorted(partners[position], reverse=True)
-                state["basis"] = torch.empty(shape, dtype=state_dtype(self._at(position).dtype), device="meta")
+                state["basis"] = torch.empty(shape, dtype=compute_dtype(self._at(position).dtype), device="meta")
             yield position, state
 
     def _factor_state(self, group: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
-        rank, dtype = min(part.shape), state_dtype(part.dtype)
+        rank, dtype = min(part.shape), compute_dtype(part.dtype)
         second = torch.zeros(rank, rank, dtype=dtype, device=part.device)
         return {**moments(part, "exp_avg"), "second": second, "escaped": second.new_zeros(())}
 

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.lists import Gathered, Tall, column, consecutive, gather, states
+from ..backends.lists import Gathered, Tall, column, compute_dtype, consecutive, gather, states
 from ..ops import grouped_gram, grouped_preconditioner
 from .base import LowRankOptimizer
 from .pairing import FactorPair, LikePairs, Position
 from .shards import is_sharded, local_parts, shard_dims, shard_group
-from .state import state_dtype
 
 #: Absolute damping δ of every Gram matrix. `python -m benchmarks.damping` is the experiment behind the number, on factors with singular
 #: values down to 1e-6 and on LoRA's own start: at 1e-7 and below runs of ScaledGD and LoRA-RITE blow up, at 1e-6 none does, but four
@@ -125,7 +124,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
         (N, r, r), in the dtype of the drifts, or else of the factors' state.
         """
         grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
-        dtype = state_dtype(self._at(pairs[0].a).dtype) if drifts is None else drifts.dtype
+        dtype = compute_dtype(self._at(pairs[0].a).dtype) if drifts is None else drifts.dtype
         return grouped_preconditioner(grams, damping, weight=weight, drifts=drifts, transposed=side == "B", dtype=dtype)
 
     def _over_shards(self, sums: Tensor, pairs: LikePairs, side: str) -> Tensor:
@@ -151,7 +150,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _step_side(self, active: Active, side: str, **options: Any) -> None:
         """The moment step of all factors of one side, with the maps in ``options`` (in any float dtype), as :meth:`_adamw` has it."""
         pairs, found = active
-        dtype = state_dtype(self._at(pairs[0].a).dtype)
+        dtype = compute_dtype(self._at(pairs[0].a).dtype)
         maps = {key: value.to(dtype) if key.endswith("_maps") and value is not None else value for key, value in options.items()}
         members, dims = pairs.indices[side], [RANK_DIM[side]] * len(pairs)
         group_index = self._position(pairs[0], side)[0]
@@ -201,7 +200,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
         """Two stacks (N, r, r), in fp64 and in the dtype of the factors' state."""
         rank, factor = self._rank(pairs[0]), self._at(pairs[0].a)
         grams, maps = (
-            torch.empty(len(pairs), rank, rank, dtype=d, device=factor.device) for d in (torch.float64, state_dtype(factor.dtype))
+            torch.empty(len(pairs), rank, rank, dtype=d, device=factor.device) for d in (torch.float64, compute_dtype(factor.dtype))
         )
         return grams, maps
 
