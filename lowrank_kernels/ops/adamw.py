@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.lists import compute_dtype
 from ..backends.registry import run
-from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, define, is_eager
+from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, check_stack_of, define, is_eager
 
 _NAME = "grouped_adamw_"
 
@@ -248,11 +248,8 @@ def _check_maps(
             raise ValueError(f"{_NAME}: params[{index}] of shape {tuple(param.shape)} does not have rank {rank}; call once per rank")
     shape, device = (len(params), rank, rank), params[0].device
     for name, value in (*maps.items(), ("drifts", drifts)):
-        if value is not None and (value.shape != shape or value.dtype != dtype or value.device != device):
-            raise ValueError(
-                f"{_NAME}: {name} must be {dtype} of shape {shape} on {device}, "
-                f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
-            )
+        if value is not None:
+            check_stack_of(_NAME, name, value, shape, dtype, device)
 
 
 def _grouped_adamw_(
