@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +15,6 @@ from ..backends.registry import run
 from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, check_stack_of, define, is_eager
 
 _NAME = "grouped_adamw_"
-
-
-class StepNumbers(TypedDict):
-    """What a moment step takes beside tensors, as :func:`grouped_adamw_` says."""
-
-    lr: float | Tensor
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    step: int | Tensor
-    missed: NotRequired[Sequence[int]]
-    bias_correction: NotRequired[bool]
-    maximize: NotRequired[bool]
 
 
 def grouped_adamw_(

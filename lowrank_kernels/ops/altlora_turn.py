@@ -8,10 +8,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..backends.lists import matrix_layout
+from ..backends.lists import StepNumbers, matrix_layout
 from ..backends.registry import Implementation, call, whole
 from ._library import for_eager, is_eager
-from .adamw import StepNumbers, adamw_as_gathered_
+from .adamw import adamw_as_gathered_
 from .gram import grouped_gram
 from .preconditioner import grouped_preconditioner
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..lists import as_stored, compute_dtype
+from ..lists import StepNumbers, as_stored, compute_dtype
 from ..registry import count_launch, implements
 from . import _csrc
 from ._common import MAX_RANK, refuse_device
-
-if TYPE_CHECKING:
-    from ...ops.adamw import StepNumbers
 
 
 def verify(
