@@ -84,6 +84,9 @@ class LowRankLinear(nn.Module):
     #: Set by optimizers that need the full gradient: called in the backward pass with the adapter's input (tokens, d_in), the gradient of
     #: the layer's output (tokens, d_out), and whether this begins a new accumulation (``lora_B.grad is None``).
     capture: Callable[[Tensor, Tensor, bool], None] | None = None
+    #: Set while a start reads gradients (``starts.py``): gets the input and the base layer's output, which it hands on, in the adapter's
+    #: place.
+    _gradient_tap: Callable[[Tensor, Tensor], Tensor] | None = None
     # The buffer and its version of which ``_decoupled`` is the host's copy; the DDP wrapper in whose forward it was read.
     _decoupled_read: tuple[Tensor, int] | None = None
     _decoupled_wrapper: weakref.ref[nn.Module] | None = None
@@ -133,7 +136,6 @@ class LowRankLinear(nn.Module):
         self._merged = False
         self._merged_weight: Tensor | None = None
         self._merged_state: object = None
-        self._capture: Callable[[Tensor, Tensor], Tensor] | None = None
         self.reset_parameters()
         register_layer(self)
 
@@ -293,8 +295,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
-        if self._capture is not None:
-            return self._capture(x, base(x))
+        if self._gradient_tap is not None:
+            return self._gradient_tap(x, base(x))
         if self._serves_merged():
             return nn.functional.linear(x, self._cached_weight(), base.bias)
         if self.shared_input is not None:
@@ -325,7 +327,7 @@ class LowRankLinear(nn.Module):
     def can_share(self, x: Tensor) -> bool:
         """Whether this layer could take the projections of x from a :class:`~lowrank_kernels.adapters.shared.SharedInput` now."""
         base, a = self.base_layer, self.lora_A
-        if self.method == "xs" or self._capture is not None or self.capture is not None or (self.training and self.dropout > 0.0):
+        if self.method == "xs" or self._gradient_tap is not None or self.capture is not None or (self.training and self.dropout > 0.0):
             return False
         if type(a) is not nn.Parameter or a.shape != (self.rank, self.in_features) or a.device != x.device:  # sharded, offloaded
             return False
@@ -365,7 +367,7 @@ class LowRankLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A merged layer is saved with its factors and the flag; the sum of the weights is computed anew.
-        caches = dict.fromkeys(("_merged_weight", "_merged_state", "_capture", "_decoupled_read", "_decoupled_wrapper"))
+        caches = dict.fromkeys(("_merged_weight", "_merged_state", "_gradient_tap", "_decoupled_read", "_decoupled_wrapper"))
         return self.__dict__ | caches
 
     def __setstate__(self, state: dict[str, Any]) -> None:

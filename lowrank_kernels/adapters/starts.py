@@ -398,7 +398,7 @@ def _as_found(root: nn.Module, layers: Mapping[str, LowRankLinear], training: bo
             yield
         finally:
             for layer in layers.values():
-                layer._capture = None
+                layer._gradient_tap = None
             for module, mode in modes:
                 module.training = mode
             for p, asked in asking:
@@ -431,7 +431,7 @@ class _Gradients:
         self.bytes = sum(gradient.total.nbytes for gradient in self._sums.values())
         with _as_found(root, self.layers, training):
             for name, layer in self.layers.items():
-                layer._capture = _capturing(self._sums[name])
+                layer._gradient_tap = _capturing(self._sums[name])
             for index, batch in enumerate(_with_progress(batches, progress)):
                 count = _sample_count(batch)
                 for gradient in self._sums.values():
