@@ -1,9 +1,9 @@
 """Builds ``csrc`` into ``lowrank_kernels.backends.native._csrc``. Everything else is in pyproject.toml.
 
-The extension knows nothing of torch's C++ ABI (it works on addresses), so one build serves every torch, and the
-build needs a C++ compiler and pybind11 alone: no torch, no CUDA toolkit. Without a compiler the package installs
-all the same, prints what was lost, and ``lowrank_kernels.explain()`` says it again; LOWRANK_KERNELS_REQUIRE_NATIVE=1
-makes any failure fatal.
+The extension knows nothing of torch's C++ ABI (it reads tensors through DLPack, or is given addresses), so one build
+serves every torch, and the build needs a C++ compiler and pybind11 alone: no torch, no CUDA toolkit. Without a
+compiler the package installs all the same, prints what was lost, and ``lowrank_kernels.explain()`` says it again;
+LOWRANK_KERNELS_REQUIRE_NATIVE=1 makes any failure fatal.
 """
 
 import os

@@ -1,4 +1,5 @@
-// Python's view of csrc: functions over tables of addresses, sizes and strides. No torch headers, no torch ABI.
+// Python's view of csrc: functions over Python's tensors, lists of them or single ones, which are read through DLPack
+// (cpu/tensors.h), and over addresses with sizes and strides. No torch headers, no torch ABI.
 #include <pybind11/pybind11.h>
 
 namespace lowrank {

@@ -135,7 +135,9 @@ def explain(
     choices = []
     for operation, device, what, args in calls:
         selection = registry.select(operation, device, args)
-        choices.append(Choice(operation, device, what, selection.implementation.backend, selection.reasons))
+        choice = Choice(operation, device, what, selection.implementation.backend, selection.reasons)
+        if choice not in choices:  # a step says of A and of B the same, as a rule
+            choices.append(choice)
     explanation = Explanation(choices, registry.unavailable(), registry.call_counts(), _cuda_libraries())
     print(explanation)
     return explanation

@@ -469,7 +469,7 @@ def test_export_of_a_lower_rank_is_the_best_one_and_says_its_error(tmp_path: Pat
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_rank_r_export_is_exact_straight_after_a_refresh(tmp_path: Path, dtype: torch.dtype) -> None:
-    """METHODS §1: with Aᵀ = Q_A R_A and B = Q_B R_B, ΔW = s Q_B (R_Aᵀ + R_B) Q_Aᵀ has rank r."""
+    """With Aᵀ = Q_A R_A and B = Q_B R_B, ΔW = s Q_B (R_Aᵀ + R_B) Q_Aᵀ has rank r."""
     model = lrk.adapt(nn.Sequential(nn.Linear(40, 56), nn.Linear(56, 32)), "sds", rank=4, dtype=dtype)
     randomize(model)
     with torch.no_grad():

@@ -425,7 +425,7 @@ def test_qr_of_ragged_lists(primitives, rank: int, dtype: torch.dtype) -> None:
 
 
 def spoil(x: torch.Tensor, case: str) -> torch.Tensor:
-    """One hard input of METHODS §6 out of a random one, r ≥ 4."""
+    """One hard input (rank deficient, ill-conditioned, of extreme scale) out of a random one, r ≥ 4."""
     rank = x.shape[1]
     if case == "zero":
         return torch.zeros_like(x)

@@ -243,7 +243,7 @@ def test_solve(backend: str, dtype: torch.dtype, rank: int, side: str, damping: 
 
 @on_every_backend
 def test_solve_in_fp64_with_the_smallest_damping_survives_kappa_1e6(backend: str) -> None:
-    """METHODS §6: σ₁ = 10, κ = 1e6, δ = 1e-6: an fp32 Cholesky of the damped Gram fails every time, an fp64 one never."""
+    """σ₁ = 10, κ = 1e6, δ = 1e-6: an fp32 Cholesky of the damped Gram fails every time, an fp64 one never."""
     xs = [10 * conditioned(300, 8, 1e6).float() for _ in range(20)]
     rhs = [torch.randn(8, 50) for _ in xs]
     with running("grouped_solve", backend):
@@ -688,7 +688,15 @@ def test_opcheck(backend: str) -> None:
     strided = [x.mT.contiguous().mT for x in xs]
     spd = torch.stack([x.mT @ x for x in xs])
     previous, out, rs = [torch.linalg.qr(x)[0] for x in xs], [torch.empty_like(x) for x in xs], torch.empty(2, 4, 4, dtype=DOUBLE)
+    moments = [[torch.rand(x.shape, dtype=DOUBLE) for x in xs] for _ in range(2)]
+    lists = ([x.clone() for x in xs], strided, *moments)
+    no_maps, maps = (None, None, None, None, [], None), (spd, spd.triu(), 0.1 * spd, spd.mT, [1, 1], rs.clone())
+    numbers, tensors = (0.1, None, 0.9, 0.99, 1e-8, 0.01, 3, None), (0.0, torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.01, 0, torch.tensor(3.0))
     for operation, overload, arguments in (
+        ("grouped_adamw_", namespace.grouped_adamw_, (*lists, *no_maps, *numbers, [], True, False)),
+        ("grouped_adamw_", namespace.grouped_adamw_, (*lists[:2], [], [], *no_maps, *numbers, [], False, True)),
+        ("grouped_adamw_", namespace.grouped_adamw_, (*lists, *maps, *numbers, [0, 2], True, True)),
+        ("grouped_adamw_", namespace.grouped_adamw_, (*lists, *maps, *tensors, [], True, False)),
         ("grouped_gram", namespace.grouped_gram, (strided, None, False)),
         ("grouped_gram", namespace.grouped_gram, (strided, xs, True)),
         ("grouped_qr", namespace.grouped_qr, (strided, None)),
@@ -756,7 +764,7 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: adamw(eps=-1.0), r"eps must be finite and ≥ 0, got -1.0"),
     (lambda: ops.grouped_adamw_([X], (x for x in [X]), [], [], **NUMBERS), r"grads must be a list, got generator"),
     (lambda: ops.grouped_gram([X, X.to_sparse()]), r"xs\[1\] is torch.sparse_coo; only strided tensors are taken"),
-    (lambda: ops.grouped_solve([EYE[0]], [X.mT]), r"grouped_solve: grams must be one tensor \(N, r, r\), got list"),
+    (lambda: ops.grouped_solve([EYE[0]], [X.mT]), r"grouped_solve: grams must be one stacked tensor \(N, r, r\), got list"),
     (lambda: ops.grouped_svd_product((x for x in [X]), [X], 2), r"grouped_svd_product: lefts must be a list, got generator"),
     (lambda: ops.lora_linear([X], None, None, THREE, THREE), r"lora_linear: x must be a tensor, got list"),
     (lambda: ops.lora_linear(X, None, None, THREE.mT, None), r"lora_linear: b must be a tensor, got NoneType"),
@@ -774,7 +782,7 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_gram([X], dtype=torch.bfloat16), r"grouped_gram: dtype must be"),
     (lambda: ops.grouped_gram([X.double()], dtype=SINGLE), r"grouped_gram: dtype must be torch.float64, got"),
     (lambda: ops.grouped_solve(EYE[0], [X.mT]), r"grams must be \(N, r, r\)"),
-    (lambda: ops.grouped_solve(EYE.bfloat16(), [X.mT]), r"grams must be .* fp32 or fp64"),
+    (lambda: ops.grouped_solve(EYE.bfloat16(), [X.mT]), r"grouped_solve: grams must be fp32 or fp64, got torch.bfloat16"),
     (lambda: ops.grouped_solve(EYE, [X.mT], side="both"), r"side must be 'left' or 'right'"),
     (lambda: ops.grouped_solve(EYE, [X.mT], -1.0), r"damping must be ≥ 0, got -1"),
     (lambda: ops.grouped_solve(EYE, [X.mT], math.nan), r"damping must be ≥ 0, got nan"),
@@ -823,7 +831,11 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_damped_inverse(EYE.long()), r"grouped_damped_inverse: rs must be fp32 or fp64"),
     (lambda: ops.grouped_damped_inverse(EYE, -1.0), r"grouped_damped_inverse: damping must be ≥ 0, got -1"),
     (lambda: ops.grouped_preconditioner([EYE[0]]), r"grouped_preconditioner: grams must be one stacked tensor"),
-    (lambda: ops.grouped_preconditioner(EYE), r"grouped_preconditioner: grams must be \(N, r, r\) and fp64"),
+    (lambda: ops.grouped_preconditioner(EYE), r"grouped_preconditioner: grams must be fp64, got torch.float32"),
+    (lambda: ops.grouped_preconditioner(EYE[0].double()), r"grouped_preconditioner: grams must be \(N, r, r\), got \(4, 4\)"),
+    (lambda: ops.grouped_preconditioner(EYE.double(), drifts=[EYE[0]]), r"drifts must be one stacked tensor .* got list"),
+    (lambda: adamw(grad_maps=[EYE[0]], rank_dims=[1, 1]), r"grouped_adamw_: grad_maps must be one stacked tensor .* got list"),
+    (lambda: adamw(grad_maps=EYE, rank_dims=[1, 1]), r"grad_maps must be torch.float32 of shape \(2, 4, 4\) on cpu, got .* \(1, 4, 4\)"),
     (lambda: ops.grouped_preconditioner(EYE.double(), math.nan), r"grouped_preconditioner: damping must be ≥ 0, got nan"),
     (
         lambda: ops.grouped_preconditioner(EYE.double(), dtype=torch.bfloat16),

@@ -196,7 +196,7 @@ def test_rank_deficient_factors_keep_their_start(backend: str, dtype: torch.dtyp
 
 @on_every_backend
 def test_ill_conditioned_systems_are_solved_in_fp64(backend: str) -> None:
-    """σ₁ = 10, κ = 1e6, λ = 1e-6 (METHODS §6): an fp32 Cholesky of VᵀV + λI fails."""
+    """σ₁ = 10, κ = 1e6, λ = 1e-6: an fp32 Cholesky of VᵀV + λI fails."""
     left, _ = torch.linalg.qr(torch.randn(60, 8, dtype=torch.float64))
     turn, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
     v = (left * torch.logspace(1, -5, 8, dtype=torch.float64) @ turn).float()

@@ -96,7 +96,7 @@ def test_warmup_is_lora_with_adamw():
 
 
 def test_training_goes_down_without_jumps():
-    """Signs that were not aligned would throw ΔW about at the refreshes (METHODS §1: by more than 30 % of its norm)."""
+    """Signs that were not aligned would throw ΔW about at the refreshes (by more than 30 % of its norm)."""
     layer, target = make_layer(total_steps=200)
     losses = []
     for _ in range(200):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from lowrank_kernels import ops
 from lowrank_kernels.backends import reference, registry
 from lowrank_kernels.backends.lists import Tall, gather
+from lowrank_kernels.ops.altlora_turn import altlora_turn_as_gathered_
 
 native = pytest.importorskip("lowrank_kernels.backends.native", reason="the native extension is not built")
 _csrc = native._csrc
@@ -514,9 +516,9 @@ def altlora_turn(
     assert found.layout is not None
     calls = registry.call_counts().get(("grouped_altlora_turn_", "native"), 0)
     with torch.no_grad():
-        ops.grouped_altlora_turn_(
+        (partial(altlora_turn_as_gathered_, layout=found.layout) if whole else ops.grouped_altlora_turn_)(
             found.params, found.grads, found.exp_avgs, found.exp_avg_sqs, partners=partners, behind=behind, moved=moved, damping=1e-3,
-            own_damping=1e-2, weight=0.25, rank_dims=[0 if side == "A" else 1] * len(params), layout=found.layout if whole else None,
+            own_damping=1e-2, weight=0.25, rank_dims=[0 if side == "A" else 1] * len(params),
             **{"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "step": 3, **options},
         )  # fmt: skip
     assert registry.call_counts().get(("grouped_altlora_turn_", "native"), 0) == calls + taken
@@ -549,6 +551,27 @@ def test_altlora_turn_as_a_whole_only_where_its_parts_are_free() -> None:
     for forced in ("reference", "native,grouped_gram=reference", "native,grouped_adamw_=reference"):
         with registry.force(forced):
             altlora_turn("A", ((30, 20),), 4, torch.float32, whole=True, taken=False)
+
+
+def test_what_is_written_is_what_was_given() -> None:
+    """A layout says where tensors lie: that of other lists would have theirs written, so the operations take none."""
+    given, other = (torch.nn.Parameter(torch.ones(9, 4)) for _ in range(2))
+    given.grad, other.grad = torch.ones(9, 4), torch.ones(9, 4)
+    numbers = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+    layout = gather([other], [0], {other: {}}).layout
+    small = torch.zeros(1, 4, 4)
+    turn = {"partners": [torch.ones(7, 4)], "behind": small, "moved": small.clone(), "damping": 0.1, "own_damping": 0.1, "weight": 1.0}
+    with torch.no_grad():
+        for call in (
+            lambda **more: ops.grouped_adamw_([given], [given.grad], [], [], **numbers, **more),
+            lambda **more: ops.grouped_altlora_turn_([given], [given.grad], [], [], **turn, rank_dims=[1], **numbers, **more),
+        ):
+            with pytest.raises(TypeError, match="layout"):
+                call(layout=layout)
+            assert torch.equal(given, other)
+            call()
+            assert not torch.equal(given, other)
+            given.copy_(other)
 
 
 # --- grouped_gram -----------------------------------------------------------------------------------------------------
@@ -646,7 +669,7 @@ def test_solve_reports_what_is_not_positive_definite(gram_dtype: torch.dtype) ->
 
 
 def test_solve_of_an_ill_conditioned_gram_with_little_damping() -> None:
-    """σ₁ = 10, κ = 1e6: in fp64 a damping of 1e-6 is enough (METHODS §6); B = 0 leaves the damping alone."""
+    """σ₁ = 10, κ = 1e6: in fp64 a damping of 1e-6 is enough; B = 0 leaves the damping alone."""
     x = conditioned(300, 8, 1e6, torch.float64) * 10
     grams = torch.stack([x.mT @ x, torch.zeros(8, 8, dtype=torch.float64)])
     solutions = ops.grouped_solve(grams, torch.eye(8, dtype=torch.float64).expand(2, 8, 8), 1e-6)
@@ -875,6 +898,30 @@ def test_lists_are_checked() -> None:
         _csrc.adamw([x, x], [x, x], [], [], layout, *tail)
     with pytest.raises(ValueError, match="a layout of another list"):
         _csrc.gram([x, x], 0, _csrc.matrix_layout([x], 0), None, 0, 0, True, 4, 4, rs.data_ptr(), 1)
+
+
+def test_results_and_operands_without_memory_are_refused() -> None:
+    x, square = torch.randn(9, 4), torch.eye(4)[None]
+    lorsum = array("q", [0] * 14), 1, array("q", [0] * 8)
+    calls = {
+        "grouped_qr": lambda: _csrc.qr([x], 0, None, None, 0, None, [x.clone()], 0, None, 0, 4, 0, 1),
+        "grouped_svd_product": lambda: _csrc.svd_product(
+            1, array("q", [*[x.data_ptr()] * 4, 9, 9, *[4, 1] * 4]), 0, 4, 2, 0, 1
+        ),
+        "grouped_gram": lambda: _csrc.gram([x], 0, None, None, 0, 0, True, 4, 4, 0, 1),
+        "grouped_solve": lambda: _csrc.solve([x], [x.clone()], False, 0, False, 4, 0, 0.1, 1),
+        "grouped_eigh": lambda: _csrc.eigh(1, 4, 0, square.data_ptr(), 16, 4, 1, 0, 0, 1),
+        "grouped_damped_inverse": lambda: _csrc.damped_inverse(1, 4, 0, 0, 16, 4, 1, 0.1, square.data_ptr(), 1),
+        "grouped_preconditioner": lambda: _csrc.preconditioner(1, 4, 0, square.data_ptr(), 0, 0.1, 1.0, False, 0, 0, 1),
+        "grouped_lorsum": lambda: _csrc.lorsum(1, *lorsum, 0, 0, 0, 1, 0.0, True, 1),
+        "grouped_altlora_turn": lambda: _csrc.altlora_turn(
+            [x], [x], [], [], None, [x], 0, None, [], [1], 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, False, False, 4, 0, 0, 0.1, 0.1, 1.0, 1
+        ),
+    }  # fmt: skip
+    for what, call in calls.items():
+        with pytest.raises(ValueError, match=rf"^{what}: a tensor without memory \(fake, meta or distributed\)"):
+            call()
+    assert _csrc.gram([], 0, None, None, 0, 0, True, 4, 4, 0, 1) is None, "nothing is written"
 
 
 def test_a_missing_extension_is_reported_once_with_its_cause() -> None:

@@ -291,7 +291,7 @@ def test_others_depend_on_the_split(build) -> None:
 
 @pytest.mark.parametrize("damping", [0.0, 1e-2, 3.0])
 def test_scaled_gd_is_one_simultaneous_least_squares_step(damping: float) -> None:
-    """OPLoRA's sweep, METHODS §4 with λ = δ, both factors from the old ones, at lr η: ScaledGD at lr η/s²."""
+    """OPLoRA's sweep (its Equation 6) with λ = δ, both factors from the old ones, at lr η: ScaledGD at lr η/s²."""
     lr = 0.3
 
     def least_squares(fixed: Tensor, target: Tensor, old: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ STARTS: dict[str, Callable[[LowRankLinear], None]] = {
 
 
 def _spread(factor: Tensor, rank_dim: int) -> None:
-    """Condition number 1e6, largest singular value 10 (METHODS §6)."""
+    """Condition number 1e6, largest singular value 10."""
     q, _ = torch.linalg.qr(factor.data.double() if rank_dim else factor.data.double().mT)
     mix, _ = torch.linalg.qr(torch.randn(q.shape[1], q.shape[1], dtype=torch.float64))
     x = q * torch.logspace(1, -5, q.shape[1]) @ mix

@@ -303,6 +303,36 @@ def test_an_input_changed_in_place_is_projected_anew() -> None:
         assert_same([first, shared[0].k_proj(x)], [apart[0].q_proj(X), apart[0].k_proj(2 * X)])
 
 
+@pytest.mark.parametrize("what", ["A", "replaced", "Q_A", "decoupled", "thawed"])
+def test_a_factor_changed_between_the_layers_is_projected_anew(what: str) -> None:
+    apart, shared = make("sds" if what in ("Q_A", "decoupled") else "lora")
+    for model in (apart, shared):
+        layer = model[0].k_proj
+        if what == "decoupled":
+            layer.decoupled = False
+            model[0].q_proj.decoupled = model[0].v_proj.decoupled = False
+        if what == "thawed":
+            layer.lora_A.requires_grad_(False)
+    found = []
+    for model in (apart, shared):
+        layer, first = model[0].k_proj, model[0].q_proj(X)
+        with torch.no_grad():
+            if what == "A":
+                layer.lora_A.mul_(2)
+            elif what == "Q_A":
+                layer.q_a.mul_(2)
+        if what == "replaced":
+            layer.lora_A = nn.Parameter(2 * layer.lora_A.detach())
+        elif what == "decoupled":
+            layer.decoupled = True
+        elif what == "thawed":
+            layer.lora_A.requires_grad_(True)
+        second = layer(X)
+        second.square().sum().backward()
+        found.append([first, second, model[0].v_proj(X), layer.lora_A.grad])
+    assert_same(found[1], found[0])
+
+
 def test_the_grad_mode_and_autocast_are_those_of_each_layer() -> None:
     apart, shared = make(dtype=torch.float32)
     x = X.float().requires_grad_()

@@ -18,7 +18,7 @@ from .optimizer import Factors, at_least_single, make_factors
 
 #: One (U, s, V) for each layer.
 Triples = list[tuple[Tensor, Tensor, Tensor]]
-#: Share of the best rank-r approximation's energy that LoRA-SB's start may miss (METHODS §2).
+#: Share of the best rank-r approximation's energy that LoRA-SB's start may miss.
 MISSING_ENERGY = 0.005
 
 

@@ -23,25 +23,21 @@ namespace {
 // A table of `columns` sections; it keeps the buffer locked while it lives.
 class Table {
  public:
-  Table(const char* what, const py::buffer& buffer, int64_t columns, int64_t n) : info_(buffer.request()), n_(n) {
+  Table(const char* what, const py::buffer& buffer, int64_t columns, int64_t n)
+      : what_(what), info_(buffer.request()), n_(n) {
     if (info_.itemsize != 8 || info_.ndim != 1 || info_.strides[0] != 8 || info_.size != columns * n) {
       throw std::invalid_argument(std::string(what) + ": the table must be a dense int64 buffer of " +
                                   std::to_string(columns) + " sections of " + std::to_string(n));
     }
   }
   int64_t at(int64_t column, int64_t i) const { return static_cast<const int64_t*>(info_.ptr)[column * n_ + i]; }
-  void* address(int64_t column, int64_t i) const {
-    return reinterpret_cast<void*>(static_cast<intptr_t>(at(column, i)));
-  }
-  // The address of something with `elements` elements: fake and distributed tensors answer 0, which must not be read.
+  // What has `elements` elements and is there.
   void* data(int64_t column, int64_t i, int64_t elements) const {
-    void* p = address(column, i);
-    if (p == nullptr && elements > 0)
-      throw std::invalid_argument("a tensor without memory (fake, meta or distributed)");
-    return p;
+    return memory(what_, static_cast<intptr_t>(at(column, i)), elements);
   }
 
  private:
+  const char* what_;
   py::buffer_info info_;
   int64_t n_;
 };
@@ -251,8 +247,6 @@ void altlora_turn(const py::list& params, const py::list& grads, const py::list&
   if (params.empty() || r == 0) return;
   if (!ys.like().is_like(lists.layout().like))
     throw std::invalid_argument("grouped_altlora_turn: partners of another dtype or device");
-  if (behind == 0 || moved == 0)
-    throw std::invalid_argument("grouped_altlora_turn: a tensor without memory (fake, meta or distributed)");
   const AdamWScalars scalars{dtype_of(lists.layout().like.dtype), lr, beta1, beta2, eps, weight_decay, maximize};
   std::vector<AdamWItem> items = step_items(scalars, lists.layout(), missed, rank_dims, step, bias_correction, true, r);
   std::vector<GramItem> grams(items.size());
@@ -260,8 +254,9 @@ void altlora_turn(const py::list& params, const py::list& grads, const py::list&
     grams[i].rows = ys.rows(i);
     grams[i].x = ys.view(what, i, grams[i].rows, r);
   }
+  const int64_t elements = ys.size() * r * r;
   const TurnArguments turn{
-      reinterpret_cast<void*>(behind), reinterpret_cast<void*>(moved), r, damping, own_damping, weight};
+      memory(what, behind, elements), memory(what, moved, elements), r, damping, own_damping, weight};
   const py::gil_scoped_release released;
   grouped_altlora_turn(scalars, turn, items.data(), grams.data(), ys.size(), threads);
 }
@@ -279,6 +274,7 @@ void qr(const py::list& xs, int64_t x_transposed, const MatrixLayout* x_layout, 
   const Matrices old(what, previous.is_none() ? py::object(py::list()) : previous, previous_transposed,
                      previous_layout);
   check_sizes(what, q.size() == x.size() && (previous.is_none() || old.size() == x.size()));
+  char* const first = memory<char>(what, rs, x.size() * r * r);
   std::vector<QrItem> items(static_cast<size_t>(x.size()));
   for (int64_t i = 0; i < x.size(); ++i) {
     QrItem& item = items[i];
@@ -287,7 +283,7 @@ void qr(const py::list& xs, int64_t x_transposed, const MatrixLayout* x_layout, 
     item.x = x.view(what, i, item.rows, r);
     if (!previous.is_none()) item.previous = old.view(what, i, item.rows, r);
     item.q = q.view(what, i, item.rows, r);
-    item.r = reinterpret_cast<void*>(rs + i * r * r * size);
+    item.r = first + i * r * r * size;
   }
   const py::gil_scoped_release released;
   grouped_qr(type, items.data(), x.size(), r, threads);
@@ -297,11 +293,13 @@ void qr(const py::list& xs, int64_t x_transposed, const MatrixLayout* x_layout, 
 // rank), contiguous.
 void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k, int64_t rank, intptr_t ss,
                  int threads) {
-  const Table table("grouped_svd_product", table_buffer, 14, n);
+  const char* const what = "grouped_svd_product";
+  const Table table(what, table_buffer, 14, n);
   const DType type = dtype_of(dtype);
   const int64_t size = type == DType::kFloat64 ? 8 : 4;
   check_rank(k);
   if (rank < 1 || rank > k) throw std::invalid_argument("grouped_svd_product: the rank must be between 1 and k");
+  char* const first = memory<char>(what, ss, n * rank);
   std::vector<SvdProductItem> items(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     SvdProductItem& item = items[i];
@@ -313,7 +311,7 @@ void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k
     item.right = {table.data(1, i, 1), table.at(8, i), table.at(9, i)};
     item.u = {table.data(2, i, 1), table.at(10, i), table.at(11, i)};
     item.v = {table.data(3, i, 1), table.at(12, i), table.at(13, i)};
-    item.s = reinterpret_cast<void*>(ss + i * rank * size);
+    item.s = first + i * rank * size;
   }
   const py::gil_scoped_release released;
   grouped_svd_product(type, items.data(), n, k, rank, threads);
@@ -328,13 +326,14 @@ void gram(const py::list& xs, int64_t x_transposed, const MatrixLayout* known, c
   check_rank(k);
   const Matrices x(what, xs, x_transposed, known), y(what, ys.is_none() ? py::object(py::list()) : ys, y_transposed);
   check_sizes(what, ys.is_none() || x.size() == y.size());
+  char* const first = memory<char>(what, grams, x.size() * r * k);
   std::vector<GramItem> items(static_cast<size_t>(x.size()));
   for (int64_t i = 0; i < x.size(); ++i) {
     GramItem& item = items[i];
     item.rows = x.rows(i);
     item.x = x.view(what, i, item.rows, r);
     if (!ys.is_none()) item.y = y.view(what, i, item.rows, k);
-    item.gram = reinterpret_cast<void*>(grams + i * r * k * (wide ? 8 : 4));
+    item.gram = first + i * r * k * (wide ? 8 : 4);
   }
   const py::gil_scoped_release released;
   grouped_gram(dtype_of(dtype), wide, items.data(), x.size(), r, k, threads);
@@ -349,13 +348,14 @@ void solve(const py::object& rhs, const py::object& out, bool left, int dtype, b
   const int64_t transposed = left ? std::numeric_limits<int64_t>::max() : 0;
   const Matrices sides(what, rhs, transposed), results(what, out, transposed);
   check_sizes(what, sides.size() == results.size());
+  const char* const first = memory<const char>(what, grams, sides.size() * r * r);
   std::vector<SolveItem> items(static_cast<size_t>(sides.size()));
   for (int64_t i = 0; i < sides.size(); ++i) {
     SolveItem& item = items[i];
     item.rows = sides.rows(i);
     item.rhs = sides.view(what, i, item.rows, r);
     item.out = results.view(what, i, item.rows, r);
-    item.gram = reinterpret_cast<const void*>(grams + i * r * r * (wide ? 8 : 4));
+    item.gram = first + i * r * r * (wide ? 8 : 4);
   }
   const py::gil_scoped_release released;
   grouped_solve(dtype_of(dtype), wide, items.data(), sides.size(), r, damping, threads);
@@ -380,42 +380,43 @@ void polar(const py::list& xs, int64_t x_transposed, const py::list& outs, int64
   grouped_polar(dtype_of(dtype), items.data(), x.size(), r, threads);
 }
 
-// A stack (n, r, r) by address and strides, and results by addresses; what is null is not asked for.
+// A stack (n, r, r) by address and strides.
 Stack stack_of(const char* what, int64_t n, int64_t r, intptr_t data, int64_t matrix_stride, int64_t row_stride,
-               int64_t column_stride, intptr_t out) {
+               int64_t column_stride) {
   check_rank(r);
-  if (n * r > 0 && (data == 0 || out == 0))
-    throw std::invalid_argument(std::string(what) + ": a tensor without memory (fake, meta or distributed)");
-  return {reinterpret_cast<const void*>(data), matrix_stride, row_stride, column_stride};
+  return {memory<const void>(what, data, n * r * r), matrix_stride, row_stride, column_stride};
 }
 
-// Values (n, r) and vectors (n, r, r), or 0, contiguous.
+// Values (n, r) and vectors (n, r, r), or 0 where they are not asked for, contiguous.
 void eigh(int64_t n, int64_t r, int dtype, intptr_t xs, int64_t matrix_stride, int64_t row_stride,
           int64_t column_stride, intptr_t values, intptr_t vectors, int threads) {
-  const Stack stack = stack_of("grouped_eigh", n, r, xs, matrix_stride, row_stride, column_stride, values);
+  const char* const what = "grouped_eigh";
+  const Stack stack = stack_of(what, n, r, xs, matrix_stride, row_stride, column_stride);
+  void* const into = memory(what, values, n * r);
   const py::gil_scoped_release released;
-  grouped_eigh(dtype_of(dtype), stack, reinterpret_cast<void*>(values), reinterpret_cast<void*>(vectors), n, r,
-               threads);
+  grouped_eigh(dtype_of(dtype), stack, into, reinterpret_cast<void*>(vectors), n, r, threads);
 }
 
 // The inverses (n, r, r), contiguous.
 void damped_inverse(int64_t n, int64_t r, int dtype, intptr_t rs, int64_t matrix_stride, int64_t row_stride,
                     int64_t column_stride, double damping, intptr_t out, int threads) {
-  const Stack stack = stack_of("grouped_damped_inverse", n, r, rs, matrix_stride, row_stride, column_stride, out);
+  const char* const what = "grouped_damped_inverse";
+  const Stack stack = stack_of(what, n, r, rs, matrix_stride, row_stride, column_stride);
+  void* const into = memory(what, out, n * r * r);
   const py::gil_scoped_release released;
-  grouped_damped_inverse(dtype_of(dtype), stack, damping, reinterpret_cast<void*>(out), n, r, threads);
+  grouped_damped_inverse(dtype_of(dtype), stack, damping, into, n, r, threads);
 }
 
 // Grams of double, drifts and what realigns (or 0), all (n, r, r), contiguous.
 void preconditioner(int64_t n, int64_t r, int dtype, intptr_t grams, intptr_t drifts, double damping, double weight,
                     bool transposed, intptr_t out, intptr_t realigned, int threads) {
+  const char* const what = "grouped_preconditioner";
   check_rank(r);
-  if (n * r > 0 && (grams == 0 || out == 0 || (drifts != 0 && realigned == 0)))
-    throw std::invalid_argument("grouped_preconditioner: a tensor without memory (fake, meta or distributed)");
-  const PreconditionerArguments arguments{reinterpret_cast<const double*>(grams),
+  const int64_t elements = n * r * r;
+  const PreconditionerArguments arguments{memory<const double>(what, grams, elements),
                                           reinterpret_cast<const void*>(drifts),
-                                          reinterpret_cast<void*>(out),
-                                          reinterpret_cast<void*>(realigned),
+                                          memory(what, out, elements),
+                                          memory(what, realigned, drifts != 0 ? elements : 0),
                                           r,
                                           damping,
                                           weight,
@@ -432,6 +433,7 @@ void lorsum(int64_t n, const py::buffer& layer_buffer, int64_t terms, const py::
   const Table layers("grouped_lorsum", layer_buffer, 14, n), parts("grouped_lorsum", term_buffer, 8, terms * n);
   check_rank(r);
   if (terms < 1 || terms > kMaxLorsumTerms) throw std::invalid_argument("grouped_lorsum: too many terms");
+  const double* const coefficients = memory<const double>("grouped_lorsum", c, terms * n);
   std::vector<LorsumTerm> all(static_cast<size_t>(terms * n));
   std::vector<LorsumItem> items(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
@@ -451,7 +453,7 @@ void lorsum(int64_t n, const py::buffer& layer_buffer, int64_t terms, const py::
       term.dtype = dtype_of(static_cast<int>(parts.at(7, at) % 4));
       term.left = {parts.data(0, at, term.k * item.d_out), parts.at(3, at), parts.at(4, at)};
       if (!term.dense) term.right = {parts.data(1, at, term.k * item.d_in), parts.at(5, at), parts.at(6, at)};
-      term.c = reinterpret_cast<const double*>(c)[at];
+      term.c = coefficients[at];
     }
   }
   const LorsumScalars scalars{dtype_of(dtype), r, terms, sweeps, proximal, u_first};

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "cpu/common.h"
@@ -40,6 +41,20 @@ struct DLExchangeTable {
 
 constexpr int kCpu = 1;  // DLPack's number of the device
 
+// What is at an address that has `elements` elements there. Fake and distributed tensors answer 0, which must not be
+// read or written. `what`: the operation, where it is known.
+template <typename T = void>
+T* memory(const char* what, T* address, int64_t elements) {
+  if (address == nullptr && elements > 0)
+    throw std::invalid_argument((what ? std::string(what) + ": " : std::string()) +
+                                "a tensor without memory (fake, meta or distributed)");
+  return address;
+}
+template <typename T = void>
+T* memory(const char* what, intptr_t address, int64_t elements) {
+  return memory(what, reinterpret_cast<T*>(address), elements);
+}
+
 // A strided tensor of at most kDimensions dimensions; nothing is owned.
 struct TensorInfo {
   static constexpr int kDimensions = 8;
@@ -66,12 +81,7 @@ struct TensorInfo {
     }
     return true;
   }
-  // Fake and distributed tensors answer 0, which must not be read.
-  void* data() const {
-    if (address == nullptr && elements() > 0)
-      throw std::invalid_argument("a tensor without memory (fake, meta or distributed)");
-    return address;
-  }
+  void* data() const { return memory(nullptr, address, elements()); }
   // As a matrix, or as the transpose of one.
   View matrix(bool transposed) const { return {data(), strides[transposed ? 1 : 0], strides[transposed ? 0 : 1]}; }
   int64_t rows(bool transposed) const { return sizes[transposed ? 1 : 0]; }

@@ -408,7 +408,7 @@ def export_peft(
     """Write the adapters as a PEFT adapter folder (``adapter_config.json``, ``adapter_model.safetensors``), which
     ``peft.PeftModel.from_pretrained(base_model, folder)`` loads.
 
-    A decoupled layer is the LoRA of rank 2r ``lora_A = [A; Q_Aᵀ]``, ``lora_B = [Q_B B]`` with ``lora_alpha = 2·r·s``, exactly (METHODS §1);
+    A decoupled layer is the LoRA of rank 2r ``lora_A = [A; Q_Aᵀ]``, ``lora_B = [Q_B B]`` with ``lora_alpha = 2·r·s``, exactly;
     a plain one stays as it is; ``s·B R A`` becomes the plain ``s·(B R) A``, multiplied out in fp32 at least. One that PiSSA or LoRA-GA
     started becomes the LoRA of rank 2r ``[A; A₀]``, ``[B −B₀]`` over the original W0, exactly: PEFT loads it over the base model as it is
     published.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..backends.lists import compute_dtype
 from ..ops import lora_linear, lora_up
 from ..ops.lora_shared import autocast_dtype
 from ..pairs import count_switch, register_layer
@@ -43,7 +44,7 @@ def is_plain(base: nn.Linear) -> bool:
     )
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
+def tensor_state(tensor: Tensor) -> tuple[int, int]:
     """What changes when a tensor is replaced or written in place (inference tensors do not count their writes)."""
     return id(tensor), -1 if tensor.is_inference() else tensor._version
 
@@ -83,6 +84,9 @@ class LowRankLinear(nn.Module):
     #: Set by optimizers that need the full gradient: called in the backward pass with the adapter's input (tokens, d_in), the gradient of
     #: the layer's output (tokens, d_out), and whether this begins a new accumulation (``lora_B.grad is None``).
     capture: Callable[[Tensor, Tensor, bool], None] | None = None
+    #: Set while a start reads gradients (``starts.py``): gets the input and the base layer's output, which it hands on, in the adapter's
+    #: place.
+    _gradient_tap: Callable[[Tensor, Tensor], Tensor] | None = None
     # The buffer and its version of which ``_decoupled`` is the host's copy; the DDP wrapper in whose forward it was read.
     _decoupled_read: tuple[Tensor, int] | None = None
     _decoupled_wrapper: weakref.ref[nn.Module] | None = None
@@ -109,7 +113,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"LowRankLinear: dropout must be in [0, 1), got {dropout}")
         weight = base_layer.weight
         if dtype is None:
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            dtype = compute_dtype(weight.dtype)
             if method == "xs" and holds_matrix(base_layer):
                 dtype = weight.dtype
         self.base_layer = base_layer
@@ -119,8 +123,7 @@ class LowRankLinear(nn.Module):
         if method == "xs":
             self.register_buffer("lora_A", a)
             self.register_buffer("lora_B", b)
-            core_dtype = torch.promote_types(dtype, torch.float32)
-            self.lora_R = nn.Parameter(torch.empty(rank, rank, dtype=core_dtype, device=weight.device))
+            self.lora_R = nn.Parameter(torch.empty(rank, rank, dtype=compute_dtype(dtype), device=weight.device))
         else:
             self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
         if method == "sds":
@@ -133,7 +136,6 @@ class LowRankLinear(nn.Module):
         self._merged = False
         self._merged_weight: Tensor | None = None
         self._merged_state: object = None
-        self._capture: Callable[[Tensor, Tensor], Tensor] | None = None
         self.reset_parameters()
         register_layer(self)
 
@@ -182,7 +184,7 @@ class LowRankLinear(nn.Module):
         """
         if self.method == "sds" and not torch.compiler.is_compiling():
             buffer, read = self._buffers["is_decoupled"], self._decoupled_read
-            if buffer is not None and (read is None or read[0] is not buffer or read[1] != _state(buffer)[1]):
+            if buffer is not None and (read is None or read[0] is not buffer or read[1] != tensor_state(buffer)[1]):
                 self._read_decoupled(buffer)
         return self._decoupled
 
@@ -192,7 +194,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"LowRankLinear: a layer adapted with method={self.method!r} cannot be decoupled; use method='sds'")
         if self.method == "sds":
             self.is_decoupled.fill_(value)
-            self._decoupled_read = self.is_decoupled, _state(self.is_decoupled)[1]
+            self._decoupled_read = self.is_decoupled, tensor_state(self.is_decoupled)[1]
         self._note_decoupled(bool(value))
 
     def _note_decoupled(self, value: bool) -> None:
@@ -215,7 +217,7 @@ class LowRankLinear(nn.Module):
                 self._note_decoupled(bool(buffer.item()))
         if wrapper is not None:
             self._decoupled_wrapper = weakref.ref(wrapper)
-        self._decoupled_read = buffer, _state(buffer)[1]
+        self._decoupled_read = buffer, tensor_state(buffer)[1]
 
     @property
     def merged(self) -> bool:
@@ -254,7 +256,7 @@ class LowRankLinear(nn.Module):
 
     def _delta_weight(self) -> Tensor:
         """What the factors add to the base layer's weight as it is now."""
-        dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(self.lora_A.dtype)
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
         if self.decoupled:
             return self.scale * (self.q_b.to(dtype) @ a + b @ self.q_a.to(dtype))
@@ -267,7 +269,7 @@ class LowRankLinear(nn.Module):
         """ΔW (d_out, d_in), computed and returned in fp32 (fp64 for fp64 factors), without gradient; ``s(B A − B₀A₀)`` after a start."""
         if self.start_A is None or self.start_B is None:
             return self._delta_weight()
-        dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(self.lora_A.dtype)
         a, b = torch.cat([self.lora_A, self.start_A]).to(dtype), torch.cat([self.lora_B, -self.start_B], dim=1).to(dtype)
         return self.scale * (b @ a)
 
@@ -286,15 +288,15 @@ class LowRankLinear(nn.Module):
             tensors += [self.q_a, self.q_b]
         if self.method == "xs":
             tensors.append(self.lora_R)
-        state = (self.scale, *map(_state, tensors))
+        state = (self.scale, *map(tensor_state, tensors))
         if self._merged_weight is None or self._merged_state != state:
             self._merged_weight, self._merged_state = self.merged_weight(), state
         return self._merged_weight
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
-        if self._capture is not None:
-            return self._capture(x, base(x))
+        if self._gradient_tap is not None:
+            return self._gradient_tap(x, base(x))
         if self._serves_merged():
             return nn.functional.linear(x, self._cached_weight(), base.bias)
         if self.shared_input is not None:
@@ -325,7 +327,7 @@ class LowRankLinear(nn.Module):
     def can_share(self, x: Tensor) -> bool:
         """Whether this layer could take the projections of x from a :class:`~lowrank_kernels.adapters.shared.SharedInput` now."""
         base, a = self.base_layer, self.lora_A
-        if self.method == "xs" or self._capture is not None or self.capture is not None or (self.training and self.dropout > 0.0):
+        if self.method == "xs" or self._gradient_tap is not None or self.capture is not None or (self.training and self.dropout > 0.0):
             return False
         if type(a) is not nn.Parameter or a.shape != (self.rank, self.in_features) or a.device != x.device:  # sharded, offloaded
             return False
@@ -365,7 +367,7 @@ class LowRankLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A merged layer is saved with its factors and the flag; the sum of the weights is computed anew.
-        caches = dict.fromkeys(("_merged_weight", "_merged_state", "_capture", "_decoupled_read", "_decoupled_wrapper"))
+        caches = dict.fromkeys(("_merged_weight", "_merged_state", "_gradient_tap", "_decoupled_read", "_decoupled_wrapper"))
         return self.__dict__ | caches
 
     def __setstate__(self, state: dict[str, Any]) -> None:

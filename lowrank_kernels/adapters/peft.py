@@ -66,7 +66,7 @@ def with_kernels(config: LoraConfig) -> LoraConfig:
 
 
 class DecoupledLoraConfig(LoraConfig):
-    """``LoraConfig`` for ``SDSLoRA`` and ``ODLoRA``: layers of PEFT's rank 2r that hold ``[A; Q_Aᵀ]`` and ``[Q_B B]`` (METHODS §1).
+    """``LoraConfig`` for ``SDSLoRA`` and ``ODLoRA``: layers of PEFT's rank 2r that hold ``[A; Q_Aᵀ]`` and ``[Q_B B]`` (OD-LoRA, Eq. 4).
 
     Saved, it is a plain ``LoraConfig(r=2*rank, lora_alpha=2*rank*s)``, and what is saved beside it a plain LoRA adapter that computes the
     same without this package: the exact export is the file itself.

@@ -13,7 +13,7 @@ from ..ops import lora_down
 from ..ops._library import is_plain_eager
 from ..ops.lora_shared import autocast_dtype
 from ._model import adapted_layers, check_model
-from .layer import LowRankLinear
+from .layer import LowRankLinear, tensor_state
 
 #: Names of layers that share an input, as ``transformers`` and others call them.
 SHARED_NAMES: tuple[tuple[str, ...], ...] = (
@@ -47,6 +47,12 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
     return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x), hooks
 
 
+def _factors(layer: LowRankLinear) -> tuple[Any, ...]:
+    """What changes when the factors by which a layer projects are replaced, written, frozen or thawed, or when it is decoupled."""
+    used = (layer.lora_A, layer.q_a) if layer.decoupled else (layer.lora_A,)
+    return tuple((*tensor_state(tensor), tensor.requires_grad) for tensor in used)
+
+
 class SharedInput:
     """Layers of one module that may get the same tensor. The first one that does projects it for all; the others take their part.
 
@@ -58,20 +64,21 @@ class SharedInput:
         self._layers = [weakref.ref(layer) for layer in layers]
         self._x: Tensor | None = None
         self._circumstances: tuple[Any, ...] = ()
-        self._parts: dict[int, Projected] = {}
+        self._parts: dict[int, tuple[tuple[Any, ...], Projected]] = {}  # beside each, of which factors it is
 
     def take(self, layer: LowRankLinear, x: Tensor) -> Projected | None:
         """The part of ``layer`` in the projections of x; None where it has to compute alone."""
         if not is_plain_eager(x):
             return None
         circumstances = _circumstances(x)
-        if x is not self._x or circumstances != self._circumstances or id(layer) not in self._parts:
+        found = self._parts.get(id(layer))
+        if found is None or x is not self._x or circumstances != self._circumstances or found[0] != _factors(layer):
             self._lead(layer, x)
             self._circumstances = circumstances
-        part = self._parts.pop(id(layer), None)
+        found = self._parts.pop(id(layer), None)
         if not self._parts:
             self.clear()
-        return part
+        return None if found is None else found[1]
 
     def _lead(self, layer: LowRankLinear, x: Tensor) -> None:
         self.clear()
@@ -82,7 +89,8 @@ class SharedInput:
         bases = [found.q_a for found in layers] if layer.decoupled else None
         passed, hiddens, hiddens_q = lora_down(x, [found.lora_A for found in layers], bases)
         rest: Sequence[Tensor | None] = hiddens_q or [None] * len(layers)
-        self._parts = {id(found): Projected(passed, h, h_q) for found, h, h_q in zip(layers, hiddens, rest, strict=True)}
+        parts = zip(layers, hiddens, rest, strict=True)
+        self._parts = {id(found): (_factors(found), Projected(passed, h, h_q)) for found, h, h_q in parts}
         self._x = x
 
     def clear(self, *_: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.lists import compute_dtype
 from ..ops import grouped_svd
 from ._model import adapted_layers, check_model, parallel_wrapper
 from .layer import LowRankLinear, holds_matrix
@@ -269,7 +270,7 @@ def _finite_weight(layers: Mapping[str, LowRankLinear], name: str) -> Tensor:
 def _base_weight(base: nn.Linear) -> Tensor:
     """W0 (d_out, d_in) in fp32 at least."""
     if holds_matrix(base):
-        return base.weight.detach().to(torch.promote_types(base.weight.dtype, torch.float32))
+        return base.weight.detach().to(compute_dtype(base.weight.dtype))
     out = base(torch.eye(base.in_features, device=base.weight.device))  # a quantized weight
     return (out if base.bias is None else out - base.bias).to(torch.float32).mT.contiguous()
 
@@ -325,7 +326,7 @@ def _truncate(
 
 def _wide(layer: LowRankLinear) -> torch.dtype:
     """What sums and decompositions of the layer's matrices are computed in: fp32 at least."""
-    return torch.promote_types(layer.lora_A.dtype, torch.float32)
+    return compute_dtype(layer.lora_A.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------- gradients
@@ -397,7 +398,7 @@ def _as_found(root: nn.Module, layers: Mapping[str, LowRankLinear], training: bo
             yield
         finally:
             for layer in layers.values():
-                layer._capture = None
+                layer._gradient_tap = None
             for module, mode in modes:
                 module.training = mode
             for p, asked in asking:
@@ -430,7 +431,7 @@ class _Gradients:
         self.bytes = sum(gradient.total.nbytes for gradient in self._sums.values())
         with _as_found(root, self.layers, training):
             for name, layer in self.layers.items():
-                layer._capture = _capturing(self._sums[name])
+                layer._gradient_tap = _capturing(self._sums[name])
             for index, batch in enumerate(_with_progress(batches, progress)):
                 count = _sample_count(batch)
                 for gradient in self._sums.values():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import FLOATING, PLAIN, Tall, alike, as_stored, compute_dtype, plain
+from ..backends.lists import FLOATING, PLAIN, Tall, alike, as_stored, plain
 
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -102,11 +102,6 @@ def for_eager(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return list(tensors)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of r×r results: fp64 for fp64, else fp32."""
-    return compute_dtype(dtype)
-
-
 def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like: Tensor | None = None, ndim: int | None = 2) -> None:
     """Refuse a list whose tensors are not strided, floating, of one dtype and on one device (those of ``like``, if given)."""
     if not isinstance(tensors, (list, tuple, Tall)):
@@ -131,14 +126,25 @@ def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like
             raise ValueError(f"{operation}: {argument}[{index}] is on {tensor.device}, expected {like.device}; call once per device")
 
 
-def check_stack(operation: str, argument: str, stack: Any) -> None:
-    """Refuse what is no stack (N, r, r) in fp32 or fp64."""
+def check_stack(operation: str, argument: str, stack: Any, dtypes: Sequence[torch.dtype] | None = (torch.float32, torch.float64)) -> None:
+    """Refuse what is no stack (N, r, r) in one of the dtypes; None: in any."""
     if not isinstance(stack, Tensor):
         raise TypeError(f"{operation}: {argument} must be one stacked tensor (N, r, r), got {type(stack).__name__}; torch.stack a list")
     if stack.ndim != 3 or stack.shape[1] != stack.shape[2]:
         raise ValueError(f"{operation}: {argument} must be (N, r, r), got {tuple(stack.shape)}")
-    if stack.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{operation}: {argument} must be fp32 or fp64, got {stack.dtype}")
+    if dtypes is not None and stack.dtype not in dtypes:
+        names = " or ".join(f"fp{8 * dtype.itemsize}" for dtype in dtypes)
+        raise TypeError(f"{operation}: {argument} must be {names}, got {stack.dtype}")
+
+
+def check_stack_of(operation: str, argument: str, stack: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse what is no stack of this shape, in this dtype and on this device."""
+    check_stack(operation, argument, stack, None)
+    if stack.shape != shape or stack.dtype != dtype or stack.device != device:
+        raise ValueError(
+            f"{operation}: {argument} must be {dtype} of shape {tuple(shape)} on {device}, "
+            f"got {stack.dtype} of shape {tuple(stack.shape)} on {stack.device}"
+        )
 
 
 def check_same_shapes(operation: str, argument: str, tensors: Sequence[Tensor], other: str, others: Sequence[Tensor]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import accumulation_dtype, check_list
+from ..backends.lists import compute_dtype
+from ._library import check_list
 
 
 def check_out(operation: str, out: Any, shapes: tuple[list[tuple[int, int]], list[tuple[int, int]]], like: Tensor | None) -> None:
@@ -27,4 +28,4 @@ def check_out(operation: str, out: Any, shapes: tuple[list[tuple[int, int]], lis
 
 def empty_values(xs: Sequence[Tensor], rank: int) -> Tensor:
     """The singular values of all matrices of a list, (N, rank)."""
-    return xs[0].new_empty(len(xs), rank, dtype=accumulation_dtype(xs[0].dtype)) if xs else torch.empty(0, rank)
+    return xs[0].new_empty(len(xs), rank, dtype=compute_dtype(xs[0].dtype)) if xs else torch.empty(0, rank)

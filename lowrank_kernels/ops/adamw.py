@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.lists import compute_dtype
 from ..backends.registry import run_in_place
-from ._library import accumulation_dtype, are_plain_eager, check_list, check_same_length, check_same_shapes, define, is_eager
+from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, check_stack_of, define, is_eager
 
 _NAME = "grouped_adamw_"
 
@@ -36,8 +37,6 @@ def grouped_adamw_(
     direction_maps: Tensor | None = None,
     rank_dims: Sequence[int] = (),
     drifts: Tensor | None = None,
-    layout: object = None,
-    begin_writing: Callable[[], object] | None = None,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, decoupled decay) of a whole list of parameters, in place::
 
@@ -65,12 +64,61 @@ def grouped_adamw_(
         drifts: (N, r, r), fp32 (fp64 for fp64 parameters), written: ``Xᵀ(X - X_old)`` for B and ``X(X - X_old)ᵀ`` for A, formed in
             the same pass while the old factor is known, so that ``XᵀX_old = XᵀX - drift``. The difference is exact or nearly so, which
             is why fp32 is enough where a cross-Gram matrix in fp32 would not be: the error is eps·‖X‖·‖X - X_old‖, not eps·‖X‖².
-        layout: what ``lists.gather`` found when it read these very lists in this step, as our optimizers have it: then all fits, and
-            nothing is looked at again. Maps and numbers are the caller's then, too.
-        begin_writing: called when all has been checked, right before anything is written.
 
     Raises:
         TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
+    """
+    adamw_as_gathered_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        layout=None,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+        missed=missed,
+        bias_correction=bias_correction,
+        maximize=maximize,
+        grad_maps=grad_maps,
+        momentum_maps=momentum_maps,
+        param_maps=param_maps,
+        direction_maps=direction_maps,
+        rank_dims=rank_dims,
+        drifts=drifts,
+    )
+
+
+def adamw_as_gathered_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    layout: object,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int | Tensor,
+    missed: Sequence[int] = (),
+    bias_correction: bool = True,
+    maximize: bool = False,
+    grad_maps: Tensor | None = None,
+    momentum_maps: Tensor | None = None,
+    param_maps: Tensor | None = None,
+    direction_maps: Tensor | None = None,
+    rank_dims: Sequence[int] = (),
+    drifts: Tensor | None = None,
+    begin_writing: Callable[[], object] | None = None,
+) -> None:
+    """:func:`grouped_adamw_` as our optimizers call it, once for all tensors of a kind, in every step.
+
+    ``layout``: what ``lists.gather`` found when it read these very lists in this step: then all fits, and nothing is looked at again; maps
+    and numbers are the caller's, too. With the layout of other lists, what is written are their tensors. None: all is checked.
+    ``begin_writing``: called when all has been checked, right before anything is written.
     """
     if not params:
         return
@@ -119,7 +167,7 @@ def _check(
     check_same_length(_NAME, params=params, grads=grads)
     first = params[0]
     check_list(_NAME, "grads", grads, like=first, ndim=None)
-    state_dtype = accumulation_dtype(first.dtype)
+    state_dtype = compute_dtype(first.dtype)
     shapes, device = [param.shape for param in params], first.device
     check_same_shapes(_NAME, "grads", grads, "params", params)
     for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
@@ -191,11 +239,8 @@ def _check_maps(
             raise ValueError(f"{_NAME}: params[{index}] of shape {tuple(param.shape)} does not have rank {rank}; call once per rank")
     shape, device = (len(params), rank, rank), params[0].device
     for name, value in (*maps.items(), ("drifts", drifts)):
-        if value is not None and (value.shape != shape or value.dtype != dtype or value.device != device):
-            raise ValueError(
-                f"{_NAME}: {name} must be {dtype} of shape {shape} on {device}, "
-                f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
-            )
+        if value is not None:
+            check_stack_of(_NAME, name, value, shape, dtype, device)
 
 
 def _grouped_adamw_(

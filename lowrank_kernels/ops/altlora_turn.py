@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from ..backends.lists import matrix_layout
-from ..backends.registry import call, whole
+from ..backends.lists import StepNumbers, matrix_layout
+from ..backends.registry import Implementation, call, whole
 from ._library import for_eager, is_eager
-from .adamw import grouped_adamw_
+from .adamw import adamw_as_gathered_
 from .gram import grouped_gram
 from .preconditioner import grouped_preconditioner
 
@@ -32,9 +32,7 @@ def grouped_altlora_turn_(
     own_damping: float,
     weight: float,
     rank_dims: list[int],
-    layout: Any = None,
-    begin_writing: Callable[[], object] | None = None,
-    **step: Any,
+    **step: Unpack[StepNumbers],
 ) -> None:
     """A turn of the factors X of one side (AltLoRA paper, Algorithms 1 and 2), Y being their partners::
 
@@ -42,12 +40,11 @@ def grouped_altlora_turn_(
         moment step of X with P and C                          grouped_adamw_
         K ← 0 ;   K of the partners ← δ_X I + Xᵀ(X - X_old)
 
-    It is these operations one after the other, and the result is theirs to the bit. Compiled code on the CPU has it as a whole, pair by
-    pair in one call, since between three small calls a processor does nothing: 0.3 ms of 2.6 in a step of RoBERTa-base's r = 16.
+    It is these operations one after the other, and the result is theirs to the bit. For our optimizers (:func:`altlora_turn_as_gathered_`)
+    compiled code on the CPU has it as a whole.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs, layout, begin_writing, step: as :func:`grouped_adamw_` takes them; contiguous or strided
-            matrices.
+        params, grads, exp_avgs, exp_avg_sqs, step: as :func:`grouped_adamw_` takes them; contiguous or strided matrices.
         partners: Y as tall matrices (d_i, r), of the dtype and device of ``params``.
         behind: K (N, r, r), what the momentum is behind by, contiguous, in the dtype of the moments; zero afterwards.
         moved: (N, r, r), likewise: the partners' K, written.
@@ -58,30 +55,78 @@ def grouped_altlora_turn_(
     Raises:
         TypeError, ValueError: as the operations raise them.
     """
+    altlora_turn_as_gathered_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        layout=None,
+        partners=partners,
+        behind=behind,
+        moved=moved,
+        damping=damping,
+        own_damping=own_damping,
+        weight=weight,
+        rank_dims=rank_dims,
+        **step,
+    )
+
+
+def altlora_turn_as_gathered_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    layout: object,
+    partners: Sequence[Tensor],
+    behind: Tensor,
+    moved: Tensor,
+    damping: float,
+    own_damping: float,
+    weight: float,
+    rank_dims: list[int],
+    begin_writing: Callable[[], object] | None = None,
+    **step: Unpack[StepNumbers],
+) -> None:
+    """:func:`grouped_altlora_turn_` with ``layout`` and ``begin_writing`` as :func:`~.adamw.adamw_as_gathered_` takes them.
+
+    Compiled code has it as a whole then, pair by pair in one call, since between three small calls a processor does nothing: 0.3 ms of
+    2.6 in a step of RoBERTa-base's r = 16.
+    """
     if not params:
         return
-    device_type = params[0].device.type
-    eager = layout is not None and not torch.is_grad_enabled() and is_eager()
-    implementation = whole(_NAME, _PARTS, device_type) if eager else None
-    if implementation is not None:
-        arguments = (params, for_eager(partners), matrix_layout(partners), behind, moved, rank_dims, grads, exp_avgs, exp_avg_sqs, layout,
-                     damping, own_damping, weight, step)  # fmt: skip
-        if implementation.verify(*arguments)[0]:
+    if layout is not None and not torch.is_grad_enabled() and is_eager():
+        taken = as_a_whole(params, partners, behind, moved, rank_dims)
+        if taken is not None:
+            implementation, first = taken
+            arguments = (*first, grads, exp_avgs, exp_avg_sqs, layout, damping, own_damping, weight, step)
             if begin_writing is not None:
                 begin_writing()
-            call(implementation, device_type, arguments)
+            call(implementation, params[0].device.type, arguments)
             torch.autograd.graph.increment_version(params)
             return
     grams = grouped_gram(partners, dtype=torch.float64)
     preconditioners, realignments = grouped_preconditioner(
         grams, damping, weight=weight, drifts=behind, transposed=rank_dims[0] == 1, dtype=behind.dtype
     )
-    grouped_adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, grad_maps=preconditioners, momentum_maps=realignments, rank_dims=rank_dims, drifts=moved,
-        layout=layout, begin_writing=begin_writing, **step,
+    adamw_as_gathered_(
+        params, grads, exp_avgs, exp_avg_sqs, layout=layout, grad_maps=preconditioners, momentum_maps=realignments, rank_dims=rank_dims,
+        drifts=moved, begin_writing=begin_writing, **step,
     )  # fmt: skip
     behind.zero_()
     moved.diagonal(dim1=1, dim2=2).add_(own_damping)
+
+
+def as_a_whole(
+    params: list[Tensor], partners: Sequence[Tensor], behind: Tensor, moved: Tensor, rank_dims: list[int]
+) -> tuple[Implementation, tuple[Any, ...]] | None:
+    """What takes this turn in one call, and the first of the arguments that it gets; None: the parts of the turn take it."""
+    implementation = whole(_NAME, _PARTS, params[0].device.type)
+    if implementation is None:
+        return None
+    first = (params, for_eager(partners), matrix_layout(partners), behind, moved, rank_dims)
+    return (implementation, first) if implementation.verify(*first)[0] else None
 
 
 __all__ = ["grouped_altlora_turn_"]

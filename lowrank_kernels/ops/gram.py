@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import as_stored, matrix_layout, sizes, width
+from ..backends.lists import as_stored, compute_dtype, matrix_layout, sizes, width
 from ..backends.registry import run
 from ._library import (
-    accumulation_dtype,
     are_plain_eager,
     check_list,
     check_same_length,
@@ -32,7 +31,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
         xs: (d_i, r) of one r, dtype and device; any heights, any strides (``A.mT`` needs no copy).
         ys: (d_i, k) of one k; None means xs.
         dtype: of the accumulation and the result: fp32 or fp64. None means fp64 for fp64 factors, else fp32. A Gram matrix
-            squares the condition number: with κ(X) = 1e6 only fp64 keeps what a small damping needs (METHODS §6).
+            squares the condition number: with κ(X) = 1e6 only fp64 keeps what a small damping needs.
 
     Returns:
         (N, r, k), or (N, r, r) and exactly symmetric without ys.
@@ -46,7 +45,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     if layout is None or layout.columns < 0:  # what fails here is explained
         layout = None
         _check(xs, ys)
-    natural = accumulation_dtype(as_stored(xs)[0][0].dtype) if xs else torch.float32
+    natural = compute_dtype(as_stored(xs)[0][0].dtype) if xs else torch.float32
     if dtype not in (None, torch.float32, torch.float64) or (natural == torch.float64 and dtype == torch.float32):
         raise TypeError(f"grouped_gram: dtype must be torch.float64{'' if natural == torch.float64 else ' or torch.float32'}, got {dtype}")
     double = torch.float64 in (dtype, natural)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..backends.lists import compute_dtype
 from ..backends.registry import implementations, run, select
-from ._library import FLOATING, LIBRARY, NAMESPACE, accumulation_dtype, define, is_plain_eager, is_transformed, no_backward
+from ._library import FLOATING, LIBRARY, NAMESPACE, define, is_plain_eager, is_transformed, no_backward
 
 
 def lora_linear(
@@ -76,7 +77,7 @@ def lora_linear(
     if q_a is not None and q_b is not None:
         q_a, q_b = q_a.detach().to(x.dtype), q_b.detach().to(x.dtype)
     if core is not None:
-        core = core.to(accumulation_dtype(x.dtype))
+        core = core.to(compute_dtype(x.dtype))
     tokens = x.reshape(-1, x.shape[-1])
     mask, seed, keep = _draw(tokens, a.shape[0], dropout) if training and dropout > 0.0 else (None, None, 1.0)
     arguments = (tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)

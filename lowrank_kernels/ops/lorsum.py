@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..backends.lists import compute_dtype
 from ..backends.registry import run, run_in_place
 from ._library import check_list, check_same_length, define, is_plain_eager, no_backward, records_nothing
 
@@ -260,7 +261,7 @@ def grouped_lorsum_product(terms: Sequence[Term], xs: Sequence[Tensor], coeffici
 
 
 def _empty_products(xs: list[Tensor], lefts: list[Tensor], *arguments: object) -> list[Tensor]:
-    dtype = torch.promote_types(xs[0].dtype, torch.float32)
+    dtype = compute_dtype(xs[0].dtype)
     return [x.new_empty(left.shape[0], x.shape[1], dtype=dtype) for x, left in zip(xs, lefts, strict=False)]
 
 

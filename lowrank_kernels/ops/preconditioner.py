@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.registry import run
-from ._library import define, is_plain_eager, no_backward, records_nothing, refuse_tangents
+from ._library import check_stack, check_stack_of, define, is_plain_eager, no_backward, records_nothing, refuse_tangents
 
 _NAME = "grouped_preconditioner"
 
@@ -45,21 +45,14 @@ def grouped_preconditioner(
 
     The results are constants for autograd; their backward says so.
     """
-    for name, value in (("grams", grams), ("drifts", drifts)):
-        if not isinstance(value, Tensor) and not (value is None and name == "drifts"):
-            raise TypeError(f"{_NAME}: {name} must be one stacked tensor (N, r, r), got {type(value).__name__}; torch.stack a list")
+    check_stack(_NAME, "grams", grams, (torch.float64,))
     if forward_ad._current_level >= 0:
         refuse_tangents(_NAME, "grams or drifts", (grams, drifts))
-    if grams.ndim != 3 or grams.shape[1] != grams.shape[2] or grams.dtype != torch.float64:
-        raise ValueError(f"{_NAME}: grams must be (N, r, r) and fp64, got {tuple(grams.shape)} {grams.dtype}")
     dtype = torch.float64 if dtype is None else dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{_NAME}: dtype must be torch.float64 or torch.float32, got {dtype}")
-    if drifts is not None and (drifts.shape != grams.shape or drifts.dtype != dtype or drifts.device != grams.device):
-        raise ValueError(
-            f"{_NAME}: drifts must be {dtype} of shape {tuple(grams.shape)} on {grams.device}, "
-            f"got {drifts.dtype} of shape {tuple(drifts.shape)} on {drifts.device}"
-        )
+    if drifts is not None:
+        check_stack_of(_NAME, "drifts", drifts, grams.shape, dtype, grams.device)
     if not damping >= 0:
         raise ValueError(f"{_NAME}: damping must be ≥ 0, got {damping}")
     eager = records_nothing(grams, drifts) and is_plain_eager(grams, drifts)

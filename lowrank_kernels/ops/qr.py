@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import Tall, as_stored, matrix_layout, signature, sizes, width
+from ..backends.lists import Tall, as_stored, compute_dtype, matrix_layout, signature, sizes, width
 from ..backends.registry import run
 from ._library import (
-    accumulation_dtype,
     are_plain_eager,
     check_list,
     check_same_length,
@@ -69,8 +68,8 @@ def grouped_qr(
 ) -> tuple[list[Tensor], Tensor]:
     """Thin QR ``X_i = Q_i R_i`` of all matrices of a list, with signs that make a refresh of Q continuous.
 
-    Householder QR returns columns of arbitrary sign; a decoupled adapter whose Q flips jumps (METHODS §1). So each
-    column's sign is fixed: ``⟨q_j, previous_j⟩ > 0``, or ``R_jj ≥ 0`` where there is no previous Q.
+    Householder QR returns columns of arbitrary sign; a decoupled adapter whose Q flips jumps, by more than
+    30 % of ‖ΔW‖. So each column's sign is fixed: ``⟨q_j, previous_j⟩ > 0``, or ``R_jj ≥ 0`` where there is no previous Q.
 
     Args:
         xs: tall matrices (d_i, r) of one r, dtype and device; any heights, any strides (``A.mT`` needs no copy).
@@ -106,7 +105,7 @@ def grouped_qr(
 
 def _empty_rs(xs: Sequence[Tensor]) -> Tensor:
     first, rank = as_stored(xs)[0][0], width(xs)
-    return torch.empty(len(xs), rank, rank, dtype=accumulation_dtype(first.dtype), device=first.device)
+    return torch.empty(len(xs), rank, rank, dtype=compute_dtype(first.dtype), device=first.device)
 
 
 def _empty_results(xs: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:

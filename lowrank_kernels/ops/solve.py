@@ -17,6 +17,7 @@ from ._library import (
     check_list,
     check_same_length,
     check_same_shapes,
+    check_stack,
     define,
     is_plain_eager,
     no_backward,
@@ -61,12 +62,9 @@ def grouped_solve(
     The result is a constant for autograd; its backward says so.
     """
     name = "grouped_solve"
-    if not isinstance(grams, Tensor):
-        raise TypeError(f"{name}: grams must be one tensor (N, r, r), got {type(grams).__name__}; torch.stack a list of matrices")
+    check_stack(name, "grams", grams)
     if forward_ad._current_level >= 0:
         refuse_tangents(name, "grams or rhs", (grams, rhs))
-    if grams.ndim != 3 or grams.shape[1] != grams.shape[2] or grams.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name}: grams must be (N, r, r), fp32 or fp64, got {tuple(grams.shape)} {grams.dtype}")
     if side not in ("left", "right"):
         raise ValueError(f"{name}: side must be 'left' or 'right', got {side!r}")
     if not damping >= 0:

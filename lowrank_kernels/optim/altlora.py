@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from ..ops import grouped_altlora_turn_
+from ..backends.lists import compute_dtype, matrix_layout
+from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
 from .arguments import AdamWOptions, ParamsT
 from .pairing import FactorPair, LikePairs, Position
-from .preconditioned import DEFAULT_DAMPING, OTHER, Active, PreconditionedOptimizer
+from .preconditioned import DEFAULT_DAMPING, OTHER, RANK_DIM, Active, PreconditionedOptimizer
 from .shards import is_sharded
-from .state import moments, state_dtype
+from .state import moments
 
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
 
@@ -49,6 +51,7 @@ class AltLoRA(PreconditionedOptimizer):
 
     factors_share_steps = True
     counts = frozenset({"turn", "late"})
+    small_arguments = frozenset({"grad_maps", "momentum_maps", "drifts"})
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class AltLoRA(PreconditionedOptimizer):
         super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
 
     def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
-        drift = torch.zeros(rank, rank, dtype=state_dtype(part.dtype), device=part.device)
+        drift = torch.zeros(rank, rank, dtype=compute_dtype(part.dtype), device=part.device)
         return {**moments(part, "exp_avg"), "drift": drift}
 
     def _reads_of_frozen(self) -> frozenset[Position]:
@@ -100,7 +103,7 @@ class AltLoRA(PreconditionedOptimizer):
         active = {side: found for side, found in active.items() if found.pairs}
         late = {side: self._with_late_partner(found.pairs, side) for side, found in active.items()}
         behind = {side: self._realigned(late[side], OTHER[side]) for side in late if late[side]}
-        if group["order"] == "joint" or is_sharded(self._at(pairs[0].a)):
+        if self._jointly(pairs):
             self._step_sides(active)
         else:
             for side, found in active.items():
@@ -110,13 +113,17 @@ class AltLoRA(PreconditionedOptimizer):
         if group["freeze_idle"]:
             self._freeze_idle(pairs, next_turn)
 
+    def _jointly(self, pairs: LikePairs) -> bool:
+        """Whether the operations of a step are called one by one."""
+        return self._group(pairs, "A")["order"] == "joint" or is_sharded(self._at(pairs[0].a))
+
     def _turn(self, active: Active, side: str) -> None:
         """One turn of the factors of a side."""
         pairs, other = active.pairs, OTHER[side]
         self._step_side(
             active,
             side,
-            operation=grouped_altlora_turn_,
+            operation=altlora_turn_as_gathered_,
             partners=self._tall(pairs, other),
             behind=self._stacked_state(pairs, side, "drift"),
             moved=self._stacked_state(pairs, other, "drift"),
@@ -146,6 +153,20 @@ class AltLoRA(PreconditionedOptimizer):
             of_side = active[side].pairs
             self._over_shards(drifts, of_side, side).diagonal(dim1=1, dim2=2).add_(self._group(of_side, side)["damping"])
             self._set_drift(of_side, OTHER[side], drifts)
+
+    def _example_side(self, pairs: LikePairs, side: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        factors, partners = self._factors_of(pairs, side), self._factors_of(pairs, OTHER[side])
+        if not self._group(pairs, side)["freeze_idle"] and not all(partner.requires_grad for partner in partners):
+            grams, _ = self._example_stacks(pairs)  # these miss their turns, see _carry_twice
+            yield "grouped_gram", grams.device.type, ([x.detach() for x in self._tall(pairs, OTHER[side])], None, grams)
+            yield "grouped_preconditioner", grams.device.type, (grams, grams, 0.0, 1.0, side == "B", grams, grams)
+        if not self._jointly(pairs) and matrix_layout(factors) is not None:  # else the step finds no layout
+            _, stack = self._example_stacks(pairs)
+            taken = as_a_whole(factors, self._tall(pairs, OTHER[side]), stack, stack, [RANK_DIM[side]] * len(pairs))
+            if taken is not None:
+                yield "grouped_altlora_turn_", stack.device.type, taken[1]
+                return
+        yield from super()._example_side(pairs, side)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)

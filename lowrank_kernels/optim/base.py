@@ -15,8 +15,8 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import PLAIN, Gathered, first_sparse_gradient, gather, signature
-from ..ops import grouped_adamw_
+from ..backends.lists import PLAIN, Gathered, compute_dtype, first_sparse_gradient, gather, signature
+from ..ops.adamw import adamw_as_gathered_
 from ..pairs import Pair, core_owners, owners, pairs, unpaired
 from .arguments import (
     ParamsT,
@@ -32,7 +32,7 @@ from .nonfinite import which_nonfinite
 from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
 from .shards import FLATTENED, is_sharded, local_parts
-from .state import check_state_dict, misfit, moments, state_dtype
+from .state import check_state_dict, misfit, moments
 from .undo import Before
 
 #: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).
@@ -86,6 +86,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     #: The hyperparameters of all groups that were checked last, and what of ``defaults`` is none but the method's own count.
     _checked: Sequence[Any] = ()
     counts: frozenset[str] = frozenset()
+    #: Whether factors are stepped by AdamW, as parameters that are none are; else a method steps them itself.
+    adamw_takes_factors = True
     #: The pairs as :meth:`_alike` has them, and of which parameters.
     _buckets: tuple[object, list[LikePairs]] = (None, [])
     #: What the step found that is under way.
@@ -541,7 +543,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         found: Gathered | None = None,
         grads: list[Tensor] | None = None,
         parts: Mapping[int, tuple[slice, ...]] = NO_PARTS,
-        operation: Callable[..., None] = grouped_adamw_,
+        operation: Callable[..., None] = adamw_as_gathered_,
         **options: Any,
     ) -> None:
         """One call of ``grouped_adamw_`` on parameters of which ``parts`` are trained; ``found``: all that is needed of them, where the
@@ -608,7 +610,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for p, key in zip(group["params"], saved_group["params"], strict=True):
                 for name, value in saved_state.get(key, {}).items():
                     if isinstance(value, Tensor):
-                        dtype = state_dtype(p.dtype) if value.is_floating_point() else value.dtype
+                        dtype = compute_dtype(p.dtype) if value.is_floating_point() else value.dtype
                         self.state[p][name] = value.to(p.device, dtype, copy=True)
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
@@ -635,12 +637,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         """``(operation, device type, arguments)`` as ``step()`` will make them, for ``explain()``; no data is read."""
-        for group_index, group in enumerate(self.param_groups):
-            parts = self._trained_parts(group_index)
-            buckets: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-            for index, p in enumerate(group["params"]):
+        for group_index, kinds in enumerate(self._kinds):
+            for is_factor, _, members in kinds[self.param_groups[group_index]["lr_ratio"] != 1.0]:
+                if self.adamw_takes_factors or not is_factor:
+                    yield from self._example_adamw(group_index, members)
+
+    def _example_adamw(
+        self, group_index: int, members: Iterable[int], maps: tuple[Any, ...] = (None, None, None, None, [], None)
+    ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        """The moment step of those parameters of a group that are trained, with these maps, rank_dims and drifts."""
+        group, parts = self.param_groups[group_index], self._trained_parts(group_index)
+        buckets: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for index in members:
+            p = group["params"][index]
+            if p.requires_grad:
                 buckets[p.device, p.dtype].append(p.detach()[parts[index]] if index in parts else p.detach())
-            for (device, _), tensors in buckets.items():
-                maps: tuple[Any, ...] = (None, None, None, None, [], None)
-                hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], 1, [], True, group["maximize"])
-                yield "grouped_adamw_", device.type, (tensors, tensors, [], [], *maps, *hyperparameters)
+        for (device, _), tensors in buckets.items():
+            own = local_parts(tensors)
+            hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], 1, [], True, group["maximize"], None)
+            yield "grouped_adamw_", device.type, (own, own, [], [], *maps, *hyperparameters)

@@ -1,7 +1,7 @@
 """What SDS-LoRA and OD-LoRA share: the decoupled parametrization ``ΔW = s(Q_B A + B Q_Aᵀ)`` on both of its roads.
 
 Road one: our adapter layers, which hold Q_A and Q_B as buffers. Road two: an unmodified LoRA layer of rank 2r of any
-library, ``s [Q_B B] [A; Q_Aᵀ]``, of which the optimizer trains one half and overwrites the other (METHODS §1).
+library, ``s [Q_B B] [A; Q_Aᵀ]``, of which the optimizer trains one half and overwrites the other (OD-LoRA, Eq. 4).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import Tall, held
+from ..backends.lists import Tall, compute_dtype, held
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
 from .arguments import AdamWOptions, ParamsT
@@ -23,7 +23,6 @@ from .base import LowRankOptimizer
 from .pairing import FactorPair, LikePairs, Position
 from .ranks import Ranks, ranks_of
 from .shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
-from .state import state_dtype
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 
@@ -55,7 +54,7 @@ def refresh_due(t: int, total: int, phases: int) -> bool:
 
 
 def _half(pair_a: bool, rank: int, decoupled: bool, idle: bool) -> tuple[slice, ...]:
-    """The trained (or the idle) half of ``lora_A`` (2r, d_in) or ``lora_B`` (d_out, 2r) on road two (METHODS §1).
+    """The trained (or the idle) half of ``lora_A`` (2r, d_in) or ``lora_B`` (d_out, 2r) on road two.
 
     ``lora_A = [A; Q_Aᵀ]`` always; ``lora_B`` is ``[B 0]`` while plain and ``[Q_B B]`` when decoupled.
     """
@@ -308,7 +307,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             if decoupled:
                 lefts = [torch.cat([v.q_b, b], dim=1) for v, b in zip(old, lefts, strict=True)]
                 rights = [torch.cat([a, v.q_a.mT], dim=1) for v, a in zip(old, rights, strict=True)]
-            wide = state_dtype(lefts[0].dtype)
+            wide = compute_dtype(lefts[0].dtype)
             thin = [_no_wider_than_tall(left.to(wide), right.to(wide)) for left, right in zip(lefts, rights, strict=True)]
             by_width: defaultdict[int, list[int]] = defaultdict(list)
             for index, (left, _) in enumerate(thin):
@@ -334,7 +333,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             return grouped_svd_product(lefts, rights, rank)
         doers = shares([left.numel() + right.numel() for left, right in zip(lefts, rights, strict=True)], ranks.size)
         us, vs = ([x.new_empty(len(x), rank) for x in side] for side in (lefts, rights))
-        ss = torch.zeros(len(lefts), rank, dtype=state_dtype(lefts[0].dtype), device=lefts[0].device)
+        ss = torch.zeros(len(lefts), rank, dtype=compute_dtype(lefts[0].dtype), device=lefts[0].device)
         mine = ranks.own(doers)
         if mine:
             its_us, ss[mine], its_vs = grouped_svd_product([lefts[i] for i in mine], [rights[i] for i in mine], rank)
@@ -481,8 +480,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         for pairs in self._alike(self._pairs):
             factors, bases = map(list, self._tall(pairs))
             device, rank, count = factors[0].device, factors[0].shape[1], len(pairs)
-            rs, ss = (
-                torch.empty(shape, dtype=state_dtype(factors[0].dtype), device=device) for shape in ((2 * count, rank, rank), (count, rank))
-            )
+            dtype = compute_dtype(factors[0].dtype)
+            rs, ss = (torch.empty(shape, dtype=dtype, device=device) for shape in ((2 * count, rank, rank), (count, rank)))
             yield "grouped_qr", device.type, (factors, bases, bases, rs)
             yield "grouped_svd_product", device.type, (factors[count:], factors[:count], bases[count:], ss, bases[:count])

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.lists import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_qr
 from .pairing import FactorPair
 from .ranks import Ranks
-from .state import state_dtype
 
 #: Above this share of ``.grad`` that is no multiple of the captured gradient, the two are of different backward passes. Rounding in bf16
 #: stays an order of magnitude below.
@@ -59,7 +59,7 @@ class Dense:
         return self.matrix is None
 
     def add(self, x: Tensor, s: Tensor) -> None:
-        dtype = state_dtype(s.dtype)
+        dtype = compute_dtype(s.dtype)
         if self.matrix is None:
             self.matrix = (s.mT @ x).to(dtype)
         elif s.dtype == dtype:
@@ -76,7 +76,7 @@ def random_matrix(like: Tensor, seed: int, rows: int, columns: int, *more: int) 
     for number in (rows, columns, *more):
         seed = (seed * 1_000_003 + number) % 2**63
     made = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
-    return made.to(like.device, state_dtype(like.dtype))
+    return made.to(like.device, compute_dtype(like.dtype))
 
 
 class Probes:
@@ -99,7 +99,7 @@ class Probes:
 
     def matrix(self, rows: int, columns: int, like: Tensor, kind: int) -> Tensor:
         """Standard normal, (rows, columns), in the dtype that ``like`` has as optimizer state; kinds are independent."""
-        key = (rows, columns, kind, like.device, state_dtype(like.dtype))
+        key = (rows, columns, kind, like.device, compute_dtype(like.dtype))
         if key not in self._made:
             self._made[key] = random_matrix(like, self.seed, rows, columns, self.step, kind)
         return self._made[key]
@@ -127,7 +127,7 @@ class Sketch:
         return self.y is None
 
     def add(self, x: Tensor, s: Tensor) -> None:
-        dtype = state_dtype(s.dtype)
+        dtype = compute_dtype(s.dtype)
         x, s = x.to(dtype), s.to(dtype)
         width = min(self.width, x.shape[1], s.shape[1])
         y, z = s.mT @ (x @ self.probes.matrix(x.shape[1], width, x, 0)), x.mT @ (s @ self._psi(s.shape[1], width, s))
@@ -226,7 +226,7 @@ class Gradients:
         ranks: Ranks | None,
     ) -> None:
         self.pairs, self.factors, self.held, self.multipliers, self.ranks = pairs, factors, held, multipliers, ranks
-        self.dtype = state_dtype(factors[0][0].dtype)
+        self.dtype = compute_dtype(factors[0][0].dtype)
         self.lefts: list[Tensor] = []
         self.rights: list[Tensor] | None = None
         self._with_a: list[Tensor] | None = None

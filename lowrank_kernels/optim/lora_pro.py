@@ -32,6 +32,8 @@ class LoRAPro(PreconditionedOptimizer):
         damping: δ, absolute.
     """
 
+    small_arguments = frozenset({"grad_maps", "param_maps"})
+
     def __init__(
         self,
         params: ParamsT,
@@ -95,11 +97,12 @@ class LoRAPro(PreconditionedOptimizer):
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
         for pairs in self._alike(self._pairs):
-            rank, device = self._rank(pairs[0]), self._at(pairs[0].a).device
-            grams = torch.empty(len(pairs), rank, rank, dtype=torch.float64, device=device)
-            yield "grouped_solve", device.type, (grams, grams, 0.0, True, grams)
+            if not any(self._at(pair.a).requires_grad and self._at(pair.b).requires_grad for pair in pairs):
+                continue
+            grams, _ = self._example_stacks(pairs)
+            yield "grouped_solve", grams.device.type, (grams, grams, 0.0, True, grams)
             if self._group(pairs, "A")["sylvester"]:
-                yield "grouped_eigh", device.type, (grams, grams[:, 0], grams)
+                yield "grouped_eigh", grams.device.type, (grams, grams[:, 0], grams)
 
 
 def _solve_sylvester(left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:

@@ -8,20 +8,20 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..backends.lists import column, states
+from ..backends.lists import column, compute_dtype, states
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
 from .arguments import AdamWOptions, ParamsT
 from .pairing import FactorPair, LikePairs, Position
 from .preconditioned import DEFAULT_DAMPING, OTHER, Active, PreconditionedOptimizer
 from .shards import KEEP_WHOLE
-from .state import moments, state_dtype
+from .state import moments
 
 #: The most memory that one side of like pairs may keep between steps for the next bases.
 SPARE_BYTES = 1 << 20
 
 
 class LoRARITE(PreconditionedOptimizer):
-    """LoRA-RITE (Yen et al., arXiv 2410.20625) with the r×r second moments of METHODS §3. For A, with ``B = QR``::
+    """LoRA-RITE (Yen et al., arXiv 2410.20625), its second moments r×r matrices V. For A, with ``B = QR``::
 
         X = R⁻ᵀ ∂A ,  Π = Qᵀ Q_prev                                 unmagnified gradient; change of basis since A's last update
         V⁻ = Π V Πᵀ ,  ρ ← β₂ (ρ + max|λ(V) - λ(V⁻)|)               what the old second moment loses by it
@@ -39,6 +39,8 @@ class LoRARITE(PreconditionedOptimizer):
 
     State of a factor: ``exp_avg``, ``basis`` (the partner's Q, of the partner's shape), ``second`` (r, r), ``escaped`` ().
     """
+
+    small_arguments = frozenset({"grad_maps", "momentum_maps", "direction_maps"})
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class LoRARITE(PreconditionedOptimizer):
             for factor, partner in ((self._at(pair.a), self._at(pair.b)), (self._at(pair.b), self._at(pair.a).mT)):
                 state = self.state.get(factor)
                 if state and "basis" not in state:
-                    state["basis"] = torch.zeros(partner.shape, dtype=state_dtype(partner.dtype), device=partner.device)
+                    state["basis"] = torch.zeros(partner.shape, dtype=compute_dtype(partner.dtype), device=partner.device)
         return True
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
@@ -90,11 +92,11 @@ class LoRARITE(PreconditionedOptimizer):
         for position, state in super()._expected_states(group_index, group):
             if position in partners:  # a basis is tall
                 shape = sorted(partners[position], reverse=True)
-                state["basis"] = torch.empty(shape, dtype=state_dtype(self._at(position).dtype), device="meta")
+                state["basis"] = torch.empty(shape, dtype=compute_dtype(self._at(position).dtype), device="meta")
             yield position, state
 
     def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
-        second = torch.zeros(rank, rank, dtype=state_dtype(part.dtype), device=part.device)
+        second = torch.zeros(rank, rank, dtype=compute_dtype(part.dtype), device=part.device)
         return {**moments(part, "exp_avg"), "second": second, "escaped": second.new_zeros(())}
 
     def _step_pairs(self, pairs: LikePairs) -> None:
@@ -159,11 +161,11 @@ class LoRARITE(PreconditionedOptimizer):
         missed = [group["missed"].get(index, 0) for index in pairs.indices[side]]
         return group["step"] - torch.tensor(missed, dtype=torch.float64, device=self._at(pairs[0].a).device)[:, None]
 
-    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-        yield from (call for call in super()._example_calls() if call[0] != "grouped_preconditioner")
-        for pairs in self._alike(self._pairs):
-            tall, damping = [x.detach() for x in self._tall(pairs, "B")], self._group(pairs, "B")["damping"]
-            stack = torch.empty(len(pairs), tall[0].shape[1], tall[0].shape[1], dtype=torch.float64, device=tall[0].device)
-            yield "grouped_qr", stack.device.type, (tall, None, tall, stack.to(state_dtype(tall[0].dtype)))
-            yield "grouped_damped_inverse", stack.device.type, (stack, damping, stack)
-            yield "grouped_eigh", stack.device.type, (stack, stack[:, 0], stack)
+    def _example_side(self, pairs: LikePairs, side: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        grams, rs = self._example_stacks(pairs)
+        device, tall = grams.device.type, [x.detach() for x in self._tall(pairs, OTHER[side])]
+        yield "grouped_qr", device, (tall, None, tall, rs)
+        yield "grouped_damped_inverse", device, (grams, self._group(pairs, side)["damping"], grams)
+        yield "grouped_gram", device, (tall, None, grams)
+        yield "grouped_eigh", device, (grams, grams[:, 0], grams)
+        yield from self._example_mapped(pairs, side)

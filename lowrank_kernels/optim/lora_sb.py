@@ -26,7 +26,7 @@ class LoRASB(LowRankOptimizer):
         g = s⁻² (BᵀB)⁻¹ ∂R (AAᵀ)⁻¹,      ∂R = s·Bᵀ G Aᵀ
 
     For orthonormal factors and s = 1 that is ∂R itself. Factors stored in bf16 are orthonormal to three digits only; the correction, from
-    the factors as they are stored, keeps the step optimal all the same (METHODS §2), because ∂R is summed in fp32. The inverse Gram
+    the factors as they are stored, keeps the step optimal all the same, because ∂R is summed in fp32. The inverse Gram
     matrices are taken in fp64, once: the factors are constant (they are looked at again when something has written to them).
 
     Under ``update="sgd"`` ΔW does not depend on s (Theorem 4), under "adam" it does, as with every method that normalizes the gradient of

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from ..backends.lists import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
 from ..pairs import owners
 from .arguments import AdamWOptions, ParamsT, pythons_number
@@ -21,7 +22,6 @@ from .kfac import Kronecker, track
 from .pairing import FactorPair, Position
 from .ranks import composed_lorsum, damped, ranks_of
 from .shards import KEEP_WHOLE
-from .state import state_dtype
 
 MOMENTUM_MODES = ("lowrank", "projected", "naive")
 METRICS = (None, "kfac")
@@ -289,7 +289,7 @@ class OPLoRA(LowRankOptimizer):
                 elif name == "metric_basis":  # D = 0 by σ = 0
                     self.state[p][name] = torch.linalg.qr(random_matrix(p, self._seed, *shape, *position))[0]
                 else:
-                    self.state[p][name] = torch.zeros(shape, dtype=state_dtype(p.dtype), device=p.device)
+                    self.state[p][name] = torch.zeros(shape, dtype=compute_dtype(p.dtype), device=p.device)
                 created = True
         return created
 
@@ -300,7 +300,7 @@ class OPLoRA(LowRankOptimizer):
                 shapes[position].append((name, shape))
         for position, state in super()._expected_states(group_index, group):
             for name, shape in shapes[position]:
-                state[name] = torch.empty(shape, dtype=state_dtype(self._at(position).dtype), device="meta")
+                state[name] = torch.empty(shape, dtype=compute_dtype(self._at(position).dtype), device="meta")
             yield position, state
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What the methods share that precondition the gradient of one factor with the Gram matrix of the other.
 
 The Gram matrices are accumulated and solved in fp64: they square the condition number, and with σ₁ = 10, κ = 1e6 and a damping of
-1e-6 an fp32 Cholesky of the damped Gram fails every time (METHODS §6).
+1e-6 an fp32 Cholesky of the damped Gram fails every time, an fp64 one never.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.lists import Gathered, Tall, column, consecutive, gather, states
+from ..backends.lists import Gathered, Tall, column, compute_dtype, consecutive, gather, states
 from ..ops import grouped_gram, grouped_preconditioner
 from .base import LowRankOptimizer
 from .pairing import FactorPair, LikePairs, Position
 from .shards import is_sharded, local_parts, shard_dims, shard_group
-from .state import state_dtype
 
 #: Absolute damping δ of every Gram matrix. `python -m benchmarks.damping` is the experiment behind the number, on factors with singular
 #: values down to 1e-6 and on LoRA's own start: at 1e-7 and below runs of ScaledGD and LoRA-RITE blow up, at 1e-6 none does, but four
@@ -29,6 +28,8 @@ DEFAULT_DAMPING = 1e-5
 OTHER = {"A": "B", "B": "A"}
 #: Which dimension of a factor is r: A is (r, d_in), B is (d_out, r).
 RANK_DIM = {"A": 0, "B": 1}
+#: All r×r arguments of the moment step.
+_SMALL = ("grad_maps", "momentum_maps", "param_maps", "direction_maps", "drifts")
 
 
 def tall(tensors: list[Tensor], side: str) -> Sequence[Tensor]:
@@ -49,6 +50,10 @@ class Active(NamedTuple):
 
 class PreconditionedOptimizer(LowRankOptimizer):
     """Factors are stepped side by side (all As, or all Bs, of like pairs in one call), each with r×r maps; the rest gets AdamW."""
+
+    adamw_takes_factors = False
+    #: Which r×r matrices the moment step of factors has, by the names of its arguments.
+    small_arguments = frozenset({"grad_maps"})
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
@@ -119,7 +124,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
         (N, r, r), in the dtype of the drifts, or else of the factors' state.
         """
         grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
-        dtype = state_dtype(self._at(pairs[0].a).dtype) if drifts is None else drifts.dtype
+        dtype = compute_dtype(self._at(pairs[0].a).dtype) if drifts is None else drifts.dtype
         return grouped_preconditioner(grams, damping, weight=weight, drifts=drifts, transposed=side == "B", dtype=dtype)
 
     def _over_shards(self, sums: Tensor, pairs: LikePairs, side: str) -> Tensor:
@@ -145,7 +150,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _step_side(self, active: Active, side: str, **options: Any) -> None:
         """The moment step of all factors of one side, with the maps in ``options`` (in any float dtype), as :meth:`_adamw` has it."""
         pairs, found = active
-        dtype = state_dtype(self._at(pairs[0].a).dtype)
+        dtype = compute_dtype(self._at(pairs[0].a).dtype)
         maps = {key: value.to(dtype) if key.endswith("_maps") and value is not None else value for key, value in options.items()}
         members, dims = pairs.indices[side], [RANK_DIM[side]] * len(pairs)
         group_index = self._position(pairs[0], side)[0]
@@ -179,7 +184,29 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
         for pairs in self._alike(self._pairs):
-            factors = [x.detach() for x in self._tall(pairs, "B")]
-            grams = torch.empty(len(pairs), self._rank(pairs[0]), self._rank(pairs[0]), dtype=torch.float64, device=factors[0].device)
-            yield "grouped_gram", factors[0].device.type, (factors, None, grams)
-            yield "grouped_preconditioner", factors[0].device.type, (grams, None, 0.0, 1.0, False, grams, grams)
+            for side in "AB":
+                if any(factor.requires_grad for factor in self._factors_of(pairs, side)):
+                    yield from self._example_side(pairs, side)
+
+    def _example_side(self, pairs: LikePairs, side: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        """The calls of a step of the factors of a side: Gram matrices of the partners, what they give, and the moment step."""
+        grams, maps = self._example_stacks(pairs)
+        device, drifts = grams.device.type, maps if "drifts" in self.small_arguments else None
+        yield "grouped_gram", device, ([x.detach() for x in self._tall(pairs, OTHER[side])], None, grams)
+        yield "grouped_preconditioner", device, (grams, drifts, 0.0, 1.0, side == "B", maps, maps)
+        yield from self._example_mapped(pairs, side)
+
+    def _example_stacks(self, pairs: LikePairs) -> tuple[Tensor, Tensor]:
+        """Two stacks (N, r, r), in fp64 and in the dtype of the factors' state."""
+        rank, factor = self._rank(pairs[0]), self._at(pairs[0].a)
+        grams, maps = (
+            torch.empty(len(pairs), rank, rank, dtype=d, device=factor.device) for d in (torch.float64, compute_dtype(factor.dtype))
+        )
+        return grams, maps
+
+    def _example_mapped(self, pairs: LikePairs, side: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+        """The moment step of the factors of a side."""
+        _, stack = self._example_stacks(pairs)
+        *maps, drifts = (stack if name in self.small_arguments else None for name in _SMALL)
+        dims = [RANK_DIM[side]] * len(pairs)
+        yield from self._example_adamw(self._position(pairs[0], side)[0], pairs.indices[side], (*maps, dims, drifts))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed
 
+from ..backends.lists import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 
 
@@ -84,7 +85,7 @@ def composed_lorsum(
     Returns:
         The new (us, vs), fp32 at least.
     """
-    dtype = torch.promote_types(targets[0][0].dtype, torch.float32)
+    dtype = compute_dtype(targets[0][0].dtype)
     count, device = len(targets[0]), targets[0][0].device
     heights = [[len(x) for x in side] for side in targets]
     # The layers' rows one below the other, so that what is done by element is one call; and of which layer a row is.

@@ -49,7 +49,7 @@ class ScaledAdamW(PreconditionedOptimizer):
 class ScaledGD(ScaledAdamW):
     """Scaled gradient descent: SGD with heavy-ball momentum, as ``torch.optim.SGD``, on the gradients of :class:`ScaledAdamW`.
 
-    One step at learning rate lr is one simultaneous least-squares step of OPLoRA at lr·s² with λ = δ (METHODS §3).
+    One step at learning rate lr is one simultaneous least-squares step of OPLoRA (both factors from the old ones) at lr·s² with λ = δ.
 
     Args:
         params, lr: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with its default betas and eps.

@@ -17,16 +17,11 @@ from .shards import is_sharded
 ExpectedStates: TypeAlias = Callable[[int, dict[str, Any]], Iterable[tuple[Position, dict[str, Tensor]]]]
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Optimizer state is fp32 for bf16, fp16 and fp32 parameters, fp64 for fp64 ones."""
-    return compute_dtype(dtype)
-
-
 def moments(like: Tensor, *names: str) -> dict[str, Tensor]:
     """Zero moments of a parameter, sharded as it is."""
     if type(like) not in PLAIN:  # a DTensor
-        return {name: torch.zeros_like(like, dtype=state_dtype(like.dtype)) for name in names}
-    return {name: torch.zeros(like.shape, dtype=state_dtype(like.dtype), device=like.device) for name in names}
+        return {name: torch.zeros_like(like, dtype=compute_dtype(like.dtype)) for name in names}
+    return {name: torch.zeros(like.shape, dtype=compute_dtype(like.dtype), device=like.device) for name in names}
 
 
 def misfit(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], expected_states: ExpectedStates) -> str | None:

@@ -112,7 +112,7 @@ def bad_parameters(cell: Cell) -> None:
             optimizer.step()
 
 
-@feature("input: hyperparameters that are no numbers, negative, NaN or of a wrong kind, in the call, a group, an edit of a group or a checkpoint: refused by name")
+@feature("input: hyperparameters that are no numbers, negative, NaN or of a wrong kind, given, edited or loaded: refused by name")
 def bad_hyperparameters(cell: Cell) -> None:
     model = ours(cell)
     bad = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lists import as_stored, compute_dtype
+from ..lists import StepNumbers, as_stored, compute_dtype
 from ..registry import count_launch, implements
 from . import _csrc
 from ._common import MAX_RANK, refuse_device
@@ -56,7 +56,7 @@ def grouped_altlora_turn_(
     damping: float,
     own_damping: float,
     weight: float,
-    step: dict[str, Any],
+    step: StepNumbers,
 ) -> None:
     """See the operation. The layouts are of ``lists.gather`` and of ``lists.matrix_layout``; ``step`` is for ``grouped_adamw_``."""
     count_launch()

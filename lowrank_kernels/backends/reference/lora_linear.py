@@ -77,7 +77,7 @@ def lora_linear_backward(
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, of (x, weight, bias, A, B) and, with a core, R, in this order; no GEMM for any other.
 
-    Decoupled: ``∂A = s (∂y Q_B)ᵀ x̃``, ``∂B = s ∂yᵀ (x̃ Q_A)``: Q_A and Q_B are constants (METHODS §1). With a core:
+    Decoupled: ``∂A = s (∂y Q_B)ᵀ x̃``, ``∂B = s ∂yᵀ (x̃ Q_A)``: Q_A and Q_B are constants (SDS-LoRA, Eq. 6). With a core:
     ``∂R = s (∂y B)ᵀ (x̃ Aᵀ)`` in the core's dtype, and what plain LoRA has with BR in B's place, or RA in A's.
     """
     need_x, need_weight, need_bias, need_a, need_b, *need_more = needs
