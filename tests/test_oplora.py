@@ -697,6 +697,25 @@ def test_overlap_with_the_backward_pass_changes_nothing(mode: str, kind: dict, r
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("key", ["lr", "momentum", "weight_decay", "maximize", "proximal", "factor"])
+def test_what_changes_between_the_backward_pass_and_the_step_counts(key: str) -> None:
+    plain, overlapped = Shared("ours"), Shared("ours")
+    optimizers = make(plain), make(overlapped, overlap=True)
+    for step in range(4):
+        for model, optimizer in zip((plain, overlapped), optimizers, strict=True):
+            optimizer.zero_grad()
+            x, y = batch(step)
+            (model(x) - y).square().mean().backward()
+            if step == 2 and key == "factor":
+                with torch.no_grad():
+                    pairs(model)[0].A.mul_(1 + 1e-9)  # within what a gradient that was captured may differ from .grad
+            elif step == 2:
+                optimizer.param_groups[0][key] = {"maximize": True, "weight_decay": 0.5}.get(key, 0.02)
+            optimizer.step()
+    for p, q in zip(plain.parameters(), overlapped.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+
+
 def test_overlap_refuses_what_it_cannot_do() -> None:
     model = make_model("ours")
     optimizer = make(model, overlap=True)
@@ -846,7 +865,7 @@ def test_overlap_on_a_gpu_keeps_one_stream_and_what_it_reads(monkeypatch: pytest
     sides = set()
     for _ in range(3):
         changed, read = Recorded(), Recorded()
-        work = early.start(lambda copies: None, ([changed],), 0.1, [read])
+        work = early.start(lambda copies: None, ([changed],), [0.1], [read])
         sides.add(work.work)
         assert changed.streams == read.streams == [work.work]
         assert work.copies[0][0].streams == [current]

@@ -29,39 +29,39 @@ class EarlyWork:
     """What :func:`start` began, by a worker or on a stream; :meth:`result` waits for it."""
 
     def __init__(
-        self, copies: Tensors, lr: object, work: Future[None] | torch.cuda.Stream, worker: ThreadPoolExecutor | None = None
+        self, copies: Tensors, made_from: Sequence[object], work: Future[None] | torch.cuda.Stream, worker: ThreadPoolExecutor | None = None
     ) -> None:
-        self.copies, self.lr, self.work, self.worker = copies, lr, work, worker
+        self.copies, self.made_from, self.work, self.worker = copies, made_from, work, worker
 
     def wait(self) -> None:
         """The current stream waits for the work. A thread is not waited for: it holds what it reads."""
         if isinstance(self.work, torch.cuda.Stream):
             torch.cuda.current_stream(self.work.device).wait_stream(self.work)
 
-    def result(self, lr: object) -> Tensors | None:
-        """The changed copies; None if they were made with another lr, or were begun before this process was forked."""
+    def result(self, now: Sequence[object]) -> Tensors | None:
+        """The changed copies; None if they were made from something else than ``now``, or were begun before this process was forked."""
         self.wait()
         if isinstance(self.work, Future):
             if self.worker not in _workers:
                 return None
             self.work.result()
-        return self.copies if bool(self.lr == lr) else None
+        return self.copies if all(bool(then == value) for then, value in zip(self.made_from, now, strict=True)) else None
 
 
-def start(change: Callable[[Tensors], None], tensors: Tensors, lr: object, reads: Sequence[Tensor]) -> EarlyWork:
+def start(change: Callable[[Tensors], None], tensors: Tensors, made_from: Sequence[object], reads: Sequence[Tensor]) -> EarlyWork:
     """Begin ``change(copies of tensors)`` and return at once.
 
     Args:
-        lr: with which learning rate.
+        made_from: hyperparameters and versions on which the result depends.
         reads: what ``change`` reads beside the copies, apart from what outlives the step anyway.
     """
-    lr = lr.clone() if isinstance(lr, Tensor) else lr  # it may be changed in place
+    made_from = [value.clone() if isinstance(value, Tensor) else value for value in made_from]  # they may be changed in place
     device = tensors[0][0].device
     if device.type != "cuda":
         copies = tuple([tensor.clone() for tensor in part] for part in tensors)
         if not _workers:
             _workers.append(ThreadPoolExecutor(1, thread_name_prefix="lowrank_kernels"))
-        return EarlyWork(copies, lr, _workers[0].submit(_without_grad, change, copies), _workers[0])
+        return EarlyWork(copies, made_from, _workers[0].submit(_without_grad, change, copies), _workers[0])
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     side, current = _streams[device], torch.cuda.current_stream(device)
@@ -75,7 +75,7 @@ def start(change: Callable[[Tensors], None], tensors: Tensors, lr: object, reads
     for part in copies:
         for tensor in part:
             tensor.record_stream(current)
-    return EarlyWork(copies, lr, side)
+    return EarlyWork(copies, made_from, side)
 
 
 def _without_grad(change: Callable[[Tensors], None], copies: Tensors) -> None:

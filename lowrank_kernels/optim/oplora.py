@@ -101,6 +101,7 @@ class OPLoRA(LowRankOptimizer):
     """
 
     trains_convolutions = True
+    adamw_takes_factors = False
 
     def __init__(
         self,
@@ -369,8 +370,9 @@ class OPLoRA(LowRankOptimizer):
             elif recorder.gradient.empty and ranks is None and (grads[0].any() or grads[1].any()):
                 raise RuntimeError(
                     f"{type(self).__name__}: {pair.name} has a gradient, but no backward pass was seen since the last step() or "
-                    "zero_grad(). A gradient serves one step; the optimizer must be made before the forward pass; and the layer must "
-                    "be called (code that reads its weight instead goes unseen)"
+                    "zero_grad(). A gradient serves one step; the optimizer must be made before the forward pass, and before torch.compile "
+                    "compiles layers of that class, in another model too (torch._dynamo.reset() makes it compile anew); and the layer "
+                    "must be called (code that reads its weight instead goes unseen)"
                 )
             else:
                 active.append(pair)
@@ -523,7 +525,6 @@ class OPLoRA(LowRankOptimizer):
     def _start(self, number: int) -> None:
         """Begin the step of one layer, on copies, while the backward pass goes on; called when its gradient has come."""
         pair, recorder = self._pairs[number], self._recorders[number]
-        group = self._group(pair)
         if ranks_of(self._process_group) is not None:
             raise RuntimeError(f"{type(self).__name__}: overlap=True is for one process; several ranks work with overlap=False")
         if self._at(pair.b) not in self.state or self._at(pair.a) not in self.state:
@@ -535,18 +536,25 @@ class OPLoRA(LowRankOptimizer):
         def change(copies: Tensors) -> None:
             self._step_pairs(gradients, [update + 1], _copies_only, *copies)
 
-        self._early[number] = start(change, self._tensors([pair]), group["lr"], gradients.tensors())
+        self._early[number] = start(change, self._tensors([pair]), self._made_from(pair), gradients.tensors())
+
+    def _made_from(self, pair: FactorPair) -> list[object]:
+        """What the step of a layer depends on, apart from its gradient and state."""
+        group = self._group(pair)
+        keys = ("lr", "momentum", "maximize", "sweeps", "proximal", "momentum_mode", "metric")
+        return [*(group[key] for key in keys), self._factor_decay(group), self._at(pair.a)._version, self._at(pair.b)._version]
 
     def _early_results(self, pairs: list[FactorPair]) -> list[Tensors]:
-        """What was computed early of each of these layers, as :meth:`_tensors` has it; nothing, if it was not for all of them at this lr.
+        """What was computed early of each of these layers, as :meth:`_tensors` has it; nothing, if it was not for all of them as they and
+        the group are now.
 
         Waits for it, and raises what it raised.
         """
         if not self._early:
             return []
-        numbers, lr = {id(pair): number for number, pair in enumerate(self._pairs)}, self._group(pairs[0])["lr"]
-        works = [self._early.get(numbers[id(pair)]) for pair in pairs]
-        results = [work.result(lr) for work in works if work is not None]
+        numbers = {id(pair): number for number, pair in enumerate(self._pairs)}
+        works = [(pair, self._early.get(numbers[id(pair)])) for pair in pairs]
+        results = [work.result(self._made_from(pair)) for pair, work in works if work is not None]
         found = [result for result in results if result is not None]
         return found if len(found) == len(pairs) else []
 

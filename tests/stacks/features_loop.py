@@ -287,7 +287,7 @@ def compiled_model(cell: Cell) -> None:
     assert_same(model, twin, 1e-4)
 
 
-@feature("torch.compile: PEFT's layers, in training (OPLoRA: if it was made before the first compiled call)", lambda m: m.peft)
+@feature("torch.compile: PEFT's layers, in training (OPLoRA: made before the first compiled call of such layers)", lambda m: m.peft)
 def compiled_peft(cell: Cell) -> None:
     if not cell.method.peft:
         assert_refuses_peft(cell)
