@@ -150,6 +150,28 @@ def test_edited_groups_are_checked_before_anything_changes(build) -> None:
     optimizer.step()
 
 
+def test_an_adapter_that_is_added_later_is_found_in_the_model() -> None:
+    """By bare parameters, too: with its names and its s, as if it had been there."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), LoraConfig(r=2, target_modules=["0"]))
+    optimizer = lk.AltLoRA(model, lr=1e-2)
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=32, target_modules=["0"]))
+    model.set_adapter("second")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": [p for name, p in model.named_parameters() if ".second." in name]})
+    assert [(pair.name.rpartition(".")[2], pair.scale) for pair in optimizer._pairs] == [("default", 4.0), ("second", 16.0)]
+
+
+def test_a_checkpoint_with_another_order_of_parameters_is_refused() -> None:
+    named = [*make_model("ours").named_parameters()]
+    optimizer = lk.AdamW(named)
+    other = lk.AdamW([*named[2:], *named[:2]])
+    with pytest.raises(ValueError, match=r"the same parameters in another order \(.* where .* stands here\)"):
+        other.load_state_dict(optimizer.state_dict())
+
+
 @every_optimizer
 def test_weight_decay_can_be_edited_and_resumed(build) -> None:
     """As torch's: the group's number is read in every step. Factors have it where they were given it, or a number of their own."""

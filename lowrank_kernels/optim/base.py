@@ -8,6 +8,7 @@ are in ``pairing``, what state must look like in ``state``, sharded tensors in `
 from __future__ import annotations
 
 import operator
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Never
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backends.lists import PLAIN, Gathered, compute_dtype, first_sparse_gradient, gather, signature
 from ..ops.adamw import adamw_as_gathered_
-from ..pairs import Pair, core_owners, owners, pairs, unpaired
+from ..pairs import core_owners, owners, pairs, unpaired
 from .arguments import (
     ParamsT,
     check_hyperparameters,
@@ -83,6 +84,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     trains_pairs, trains_cores = True, False
     #: Whether it takes the factors of convolutions, as matrices (r, d_in·k·k) and (d_out, r). Else AdamW trains them with the rest.
     trains_convolutions = False
+    #: The model, where it was given, for what is added later; it is not kept alive, nor part of a copy.
+    _model: weakref.ref[nn.Module] | None = None
     #: The hyperparameters of all groups that were checked last, and what of ``defaults`` is none but the method's own count.
     _checked: Sequence[Any] = ()
     counts: frozenset[str] = frozenset()
@@ -138,7 +141,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._scale = scale
         self._constructed = False
         model = params if isinstance(params, nn.Module) else model
-        known = [] if model is None else pairs(model, self.trains_convolutions)
+        self._model = None if model is None else weakref.ref(model)
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -154,7 +157,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
         super().__init__(groups_of(name, params), {key: pythons_number(value) for key, value in defaults.items()})
         self._constructed = True
-        self._find_pairs(known, [] if model is None else unpaired(model), since_group=0)
+        self._find_pairs(since_group=0)
 
     # ---------------------------------------------------------------- arguments
 
@@ -180,7 +183,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             group["weight_decay"] = REST_WEIGHT_DECAY if decay is None else decay
             group["step"], group["cleared_at"], group["missed"] = 0, 0, {}
             if self._constructed:
-                self._find_pairs([], [], since_group=len(self.param_groups) - 1)
+                self._find_pairs(since_group=len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             self._pairing, self._buckets = before, (None, [])
@@ -201,9 +204,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- pairs
 
-    def _find_pairs(self, known: list[Pair], never: list[Tensor], since_group: int) -> None:
-        """Pair what is not paired yet; ``known``: the model's pairs; ``never``: its factors that are none, whatever their names say. What
-        is new are the groups from ``since_group`` on."""
+    def _find_pairs(self, since_group: int) -> None:
+        """Pair what is not paired yet; what is new are the groups from ``since_group`` on."""
+        model = None if self._model is None else self._model()
+        known, never = ([], []) if model is None else (pairs(model, self.trains_convolutions), unpaired(model))
         self._pairing, notices = find_pairs(self, self.param_groups, self._pairing, known, never, self._scale, since_group)
         self._buckets = (None, [])
         self._accept_pairs()

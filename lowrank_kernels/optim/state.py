@@ -61,6 +61,13 @@ def check_state_dict(
             raise ValueError(
                 f"{name}: param_groups[{index}] of the checkpoint has {len(saved['params'])} parameters, here {len(group['params'])}"
             )
+        names, saved_names = group.get("param_names"), saved.get("param_names")
+        if names and saved_names and set(names) == set(saved_names) and list(names) != list(saved_names):
+            first = next((here, there) for here, there in zip(names, saved_names, strict=True) if here != there)
+            raise ValueError(
+                f"{name}: param_groups[{index}] of the checkpoint holds the same parameters in another order ({first[1]} where {first[0]} "
+                "stands here), and state is matched by order; make the optimizer with the parameters in the checkpoint's order"
+            )
         missing = sorted(set(needed) - saved.keys())
         if missing or not isinstance(saved["step"], (Real, Tensor)):
             what = f"lacks {', '.join(missing)}" if missing else f"has step {saved['step']!r}"
