@@ -167,7 +167,7 @@ def apart(forward: Forward) -> Together:
 
 
 class Judge:
-    """DESIGN's tolerance for kernels, against ``forward`` in fp64."""
+    """Twice the error of torch in the same dtype, and rounding, against ``forward`` in fp64."""
 
     def __init__(self, block: list[Layer], backward: bool, forward: Forward = naive) -> None:
         self.exact = results(forward, [layer.to(torch.float64) for layer in block], backward)

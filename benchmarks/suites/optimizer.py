@@ -70,7 +70,7 @@ def after_one_step(factors: Factors) -> list[Tensor]:
 
 
 class Judge:
-    """DESIGN's tolerance for kernels: ``|out − ref64| ≤ 2·|torch in the same dtype − ref64| + 8·eps·max|ref64|``.
+    """``|out − ref64| ≤ 2·|torch in the same dtype − ref64| + 8·eps·max|ref64|``.
 
     ``step`` answers what is judged, after one naive step on the factors it is given.
     """

@@ -112,7 +112,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 class Judge:
-    """The gradients against those of the naive model in fp64: DESIGN's tolerance. (Steps are judged in their own suites.)"""
+    """The gradients against those of the naive model in fp64. (Steps are judged in their own suites.)"""
 
     def __init__(self, task: Task, dtype: torch.dtype, decoupled: bool) -> None:
         found = []
