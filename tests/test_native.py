@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import subprocess
@@ -647,6 +648,22 @@ def test_solve(rank: int, dtype: torch.dtype, gram_dtype: torch.dtype, side: str
         error, torch_error = ((value.double() - truth).abs().max().item() for value in (ours, theirs))
         eps = max(torch.finfo(dtype).eps, torch.finfo(gram_dtype).eps)
         assert error <= 2 * torch_error + (8 * eps + inexact.item()) * truth.abs().max().item()
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_solve_past_the_caches_is_what_it_is_in_them(rank: int, side: str, offset: int, instruction_set: str) -> None:
+    """36 MB in one call, and one matrix after the other; ``offset`` elements past a vector's boundary nothing can be streamed."""
+    rows = [(1 << 19) // rank, 37, (1 << 22) // rank]
+    grams = positive_definite(3, rank, torch.float32)
+    rhs = [torch.randn((rank, d) if side == "left" else (d, rank)) for d in rows]
+    out = [torch.full((x.numel() + offset,), math.nan)[offset:].view(x.shape) for x in rhs]
+    ops.grouped_solve(grams, rhs, 0.1, side=side, out=out)
+    for i, x in enumerate(rhs):
+        parts = x.split(1 << 16, dim=1 if side == "left" else 0)
+        alone = [ops.grouped_solve(grams[i : i + 1], [part.contiguous()], 0.1, side=side)[0] for part in parts]
+        assert torch.equal(out[i], torch.cat(alone, dim=1 if side == "left" else 0))
 
 
 def test_solve_of_stacked_right_hand_sides() -> None:

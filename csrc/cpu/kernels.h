@@ -142,6 +142,7 @@ struct SolveWork {
   T* reversed;
   T* tile;
   int64_t tile_stride;
+  bool streams;  // results may go past the caches
 };
 
 // Scratch of one QR. The small matrices have r rows of small_pitch(r).

@@ -139,6 +139,39 @@ LOWRANK_INLINE Vec<A> load_as(const T* p) {
   }
 }
 
+// A vector of float, or a row of them, past the caches, which need not read the lines that it fills; `to` is aligned
+// like the vector. Other threads see it after stream_fence().
+template <class V>
+LOWRANK_INLINE void stream(float* to, const V& value) {
+#if defined(__GNUC__) && defined(__SSE2__)
+  constexpr int kBytes = sizeof(V) < LOWRANK_VECTOR_BYTES ? sizeof(V) : LOWRANK_VECTOR_BYTES;
+  typedef float Piece __attribute__((vector_size(kBytes)));
+  Piece pieces[sizeof(V) / kBytes];
+  std::memcpy(&pieces, &value, sizeof(V));
+  for (size_t i = 0; i < sizeof(V) / kBytes; ++i) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(pieces[i], reinterpret_cast<Piece*>(to) + i);
+#else
+    float* const at = to + i * (kBytes / sizeof(float));
+#if LOWRANK_VECTOR_BYTES >= 64
+    if constexpr (kBytes == 64) __builtin_ia32_movntps512(at, pieces[i]);
+#endif
+#if LOWRANK_VECTOR_BYTES >= 32
+    if constexpr (kBytes == 32) __builtin_ia32_movntps256(at, pieces[i]);
+#endif
+    if constexpr (kBytes == 16) __builtin_ia32_movntps(at, pieces[i]);
+#endif
+  }
+#else
+  std::memcpy(to, &value, sizeof(V));
+#endif
+}
+LOWRANK_INLINE void stream_fence() {
+#if defined(__GNUC__) && defined(__SSE2__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // Wide registers come 32 at a time, narrow ones 16: blocks of accumulators are sized by this.
 constexpr bool kManyRegisters = LOWRANK_VECTOR_BYTES == 64;
 

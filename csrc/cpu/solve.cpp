@@ -6,12 +6,25 @@
 namespace lowrank {
 namespace {
 
+// What the cores that work may expect to keep of a last-level cache. (Asking the machine tells what it has, not what a
+// virtual one may use of it.)
+constexpr int64_t kCacheBytes = int64_t{32} << 20;
+
+// Whether right-hand sides and results are more than the caches hold: then who reads the results finds them in memory
+// either way.
+bool beyond_cache(DType dtype, const SolveItem* items, int64_t n, int64_t r) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < n; ++i) rows += items[i].rows;
+  return 2 * rows * r * element_size(dtype) > kCacheBytes;
+}
+
 // For `jobs` systems at the same time, each shared by `workers` threads.
 template <class T>
 class SolveScratch {
  public:
-  SolveScratch(int64_t r, int jobs, int workers)
+  SolveScratch(int64_t r, int jobs, int workers, bool streams)
       : r_(r),
+        streams_(streams),
         small_(r * small_pitch(r)),
         tile_(round_up(3 * panel_rows(r) * r, 16)),
         scratch_(static_cast<size_t>(2 * small_) * sizeof(double) +
@@ -28,11 +41,14 @@ class SolveScratch {
     work.reversed = work.reciprocals + small_pitch(r_);
     work.tile = work.reversed + small_pitch(r_);
     work.tile_stride = tile_;
+    work.streams = streams_;
     return work;
   }
 
  private:
-  int64_t r_, small_, tile_;
+  int64_t r_;
+  bool streams_;
+  int64_t small_, tile_;
   Scratch scratch_;
 };
 
@@ -41,14 +57,15 @@ void run(DType dtype, const SolveItem* items, int64_t n, int64_t r, double dampi
   if (n == 0 || r == 0) return;
   const Schedule schedule(n, r, threads, [&](int64_t i) { return items[i].rows; });
   const Kernels<T>& kernel = kernels<T>();
+  const bool streams = beyond_cache(dtype, items, n, r);
   if (schedule.split > 0) {
-    const SolveScratch<T> scratch(r, 1, schedule.workers);
+    const SolveScratch<T> scratch(r, 1, schedule.workers, streams);
     for (int64_t i = 0; i < schedule.split; ++i) {
       kernel.solve(dtype, items[schedule.order[i]], r, damping, scratch.of(0), schedule.workers);
     }
   }
   if (schedule.split < n) {
-    const SolveScratch<T> scratch(r, schedule.workers, 1);
+    const SolveScratch<T> scratch(r, schedule.workers, 1, streams);
     parallel_for(n - schedule.split, schedule.workers, [&](int64_t task, int worker) {
       kernel.solve(dtype, items[schedule.order[schedule.split + task]], r, damping, scratch.of(worker), 1);
     });

@@ -67,9 +67,14 @@ template <class T>
 void solve_rows(DType dtype, const SolveItem& item, int64_t first, int64_t end, int64_t r, const SolveWork<T>& work,
                 T* panel) {
   constexpr bool kInverse = sizeof(T) == 4;
-  if (kInverse && dtype == DType::kFloat32 && is_thin(item.rhs, item.out, r)) {
-    multiply_thin(item.rhs, item.out, first, end - first, r, work.forward);
-    return;
+  if constexpr (kInverse) {
+    if (dtype == DType::kFloat32 && is_thin(item.rhs, item.out, r)) {
+      const bool in_place = item.out.data == item.rhs.data;  // then the lines are in the cache
+      const bool streams = work.streams && !in_place && can_stream(item.out, r, sizeof(T));
+      const auto multiply = streams ? multiply_thin<T, true> : multiply_thin<T, false>;
+      multiply(item.rhs, item.out, first, end - first, r, work.forward);
+      return;
+    }
   }
   // In double, panels of half as many rows: two of them are to fit the first-level cache.
   const int64_t height = panel_rows(r) * 4 / static_cast<int64_t>(sizeof(T)), pitch = small_pitch(r);

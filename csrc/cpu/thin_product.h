@@ -15,7 +15,7 @@ struct RowTypes {
 };
 
 // Rows of R elements next to each other, `stride` apart: each is a sum of rows of M (R, R). K rows at a time.
-template <class T, int R, int K>
+template <class T, int R, int K, bool kStreams>
 inline void multiply_rows(const T* x, int64_t stride, int64_t rows, const T* matrix, T* out, int64_t out_stride) {
   using Row = typename RowTypes<T, R>::Row;
   using Unaligned = typename RowTypes<T, R>::Unaligned;
@@ -33,7 +33,14 @@ inline void multiply_rows(const T* x, int64_t stride, int64_t rows, const T* mat
       for (int q = 0; q < K; ++q) sum[q] += x[(k + q) * stride + i] * m[i];
     }
     LOWRANK_UNROLL
-    for (int q = 0; q < K; ++q) *reinterpret_cast<Unaligned*>(out + (k + q) * out_stride) = sum[q];
+    for (int q = 0; q < K; ++q) {
+      T* const to = out + (k + q) * out_stride;
+      if constexpr (kStreams) {
+        stream(to, sum[q]);
+      } else {
+        *reinterpret_cast<Unaligned*>(to) = sum[q];
+      }
+    }
   }
   for (; k < rows; ++k) {
     Row sum = x[k * stride] * m[0];
@@ -44,7 +51,7 @@ inline void multiply_rows(const T* x, int64_t stride, int64_t rows, const T* mat
 }
 
 // Columns of X dense, `stride` apart: lanes run along the rows, V vectors at a time.
-template <class T, int R, int V>
+template <class T, int R, int V, bool kStreams>
 inline void multiply_columns(const T* x, int64_t stride, int64_t rows, const T* matrix, T* out, int64_t out_stride) {
   constexpr int L = kLanes<T>;
   int64_t k = 0;
@@ -63,7 +70,14 @@ inline void multiply_columns(const T* x, int64_t stride, int64_t rows, const T* 
     LOWRANK_UNROLL
     for (int j = 0; j < R; ++j) {
       LOWRANK_UNROLL
-      for (int v = 0; v < V; ++v) store(out + j * out_stride + k + v * L, sum[j][v]);
+      for (int v = 0; v < V; ++v) {
+        T* const to = out + j * out_stride + k + v * L;
+        if constexpr (kStreams) {
+          stream(to, sum[j][v]);
+        } else {
+          store(to, sum[j][v]);
+        }
+      }
     }
   }
   for (; k < rows; ++k) {
@@ -88,22 +102,33 @@ inline bool is_thin(const View& x, const View& out, int64_t r) {
 #endif
 }
 
+// Whether rows of Y from a multiple of a vector's lanes on can be streamed.
+inline bool can_stream(const View& out, int64_t r, int64_t element_bytes) {
+  const int64_t run = (out.column_stride == 1 ? r : LOWRANK_VECTOR_BYTES / element_bytes) * element_bytes;
+  const int64_t stride = (out.column_stride == 1 ? out.row_stride : out.column_stride) * element_bytes;
+  const int64_t piece = run < LOWRANK_VECTOR_BYTES ? run : LOWRANK_VECTOR_BYTES;
+  return reinterpret_cast<uintptr_t>(out.data) % piece == 0 && stride % piece == 0;
+}
+
 // Rows [first, first + rows) of Y = X M; M is (r, r), dense. Y may be X.
-template <class T>
+template <class T, bool kStreams>
 inline void multiply_thin(const View& x, const View& out, int64_t first, int64_t rows, int64_t r, const T* matrix) {
 #if defined(__GNUC__)
   const T* const source = static_cast<const T*>(x.data) + first * x.row_stride;
   T* const target = static_cast<T*>(out.data) + first * out.row_stride;
   if (x.column_stride == 1 && out.column_stride == 1) {
-    const auto multiply = r == 16 ? multiply_rows<T, 16, 4> : r == 8 ? multiply_rows<T, 8, 8> : multiply_rows<T, 4, 8>;
+    const auto multiply = r == 16  ? multiply_rows<T, 16, 4, kStreams>
+                          : r == 8 ? multiply_rows<T, 8, 8, kStreams>
+                                   : multiply_rows<T, 4, 8, kStreams>;
     multiply(source, x.row_stride, rows, matrix, target, out.row_stride);
   } else {
     constexpr int V = kManyRegisters ? 16 : 8;  // registers for sums
-    const auto multiply = r == 16  ? multiply_columns<T, 16, 1>
-                          : r == 8 ? multiply_columns<T, 8, V / 8>
-                                   : multiply_columns<T, 4, V / 4>;
+    const auto multiply = r == 16  ? multiply_columns<T, 16, 1, kStreams>
+                          : r == 8 ? multiply_columns<T, 8, V / 8, kStreams>
+                                   : multiply_columns<T, 4, V / 4, kStreams>;
     multiply(source, x.column_stride, rows, matrix, target, out.column_stride);
   }
+  if constexpr (kStreams) stream_fence();
 #else
   (void)x, (void)out, (void)first, (void)rows, (void)r, (void)matrix;
 #endif
