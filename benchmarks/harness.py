@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -246,9 +247,13 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    def git(*arguments: str) -> str:
+        options: Any = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(["git", *arguments], **options).stdout.strip()
+
     try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        edited = git("status", "--porcelain", "--untracked-files=no", "--", "lowrank_kernels", "csrc")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if edited else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -32,7 +32,7 @@ class Row:
         state_mib: what an optimizer keeps beside the factors: its state, and the buffers of the adapted layers.
         error, tolerance: against fp64; a row with error > tolerance has no times.
         note: why there is no time.
-        commit: of this package, with "-dirty" where the working tree differed from it; empty outside of a checkout.
+        commit: of this package, with "-dirty" where its sources differed from it; empty outside of a checkout.
     """
 
     op: str
