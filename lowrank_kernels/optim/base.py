@@ -60,8 +60,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             ``factor_weight_decay`` is None, which a number makes it; a number there is that of factors. Both may be edited.
         amsgrad, differentiable: not supported; True is an error.
         foreach, fused: accepted as ``torch.optim.AdamW`` accepts them; there is one, fused, implementation.
-        scale: s of every pair whose module is not known (only tensors or names were given). Where it is known, its s is taken; a
-            warning says so if that is another.
+        scale: s of every pair whose module is not known (only tensors or names were given). Where it is known, its s is taken, as it is
+            when the optimizer is made; a warning says so if that is another.
         lr_ratio: the learning rate of every B over that of its A (LoRA+, Hayou et al. 2024); 1 is AdamW's.
         nonfinite_grads: what a step does that meets an infinite or NaN gradient: "keep" computes with it, as torch does, and looks at
             nothing; "skip" changes nothing, neither parameters nor state nor counters, counts it in ``skipped_steps``, and warns the

@@ -315,7 +315,7 @@ def killed(cell: Cell) -> None:
     assert_same(model, whole)
 
 
-@feature("faults: no gradient at all, a gradient of another dtype or sparse: AdamW's behaviour or an error, nothing changed")
+@feature("faults: no gradient at all, one of another dtype or sparse (not a factor's): AdamW's behaviour or an error, nothing changed")
 def odd_gradients(cell: Cell) -> None:
     model, optimizer = trained(cell, 7)  # not at the end of ODLoRA's fixed bases: what the schedule does then needs no gradient
     optimizer.zero_grad()
