@@ -19,6 +19,8 @@ ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tupl
 NUMBERS = ("lr", "eps", "weight_decay", "factor_weight_decay", "lr_ratio", "momentum", "damping", "proximal")
 #: Those that may be None, and those that must be finite (AdamW takes an infinite lr or eps, for what it is worth).
 OPTIONAL, FINITE = ("weight_decay", "factor_weight_decay"), ("weight_decay", "factor_weight_decay", "lr_ratio", "damping", "proximal")
+#: How far below zero the lr of a group that is made may be.
+ROUNDING = 1e-9
 #: What may happen when a gradient is infinite or NaN.
 NONFINITE_GRADS = ("keep", "skip", "raise")
 
@@ -148,7 +150,8 @@ def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
         raise ValueError(f"{name}: lr_ratio must be positive, got {group['lr_ratio']}")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not lr >= 0.0:
+    # A schedule may end a rounding error below zero.
+    if not lr >= (-ROUNDING if "factor_weight_decay" in group else 0.0):
         raise ValueError(f"Invalid learning rate: {float(lr)}")
     if not group["eps"] >= 0.0:
         raise ValueError(f"Invalid epsilon value: {group['eps']}")
