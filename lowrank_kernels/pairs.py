@@ -182,24 +182,21 @@ def pairs(model: nn.Module, convolutions: bool = False) -> list[Pair]:
     The scale is read from the module that applies it. A pair that two names share (a tied layer) is listed once. Factors of which ΔW is
     not the product sBA (PEFT's block-diagonal ones, experts of one parameter, KaSA, MonteCLoRA) are no pair.
     """
+    return factors_of(model, convolutions)[0]
+
+
+def factors_of(model: nn.Module, convolutions: bool = False) -> tuple[list[Pair], list[Tensor]]:
+    """:func:`pairs`, and the factors that stand as pairs do and are none: block-diagonal ones, the experts of one parameter together,
+    variants of LoRA whose ΔW is not sBA."""
     found: dict[tuple[int, int], Pair] = {}
+    others: list[Tensor] = []
     for name, module in model.named_modules():
         for pair, is_pair in _layer_pairs(name, module, convolutions):
             if is_pair:
                 found.setdefault((id(pair.A), id(pair.B)), pair)
-    return list(found.values())
-
-
-def unpaired(model: nn.Module) -> list[Tensor]:
-    """Factors that stand as pairs do and are none: block-diagonal ones, the experts of one parameter together, variants of LoRA whose ΔW
-    is not sBA."""
-    return [
-        factor
-        for name, module in model.named_modules()
-        for pair, is_pair in _layer_pairs(name, module, convolutions=True)
-        if not is_pair
-        for factor in (pair.A, pair.B)
-    ]
+            else:
+                others += (pair.A, pair.B)
+    return list(found.values()), others
 
 
 def shard_placement(model: nn.Module) -> Callable[[nn.Parameter], Any]:

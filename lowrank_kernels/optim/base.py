@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backends.lists import PLAIN, Gathered, compute_dtype, first_sparse_gradient, gather, signature
 from ..ops.adamw import adamw_as_gathered_
-from ..pairs import core_owners, owners, pairs, unpaired
+from ..pairs import core_owners, factors_of, owners
 from .arguments import (
     ParamsT,
     check_hyperparameters,
@@ -207,7 +207,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _find_pairs(self, since_group: int) -> None:
         """Pair what is not paired yet; what is new are the groups from ``since_group`` on."""
         model = None if self._model is None else self._model()
-        known, never = ([], []) if model is None else (pairs(model, self.trains_convolutions), unpaired(model))
+        known, never = ([], []) if model is None else factors_of(model, self.trains_convolutions)
         self._pairing, notices = find_pairs(self, self.param_groups, self._pairing, known, never, self._scale, since_group)
         self._buckets = (None, [])
         self._accept_pairs()
