@@ -147,7 +147,6 @@ def shared_results(forward: Together, block: list[Layer], backward: bool) -> lis
 def shared_trial(forward: Together, block: list[Layer], backward: bool, backend: str = "auto", is_ours: bool = False) -> Trial:
     mine = one_input(block, block[0].x.dtype)
     found: list[Tensor] = []
-    eps = torch.finfo(block[0].x.dtype).eps
 
     def run() -> None:
         found[:] = shared_results(forward, mine, backward)
@@ -155,8 +154,7 @@ def shared_trial(forward: Together, block: list[Layer], backward: bool, backend:
     def check() -> tuple[float, float]:
         exact = shared_results(apart(naive), one_input(block, torch.float64), backward)
         own = shared_results(apart(naive), one_input(block, block[0].x.dtype), backward)
-        rows = zip(found, own, exact, strict=True)
-        return worst([((f - e).abs().max().item(), 2 * (o - e).abs().max().item() + 8 * eps * e.abs().max().item()) for f, o, e in rows])
+        return worst([(difference(f, e), tolerance(o, e)) for f, o, e in zip(found, own, exact, strict=True)])
 
     return Trial(run, check, on(backend), ours=is_ours)
 
@@ -166,21 +164,27 @@ def apart(forward: Forward) -> Together:
     return lambda block: [forward(layer) for layer in block]
 
 
+def difference(found: Tensor, exact: Tensor) -> float:
+    """The largest."""
+    return (found.double() - exact).abs().max().item()
+
+
+def tolerance(own: Tensor, exact: Tensor) -> float:
+    """Twice the error of torch in the same dtype, and rounding."""
+    return 2 * difference(own, exact) + 8 * torch.finfo(own.dtype).eps * exact.abs().max().item()
+
+
 class Judge:
     """Twice the error of torch in the same dtype, and rounding, against ``forward`` in fp64."""
 
     def __init__(self, block: list[Layer], backward: bool, forward: Forward = naive) -> None:
         self.exact = results(forward, [layer.to(torch.float64) for layer in block], backward)
         own = results(forward, [layer.to(layer.x.dtype) for layer in block], backward)
-        eps = torch.finfo(block[0].x.dtype).eps
-        self.tolerances = [
-            0.0 if e is None or m is None else 2 * (m.double() - e).abs().max().item() + 8 * eps * e.abs().max().item()
-            for e, m in zip(self.exact, own, strict=True)
-        ]
+        self.tolerances = [0.0 if e is None or o is None else tolerance(o, e) for e, o in zip(self.exact, own, strict=True)]
 
     def __call__(self, found: list[Tensor | None]) -> tuple[float, float]:
         rows = zip(found, self.exact, self.tolerances, strict=True)
-        return worst([((f.double() - e).abs().max().item(), t) for f, e, t in rows if f is not None and e is not None])
+        return worst([(difference(f, e), t) for f, e, t in rows if f is not None and e is not None])
 
 
 class DropoutJudge:
@@ -211,13 +215,9 @@ class DropoutJudge:
 
         exact = results(known(iter(kept)), [layer.to(torch.float64) for layer in self.block], backward=True)
         own = results(known(iter(kept)), [layer.to(dtype) for layer in self.block], backward=True)
-        judgements += ((_largest(f, e), 2 * _largest(o, e) + 8 * torch.finfo(dtype).eps * e.abs().max().item())
-                       for f, o, e in zip(found, own, exact, strict=True) if f is not None and o is not None and e is not None)  # fmt: skip
+        rows = zip(found, own, exact, strict=True)
+        judgements += ((difference(f, e), tolerance(o, e)) for f, o, e in rows if f is not None and o is not None and e is not None)
         return worst(judgements)
-
-
-def _largest(found: Tensor, exact: Tensor) -> float:
-    return (found.double() - exact).abs().max().item()
 
 
 def trial(forward: Forward, block: list[Layer], backward: bool, judge: Judge, backend: str = "auto", is_ours: bool = False) -> Trial:
