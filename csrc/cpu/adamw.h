@@ -203,8 +203,9 @@ void adamw_mapped_in_panels(const AdamWScalars& scalars, const AdamWItem& item, 
 
 // The same for a factor that may stay where it is. `rows` are whole vectors of a wide one.
 //
-// Strips of a few rows go from maps to moments while they are in registers and the first-level cache, and the next
-// strip is asked for meanwhile; the drift is added up over blocks of strips.
+// Strips of a few rows go from maps to moments while they are in registers and the first-level cache, and the strip
+// after the next is asked for meanwhile (the next one would come too late); the drift is added up over blocks of
+// strips.
 template <class T, bool kTall>
 void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
                            double* drift) {
@@ -237,11 +238,13 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
     const int64_t n = count, length = n * width;
     T *x = from_row(item.param.data, at), *g = from_row(item.grad.data, at);
     T *m = from_row(item.m, at), *v = from_row(item.v, at);
-    // What the next strip reads is asked for by the maps of g and of m of this one, or by the one that there is.
-    const bool asks = at + n + kStrip <= rows, both = grad_map && m && momentum_map;
+    // What a later strip reads is asked for by the maps of g and of m of this one, or by the one that there is.
+    constexpr int64_t kStripsAhead = 2;
+    const int64_t next = kStripsAhead * length;
+    const bool asks = at + n + kStripsAhead * kStrip <= rows, both = grad_map && m && momentum_map;
     const Ahead<T> ahead[2] = {
-        {{g + length, x + length}, {g_pitch, x_pitch}},
-        {{(m ? m : g) + length, (v ? v : g) + length}, {m ? m_pitch : g_pitch, v ? m_pitch : g_pitch}}};
+        {{g + next, x + next}, {g_pitch, x_pitch}},
+        {{(m ? m : g) + next, (v ? v : g) + next}, {m ? m_pitch : g_pitch, v ? m_pitch : g_pitch}}};
     const auto apply = [&](const T* map, const T* in, int64_t pitch, T* out, const Ahead<T>* of, int asked) {
       if constexpr (kTall) {
         map_rows(in, n, r, map, out, of, asked);
