@@ -61,7 +61,8 @@ void gram_of_panels(DType dtype, const GramItem& item, int64_t r, int64_t k, int
   gram.add_to(sums, k);
 }
 
-// The Gram of dense rows of T, a block at a time: products and sums of a block in A, to which T is widened.
+// The Gram of dense rows of T, a block at a time: products and sums of a block in A, to which T is widened. Memory is
+// asked for the next block meanwhile: widening alone would wait for it.
 template <class A, class T>
 void gram_of_dense_rows(const T* x, int64_t r, int64_t rows, double* scratch, double* sums) {
   const int64_t height = gram_panel_rows(r);
@@ -73,7 +74,8 @@ void gram_of_dense_rows(const T* x, int64_t r, int64_t rows, double* scratch, do
     } else {
       A* const block = reinterpret_cast<A*>(scratch);
       for (int64_t i = 0; i < count * r; ++i) block[i] = static_cast<A>(source[i]);
-      add_product_of_rows(static_cast<const A*>(block), static_cast<const A*>(block), count, r, true, sums);
+      const T* const next = begin + 2 * height <= rows ? source + height * r : nullptr;
+      add_product_of_rows(static_cast<const A*>(block), static_cast<const A*>(block), count, r, true, sums, next);
     }
   }
 }
