@@ -138,7 +138,9 @@ def main(argv: list[str] | None = None) -> list[results.Row]:
         limits = ceilings.measure(device, dtype)
         console.print(
             f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}: copy "
-            f"{limits.copy_bandwidth / 1e9:.1f} GB/s, {dtype_name} GEMM {limits.gemm_flops / 1e9:.0f} GFLOP/s"
+            f"{limits.copy_bandwidth / 1e9:.1f} GB/s, GEMM of "
+            + ", ".join(f"{str(kind).removeprefix('torch.')} {rate / 1e9:.0f}" for kind, rate in limits.gemm_flops.items())
+            + " GFLOP/s"
         )
         more = (dtype, device, args.tokens, args.compile_seconds)
         settings = [Setting(m, c, r, *more) for m in args.model_shapes for c in args.layers for r in args.rank]

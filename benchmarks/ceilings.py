@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,15 @@ class Ceilings:
     Attributes:
         copy_bandwidth: bytes per second beyond all caches, reads and writes both counted: the better of a copy and of an
             update in place (on a CPU a copy also reads the lines that it overwrites, an update in place has them already).
-        gemm_flops: floating-point operations per second of a large matrix product.
+        gemm_flops: floating-point operations per second of a large matrix product, by dtype.
     """
 
     copy_bandwidth: float
-    gemm_flops: float
+    gemm_flops: Mapping[torch.dtype, float]
+
+    def seconds(self, bytes_moved: int, flops: Mapping[torch.dtype, int]) -> tuple[float, float]:
+        """How long at least so many bytes take, and so many operations, by dtype."""
+        return bytes_moved / self.copy_bandwidth, sum(count / self.gemm_flops[dtype] for dtype, count in flops.items())
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -40,8 +44,9 @@ def _best_seconds(call: Callable[[], object], device: torch.device, rounds: int)
 
 
 def measure(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> Ceilings:
-    """Measure both ceilings on ``device``; the product in ``dtype``."""
-    return Ceilings(_copy_bandwidth(device, rounds), _gemm_flops(device, dtype, rounds))
+    """Measure the ceilings on ``device``; the products in ``dtype``, and in fp32 and fp64, in which small matrices are computed."""
+    dtypes = dict.fromkeys((dtype, torch.float32, torch.float64))
+    return Ceilings(_copy_bandwidth(device, rounds), {dtype: _gemm_flops(device, dtype, rounds) for dtype in dtypes})
 
 
 def _copy_bandwidth(device: torch.device, rounds: int) -> float:

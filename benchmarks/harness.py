@@ -19,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Case:
         tensors: how many tensors (or matrices) the call is about.
         providers: name → builder; the baseline is called "naive". Every builder makes the same inputs anew.
         rival: the provider that is the best one can have without this package.
-        flops: of the matrix products that cannot be avoided; 0 where memory is the limit.
+        flops: of the matrix products that cannot be avoided, by the dtype that they are computed in.
         tokens: rows of the activations, where there are any.
     """
 
@@ -76,7 +76,7 @@ class Case:
     tensors: int
     providers: Mapping[str, Callable[[], Trial]]
     rival: str = "naive"
-    flops: int = 0
+    flops: Mapping[torch.dtype, int] = field(default_factory=dict)
     tokens: int | None = None
 
 
@@ -275,8 +275,8 @@ def run_case(case: Case, ceilings: Ceilings, budget: Budget, providers: Sequence
             continue
         rows[name] = row = Row(
             case.op, name, case.shapes, case.rank, str(case.dtype).removeprefix("torch."), case.device.type,
-            device_name(case.device), torch.get_num_threads(), case.tokens, tensors=case.tensors, bytes=case.bytes, flops=case.flops,
-            copy_gb_s=ceilings.copy_bandwidth / 1e9, gemm_gflop_s=ceilings.gemm_flops / 1e9,
+            device_name(case.device), torch.get_num_threads(), case.tokens, tensors=case.tensors, bytes=case.bytes,
+            flops=sum(case.flops.values()), copy_gb_s=ceilings.copy_bandwidth / 1e9, gemm_gflop_s=ceilings.gemm_flops[case.dtype] / 1e9,
             torch=torch.__version__, triton=_triton_version(), python=platform.python_version(), date=date.today().isoformat(),
             commit=_commit(),
         )  # fmt: skip
@@ -301,13 +301,13 @@ def run_case(case: Case, ceilings: Ceilings, budget: Budget, providers: Sequence
     clock = _cpu_clock if case.device.type == "cpu" else lambda trial: _cuda_clock(trial, case.device)
     times = interleave({name: clock(trial) for name, trial in trials.items()}, budget)
     for name, trial in trials.items():
-        _fill_times(rows[name], times, name, case.rival, ceilings)
+        _fill_times(rows[name], times, name, case.rival, ceilings.seconds(case.bytes, case.flops))
         with trial.context():
             rows[name].peak_mib = peak_temporary_bytes(trial.run, case.device) / 2**20
     return list(rows.values())
 
 
-def _fill_times(row: Row, times: Times, name: str, rival: str, ceilings: Ceilings) -> None:
+def _fill_times(row: Row, times: Times, name: str, rival: str, floors: tuple[float, float]) -> None:
     main = times[name]["main"]
     row.rounds = len(main)
     row.median_ms = statistics.median(main)
@@ -319,6 +319,4 @@ def _fill_times(row: Row, times: Times, name: str, rival: str, ceilings: Ceiling
         if baseline in times:
             pairs = zip(main, times[baseline]["main"], strict=True)
             setattr(row, attribute, statistics.median(own / other for own, other in pairs))
-    assert row.bytes is not None and row.flops is not None
-    floors = (row.bytes / ceilings.copy_bandwidth, row.flops / ceilings.gemm_flops)
     row.copy_share, row.roofline_share = floors[0] / (1e-3 * row.median_ms), max(floors) / (1e-3 * row.median_ms)

@@ -23,10 +23,11 @@ class Row:
         ratio_to_naive: median over the rounds of this provider's time by that of "naive" in the same round.
         ratio_to_rival: the same by the best that one can have without this package (torch-fused, torch-batched).
         bytes: what must move between memory and processor if everything is read and written once.
-        flops: floating-point operations of the matrix products that cannot be avoided (0: bound by memory).
+        flops: floating-point operations of the matrix products that cannot be avoided, in whatever dtype.
         copy_share: bytes / median time, as a share of the copy bandwidth measured in the same run.
-        roofline_share: the time that bytes and flops would take at the rates measured in the same run, the longer of the two,
-            by the median time: 1 is the roofline.
+        roofline_share: the time that bytes and flops (each in its dtype) would take at the rates measured in the same run, the
+            longer of the two, by the median time: 1 is the roofline.
+        gemm_gflop_s: rate of a large matrix product in the dtype of the row.
         launches: kernel launches and calls into compiled code, for our own providers.
         peak_mib: peak of the temporary memory that torch allocated during the call.
         state_mib: what an optimizer keeps beside the factors: its state, and the buffers of the adapted layers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from benchmarks.suites.scaling import OP, host_time_per_layer
 from lowrank_kernels.backends import BackendError, count_launch
 
 CPU = torch.device("cpu")
-CEILINGS = Ceilings(copy_bandwidth=1e9, gemm_flops=1e12)
+CEILINGS = Ceilings(copy_bandwidth=1e9, gemm_flops={torch.bfloat16: 4e12, torch.float32: 1e12, torch.float64: 1e11})
 QUICK = Budget(seconds=0.5, warmup=1, min_rounds=4, max_rounds=4)
 
 
@@ -169,6 +170,15 @@ def test_ratio_is_taken_within_rounds(monkeypatch):
     rows = {row.provider: row for row in run_case(make_case(**providers), CEILINGS, QUICK)}
     assert rows["ours"].ratio_to_naive == rows["ours"].ratio_to_rival == 0.25
     assert rows["ours"].copy_share == pytest.approx(1000 / (rows["ours"].median_ms * 1e-3) / 1e9)
+
+
+def test_the_roofline_is_the_longer_of_bytes_and_of_flops_each_in_its_dtype():
+    flops = {torch.float32: 10**6, torch.float64: 10**6}
+    assert CEILINGS.seconds(1000, flops) == pytest.approx((1e-6, 1e-6 + 1e-5))
+    case = replace(make_case(naive=lambda: Trial(lambda: None, lambda: (0.0, 1.0))), flops=flops)
+    (row,) = run_case(case, CEILINGS, QUICK)
+    assert row.flops == 2 * 10**6
+    assert row.roofline_share == pytest.approx(1.1e-5 / (1e-3 * row.median_ms)) == pytest.approx(11 * row.copy_share)
 
 
 def test_launches_are_counted_for_one_call_of_ours_only():

@@ -347,7 +347,7 @@ def _case(name: str, block: list[Layer], backward: bool, providers: dict[str, Ca
         tensors=len(block),
         providers=providers,
         rival="frozen-linear",
-        flops=2 * setting.tokens * (passes * weights + rank_r),
+        flops={setting.dtype: 2 * setting.tokens * (passes * weights + rank_r)},
         tokens=setting.tokens,
     )
 
@@ -407,7 +407,7 @@ def shared_cases(setting: Setting, decoupled: bool) -> Iterator[Case]:
                 },
             },
             rival="ours-apart",
-            flops=2 * setting.tokens * (passes * weights + (factors * passes + (1 if backward else 0)) * thin),
+            flops={setting.dtype: 2 * setting.tokens * (passes * weights + (factors * passes + (1 if backward else 0)) * thin)},
             tokens=setting.tokens,
         )
 

@@ -145,10 +145,12 @@ def cases(setting: Setting) -> Iterator[Case]:
     common = {"shapes": setting.shapes, "rank": setting.rank, "dtype": setting.dtype, "device": setting.device}
     factors = make_factors(setting)
     product_judge = ProductJudge(factors)
-    item = setting.dtype.itemsize
+    item, wide = setting.dtype.itemsize, at_least_single(setting.dtype)
+    elements = sum(p.numel() for p in factors.params)
     yield Case(
         op="reparametrize",
-        bytes=2 * item * sum(p.numel() for p in factors.params),  # read A and B, write U and V
+        bytes=2 * item * elements,  # read A and B, write U and V
+        flops={wide: 4 * elements * setting.rank},  # orthogonalize both, and turn what came out
         tensors=len(factors.params),
         providers={
             "naive": lambda: trial(lambda: naive_products(factors), product_judge),
@@ -166,6 +168,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield Case(
         op="lora_sb_init",
         bytes=item * sum(x.numel() + setting.rank * sum(x.shape) for x in xs),
+        flops={wide: 4 * setting.rank * sum(x.numel() for x in xs)},  # X times r columns, and its transpose
         tensors=len(xs),
         providers={
             "naive": lambda: trial(lambda: full_svd(xs, setting.rank), energy_judge),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,7 @@ from ..harness import Case, Trial
 from ..naive import aligned_qr
 from ..naive.oplora import lorsum
 from . import Setting, on, suite
+from .optimizer import at_least_single, lorsum_flops
 
 
 @dataclass
@@ -126,6 +127,7 @@ class Product:
         naive: the loop over torch, in the dtype of its inputs.
         ours: the operation of this package; both take the lists of ``inputs``.
         bytes: what must move.
+        flops: what must be computed, as :class:`Case` has it.
         comparable: (inputs, results) → what does not depend on signs and other choices.
     """
 
@@ -133,6 +135,7 @@ class Product:
     naive: Callable[..., list[Tensor]]
     ours: Callable[..., list[Tensor]]
     bytes: int
+    flops: Mapping[torch.dtype, int]
     comparable: Callable[[tuple[list[Tensor], ...], list[Tensor]], list[Tensor]] = lambda inputs, results: results
 
     def case(self, op: str, setting: Setting) -> Case:
@@ -166,7 +169,9 @@ class Product:
 
         providers = {"naive": partial(trial, self.naive, None)}
         providers |= {f"ours-{backend}": partial(trial, self.ours, backend) for backend in setting.backends}
-        return Case(op, setting.shapes, setting.rank, setting.dtype, setting.device, self.bytes, len(self.inputs[0]), providers)
+        return Case(
+            op, setting.shapes, setting.rank, setting.dtype, setting.device, self.bytes, len(self.inputs[0]), providers, flops=self.flops
+        )
 
 
 def _svd_comparable(inputs: tuple[list[Tensor], ...], results: list[Tensor]) -> list[Tensor]:
@@ -221,23 +226,27 @@ def _preconditioner_grouped(grams: list[Tensor], drifts: list[Tensor]) -> list[T
 
 def products(bases: Bases, setting: Setting) -> Iterator[Case]:
     """Everything but QR: Gram matrices (summed in fp32 and in fp64), preconditioners, solves, polar factors, SVDs of B·A."""
-    xs, size, small = bases.xs, bases.xs[0].element_size(), setting.rank**2 * len(bases.xs)
-    factors = sum(x.numel() for x in xs) * size
+    xs, size, small, r = bases.xs, bases.xs[0].element_size(), setting.rank**2 * len(bases.xs), setting.rank
+    elements = sum(x.numel() for x in xs)
+    factors, wide = elements * size, at_least_single(setting.dtype)
+    gram, product = elements * (r + 1), 2 * elements * r  # XᵀX is symmetric
     loop = lambda xs: [x.mT @ x for x in xs]  # noqa: E731
-    yield Product((xs,), loop, lambda xs: list(grouped_gram(xs)), factors + 4 * small).case("grouped_gram", setting)
+    yield Product((xs,), loop, lambda xs: list(grouped_gram(xs)), factors + 4 * small, {wide: gram}).case("grouped_gram", setting)
     wide_loop = lambda xs: [(y := x.double()).mT @ y for x in xs]  # noqa: E731
-    wide = Product((xs,), wide_loop, lambda xs: list(grouped_gram(xs, dtype=torch.float64)), factors + 8 * small)
-    yield wide.case("grouped_gram fp64", setting)
+    double = lambda xs: list(grouped_gram(xs, dtype=torch.float64))  # noqa: E731
+    yield Product((xs,), wide_loop, double, factors + 8 * small, {torch.float64: gram}).case("grouped_gram fp64", setting)
     grams = [torch.stack([x.float().mT @ x.float() / len(x) for x in xs])]
     solved = [torch.empty_like(x) for x in xs]  # where torch's loop has its fresh results, this has memory that is there
     solve = lambda xs, grams: grouped_solve(grams[0], xs, side="right", out=solved)  # noqa: E731
     if setting.dtype == torch.float32:
         maps = ([grams[0].double()], [0.1 * grams[0]])
-        yield Product(maps, _preconditioner_loop, _preconditioner_grouped, 20 * small).case("grouped_preconditioner", setting)
-        yield Product((xs, grams), _solve_loop, solve, 2 * factors + 4 * small).case("grouped_solve", setting)
-        yield Product((xs,), _polar_loop, grouped_polar, 2 * factors).case("grouped_polar", setting)
+        inverse = {torch.float64: 3 * r * small}  # LLᵀ, (LLᵀ)⁻¹ and (LLᵀ)⁻¹K, of 1/3, 2/3 and 2 r³
+        yield Product(maps, _preconditioner_loop, _preconditioner_grouped, 20 * small, inverse).case("grouped_preconditioner", setting)
+        yield Product((xs, grams), _solve_loop, solve, 2 * factors + 4 * small, {wide: product}).case("grouped_solve", setting)
+        yield Product((xs,), _polar_loop, grouped_polar, 2 * factors, {wide: gram + product}).case("grouped_polar", setting)
         pairs = (xs[1::2], xs[::2])
-        yield Product(pairs, _svd_loop, _svd_grouped, 2 * factors, _svd_comparable).case("grouped_svd_product", setting)
+        svd = {wide: 2 * product}  # orthogonalize, and turn what came out
+        yield Product(pairs, _svd_loop, _svd_grouped, 2 * factors, svd, _svd_comparable).case("grouped_svd_product", setting)
 
 
 #: Of the LoRSum: rows of S and X, sweeps, λ, and the coefficients of the weights, of G and of the momentum.
@@ -386,11 +395,12 @@ def lorsum_case(setting: Setting) -> Case:
         rank=setting.rank,
         dtype=setting.dtype,
         device=setting.device,
-        # Read U, V, M, S and X, write U and V. The 2K half sweeps take 4·K·tokens·r·(d_out + d_in) flops for GV and GᵀU.
+        # Read U, V, M, S and X, write U and V.
         bytes=widths * (3 * setting.rank + TOKENS) * sums.start[0][0].element_size(),
         tensors=2 * len(setting.layers),
         providers={name: lambda build=build: build(sums.copy(), judge) for name, build in providers.items()},
         rival="torch-batched",
+        flops={at_least_single(setting.dtype): lorsum_flops(setting, TOKENS, SWEEPS)},
     )
 
 
@@ -413,4 +423,5 @@ def qr_case(setting: Setting, bases: Bases) -> Case:
         tensors=len(bases.xs),
         providers={name: lambda build=build: build(bases.copy(), judge) for name, build in providers.items()},
         rival="torch-batched",
+        flops={at_least_single(setting.dtype): 2 * elements * setting.rank},
     )

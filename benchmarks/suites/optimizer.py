@@ -3,7 +3,7 @@ each against its naive loop and against torch's AdamW on the same parameters: th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -202,6 +202,13 @@ def sds(backend: str, factors: Factors, judge: Judge) -> Trial:
 OPLORA = {"lr": 0.1, "momentum": 0.9, "sweeps": 2, "proximal": 1e-3}
 
 
+def lorsum_flops(setting: Setting, tokens: int, sweeps: int) -> int:
+    """Of a LoRSum of the factors, a momentum and G = SᵀX: a half sweep multiplies one side of all three, which are 2r + tokens columns
+    in all, by r columns, and the other side by what comes out."""
+    widths = sum(d_out + d_in for d_out, d_in in setting.layers)
+    return 4 * sweeps * (tokens + 2 * setting.rank) * setting.rank * widths
+
+
 @dataclass
 class Captured:
     """A, B, S and X of every layer, one after the other, and the first V of its momentum."""
@@ -320,6 +327,7 @@ def method_case(
     op: str,
     factors: Factors,
     bytes_moved: int,
+    flops: Mapping[torch.dtype, int],
     naive_run: Callable[[], Trial],
     ours: Callable[[str], Trial],
     tokens: int | None = None,
@@ -333,6 +341,7 @@ def method_case(
         dtype=setting.dtype,
         device=setting.device,
         bytes=bytes_moved,
+        flops=flops,
         tensors=len(factors.params),
         providers={
             "naive": naive_run,
@@ -372,7 +381,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         rival="torch-fused",
     )
 
-    wide = at_least_single(setting.dtype)
+    wide, r = at_least_single(setting.dtype), setting.rank
     altlora_judge = Judge(factors, after_one_altlora_step, wide)
 
     def naive_altlora_trial() -> Trial:
@@ -385,6 +394,8 @@ def cases(setting: Setting) -> Iterator[Case]:
         factors,
         # On average over the two turns: AdamW's traffic for half of the factors, one read of the other half for its Grams.
         elements * (3 * item + 4 * state + item) // 2,
+        # So much for the maps of the gradient and of the momentum and for how far the factor moved, and for the Grams.
+        {wide: elements // 2 * 6 * r, torch.float64: elements // 2 * (r + 1)},
         naive_altlora_trial,
         lambda backend: altlora(backend, factors.copy(), altlora_judge),
     )
@@ -401,6 +412,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         factors,
         # AdamW; then read the factors and the old bases, write the new bases.
         elements * (6 * item + 4 * state),
+        {wide: 2 * elements * r},
         naive_sds_trial,
         lambda backend: sds(backend, factors.copy(), sds_judge),
     )
@@ -418,6 +430,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         factors,
         # Read and write the factors and the momentum, read their gradients; read S and X once.
         elements * (3 * item + 2 * state) + sum(t.nbytes for t in captured.seen),
+        {wide: 2 * lorsum_flops(setting, setting.tokens, int(OPLORA["sweeps"]))},  # of the momentum, and of the weights
         naive_oplora_trial,
         lambda backend: oplora(backend, captured.copy(), oplora_judge),
         tokens=setting.tokens,
@@ -435,6 +448,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         "lora_sb_step",
         Factors([torch.zeros_like(gradient) for gradient in gradients], gradients),
         len(gradients) * setting.rank**2 * (3 * item + 4 * state),  # AdamW's traffic of the cores
+        {},
         naive_lora_sb_trial,
         lambda backend: lora_sb(backend, factors.copy(), sb_judge),
     )

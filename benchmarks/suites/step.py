@@ -210,6 +210,6 @@ def cases(setting: Setting) -> Iterator[Case]:
         tensors=2 * len(task.factors),
         providers=providers,
         rival="peft-torch-fused",
-        flops=2 * setting.tokens * (2 * parameters + 3 * adapter),
+        flops={setting.dtype: 2 * setting.tokens * (2 * parameters + 3 * adapter)},
         tokens=setting.tokens,
     )
