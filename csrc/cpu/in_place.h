@@ -148,10 +148,11 @@ struct NextRows {
   int64_t pitch = 0;
 };
 
-// The same of 2H columns of x with themselves, at least the upper triangle: the lower left quarter is left out. A row
-// of `next` is asked for at every row.
+// The same of 2H columns of x and of y, at least the upper triangle: the lower left quarter is left out. A row of
+// `next` is asked for at every row.
 template <class A, int H>
-LOWRANK_INLINE void gram_rows_diagonal(const A* x, int64_t rows, int64_t r, double* gram, const NextRows& next) {
+LOWRANK_INLINE void gram_rows_diagonal(const A* x, const A* y, int64_t rows, int64_t r, double* gram,
+                                       const NextRows& next) {
   using Whole = Part<A, 2 * H>;
   using Half = Part<A, H>;
   typename Whole::Vector upper[H] = {};
@@ -159,8 +160,8 @@ LOWRANK_INLINE void gram_rows_diagonal(const A* x, int64_t rows, int64_t r, doub
   for (int64_t k = 0; k < rows; ++k) {
     const A* const row = x + k * r;
     prefetch(next.data + k * next.pitch);
-    const typename Whole::Vector all = Whole::load(row);
-    const typename Half::Vector second = Half::load(row + H);
+    const typename Whole::Vector all = Whole::load(y + k * r);
+    const typename Half::Vector second = Half::load(y + k * r + H);
     LOWRANK_UNROLL
     for (int i = 0; i < H; ++i) upper[i] += Whole::splat(row[i]) * all;
     LOWRANK_UNROLL
@@ -172,10 +173,10 @@ LOWRANK_INLINE void gram_rows_diagonal(const A* x, int64_t rows, int64_t r, doub
   }
 }
 
-// product (r, r) += XᵀY of dense rows, for Y = X (`symmetric`) at least its upper triangle: outer products, so that
-// nothing is summed across lanes. `next`: rows of r elements of T, if there are any.
+// product (r, r) += XᵀY of dense rows, or (`upper`) at least its upper triangle: outer products, so that nothing is
+// summed across lanes. `next`: rows of r elements of T that are wanted next, if any are.
 template <class A, class T = A>
-inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r, bool symmetric, double* product,
+inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r, bool upper, double* product,
                                 const T* next = nullptr) {
   with_part<A>(r, [&](auto width) {
     constexpr int W = decltype(width)::value, I = W < 8 || !kManyRegisters ? 4 : 8, S = W < I ? I : W;
@@ -184,10 +185,10 @@ inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r,
       if constexpr (kHalves) {
         const NextRows asked = next ? NextRows{reinterpret_cast<const char*>(next + i0), r * int64_t(sizeof(T))}
                                     : NextRows{reinterpret_cast<const char*>(x), 0};
-        if (symmetric) gram_rows_diagonal<A, W / 2>(x + i0, rows, r, product + i0 * (r + 1), asked);
+        if (upper) gram_rows_diagonal<A, W / 2>(x + i0, y + i0, rows, r, product + i0 * (r + 1), asked);
       }
       for (int64_t i = i0; i < i0 + S; i += I) {
-        int64_t j = !symmetric ? 0 : kHalves ? i0 + W : i0;
+        int64_t j = !upper ? 0 : kHalves ? i0 + W : i0;
         const auto block = [&](auto count) {
           constexpr int V = decltype(count)::value;
           const A* parts[V];

@@ -149,15 +149,16 @@ struct SolveWork {
 template <class T>
 struct QrWork {
   T* panels;        // panel_elements(rows, r)
-  double* partial;  // group_count(rows) small matrices
+  double* partial;  // 2 · group_count(rows) small matrices
   double* gram;     // small matrices: the Gram matrix, the result R, an inverse, U in T
   double* r;
   double* inverse;
   T* factor;
   T* reciprocals;  // r
-  double* lanes;   // for each worker: gram_lanes(r, r)
+  double* lanes;   // for each worker: gram_scratch(r, r)
   T* tile;         // for each worker: a panel and its staging area, 2 · panel_rows(r) · r
   int64_t tile_stride;
+  bool streams;  // Q may go past the caches
 };
 
 template <class T>

@@ -12,15 +12,21 @@ template <class T, class Item, class Body>
 void for_each_matrix(const Item* items, int64_t n, int64_t r, int threads, const Body& body) {
   if (n == 0 || r == 0) return;
   const Schedule schedule(n, r, threads, [&](int64_t i) { return items[i].rows; });
+  const bool streams = 2 * total_rows(items, n) * r * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
+  const auto work_of = [&](const QrScratch<T>& scratch, int job) {
+    QrWork<T> work = scratch.of(job);
+    work.streams = streams;
+    return work;
+  };
   const auto item = [&](int64_t i) -> const Item& { return items[schedule.order[i]]; };
   if (schedule.split > 0) {
     const QrScratch<T> scratch(item(0).rows, r, 1, schedule.workers);
-    for (int64_t i = 0; i < schedule.split; ++i) body(item(i), scratch.of(0), schedule.workers);
+    for (int64_t i = 0; i < schedule.split; ++i) body(item(i), work_of(scratch, 0), schedule.workers);
   }
   if (schedule.split < n) {
     const QrScratch<T> scratch(item(schedule.split).rows, r, schedule.workers, 1);
     parallel_for(n - schedule.split, schedule.workers,
-                 [&](int64_t task, int worker) { body(item(schedule.split + task), scratch.of(worker), 1); });
+                 [&](int64_t task, int worker) { body(item(schedule.split + task), work_of(scratch, worker), 1); });
   }
 }
 

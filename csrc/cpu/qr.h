@@ -7,16 +7,11 @@
 #include "cpu/kernels.h"
 #include "cpu/panel.h"
 #include "cpu/parallel.h"
+#include "cpu/qr_thin.h"
 #include "cpu/small.h"
 #include "cpu/triangular.h"
 
 namespace lowrank::LOWRANK_ISA {
-
-// Sums of squares outside of this range have lost digits to overflow or underflow: the columns are scaled first.
-template <class T>
-constexpr T kSmallestSquare = sizeof(T) == 4 ? T(1e-24) : T(1e-200);
-template <class T>
-constexpr T kLargestSquare = sizeof(T) == 4 ? T(1e30) : T(1e200);
 
 // X ← X · diag(2^-exponents), exactly (in two halves, as 2^e alone may be out of range where the product is not).
 template <class T>
@@ -85,41 +80,19 @@ void gram(const Panels<T>& x, const QrWork<T>& work, int threads) {
   }
 }
 
-// How far the Q of a CholeskyQR round with this U and this Gram diagonal may be from orthonormal, in units of the
-// rounding error of the Gram's entries: √r · max_j ‖D U⁻¹ e_j‖², D = diag(‖x_i‖). U⁻¹ is left in `inverse`.
-inline double sensitivity(const double* upper, const double* diagonal, int64_t r, double* inverse) {
-  const int64_t pitch = small_pitch(r);
-  invert_upper(upper, r, inverse);
-  double squares[small_pitch(kMaxRank)] = {};
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < pitch; ++j) {
-      squares[j] += diagonal[i] * inverse[i * pitch + j] * inverse[i * pitch + j];
-    }
-  }
-  double largest = 0;
-  for (int64_t j = 0; j < r; ++j) largest = squares[j] > largest ? squares[j] : largest;
-  return std::sqrt(static_cast<double>(r)) * largest;
-}
-
 // X becomes Q with orthonormal columns and work.r becomes R, upper triangular, with Q R = X. False, with the contents
 // undefined, if X is not finite. The rest of `work` is scratch.
 template <class T>
 bool orthogonalize(const Panels<T>& x, const QrWork<T>& work, int threads) {
-  constexpr double kUnit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
-  // One round leaves ‖QᵀQ - I‖ at about sensitivity · unit: accepted up to here (1e-6 in float, 2e-15 in double) …
-  constexpr double kAccept = 16;
-  // … and up to here a second round corrects it to rounding; beyond, the Gram's own error is too large.
-  constexpr double kCorrectable = 0.02 / kUnit;
+  // Up to here a second round corrects what the first one leaves to rounding; beyond, the Gram's own error is too
+  // large.
+  constexpr double kCorrectable = 0.02 / kUnit<T>;
 
   const int64_t r = x.r, pitch = small_pitch(r), groups = group_count(x.rows);
   double diagonal[kMaxRank];
   int exponents[kMaxRank] = {};
-  bool scaled = false;
   gram(x, work, threads);
-  for (int64_t j = 0; j < r && !scaled; ++j) {
-    const double square = work.gram[j * pitch + j];
-    scaled = !(square >= kSmallestSquare<T> && square <= kLargestSquare<T>);
-  }
+  bool scaled = !has_safe_squares<T>(work.gram, r);
   if (scaled) {
     if (!column_exponents(x, exponents)) return false;
     scale_columns(x, exponents);
@@ -130,7 +103,7 @@ bool orthogonalize(const Panels<T>& x, const QrWork<T>& work, int threads) {
     double* upper = round == 0 ? work.r : work.gram;
     if (round == 0) std::memcpy(work.r, work.gram, static_cast<size_t>(r * pitch) * sizeof(double));
     double sensitive = std::numeric_limits<double>::infinity();
-    if (cholesky_upper(upper, r, 16 * kUnit)) sensitive = sensitivity(upper, diagonal, r, work.inverse);
+    if (cholesky_upper(upper, r, 16 * kUnit<T>)) sensitive = sensitivity(upper, diagonal, r, work.inverse);
     if (!(sensitive <= kCorrectable) || round == 3) {
       if (round == 0 && !scaled) {
         scaled = true;
@@ -143,7 +116,7 @@ bool orthogonalize(const Panels<T>& x, const QrWork<T>& work, int threads) {
     }
     // U is well-conditioned (but for the scale of its rows) in the last round, mostly the only one: a product with its
     // inverse is then exact to rounding. Before, only substitution keeps Q U = X.
-    const bool last = sensitive <= kAccept;
+    const bool last = sensitive <= kAcceptedSensitivity;
     const double* const applied = last ? work.inverse : upper;
     for (int64_t i = 0; i < r; ++i) {
       for (int64_t j = 0; j < r; ++j) work.factor[i * pitch + j] = static_cast<T>(applied[i * pitch + j]);
@@ -219,16 +192,17 @@ void fill_nan(DType dtype, const View& view, int64_t rows, int64_t columns) {
 
 template <class T>
 void qr(DType dtype, const QrItem& item, int64_t r, const QrWork<T>& work, int threads) {
+  if constexpr (sizeof(T) == 4) {
+    if (is_thin_qr<T>(dtype, item, r) && thin_qr(dtype, item, r, work, threads)) return;
+  }
   const Panels<T> x{work.panels, item.rows, r};
   const int64_t pitch = small_pitch(r), groups = group_count(item.rows);
-  T* out = static_cast<T*>(item.r);
   load_panels(dtype, item.x, x, work, threads);
   if (!orthogonalize(x, work, threads)) {
     fill_nan<T>(dtype, item.q, item.rows, r);
-    for (int64_t i = 0; i < r * r; ++i) out[i] = std::numeric_limits<T>::quiet_NaN();
+    std::fill_n(static_cast<T*>(item.r), r * r, std::numeric_limits<T>::quiet_NaN());
     return;
   }
-  // A column keeps the direction of the previous one; without one, or on a tie, R's diagonal is not negative.
   double* alignment = work.partial;  // (groups, r)
   if (item.previous.data) {
     parallel_for(groups, threads, [&](int64_t g, int worker) {
@@ -255,12 +229,7 @@ void qr(DType dtype, const QrItem& item, int64_t r, const QrWork<T>& work, int t
                   work.tile + worker * work.tile_stride);
     }
   });
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < r; ++j) {
-      const double value = j < i ? 0 : work.r[i * pitch + j];
-      out[i * r + j] = static_cast<T>(flip[i] ? -value : value);
-    }
-  }
+  write_r<T>(item, r, work.r, flip);
 }
 
 }  // namespace lowrank::LOWRANK_ISA

@@ -34,13 +34,13 @@ class QrScratch {
     QrWork<T> unused{};
     QrWork<T>* const w = work ? work : &unused;
     take(&w->panels, panel_elements(rows_, r_));
-    take(&w->partial, group_count(rows_) * small);
+    take(&w->partial, 2 * group_count(rows_) * small);
     take(&w->gram, small);
     take(&w->r, small);
     take(&w->inverse, small);
     take(&w->factor, small);
     take(&w->reciprocals, small_pitch(r_));
-    take(&w->lanes, gram_lanes(r_, r_) * workers_);
+    take(&w->lanes, gram_scratch(r_, r_) * workers_);
     take(&w->tile, tile * workers_);
     w->tile_stride = tile;
     return used;

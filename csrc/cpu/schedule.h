@@ -19,6 +19,18 @@ constexpr int64_t kSplitElements = 131072;
 // undoes.
 constexpr int64_t kThreadElements = 16384;
 
+// What the cores that work may expect to keep of a last-level cache. (Asking the machine tells what it has, not what a
+// virtual one may use of it.) Where inputs and results are more, who reads the results finds them in memory anyway, and
+// they may go there past the caches.
+constexpr int64_t kCacheBytes = int64_t{32} << 20;
+
+template <class Item>
+int64_t total_rows(const Item* items, int64_t n) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < n; ++i) rows += items[i].rows;
+  return rows;
+}
+
 struct Schedule {
   std::vector<int64_t> order;  // the largest first
   int workers = 1;

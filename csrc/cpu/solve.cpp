@@ -6,18 +6,6 @@
 namespace lowrank {
 namespace {
 
-// What the cores that work may expect to keep of a last-level cache. (Asking the machine tells what it has, not what a
-// virtual one may use of it.)
-constexpr int64_t kCacheBytes = int64_t{32} << 20;
-
-// Whether right-hand sides and results are more than the caches hold: then who reads the results finds them in memory
-// either way.
-bool beyond_cache(DType dtype, const SolveItem* items, int64_t n, int64_t r) {
-  int64_t rows = 0;
-  for (int64_t i = 0; i < n; ++i) rows += items[i].rows;
-  return 2 * rows * r * element_size(dtype) > kCacheBytes;
-}
-
 // For `jobs` systems at the same time, each shared by `workers` threads.
 template <class T>
 class SolveScratch {
@@ -57,7 +45,7 @@ void run(DType dtype, const SolveItem* items, int64_t n, int64_t r, double dampi
   if (n == 0 || r == 0) return;
   const Schedule schedule(n, r, threads, [&](int64_t i) { return items[i].rows; });
   const Kernels<T>& kernel = kernels<T>();
-  const bool streams = beyond_cache(dtype, items, n, r);
+  const bool streams = 2 * total_rows(items, n) * r * element_size(dtype) > kCacheBytes;
   if (schedule.split > 0) {
     const SolveScratch<T> scratch(r, 1, schedule.workers, streams);
     for (int64_t i = 0; i < schedule.split; ++i) {
