@@ -100,6 +100,15 @@ def worst(judgements: list[tuple[float, float]]) -> tuple[float, float]:
     return max(judgements, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What a provider may raise that must not end the run: torch's errors, out of memory too, and Triton's, which are of no such kind."""
+    try:
+        import triton
+    except ImportError:
+        return RuntimeError, NotImplementedError
+    return RuntimeError, NotImplementedError, triton.TritonError
+
+
 def passes(error: float, tolerance: float) -> bool:
     """Whether an error is within its tolerance (NaN is not)."""
     return error <= tolerance
@@ -180,9 +189,13 @@ def _cuda_clock(trial: Trial, device: torch.device) -> Callable[[], dict[str, fl
     return measure
 
 
+#: Graphs whose capture failed. torch's allocator goes on asking them which streams they capture, so they must not be freed.
+_failed_captures: list[torch.cuda.CUDAGraph] = []
+
+
 def _capture(trial: Trial, device: torch.device) -> torch.cuda.CUDAGraph | None:
     """A CUDA graph of one call; None where the call cannot be captured (it synchronizes, or calls cuSOLVER)."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
         with trial.context(), torch.cuda.device(device):
             side = torch.cuda.Stream(device)
@@ -195,10 +208,23 @@ def _capture(trial: Trial, device: torch.device) -> torch.cuda.CUDAGraph | None:
                 trial.run()
             graph.replay()
             torch.cuda.synchronize(device)
-    except RuntimeError:
-        torch.cuda.synchronize(device)
+    except failures():
+        _failed_captures.append(graph)
+        _recover_from_capture(device, stream)
         return None
     return graph
+
+
+def _recover_from_capture(device: torch.device, stream: torch.cuda.Stream) -> None:
+    """Undo what a failed capture leaves behind where ending it failed too: its stream is still the current one, and the generator of
+    the device takes itself to be captured, which makes an error of every later random number, until a capture succeeds."""
+    with torch.cuda.device(device):
+        torch.cuda.set_stream(stream)
+        torch.cuda.synchronize(device)
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=device)
+        torch.cuda.set_stream(stream)
+        torch.cuda.synchronize(device)
 
 
 def peak_temporary_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -291,7 +317,7 @@ def run_case(case: Case, ceilings: Ceilings, budget: Budget, providers: Sequence
         except BackendError as error:
             row.note = f"not available: {error}"
             continue
-        except (RuntimeError, NotImplementedError) as error:  # torch's own, out of memory too: it must not end the run
+        except failures() as error:
             row.note = f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             continue
         if not passes(row.error, row.tolerance):

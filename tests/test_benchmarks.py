@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -179,6 +180,74 @@ def test_the_roofline_is_the_longer_of_bytes_and_of_flops_each_in_its_dtype():
     (row,) = run_case(case, CEILINGS, QUICK)
     assert row.flops == 2 * 10**6
     assert row.roofline_share == pytest.approx(1.1e-5 / (1e-3 * row.median_ms)) == pytest.approx(11 * row.copy_share)
+
+
+def test_a_triton_error_is_a_row_and_not_the_end():
+    triton = pytest.importorskip("triton")
+
+    def too_large() -> Trial:
+        raise triton.runtime.errors.OutOfResources(147456, 101376, "shared memory")
+
+    rows = run_case(make_case(naive=lambda: Trial(lambda: None, lambda: (0.0, 1.0)), large=too_large), CEILINGS, QUICK)
+    assert [row.note[:22] for row in rows] == ["", "failed: out of resourc"]
+
+
+class StandInCuda:
+    """torch.cuda's captures: one that fails leaves its stream current and the generator unusable until another succeeds (torch 2.11)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.generator_is_usable = "eager", True
+        outer = self
+
+        class Stream(str):
+            def wait_stream(self, other: object) -> None:
+                pass
+
+        @contextlib.contextmanager
+        def use(stream: Stream):
+            before, self.current = self.current, stream
+            yield
+            self.current = before
+
+        class Capture:
+            def __init__(self, graph: object) -> None:
+                pass
+
+            def __enter__(self) -> None:
+                self.before, outer.current, outer.generator_is_usable = outer.current, "capturing", False
+
+            def __exit__(self, *error: object) -> None:
+                if error[0] is not None:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                outer.current, outer.generator_is_usable = self.before, True
+
+        class Graph:
+            def replay(self) -> None:
+                pass
+
+        replaced = {"CUDAGraph": Graph, "graph": Capture, "Stream": lambda device: Stream("side"), "stream": use}
+        replaced |= {"current_stream": lambda device: Stream(self.current), "device": lambda device: contextlib.nullcontext()}
+        replaced |= {"synchronize": lambda device: None, "set_stream": lambda stream: setattr(self, "current", str(stream))}
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_failed_capture_leaves_the_device_as_it_was(monkeypatch):
+    """Else the next provider that draws a random number fails, and all that follows runs on the stream of the capture."""
+    from benchmarks import harness
+
+    cuda = StandInCuda(monkeypatch)
+
+    def waits_for_the_device() -> None:
+        if cuda.current == "capturing":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    assert harness._capture(Trial(waits_for_the_device, lambda: (0.0, 1.0)), CPU) is None
+    assert cuda.current == "eager" and cuda.generator_is_usable
+    assert isinstance(harness._failed_captures.pop(), torch.cuda.CUDAGraph), "the allocator still refers to it"
+    assert harness._capture(Trial(lambda: None, lambda: (0.0, 1.0)), CPU) is not None
+    assert cuda.current == "eager" and cuda.generator_is_usable and not harness._failed_captures
 
 
 def test_launches_are_counted_for_one_call_of_ours_only():
