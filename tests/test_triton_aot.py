@@ -20,7 +20,7 @@ GROUPS = {
     "lora_linear": {"project_kernel", "expand_kernel", "token_sum_kernel", "output_grads_kernel", "add_splits_kernel", "mask_kernel"},
 }
 #: How many cubins a group may take.
-MOST = {"adamw": 15, "qr": 18, "qr_wide": 12, "svd": 6, "small": 27, "lorsum": 18, "lorsum_wide": 12, "lora_linear": 36}
+MOST = {"adamw": 15, "qr": 18, "qr_wide": 18, "svd": 6, "small": 27, "lorsum": 18, "lorsum_wide": 12, "lora_linear": 36}
 #: Those that only `make test-all` compiles.
 WIDE = {"qr_wide", "lorsum_wide"}
 
@@ -41,6 +41,8 @@ def test_compiles_without_spills(group: str) -> None:
     if TRITON >= (3, 7):
         # Triton 3.6 allocates registers worse, above all for fp64 products on sm_100: slower there, not wrong.
         assert [report for report in reports if report["stack"] or report["local"]] == []
+    # What a block may have on a consumer's GPU (8.6, 8.9, 12.0), where an A100 has 163 KiB: beyond that the launch is an error.
+    assert [report for report in reports if report["shared"] > 99 * 1024] == []
     # tf32 would round operands to 10 bits; the interpreter would not show it.
     assert [report for report in reports if report["tf32"]] == []
     for report in reports:

@@ -131,6 +131,7 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "qr_wide": {
         "r64 fp32": lambda: qr_case(64, torch.float32),
         "r128 fp32": lambda: qr_case(128, torch.float32),
+        "r64 fp64": lambda: qr_case(64, torch.float64),
     },
     "svd": {
         "r16 fp32": lambda: svd_case(16, torch.float32),
@@ -186,6 +187,7 @@ ELSEWHERE = {"svd": _QR, "small": {*_QR, "jacobi_kernel"}, "adamw": {"partial_gr
 ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("qr_wide", "r64 fp32"): (90,),
     ("qr_wide", "r128 fp32"): (90,),
+    ("qr_wide", "r64 fp64"): (80,),
     ("lora_linear", "r16 bf16 mask"): (90,),
     ("lora_linear", "r128 fp32"): (90,),
     ("lora_linear", "r128 fp32 seed"): (90,),

@@ -88,7 +88,8 @@ def _wide_tile(pointer, mode, row, rows, column, rank, stride_d, stride_r, weigh
     """Columns ``column…`` of X, or of ``X·weights``, in fp64."""
     if MAPPED:
         total = tl.zeros([BLOCK_D, TILE], tl.float64)
-        for first in tl.static_range(0, R, TILE):
+        # Not unrolled, not prefetched: the weights of all tiles at once would be 128 KiB of shared memory, more than many GPUs have.
+        for first in tl.range(0, R, TILE, num_stages=1):
             tile = load_tile(pointer, mode, row, rows, first, rank, stride_d, stride_r, BLOCK_D, TILE, VECTOR)
             part = _load_square(weights, first, column, R, TILE)
             total = tl.dot(tile.to(tl.float64), part, total, input_precision="ieee", out_dtype=tl.float64)
@@ -601,6 +602,10 @@ class Sizes:
         self.GUARDED_BLOCK_D = 2048 // self.R
         self.warps = 4 if self.R <= 32 else 8
 
+    def apply_options(self, two_stages: bool = False) -> dict[str, int]:
+        """Launch options of ``apply_kernel``: fewer tiles of 64 × 64 weights are prefetched than Triton's three, which do not fit any GPU."""
+        return {"num_warps": self.warps} | ({"num_stages": 1 if two_stages else 2} if self.R == 64 else {})
+
 
 def vector(dtype: torch.dtype) -> int:
     """Elements of a 16-byte load."""
@@ -668,7 +673,7 @@ def factorize(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor],
             launch(factor_kernel, (len(xs),), work.tensors, levels, squares, scales, partials, rs, rank, 4.0 * sizes.R if second else single,
                    _DOUBLE_PASS, R=sizes.R, TILE=sizes.FACTOR_TILE, SECOND=second, TWO_STAGES=two_stages, HAS_PREVIOUS=has_previous, num_warps=4)  # fmt: skip
         launch(apply_kernel, (work.programs,), work.tensors, work.chunks, levels, squares, rank, rank, 5 * sizes.R * sizes.R,
-               **shape, **kinds, Q=TL_DTYPE[qs[0].dtype], QR=True, TWO_STAGES=two_stages, num_warps=sizes.warps)  # fmt: skip
+               **shape, **kinds, Q=TL_DTYPE[qs[0].dtype], QR=True, TWO_STAGES=two_stages, **sizes.apply_options(two_stages))  # fmt: skip
         launch(guarded_kernel, (len(xs),), work.tensors, levels, scratch, rs, rank, tolerance, X=kinds["X"], Q=TL_DTYPE[qs[0].dtype],
                COMPUTE=TL_DTYPE[compute], WORK_IN_OUTPUT=in_output, HAS_PREVIOUS=has_previous, R=sizes.R,
                BLOCK_D=sizes.GUARDED_BLOCK_D, num_warps=8)  # fmt: skip

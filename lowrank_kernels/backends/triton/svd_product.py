@@ -174,7 +174,7 @@ def apply_cores(operation: str, qs: list[Tensor], weights: Tensor, out: list[Ten
     with on_device(qs[0]):
         launch(apply_kernel, (work.programs,), work.tensors, work.chunks, weights, weights, k, out[0].shape[1], sizes.R * sizes.R,
                X=TL_DTYPE[qs[0].dtype], Q=TL_DTYPE[out[0].dtype], QR=False, TWO_STAGES=False, R=sizes.R, TILE=sizes.TILE,
-               CHUNK=sizes.CHUNK, BLOCK_D=sizes.BLOCK_D, VECTOR=vector(qs[0].dtype), num_warps=sizes.warps)  # fmt: skip
+               CHUNK=sizes.CHUNK, BLOCK_D=sizes.BLOCK_D, VECTOR=vector(qs[0].dtype), **sizes.apply_options())  # fmt: skip
 
 
 def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tensor, vs: list[Tensor]) -> Verdict:
