@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.naive import SDSLoRALayer, adamw_, aligned_qr, is_refresh_step, svd_of_product
+from benchmarks.naive.oplora import Kronecker, OPLoRALayer
 
 
 def quadratic(layer: SDSLoRALayer, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -108,3 +109,16 @@ def test_training_goes_down_without_jumps():
     best = 0.5 * torch.linalg.svdvals(target)[8:].square().sum()  # ΔW has rank 2r at most
     assert best < losses[-1] < 0.8 * losses[0]
     assert max(b / a for a, b in itertools.pairwise(losses[11:])) < 1.05
+
+
+@pytest.mark.parametrize("kfac", [False, True], ids=["plain", "kfac"])
+def test_oplora_makes_everything_where_the_factors_are(kfac):
+    """As on a GPU: tensors without memory do not mix with the CPU's either."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    metrics = tuple(Kronecker(tensor(width, 2), 0.9, 1.0, 1) for width in (9, 7)) if kfac else None
+    layer = OPLoRALayer(tensor(3, 7), tensor(9, 3), 1.0, lr=0.1, momentum=0.9, momentum_start=tensor(7, 2), metrics=metrics)
+    layer.step(tensor(5, 9), tensor(5, 7))
+    assert layer.delta_weight().device.type == layer.M[0].device.type == "meta"

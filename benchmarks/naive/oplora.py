@@ -20,7 +20,7 @@ def lorsum(
 ) -> tuple[Tensor, Tensor]:
     """``U Vᵀ ≈ Σ c_j P_j Q_jᵀ`` by alternating least squares from ``start``; λ holds each solve near the start (Equation 7)."""
     U, V = start
-    eye = torch.eye(U.shape[1], dtype=U.dtype)
+    eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
     for turn in range(2 * sweeps):
         if (first == "u") == (turn % 2 == 0):
             total = proximal * start[0]
@@ -47,7 +47,7 @@ def scaled_lorsum(
     """``kept·U⁰V⁰ᵀ + D_U⁻¹·step·D_V⁻¹`` at rank r in the norm ``⟨·, D_U · D_V⟩`` (Equations 6 and 10), with whole matrices."""
     (U, V), (D_U, D_V) = start, metrics
     weight = kept * U @ V.T + torch.linalg.solve(D_U, step) @ torch.linalg.inv(D_V)
-    eye = torch.eye(U.shape[1], dtype=U.dtype)
+    eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
     for turn in range(2 * sweeps):
         if (first == "u") == (turn % 2 == 0):
             U = torch.linalg.solve(V.T @ D_V @ V + proximal * eye, (weight @ D_V @ V + proximal * start[0]).T).T
@@ -68,7 +68,7 @@ class Kronecker:
 
     def update(self, statistic: Tensor) -> Tensor:
         """The damped average (d, d), without the weight of its start."""
-        eye = torch.eye(len(self.W), dtype=self.W.dtype)
+        eye = torch.eye(len(self.W), dtype=self.W.dtype, device=self.W.device)
         average = self.decay * self.D + (1 - self.decay) * statistic
         U, V = lorsum((self.W, self.W), [(average, eye)], [1.0], self.sweeps)
         W, sigma, _ = torch.linalg.svd(U @ V.T)
@@ -110,7 +110,7 @@ class OPLoRALayer:
         self.metrics = metrics
         self.sums = {"sweeps": sweeps, "proximal": proximal, "first": first}
         start = self.V if momentum_start is None else momentum_start
-        self.M = torch.zeros(len(B), start.shape[1], dtype=B.dtype), start
+        self.M = B.new_zeros(len(B), start.shape[1]), start
 
     def delta_weight(self) -> Tensor:
         """ΔW (d_out, d_in)."""
