@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 import time
@@ -248,6 +249,45 @@ def test_a_failed_capture_leaves_the_device_as_it_was(monkeypatch):
     assert isinstance(harness._failed_captures.pop(), torch.cuda.CUDAGraph), "the allocator still refers to it"
     assert harness._capture(Trial(lambda: None, lambda: (0.0, 1.0)), CPU) is not None
     assert cuda.current == "eager" and cuda.generator_is_usable and not harness._failed_captures
+
+
+def test_a_case_on_a_gpu_has_all_its_columns(monkeypatch):
+    """The road that no other test takes: event times, replay and wall times, peak memory; a provider without a graph lacks that one."""
+    cuda = StandInCuda(monkeypatch)
+    clock = itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(clock)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end) -> float:
+            return float(end.at - self.at)
+
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    replaced = {"Event": Event, "_sleep": lambda cycles: None, "get_device_name": lambda device: "a GPU"}
+    memory = {"memory_allocated": 1 << 20, "max_memory_allocated": 3 << 20, "reset_peak_memory_stats": None}
+    replaced |= {name: lambda device, value=value: value for name, value in memory.items()}
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def waits() -> None:
+        if cuda.current == "capturing":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    case = replace(
+        make_case(naive=lambda: Trial(lambda: None, lambda: (0.0, 1.0)), waits=lambda: Trial(waits, lambda: (0.0, 1.0))),
+        device=torch.device("cuda"),
+    )
+    rows = {row.provider: row for row in run_case(case, CEILINGS, QUICK)}
+    for row in rows.values():
+        assert (row.device, row.device_name, row.median_ms, row.peak_mib) == ("cuda", "a GPU", 1.0, 2.0) and row.wall_ms is not None
+    assert rows["naive"].graph_ms == 1.0 and rows["waits"].graph_ms is None
 
 
 def test_launches_are_counted_for_one_call_of_ours_only():
