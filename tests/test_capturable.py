@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lowrank_kernels as lk
 import lowrank_kernels.optim.adamw as adamw
 from lowrank_kernels.optim import altlora, base, lora_pro, lora_rite, scaled
 
@@ -127,6 +128,23 @@ def test_capturable_steps_are_the_ordinary_ones(method: str) -> None:
             optimizer.step()
     for (name, p), (_, q) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "kfac"}, {"momentum_mode": "projected"}, {"gradient": "dense"}], ids=str)
+def test_steps_beside_the_backward_pass_do_not_wait_for_the_device(options: dict[str, Any]) -> None:
+    """A copy from the host waits for what was launched before it: for the backward pass that the step was to run beside."""
+    torch.manual_seed(0)
+    model = lk.adapt(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 9)), rank=3)
+    optimizer = lk.OPLoRA(model, lr=1e-2, overlap=True, **options)
+    for step in range(2):
+        loss = model(torch.randn(6, 12)).square().mean()
+        with host_reads() as found:
+            loss.backward()
+            for work in optimizer._early.values():
+                work.work.result()  # type: ignore[union-attr]
+        assert bool(optimizer._early) == (step > 0) and not +found
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,6 +78,13 @@ def random_matrix(like: Tensor, seed: int, rows: int, columns: int, *more: int) 
         seed = (seed * 1_000_003 + number) % 2**63
     made = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     return made.to(like.device, compute_dtype(like.dtype))
+
+
+def on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host in fp64 on the device; one for all is filled in there, since a copy waits for all that was launched before it."""
+    if len(set(values)) == 1:
+        return torch.full((len(values),), values[0], dtype=torch.float64, device=device)
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 class Probes:

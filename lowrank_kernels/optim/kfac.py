@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_lorsum, grouped_lorsum_product, grouped_svd_product
-from .full_gradient import Gradients
+from .full_gradient import Gradients, on_device
 from .ranks import composed_lorsum
 
 
@@ -64,13 +64,13 @@ def track(
     lefts, rights = gradients.lefts, gradients.rights
     assert rights is not None
     device, ranks = bases[0].device, gradients.ranks
-    tokens = torch.tensor([left.shape[1] for left in lefts], dtype=torch.float64, device=device)
+    tokens = on_device([left.shape[1] for left in lefts], device)
     parts = 1
     if ranks is not None:  # G is the mean over ranks: the whole batch's S are the ranks' S divided by their number
         (tokens,), parts = ranks.mean([tokens]), ranks.size
     tokens = tokens.clamp_min(1 / parts)  # no rank saw any: its S and X are zero
     shares = (1.0 - decay) * torch.cat([(gradients.coefficients / parts).square(), torch.ones_like(tokens)]) / torch.cat([tokens] * 2)
-    known = 1.0 - decay ** torch.tensor(updates * 2, dtype=torch.float64, device=device)[:, None]
+    known = 1.0 - decay ** on_device(updates * 2, device)[:, None]
     stretched, shrunk = ([torch.empty(0)] * len(bases) for _ in range(2))
     by_rank: defaultdict[int, list[int]] = defaultdict(list)
     for index, basis in enumerate(bases):
@@ -79,7 +79,9 @@ def track(
         old, old_values = [bases[i] for i in members], [values[i] for i in members]
         seen = [(lefts + rights)[i] for i in members]
         average = old, _columns_times(old, torch.stack(old_values))
-        share, kept = shares[members], torch.full_like(shares[members], decay)
+        all_alike = len(by_rank) == 1  # then no list of indices is copied to the device, which would wait for it
+        share, bias = (shares, known) if all_alike else (shares[members], known[members])
+        kept = torch.full_like(share, decay)
         # No λ: an absolute one would hold D_U, whose size is that of S², where it is.
         if ranks is None:
             found = grouped_lorsum((old, old), [average, (seen, seen)], [kept, share], sweeps)
@@ -92,7 +94,7 @@ def track(
         new, new_values, _ = grouped_svd_product(*found, rank)
         begin_writing()
         torch._foreach_copy_([*old, *old_values], [*new, *new_values])
-        unbiased = new_values.double() / known[members]
+        unbiased = new_values.double() / bias
         weights = torch.cat([unbiased, -unbiased / (damping * (unbiased + damping))])
         scaled = _columns_times(old * 2, weights)
         for position, i in enumerate(members):

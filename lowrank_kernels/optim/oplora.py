@@ -17,7 +17,7 @@ from .arguments import AdamWOptions, ParamsT, pythons_number
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, watch
 from .early import EarlyWork, Tensors, start
-from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, random_matrix, widened
+from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, on_device, random_matrix, widened
 from .kfac import Kronecker, track
 from .pairing import FactorPair, Position
 from .ranks import composed_lorsum, damped, ranks_of
@@ -493,7 +493,7 @@ class OPLoRA(LowRankOptimizer):
             metrics = track(gradients, bases, values, updates, *settings, begin_writing)
         vs = [x.mT for x in a]
         lr, momentum = group["lr"] * (-1.0 if group["maximize"] else 1.0), group["momentum"]
-        inverse_scales = torch.tensor([1.0 / pair.scale for pair in pairs], dtype=torch.float64, device=us[0].device)
+        inverse_scales = on_device([1.0 / pair.scale for pair in pairs], us[0].device)
         steps = -lr * inverse_scales
         kept = torch.ones_like(steps) - group["lr"] * self._factor_decay(group)
         terms, coefficients = [(us, vs)], [kept]

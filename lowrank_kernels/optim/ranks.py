@@ -60,6 +60,13 @@ class Metric(Protocol):
     def solve(self, ys: list[Tensor]) -> list[Tensor]: ...
 
 
+def _layer_of_row(rows: list[int], device: torch.device) -> Tensor:
+    """Of layers with so many rows one below the other. For one layer nothing is copied to the device, which would wait for it."""
+    if len(rows) == 1:
+        return torch.zeros(rows[0], dtype=torch.int64, device=device)
+    return torch.repeat_interleave(torch.arange(len(rows), device=device), torch.tensor(rows, device=device), output_size=sum(rows))
+
+
 def composed_lorsum(
     targets: tuple[list[Tensor], list[Tensor]],
     terms: list[tuple[list[Tensor], list[Tensor]]],
@@ -86,14 +93,11 @@ def composed_lorsum(
         The new (us, vs), fp32 at least.
     """
     dtype = compute_dtype(targets[0][0].dtype)
-    count, device = len(targets[0]), targets[0][0].device
+    device = targets[0][0].device
     heights = [[len(x) for x in side] for side in targets]
     # The layers' rows one below the other, so that what is done by element is one call; and of which layer a row is.
     starts = [torch.cat(side).to(dtype) for side in targets]
-    layers = [
-        torch.repeat_interleave(torch.arange(count, device=device), torch.tensor(rows, device=device), output_size=sum(rows))
-        for rows in heights
-    ]
+    layers = [_layer_of_row(rows, device) for rows in heights]
     factors = gradient_coefficients.to(dtype)[:, None]
     current = [list(start.split(rows)) for start, rows in zip(starts, heights, strict=True)]
     for turn in range(2 * sweeps):
