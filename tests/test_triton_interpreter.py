@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 from lowrank_kernels.backends import force, launch_count, reference, select
@@ -159,6 +162,29 @@ def test_adamw_with_all_maps_and_drifts(device: torch.device, dtype: torch.dtype
         new, old = ((x.mT if dims[i] == 0 else x).double() for x in (new, old))
         error = (drift.double() - new.mT @ (new - old)).abs().max()
         assert error <= 16 * torch.finfo(drift.dtype).eps * new.norm() * (new - old).norm(), (i, error)
+
+
+def test_hyperparameters_on_the_cpu_are_read_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor lr on the CPU beside parameters on a GPU: reading it costs nothing, and no reason to take the reference."""
+    lr, step = torch.tensor(0.25), torch.tensor(3.0)
+    launched: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(adamw, "signature", lambda tensors: ())
+    monkeypatch.setattr(adamw, "addresses", lambda tensors: ())
+    monkeypatch.setattr(adamw, "table", lambda *args: _tables.Table(params[0], params[0], 1, ()))
+    monkeypatch.setattr(adamw, "on_device", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(adamw, "launch", lambda kernel, grid, *args, **options: launched.append((*args[4:14], options)))
+    with FakeTensorMode():
+        params = [torch.empty_strided((8,), (1,), device="cuda:0")]
+    arguments = (params, params, params, params, *[None] * 4, [], None, lr, 0.5, 0.75, 1e-8, 0.0, step, [], True, False)
+    assert adamw.verify(*arguments)[0]
+    adamw.grouped_adamw_(*arguments)
+    ((rate, *_, corrected1, corrected2, options),) = launched
+    assert (rate, corrected1, corrected2) == (0.25, 1 - 0.5**3, 1 - 0.75**3)
+    assert not options["LR_ON_DEVICE"] and not options["STEP_ON_DEVICE"]
+    with FakeTensorMode():
+        elsewhere = torch.empty_strided((), (), device="cuda:1")
+    ok, reason = adamw.verify(*arguments[:10], elsewhere, *arguments[11:])
+    assert not ok and "cuda:1" in reason
 
 
 def test_tables_follow_new_addresses_and_strides(device: torch.device) -> None:

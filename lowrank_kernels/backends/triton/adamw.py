@@ -415,12 +415,12 @@ def verify(
     maximize: bool,
     layout: object = None,
 ) -> Verdict:
-    """Refuses long strided tensors, strided tensors that are not matrices, ranks above 128, hyperparameters elsewhere."""
+    """Refuses long strided tensors, strided tensors that are not matrices, ranks above 128, hyperparameters on another GPU."""
     verdict = device_verdict(params)
     if not verdict[0]:
         return verdict
     for name, value in (("lr", lr), ("step", step)):
-        if isinstance(value, Tensor) and value.device != params[0].device:
+        if isinstance(value, Tensor) and value.device != params[0].device and value.device.type != "cpu":
             return False, f"{name} is a tensor on {value.device}, the parameters are on {params[0].device}: reading it would wait for it"
         if not _one_element(value):
             return False, f"{name} must have one element"
@@ -465,10 +465,11 @@ def grouped_adamw_(
 ) -> None:
     """One launch, in place, for the whole list (with ``drifts`` two, or three); see the reference for the formula.
 
-    ``lr`` and ``step`` may be one-element tensors on the device: then the kernel reads them there. No hyperparameter is
-    a compile-time constant, so schedules do not recompile.
+    ``lr`` and ``step`` may be one-element tensors on the device: then the kernel reads them there; on the CPU they are read here. No
+    hyperparameter is a compile-time constant, so schedules do not recompile.
     """
     first = params[0]
+    lr, step = (value.item() if isinstance(value, Tensor) and value.device != first.device else value for value in (lr, step))
     key = (signature(params), signature(grads), addresses(exp_avgs), addresses(exp_avg_sqs), tuple(missed))
     lr_pointer = lr if isinstance(lr, Tensor) else None
     step_pointer = step if isinstance(step, Tensor) else None
