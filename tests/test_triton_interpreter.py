@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -198,6 +201,28 @@ def test_tables_follow_new_addresses_and_strides(device: torch.device) -> None:
     for _ in range(_tables.CAPACITY + 10):
         adamw.grouped_adamw_([torch.zeros(4, device=device)], [torch.ones(4, device=device)], [], [], *tail)
     assert len(_tables._cache) <= _tables.CAPACITY
+
+
+def test_tables_are_made_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autograd's threads do, one for each GPU: what one finds another may just be putting out of the cache."""
+    monkeypatch.setattr(_tables, "CAPACITY", 1)
+
+    class Slow(OrderedDict):  # type: ignore[type-arg]
+        def get(self, key: object, default: object = None) -> Any:
+            found = super().get(key, default)
+            time.sleep(1e-4)  # the others' turn
+            return found
+
+    monkeypatch.setattr(_tables, "_cache", Slow())
+
+    def use(thread: int) -> None:
+        for turn in range(40):
+            number = (turn // 2 + thread) % 2
+            work = _tables.table("test", torch.device("cpu"), number, lambda number=number: _tables.Layout([[number] * 3], [2]))
+            assert work.tensors.tolist() == [number] * 3 and work.programs == 2
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
 
 
 # --- grouped_qr -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ during a capture is copied by the graph itself, from a pinned area reserved befo
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -43,6 +44,8 @@ class Layout(NamedTuple):
 
 
 _cache: OrderedDict[Hashable, Table] = OrderedDict()
+#: Backward passes run in threads of autograd's, one for each GPU, and may ask for tables there (OPLoRA's overlap).
+_lock = threading.RLock()
 _captured: list[Table] = []
 _capture_area: Tensor | None = None
 _capture_used = 0
@@ -99,21 +102,22 @@ def table(operation: str, device: torch.device, key: Hashable, make: Callable[[]
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     full_key = (operation, device, stream, key)
-    found = _cache.get(full_key)
-    if found is None:
-        layout = make()
-        words, programs = _assemble(layout)
-        data = _upload(words, device, capturing)
-        split = len(words) - 2 * programs
-        found = Table(data[:split], data[split:], programs, layout.facts)
-        if capturing:
+    with _lock:
+        found = _cache.get(full_key)
+        if found is None:
+            layout = make()
+            words, programs = _assemble(layout)
+            data = _upload(words, device, capturing)
+            split = len(words) - 2 * programs
+            found = Table(data[:split], data[split:], programs, layout.facts)
+            if capturing:
+                _captured.append(found)
+                return found
+            _cache[full_key] = found
+            if len(_cache) > CAPACITY:
+                _cache.popitem(last=False)
+        else:
+            _cache.move_to_end(full_key)
+        if capturing and not any(found is kept for kept in _captured):
             _captured.append(found)
-            return found
-        _cache[full_key] = found
-        if len(_cache) > CAPACITY:
-            _cache.popitem(last=False)
-    else:
-        _cache.move_to_end(full_key)
-    if capturing and not any(found is kept for kept in _captured):
-        _captured.append(found)
-    return found
+        return found
