@@ -72,6 +72,9 @@ bench forward 75 --suite forward --model-shapes "$BIG_SHAPES" --rank 16 --dtype 
 bench operations 75 --suite linalg,optimizer --model-shapes "$MODEL_SHAPES" --rank "$RANKS" --dtype "$DTYPES" \
   --seconds "$SECONDS_PER_CASE" --compile-seconds 0
 pytest=("$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider)
+# On a fresh machine the tests' time is the compiler's: hundreds of kernels, each on one core.
+processes=$(nproc)
+"$PYTHON" -c 'import xdist' 2>/dev/null && pytest+=(-n "$((processes < 8 ? processes : 8))" --dist worksteal)
 # shellcheck disable=SC2086
 part gpu_tests 65 "${pytest[@]}" $GPU_TESTS
 if [ "$TEST_SECONDS" != 0 ]; then

@@ -21,6 +21,14 @@ BACKENDS = [name for name in ("reference", "native", "triton") if name in implem
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
+@pytest.fixture(autouse=True)
+def where(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything is made on the GPU where there is one and the test is of Triton, which takes nothing else there."""
+    gpu = torch.cuda.is_available() and "triton" in request.node.name
+    with torch.device("cuda") if gpu else contextlib.nullcontext():
+        yield
+
+
 @contextlib.contextmanager
 def running(backend: str) -> Iterator[None]:
     """Force a backend, without gradients; skip where it says that it cannot take the call."""
