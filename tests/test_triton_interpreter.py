@@ -377,6 +377,13 @@ def test_gram(device: torch.device, dtype: torch.dtype, accumulator: torch.dtype
         assert torch.equal(out, out.mT)
 
 
+def test_gram_refuses_what_no_grid_holds(device: torch.device) -> None:
+    x = torch.zeros(1, 4096, device=device)
+    assert gram.verify([x[:, :4095]], None, x[:, :1, None].expand(1, 4095, 4095))[0]
+    ok, reason = gram.verify([x], None, x[:, :1, None].expand(1, 4096, 4096))
+    assert not ok and "4096 × 4096" in reason
+
+
 # --- grouped_solve --------------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +549,16 @@ def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens
             for out, theirs, truth in zip(*grads, strict=True):
                 assert out.shape == truth.shape
                 assert_accurate(out, theirs, truth, "backward")
+
+
+def test_entries_that_32_bits_cannot_reach_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of x that lie 2²⁹ entries apart: offsets within a row are 32-bit in the kernels."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(lora_linear, "launch", lambda kernel, grid, *args, **options: seen.append(args[1 if len(seen) == 1 else 0]))
+    far, factor = torch.empty_strided((4, 8), (1, 1 << 29), device="meta"), torch.empty_strided((8, 2), (2, 1), device="meta")
+    lora_linear._project(far, None, 1.0, factor, None, False)
+    lora_linear._token_sum(torch.empty_strided((4, 2), (2, 1), device="meta"), far, None, 1.0, factor.mT, 1, 8)
+    assert [x.stride() for x in seen] == [(8, 1), (8, 1)]
 
 
 @pytest.mark.parametrize("tokens, columns", [(1, 1), (70, 130), (33, 8), (3, 777), (0, 5), (4, 0)])

@@ -21,6 +21,8 @@ from .qr import COLUMNS, load_tile, thin_table, vector
 #: Elements of a result that one program of the summation adds up.
 SUM_BLOCK = 256
 _LARGEST_TILE = 64
+#: Of a launch, in its second dimension.
+_LARGEST_GRID = 65535
 
 
 @triton.jit(do_not_specialize=["x_rank", "y_rank"])
@@ -109,7 +111,12 @@ def launch_sum(tensors: Tensor, count: int, partials: Tensor, out: Tensor, *, sy
 
 
 def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: object = None) -> Verdict:
-    """Takes every rank; refuses other devices than a GPU."""
+    """Takes ranks to some thousands; refuses other devices than a GPU."""
+    if triton.cdiv(grams.shape[1] * grams.shape[2], SUM_BLOCK) > _LARGEST_GRID:
+        return (
+            False,
+            f"products of {grams.shape[1]} × {grams.shape[2]}: the sum of their chunks has a grid of at most {_LARGEST_GRID} blocks",
+        )
     return device_verdict(xs)
 
 

@@ -179,8 +179,9 @@ def add_splits_kernel(partials, out, splits, size, factor: tl.float64, BLOCK: tl
     """``out = factor · Σ_split partials[split]``, in order."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], partials.dtype.element_ty)
-    for split in range(splits):
-        total += tl.load(partials + split * size + offset, mask=offset < size, other=0.0)
+    for _ in range(splits):
+        total += tl.load(partials + offset, mask=offset < size, other=0.0)
+        partials += size  # the product with a split's number may exceed 32 bits
     tl.store(out + offset, (total * scalar(factor, partials.dtype.element_ty)).to(out.dtype.element_ty), mask=offset < size)
 
 
@@ -204,6 +205,11 @@ class _Kinds:
         self.options = {"COMPUTE": TL_DTYPE[compute_dtype(dtype)], "UPCAST": INTERPRET and not wide, "R": self.R, **chosen}
 
 
+def _addressable(x: Tensor) -> Tensor:
+    """``x`` (tokens, length), by contiguous rows where the offsets of a row's entries do not fit the kernels' 32 bits."""
+    return x if x.shape[1] * x.stride(1) < 1 << 31 else x.contiguous()
+
+
 def _project(
     x: Tensor, drop: Drop | None, factor: float, first: Tensor, second: Tensor | None, by_rank: bool, mix: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -211,6 +217,7 @@ def _project(
 
     With ``mix`` (r, r) instead of F₂: P₁ in the dtype of ``mix``, and ``P₁ · mix`` in that of x.
     """
+    x = _addressable(x)
     tokens, length = x.shape
     rank = first.shape[1]
     kinds = _Kinds("project", rank, x.dtype, x.device)
@@ -248,6 +255,7 @@ def _expand(y: Tensor, base: Tensor | None, drop: Drop | None, factor: float, fi
 
 def _token_sum(hidden: Tensor, x: Tensor, drop: Drop | None, factor: float, out: Tensor, out_d: int, out_k: int) -> Tensor:
     """``factor · Σ_t H[t, k] x̃[t, d]`` into ``out``, contiguous, whose strides for d and k are given."""
+    x = _addressable(x)
     tokens, length = x.shape
     rank = hidden.shape[1]
     kinds = _Kinds("token_sum", rank, x.dtype, x.device)
@@ -274,6 +282,7 @@ def _output_grads(
 
     In one read of ∂y where the partial sums, written and read in fp32 for every ``columns`` columns, are less than the read that it saves.
     """
+    grad = _addressable(grad)
     tokens, length = grad.shape
     rank = hidden.shape[1]
     kinds = _Kinds("output_grads", rank, grad.dtype, grad.device)
