@@ -78,7 +78,9 @@ def test_launches_reach_the_driver() -> None:
     """What only a GPU runs otherwise: arguments and options of a launch are bound by Triton, the interpreter asks for less."""
     cases = ("adamw:bf16 on device", "adamw:r16 fp32", "lora_linear:r16 bf16", "small:gram r16 bf16", "lorsum:r16 bf16", "qr:r16 fp32")
     script = Path(__file__).parent / "triton_launch.py"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    }
     done = subprocess.run([sys.executable, str(script), *cases], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     expected = set.union(*(GROUPS[group] for group in ("adamw", "lora_linear", "lorsum", "qr"))) - {"mask_kernel"}
