@@ -41,7 +41,7 @@ def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequenc
         if others is None:
             continue
         check_same_length("grouped_qr", xs=xs, **{name: others})
-        if others is xs or (name == "out" and others is previous) or (expected is not None and signature(others) == expected):
+        if expected is not None and signature(others) == expected:
             continue
         check_list("grouped_qr", name, others, like=xs[0] if xs else None)
         check_same_shapes("grouped_qr", name, others, "xs", xs)
@@ -89,7 +89,7 @@ def grouped_qr(
     layouts = _layouts(xs, previous, out)
     if layouts is None:
         _check(xs, previous, out)
-    eager = bool(xs) and records_nothing(xs, previous, out) and (is_eager() if layouts else are_plain_eager(xs, previous, out))
+    eager = len(xs) > 0 and records_nothing(xs, previous, out) and (is_eager() if layouts else are_plain_eager(xs, previous, out))
     known = (layouts,) if eager else ()
     listed: Any = for_eager if eager else list
     xs, previous = listed(xs), None if previous is None else listed(previous)
