@@ -1,0 +1,231 @@
+"""The capture of full gradients under everything that training loops do to a backward pass."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from _models import batch, loss_of
+from _oplora import LR, Shared, assert_alike, deltas, every_gradient, every_kind, every_road, make, make_model, naive_gradients
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.naive.oplora import OPLoRALayer
+from lowrank_kernels import pairs
+from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, random_matrix, reconstruct
+
+
+@every_road
+@every_kind
+def test_micro_batches_add_up_exactly(kind: dict, road: str) -> None:
+    whole, parts = Shared(road), Shared(road)
+    optimizers = [make(model, sketch_width=3, **kind) for model in (whole, parts)]
+    for step in range(6):
+        x, y = batch(step, rows=32)
+        (whole(x) - y).square().mean().backward()
+        for part in range(4):
+            rows = slice(8 * part, 8 * part + 8)
+            ((parts(x[rows]) - y[rows]).square().mean() / 4).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_without_gradient_miss_the_step_and_shared_ones_count_twice() -> None:
+    model = Shared()
+    optimizer = make(model, proximal=0.0)
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch(0)
+    (model(x) - y).square().mean().backward()
+    recorders = dict(zip((p.name for p in optimizer._pairs), optimizer._recorders, strict=True))
+    assert sorted(len(r.gradient.pieces) for r in recorders.values()) == [0, 0, 1, 1, 2]
+    (found,) = optimizer._captured_gradients()
+    torch.testing.assert_close(found.coefficients, torch.ones(3, dtype=torch.float64))
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        moved = not torch.equal(value, before[name])
+        assert moved == ("lora_" in name and not name.startswith(("unused", "dangling"))), name
+
+
+@every_road
+@every_gradient
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_what_is_captured_is_the_gradient_of_the_adapters(gradient: str, road: str, dropout: float) -> None:
+    """``∂A = s BᵀG`` and ``∂B = s G Aᵀ`` behind dropout, at any scale of the loss."""
+    model = Shared(road, dropout).train()
+    optimizer = make(model, gradient=gradient, sketch_width=100)
+    x, y = batch(0)
+    ((model(x) - y).square().mean() * 1024).backward()
+    for pair in pairs(model):
+        if pair.A.grad is not None:
+            pair.A.grad /= 1024
+            pair.B.grad /= 1024
+    (found,) = optimizer._captured_gradients()
+    ga, gtb = found.times([p.A.detach().T for p in map(_pair_of(model), found.pairs)]), found.times([b for _, b in found.factors], True)
+    for index, (a, b) in enumerate(zip(ga, gtb, strict=True)):
+        pair = _pair_of(model)(found.pairs[index])
+        c = found.coefficients[index] * pair.scale
+        torch.testing.assert_close(c * a, pair.B.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(c * b.T, pair.A.grad, rtol=1e-9, atol=1e-12)
+
+
+def _pair_of(model: nn.Module):
+    by_name = {pair.name: pair for pair in pairs(model)}
+    return lambda pair: by_name[pair.name]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@every_kind
+def test_checkpointing_over_hooks_changes_nothing(kind: dict, reentrant: bool) -> None:
+    plain, recomputed = make_model("peft"), make_model("peft")
+    optimizers = [make(model, sketch_width=4, **kind) for model in (plain, recomputed)]
+    for step in range(4):
+        loss_of(plain, step).backward()
+        x, y = batch(step)
+        (checkpoint(recomputed, x.requires_grad_(), use_reentrant=reentrant) - y).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), recomputed.parameters(), strict=True))
+
+
+@every_road
+@every_kind
+def test_grad_scaler_changes_nothing_and_skips_overflows(kind: dict, road: str) -> None:
+    plain, scaled = make_model(road, dtype=torch.float32), make_model(road, dtype=torch.float32)
+    optimizers = [make(model, sketch_width=4, **kind) for model in (plain, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+    for step in range(12):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        if step == 5:  # an overflow: this step must not be taken, nor leave anything behind
+            before = deltas(scaled)
+            (scaler.scale(loss_of(scaled, step, torch.float32)) * float("inf")).backward()
+            scaler.step(optimizers[1])
+            scaler.update()
+            assert all(torch.equal(p, q) for p, q in zip(before, deltas(scaled), strict=True))
+            scaled.zero_grad()  # Trainers call the model's
+        loss_of(plain, step, torch.float32).backward()
+        scaler.scale(loss_of(scaled, step, torch.float32)).backward()
+        optimizers[0].step()
+        scaler.step(optimizers[1])
+        scaler.update()
+    assert_alike(scaled, plain, 2e-4)
+
+
+@every_gradient
+@pytest.mark.parametrize("kind", ["factors", "full"])
+def test_clipping_scales_the_full_gradient(gradient: str, kind: str) -> None:
+    """A clipped step is the step at a smaller learning rate (without momentum; each step from the same start)."""
+    model, twin = make_model("ours"), make_model("ours")
+    options = {"momentum": 0.0, "gradient": gradient, "sketch_width": 100}
+    clipped = make(model, **options)
+    loss_of(model, 0).backward()
+    if kind == "factors":
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+    else:
+        norm = clipped.clip_full_grad_norm_(1e-2, probes=200)
+        layers = [OPLoRALayer(pair.A.detach(), pair.B.detach(), pair.scale, lr=1.0) for pair in pairs(model)]
+        exact = sum(float((s.T @ x).square().sum()) for s, x in naive_gradients(model, layers, 0)) ** 0.5
+        assert abs(float(norm) / exact - 1) < (1e-12 if gradient == "dense" else 0.2)
+    assert norm > 2e-2, "the test must clip"
+    clipped.step()
+    shorter = make(twin, **{**options, "lr": LR * 1e-2 / (float(norm) + 1e-6)})
+    loss_of(twin, 0).backward()
+    shorter.step()
+    for delta, expected in zip(deltas(model), deltas(twin), strict=True):
+        torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_layers_of_one_width_share_their_random_matrices(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ω and Ψ are made once a step, whatever the number of layers, micro-batches and backward passes that were dropped."""
+    made: list[tuple[int, ...]] = []
+
+    def counted(like: Tensor, *numbers: int) -> Tensor:
+        made.append(numbers)
+        return random_matrix(like, *numbers)
+
+    model = make_model("ours", shapes=[(12, 12)] * 6)
+    optimizer = make(model, gradient="sketch", sketch_width=3, overlap=overlap)
+    monkeypatch.setattr("lowrank_kernels.optim.full_gradient.random_matrix", counted)
+    x = batch(0)[0]
+    for step in range(4):
+        optimizer.zero_grad()
+        made.clear()
+        for part in range(1 if overlap else 3):
+            model(x).square().mean().backward()
+            if part == 0 and step == 2:
+                model.zero_grad()
+                copy.deepcopy(model), pickle.dumps(optimizer)
+                model(x).square().mean().backward()
+        optimizer.step()
+        assert [numbers[1:4] for numbers in made] == [(12, 3, step), (12, 7, step)]
+        assert not optimizer._probes[0]._made, "they are kept for one step"
+
+
+def test_sketch_is_exact_up_to_its_width_then_within_its_bound() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, s = (torch.randn(200, width, generator=generator, dtype=torch.float64) for width in (60, 80))
+    u, sigma, v = torch.linalg.svd(s.T @ x, full_matrices=False)
+    sigma = 2.0 ** -(torch.arange(60, dtype=torch.float64) / 4)
+    s, x = (u * sigma).T, v  # tokens = the singular directions
+
+    def error(width: int) -> float:
+        errors = []
+        for seed in range(8):
+            sketch = Sketch(width, Probes(seed))
+            for rows in (slice(0, 30), slice(30, 60)):
+                sketch.add(x[rows], s[rows])
+            (left,), (right,) = reconstruct([sketch])
+            errors.append(float((left @ right.T - s.T @ x).norm() ** 2))
+        return sum(errors) / len(errors)
+
+    assert error(60) < 1e-20
+    found = []
+    for width in (8, 16, 32):
+        bounds = [2 * (1 + rho / (width - rho - 1)) * float(sigma[rho:].square().sum()) for rho in range(width - 1)]
+        found.append(error(width))
+        assert found[-1] <= 1.5 * min(bounds)  # the bound is for the expectation
+    assert found[0] > 4 * found[1] > 16 * found[2]
+
+
+@every_road
+def test_nothing_is_kept_and_hooks_go_with_the_optimizer(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(road)
+    optimizer = make(model)
+    seen: list[weakref.ref] = []
+    add = Factors.add
+    monkeypatch.setattr(Factors, "add", lambda self, x, s: (seen.append(weakref.ref(s)), add(self, x, s))[1])
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        if step == 0:
+            optimizer.step()
+            assert all(recorder.gradient.empty for recorder in optimizer._recorders)
+    optimizer.zero_grad()
+    gc.collect()
+    assert len(seen) == 6 and all(reference() is None for reference in seen)
+    loss_of(model, 3)  # a forward pass alone leaves nothing
+    assert all(recorder.gradient.empty for recorder in optimizer._recorders)
+
+    recorders = optimizer._recorders
+    reference = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert reference() is None and not any(recorder.active for recorder in recorders)
+    assert all(getattr(layer, "capture", None) is None for layer in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+    optimizer = make(model)
+    optimizer.close()
+    loss_of(model, 0).backward()
+    assert all(recorder.gradient.empty for recorder in optimizer._recorders)
+    with pytest.raises(RuntimeError, match="no backward pass was seen"):
+        optimizer.step()
