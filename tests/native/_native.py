@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-native = pytest.importorskip("lowrank_kernels.backends.native", reason="the native extension is not built")
+native = pytest.importorskip("lowrank_kernels.backends.native", reason="the native extension is not built", exc_type=ImportError)
 _csrc = native._csrc
 
 RANKS = (1, 4, 8, 16, 33, 64, 128)
