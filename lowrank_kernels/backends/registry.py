@@ -212,11 +212,14 @@ def run(operation: str, device_type: str, *args: Any) -> Any:
     return call(select(operation, device_type, args).implementation, device_type, args)
 
 
-def run_in_place(begin_writing: Callable[[], object] | None, operation: str, device_type: str, *args: Any) -> Any:
+def do_nothing() -> None:
+    """The ``begin_writing`` of callers who need not know."""
+
+
+def run_in_place(begin_writing: Callable[[], object], operation: str, device_type: str, *args: Any) -> Any:
     """:func:`run` of a call that writes into its arguments: ``begin_writing`` is called once the call is taken."""
     implementation = select(operation, device_type, args).implementation
-    if begin_writing is not None:
-        begin_writing()
+    begin_writing()
     return call(implementation, device_type, args)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends.lists import compute_dtype
-from ..backends.registry import run_in_place
+from ..backends.registry import do_nothing, run_in_place
 from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, check_stack_of, define, is_eager
 
 _NAME = "grouped_adamw_"
@@ -112,7 +112,7 @@ def adamw_as_gathered_(
     direction_maps: Tensor | None = None,
     rank_dims: Sequence[int] = (),
     drifts: Tensor | None = None,
-    begin_writing: Callable[[], object] | None = None,
+    begin_writing: Callable[[], object] = do_nothing,
 ) -> None:
     """:func:`grouped_adamw_` as our optimizers call it, once for all tensors of a kind, in every step.
 
@@ -148,8 +148,7 @@ def adamw_as_gathered_(
     if is_eager() if layout is not None else are_plain_eager(params, grads):
         _grouped_adamw_(*(*arguments, layout, begin_writing))
     else:
-        if begin_writing is not None:
-            begin_writing()
+        begin_writing()
         torch.ops.lowrank_kernels.grouped_adamw_(*arguments)
 
 
@@ -266,7 +265,7 @@ def _grouped_adamw_(
     bias_correction: bool,
     maximize: bool,
     layout: object = None,
-    begin_writing: Callable[[], object] | None = None,
+    begin_writing: Callable[[], object] = do_nothing,
 ) -> None:
     run_in_place(
         begin_writing,

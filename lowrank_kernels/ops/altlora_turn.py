@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.lists import StepNumbers, matrix_layout
-from ..backends.registry import Implementation, call, whole
+from ..backends.registry import Implementation, call, do_nothing, whole
 from ._library import for_eager, is_eager
 from .adamw import adamw_as_gathered_
 from .gram import grouped_gram
@@ -86,7 +86,7 @@ def altlora_turn_as_gathered_(
     own_damping: float,
     weight: float,
     rank_dims: list[int],
-    begin_writing: Callable[[], object] | None = None,
+    begin_writing: Callable[[], object] = do_nothing,
     **step: Unpack[StepNumbers],
 ) -> None:
     """:func:`grouped_altlora_turn_` with ``layout`` and ``begin_writing`` as :func:`~.adamw.adamw_as_gathered_` takes them.
@@ -101,8 +101,7 @@ def altlora_turn_as_gathered_(
         if taken is not None:
             implementation, first = taken
             arguments = (*first, grads, exp_avgs, exp_avg_sqs, layout, damping, own_damping, weight, step)
-            if begin_writing is not None:
-                begin_writing()
+            begin_writing()
             call(implementation, params[0].device.type, arguments)
             torch.autograd.graph.increment_version(params)
             return

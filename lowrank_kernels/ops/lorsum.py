@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.lists import compute_dtype
-from ..backends.registry import run, run_in_place
+from ..backends.registry import do_nothing, run, run_in_place
 from ._library import check_list, check_same_length, define, is_plain_eager, no_backward, records_nothing
 
 NAME = "grouped_lorsum"
@@ -112,7 +112,7 @@ def grouped_lorsum(
     first: str = "u",
     *,
     out: Factors | None = None,
-    begin_writing: Callable[[], object] | None = None,
+    begin_writing: Callable[[], object] = do_nothing,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """LoRSum (OPLoRA, Listing 1): ``U_i V_iᵀ ≈ Σ_j c_ji P_ji Q_jiᵀ`` for all layers of a list, the sum itself never formed.
 
@@ -190,8 +190,7 @@ def grouped_lorsum(
     elif out is None:
         return torch.ops.lowrank_kernels.grouped_lorsum(*arguments[:-2])
     else:
-        if begin_writing is not None:
-            begin_writing()
+        begin_writing()
         torch.ops.lowrank_kernels.grouped_lorsum_out(*arguments)
     if out is not None:
         torch.autograd.graph.increment_version([*out_us, *out_vs])

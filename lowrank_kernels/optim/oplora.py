@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.lists import compute_dtype
+from ..backends.registry import do_nothing
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
 from ..pairs import owners
 from .arguments import AdamWOptions, ParamsT, pythons_number
@@ -534,7 +535,7 @@ class OPLoRA(LowRankOptimizer):
         (update,) = self._updates([pair])
 
         def change(copies: Tensors) -> None:
-            self._step_pairs(gradients, [update + 1], _copies_only, *copies)
+            self._step_pairs(gradients, [update + 1], do_nothing, *copies)
 
         self._early[number] = start(change, self._tensors([pair]), self._made_from(pair), gradients.tensors())
 
@@ -633,10 +634,6 @@ class OPLoRA(LowRankOptimizer):
             if group["metric"]:
                 values = us[0].new_empty(len(us), us[0].shape[1])
                 yield "grouped_svd_product", us[0].device.type, (us, us, us, values, us)
-
-
-def _copies_only() -> None:
-    """What work on copies says where a step would say that it begins to write."""
 
 
 def _close(recorders: list[Recorder], handles: list[Any]) -> None:
