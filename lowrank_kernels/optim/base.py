@@ -11,6 +11,7 @@ import operator
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Never
 
 import torch
@@ -193,10 +194,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Refuse hyperparameters out of range; a method adds its own."""
         check_hyperparameters(type(self).__name__, group)
 
+    @cached_property
+    def _hyperparameters(self) -> tuple[str, ...]:
+        """What of a group may be edited, but never to what :meth:`_check_hyperparameters` refuses."""
+        return (*(key for key in self.defaults if key not in self.counts), "factor_weight_decay")
+
     def _check_edits(self) -> None:
         """:meth:`_check_hyperparameters` of the groups, if one was edited (a schedule edits lr) since that was last done."""
-        keys = [*(key for key in self.defaults if key not in self.counts), "factor_weight_decay"]
-        values = [group.get(key) for group in self.param_groups for key in keys]
+        values = [group.get(key) for group in self.param_groups for key in self._hyperparameters]
         if len(values) != len(self._checked) or not all(map(operator.is_, values, self._checked)):
             for group in self.param_groups:
                 self._check_hyperparameters(group)
