@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lowrank_kernels.backends.lists import FLOATING
 
 from . import ceilings, compare, kernels, plot, readme, results
 from .harness import Budget, device_name, run_case
-from .shapes import CHOICES, MODELS, layers
+from .shapes import CHOICES, MODELS, TINY, layers
 from .suites import OPERATIONS, SUITES, WITHOUT_MODEL, Setting
 from .suites.scaling import host_time_per_layer
 from .table import render, render_slopes
@@ -104,6 +104,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def providers_of(args: argparse.Namespace) -> Iterator[str]:
+    """Who will be measured, read off the same cases on tiny inputs: which there are is each case's."""
+    for suite, choice, dtype in product(args.suite, args.layers, args.dtype):
+        tiny = Setting(TINY, choice, 1, getattr(torch, dtype), torch.device(args.device), 1, args.compile_seconds)
+        for case in SUITES[suite](tiny):
+            if not args.op or case.op in args.op:
+                yield from case.providers
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -111,6 +120,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.op or ():
         if name not in known:
             parser.error(f"argument --op: {name!r} is none of {', '.join(known)}")
+    offered = dict.fromkeys(providers_of(args)) if args.provider else {}
+    for name in args.provider or ():
+        if offered and not any(provider.startswith(name) for provider in offered):
+            parser.error(f"argument --provider: {name!r} is none of {', '.join(offered)}")
     if not WITHOUT_MODEL.issuperset(args.suite):
         for model, choice in product(args.model_shapes, args.layers):
             most = min(min(shape) for shape in layers(model, choice))
@@ -130,7 +143,6 @@ def main(argv: list[str] | None = None) -> list[results.Row]:
     device = torch.device(args.device)
     console = Console(width=None if Console().is_terminal else 140)
     rows: list[results.Row] = []
-    providers: dict[str, None] = {}
     for threads, dtype_name in product(args.threads, args.dtype):
         if threads:
             torch.set_num_threads(threads)
@@ -149,13 +161,9 @@ def main(argv: list[str] | None = None) -> list[results.Row]:
             for case in SUITES[suite](setting):
                 if args.op and case.op not in args.op:
                     continue
-                providers |= dict.fromkeys(case.providers)
                 new = run_case(case, limits, Budget(seconds=args.seconds), args.provider)
                 results.upsert(args.out, new)
                 rows += new
-    for name in args.provider or ():
-        if providers and not any(provider.startswith(name) for provider in providers):
-            make_parser().error(f"argument --provider: {name!r} is none of {', '.join(providers)}")
     console.print(render(rows))
     slopes = host_time_per_layer(results.as_text(row) for row in rows)
     if slopes:

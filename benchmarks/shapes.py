@@ -41,6 +41,9 @@ MODELS = {
 #: Layers so small that a step on them costs little but host time.
 SMALL = {count: f"small-{count}" for count in (6, 60, 200, 600)}
 MODELS |= {name: Model(count, {"linear": (32, 32)}) for count, name in SMALL.items()}
+#: One block that costs next to nothing, to ask a suite what it has.
+TINY = "tiny"
+MODELS[TINY] = _bert(1, 64, 128)
 
 #: Which layers are adapted.
 CHOICES: dict[str, tuple[str, ...] | None] = {"all": None, "qv": ("q", "v")}

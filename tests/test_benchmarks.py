@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import lowrank_kernels as lrk
-from benchmarks import ceilings, compare, plot, readme
-from benchmarks.__main__ import main as benchmark
+from benchmarks import compare, plot, readme
 from benchmarks.__main__ import parse_arguments
 from benchmarks.ceilings import Ceilings
 from benchmarks.compiled import compiled
@@ -423,6 +422,11 @@ def test_plots_are_drawn_from_the_file(tmp_path):
         (["--dtype", "int8"], "argument --dtype: 'int8' is none of float64"),
         (["--op", "grouped_qr,foo"], "argument --op: 'foo' is none of lora_linear_forward, .*training_step"),
         (["--suite", "init", "--op", "grouped_qr"], "argument --op: 'grouped_qr' is none of reparametrize, lora_sb_init"),
+        (
+            ["--suite", "memory,linalg", "--provider", "ours,foo"],
+            "argument --provider: 'foo' is none of naive, torch-foreach, .*torch-batched",
+        ),
+        (["--suite", "linalg", "--op", "grouped_qr", "--provider", "torch-fused"], "'torch-fused' is none of naive, torch-batched, ours-"),
         (["--device", "foo"], "argument --device: 'foo' is no device"),
         (["--device", "cuda:99"], "argument --device: torch sees no 'cuda:99'"),
         (["--out", "{tmp}/file/results.csv"], "argument --out: cannot write"),
@@ -437,16 +441,6 @@ def test_a_wrong_argument_is_named(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         plot.main(options) if command == "plot" else parse_arguments([command, *options])
     assert caught.value.code == 2 and re.search(message, capsys.readouterr().err)
-
-
-def test_a_provider_that_nobody_offers_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(
-        SUITES, "scaling", lambda setting: iter([make_case(naive=lambda: Trial(run=lambda: None, check=lambda: (0.0, 1.0)))])
-    )
-    monkeypatch.setattr(ceilings, "measure", lambda *_: CEILINGS)
-    with pytest.raises(SystemExit) as caught:
-        benchmark(["--suite", "scaling", "--device", "cpu", "--out", str(tmp_path / "out.csv"), "--provider", "foo"])
-    assert caught.value.code == 2 and "argument --provider: 'foo' is none of naive" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((readme.ROOT / "benchmarks" / "results").glob("*pu.csv")), ids=lambda path: path.name)
