@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 
+import peft
 import pytest
 import torch
 from _models import batch, loss_of
@@ -229,3 +230,20 @@ def test_nothing_is_kept_and_hooks_go_with_the_optimizer(road: str, monkeypatch:
     assert all(recorder.gradient.empty for recorder in optimizer._recorders)
     with pytest.raises(RuntimeError, match="no backward pass was seen"):
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*(peft_config|no pair of matrices)")
+@pytest.mark.parametrize(("how", "named"), [("velora", r"1\.default, 3\.default, 2 of the 3"), ("tied", r"1\.default, 1 of the 2")])
+def test_layers_that_are_never_seen_are_named(how: str, named: str) -> None:
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(6)))
+    velora = {"velora_config": peft.VeloraConfig()} if how == "velora" else {}
+    for targets, options in ((["1", "3"], velora), (["5"], {})):
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets, **options), model)
+    if how == "tied":
+        model[3].lora_A.default.weight = model[1].lora_A.default.weight
+    optimizer = make(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(5, 12)).square().sum().backward()
+    with pytest.raises(RuntimeError, match=rf"no backward pass was seen .* of {named} layers with a gradient.*tied.*VeLoRA"):
+        optimizer.step()
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))

@@ -321,7 +321,8 @@ class Gradients:
                 raise RuntimeError(
                     f"{method}: the .grad of {pair.name} is not the gradient that was captured ({share:.0%} of it is something else); "
                     "nothing was changed. Scaling and clipping by norms are followed, element by element changes are not; gradients must "
-                    "be cleared by zero_grad(), and under data parallelism averaged over process_group before step()"
+                    "be cleared by zero_grad(), and under data parallelism averaged over process_group before step(); factors must not be "
+                    "tied to another layer's"
                 )
         self.coefficients = torch.tensor(
             [ratio / m for ratio, m in zip(ratios, self.multipliers, strict=True)], dtype=torch.float64, device=self.factors[0][0].device

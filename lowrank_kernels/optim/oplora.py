@@ -28,6 +28,12 @@ MOMENTUM_MODES = ("lowrank", "projected", "naive")
 METRICS = (None, "kfac")
 #: With overlap=True: how far from 1 the factor may be that was measured between the captured gradient and ``.grad``, by rounding.
 UNSCALED = 1e-2
+#: Why there may be a gradient whose backward pass was not seen.
+UNSEEN = (
+    "Probable causes: a second step() on one gradient; an optimizer made after the forward pass, or after torch.compile compiled layers of "
+    "that class, in another model too (torch._dynamo.reset() makes it compile anew); factors tied to another layer's; layers that read the "
+    "weights of their factors in place of calling them (PEFT's VeLoRA). The last two need another optimizer"
+)
 
 
 class OPLoRA(LowRankOptimizer):
@@ -359,7 +365,7 @@ class OPLoRA(LowRankOptimizer):
 
     def _captured_gradients(self) -> list[Gradients]:
         """G of all layers that have one, in lists of what one call takes, and checked."""
-        active, ranks = [], ranks_of(self._process_group)
+        active, unseen, ranks = [], [], ranks_of(self._process_group)
         for pair, recorder in zip(self._pairs, self._recorders, strict=True):
             grads = self._at(pair.a).grad, self._at(pair.b).grad
             if grads[0] is None and grads[1] is None:
@@ -369,14 +375,14 @@ class OPLoRA(LowRankOptimizer):
                     f"{type(self).__name__}: only one factor of {pair.name} has a gradient; a step moves both, so train both or freeze both"
                 )
             elif recorder.gradient.empty and ranks is None and (grads[0].any() or grads[1].any()):
-                raise RuntimeError(
-                    f"{type(self).__name__}: {pair.name} has a gradient, but no backward pass was seen since the last step() or "
-                    "zero_grad(). A gradient serves one step; the optimizer must be made before the forward pass, and before torch.compile "
-                    "compiles layers of that class, in another model too (torch._dynamo.reset() makes it compile anew); and the layer "
-                    "must be called (code that reads its weight instead goes unseen)"
-                )
+                unseen.append(pair.name)
             else:
                 active.append(pair)
+        if unseen:
+            raise RuntimeError(
+                f"{type(self).__name__}: no backward pass was seen since the last step() or zero_grad() of {', '.join(unseen[:4])}"
+                f"{', …' if len(unseen) > 4 else ''}, {len(unseen)} of the {len(unseen) + len(active)} layers with a gradient. {UNSEEN}"
+            )
         recorders = dict(zip(map(id, self._pairs), self._recorders, strict=True))
         found = []
         for alike in self._alike(active):

@@ -310,7 +310,7 @@ def compiled_peft(cell: Cell) -> None:
         model.zero_grad()
         optimizer, before = cell.optimizer(model), values(model)
         loss_of(compiled, 0).backward()
-        with pytest.raises(RuntimeError, match="has a gradient, but no backward pass was seen"):
+        with pytest.raises(RuntimeError, match="no backward pass was seen"):
             optimizer.step()
         assert_same(before, model)
 
