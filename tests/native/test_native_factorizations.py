@@ -160,6 +160,22 @@ def test_qr_does_not_depend_on_threads(rank: int, threads: None) -> None:
         check_qr(group, qs, rs, previous)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_qr_past_the_caches_is_what_it_is_in_them(rank: int, layout: str, offset: int, instruction_set: str) -> None:
+    """Some 34 MB in one call, and one matrix after the other; ``offset`` elements past a vector's boundary nothing can be streamed."""
+    xs = [matrix(d, rank, torch.float32, layout) for d in ((1 << 21) // rank, 37, (1 << 21) // rank + 5, 4099)]
+    previous = [torch.randn_like(x) for x in xs]
+    memory = [torch.full((x.numel() + offset,), torch.nan)[offset:] for x in xs]
+    out = [m.view(x.mT.shape).mT if layout == "transposed" else m.view(x.shape) for m, x in zip(memory, xs, strict=True)]
+    qs, rs = ops.grouped_qr(xs, previous, out=out)
+    check_qr(xs, qs, rs, previous)
+    for x, q, r, p in zip(xs, qs, rs, previous, strict=True):
+        (alone,), alone_r = ops.grouped_qr([x], [p])
+        assert torch.equal(q, alone) and torch.equal(r, alone_r[0])
+
+
 # --- grouped_svd_product ----------------------------------------------------------------------------------------------
 
 
