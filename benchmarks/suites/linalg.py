@@ -42,7 +42,7 @@ class Bases:
 
 
 def make_bases(setting: Setting) -> Bases:
-    """Gaussian factors, and previous Qs that are their own with random signs."""
+    """Gaussian factors, and previous Qs that are their own with random signs; Qs lie in memory as their factors do, as in SDS-LoRA."""
     generator = setting.generator()
     rank, dtype, device = setting.rank, setting.dtype, setting.device
 
@@ -51,8 +51,8 @@ def make_bases(setting: Setting) -> Bases:
 
     xs = [x for d_out, d_in in setting.layers for x in (draw(rank, d_in).mT, draw(d_out, rank))]
     signs = [torch.randint(0, 2, (rank,), generator=generator, device=device) * 2 - 1 for _ in xs]
-    previous = [(torch.linalg.qr(x.float())[0] * sign).to(dtype) for x, sign in zip(xs, signs, strict=True)]
-    return Bases(xs, previous, [torch.full_like(x, math.nan, memory_format=torch.contiguous_format) for x in xs])
+    previous = [torch.empty_like(x).copy_(torch.linalg.qr(x.float())[0] * sign) for x, sign in zip(xs, signs, strict=True)]
+    return Bases(xs, previous, [torch.full_like(x, math.nan) for x in xs])
 
 
 def qr_error(x: Tensor, previous: Tensor, q: Tensor) -> float:
