@@ -462,12 +462,12 @@ def test_readme_shows_what_the_results_say(tmp_path):
 
 def test_torch_compile_stops_at_its_limit():
     def slow(_: object) -> None:
-        time.sleep(5)
+        time.sleep(60)
 
     started = time.perf_counter()
     with pytest.raises(BackendError, match=r"took more than 0\.2 s"):
         compiled(torch.sin, 0.2, slow)
-    assert time.perf_counter() - started < 3
+    assert time.perf_counter() - started < 30  # torch imports its compiler first
 
     def broken(_: object) -> None:
         raise RuntimeError("no compiler\nand more")
