@@ -716,11 +716,22 @@ def test_explain_names_a_backend_and_a_reason_for_every_operation(build, capsys)
 #: What steps call now and then only: refreshes, the inverses of constant factors.
 OCCASIONAL = {"SDSLoRA": {"grouped_qr", "grouped_svd_product"}, "ODLoRA": {"grouped_qr", "grouped_svd_product"}, "LoRASB": {"grouped_gram"}}
 EXPLAINED = {
-    **{name: build for name, build in OPTIMIZERS.items() if not name.startswith("OPLoRA")},
+    **OPTIMIZERS,
     "ODLoRA": lambda params, **k: lk.ODLoRA(params, lr=1e-2, total_steps=400, **k),
     "LoRAPro-no-sylvester": lambda params, **k: lk.LoRAPro(params, lr=1e-2, sylvester=False, **k),
     "LoRASB": lambda params, **k: lk.LoRASB(params, lr=1e-2, **k),
     "ScaledAdamW-lora-plus": lambda params, **k: lk.ScaledAdamW(params, lr=1e-2, lr_ratio=4.0, **k),
+    **{
+        f"OPLoRA-{'-'.join(map(str, options.values()))}": lambda params, options=options, **k: lk.OPLoRA(params, lr=1e-2, **options, **k)
+        for options in (
+            {"momentum_mode": "naive"},
+            {"momentum": 0.0},
+            {"gradient": "sketch", "sketch_width": 140, "momentum_mode": "projected"},
+            {"metric": "kfac"},
+            {"metric": "kfac", "metric_rank": 4, "momentum_rank": 4},
+            {"metric": "kfac", "momentum": 0.0, "momentum_rank": 140},
+        )
+    },
 }
 
 
@@ -728,7 +739,8 @@ EXPLAINED = {
 @pytest.mark.parametrize("rank", [8, 130])
 @pytest.mark.parametrize("name", EXPLAINED)
 def test_explain_says_what_a_step_then_calls(name: str, rank: int, trained: str) -> None:
-    if trained == "B" and name in ("LoRASB", "AltLoRAPlus-A-freeze"):  # no B there; freeze_idle says itself what is trained
+    # There is no B; freeze_idle says itself what is trained; OPLoRA moves both or none.
+    if trained == "B" and (name in ("LoRASB", "AltLoRAPlus-A-freeze") or name.startswith("OPLoRA")):
         return
     torch.manual_seed(0)
     method = "xs" if name == "LoRASB" else "sds" if name in ("SDSLoRA", "ODLoRA") else "lora"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any, Unpack
 
 import torch
@@ -18,6 +19,7 @@ from .arguments import AdamWOptions, ParamsT, pythons_number
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, watch
 from .early import EarlyWork, Tensors, start
+from .examples import thin_call
 from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, on_device, random_matrix, widened
 from .kfac import Kronecker, track
 from .pairing import FactorPair, Position
@@ -631,15 +633,28 @@ class OPLoRA(LowRankOptimizer):
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
         for alike in self._alike(self._pairs):
-            group = self._group(alike[0])
-            us, vs = [self._matrix(pair.b) for pair in alike], [self._matrix(pair.a).mT for pair in alike]
-            lefts, rights = [u.new_empty(len(u), 1) for u in us], [v.new_empty(len(v), 1) for v in vs]
-            coefficients = torch.ones(2, len(us), dtype=torch.float64, device=us[0].device)
-            sweeps = (group["sweeps"], float(group["proximal"]), True)
-            yield "grouped_lorsum", us[0].device.type, (us, vs, [*us, *lefts], [*vs, *rights], [], coefficients, *sweeps, us, vs)
-            if group["metric"]:
-                values = us[0].new_empty(len(us), us[0].shape[1])
-                yield "grouped_svd_product", us[0].device.type, (us, us, us, values, us)
+            for operation, columns in sorted(self._operations(alike)):
+                yield thin_call(operation, [self._matrix(pair.b) for pair in alike], columns)
+
+    def _operations(self, pairs: list[FactorPair]) -> set[tuple[str, int]]:
+        """What a step of layers of one rank and groups calls, and of how many columns the thin matrices there are."""
+        group, rank = self._group(pairs[0]), self._rank(pairs[0])
+        widths: defaultdict[str, set[int]] = defaultdict(set)
+        for pair in pairs:
+            for _, name, shape in self._state_shapes(pair, group):
+                widths[name].add(shape[-1])
+        composed = {"grouped_gram", "grouped_lorsum_product", "grouped_solve"}
+        local = ranks_of(self._process_group) is None or group["gradient"] == "sketch"
+        lorsum = {"grouped_lorsum"} if local else composed
+        found = {("grouped_gram", rank), ("grouped_lorsum_product", rank)}  # c is measured
+        found |= {*product(composed if group["metric"] else lorsum, {rank})}
+        if group["gradient"] == "sketch":
+            sketched = {min(group["sketch_width"], len(self._at(pair.b)), self._matrix(pair.a).shape[1]) for pair in pairs}
+            found |= {*product({"grouped_qr", "grouped_lorsum_product"}, sketched)}
+        if group["momentum"]:
+            lowrank = group["momentum_mode"] == "lowrank"
+            found |= {*(product(lorsum, widths["momentum_u"]) if lowrank else product(composed, {rank}))}
+        return found | {*product({*lorsum, "grouped_lorsum_product", "grouped_svd_product"}, widths["metric_values"])}
 
 
 def _close(recorders: list[Recorder], handles: list[Any]) -> None:
