@@ -138,13 +138,22 @@ def test_adamw_without_some_moments(device: torch.device, moments: tuple[bool, b
         (torch.float16, 12, "PTD", False),
     ],
 )
-def test_adamw_with_all_maps_and_drifts(device: torch.device, dtype: torch.dtype, rank: int, given: str, drifting: bool) -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_adamw_with_all_maps_and_drifts(
+    device: torch.device, dtype: torch.dtype, rank: int, given: str, drifting: bool, dense: bool
+) -> None:
     lists, dims = adamw_inputs(dtype, rank, True, device)
     # More rows than one program takes, in either orientation.
     for i, shape in ((0, (rank, 530)), (2, (300, rank))):
         for which, tensors in enumerate(lists):
             values = torch.rand(shape) if which == 3 else torch.randn(shape)
             tensors[i] = values.to(device, tensors[i].dtype)
+    if dense:  # contiguous, and so long that several elements are loaded at a time
+        for tensors in lists:
+            for i, x in enumerate(tensors):
+                tensors[i] = (x[:, : x.shape[1] // 8 * 8] if dims[i] == 0 else x[: x.shape[0] // 8 * 8]).contiguous()
+    layout = adamw._mapped_layout(*lists, dims, [], 64, 1)
+    assert layout.facts == ((math.gcd(16 // dtype.itemsize, rank) if dense and dtype != torch.float64 else 1),)
     maps = [torch.randn(4, rank, rank).to(device, WIDE[dtype]) / rank if name in given else None for name in "PCTD"]
     theirs, exact = ([[t.clone() for t in ts] for ts in lists], [[t.double().clone() for t in ts] for ts in lists])
     olds = [p.clone() for p in lists[0]]

@@ -83,9 +83,18 @@ def polar_case(rank: int, dtype: torch.dtype) -> None:
     polar.grouped_polar(xs, [torch.empty_like(x) for x in xs])
 
 
-def adamw_case(dtype: torch.dtype, rank: int = 0, on_device: bool = False, new_maps: bool = False, drifting: bool = False) -> None:
+def adamw_case(
+    dtype: torch.dtype,
+    rank: int = 0,
+    on_device: bool = False,
+    new_maps: bool = False,
+    drifting: bool = False,
+    strided: bool = False,
+) -> None:
     params = [torch.zeros(256, max(rank, 1), dtype=dtype)]
     grads, ms, vs = [torch.zeros_like(params[0])], *([torch.zeros(256, max(rank, 1), dtype=wide(dtype))] for _ in range(2))
+    if strided:
+        grads = [g.mT.contiguous().mT for g in grads]
     maps = torch.zeros(1, rank, rank, dtype=wide(dtype)) if rank else None
     lr = torch.tensor(1e-3) if on_device else 1e-3
     step = torch.tensor(1.0) if on_device else 1
@@ -170,6 +179,7 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "fp32": lambda: adamw_case(torch.float32),
         "bf16 on device": lambda: adamw_case(torch.bfloat16, on_device=True),
         "r16 fp32": lambda: adamw_case(torch.float32, 16),
+        "r16 fp32 strided": lambda: adamw_case(torch.float32, 16, strided=True),
         "r16 bf16 drifts": lambda: adamw_case(torch.bfloat16, 16, on_device=True, drifting=True),
         "r16 fp32 all maps, drifts": lambda: adamw_case(torch.float32, 16, new_maps=True, drifting=True),
         "r32 fp32 all maps, drifts": lambda: adamw_case(torch.float32, 32, new_maps=True, drifting=True),
@@ -208,6 +218,8 @@ ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("small", "polar r64"): (90,),
     ("adamw", "bf16 on device"): (90,),
     ("adamw", "r16 fp32"): (90,),
+    ("adamw", "r16 fp32 strided"): (90,),
+    ("adamw", "r16 bf16 drifts"): (80, 100),
     ("adamw", "r16 fp32 all maps, drifts"): (90,),
     ("adamw", "r32 fp32 all maps, drifts"): (90, 100),
     ("adamw", "r128 fp32"): (90,),

@@ -3,6 +3,7 @@
 Floor: each parameter element must be read and written (2·b bytes, b the parameter's element size), its gradient read
 (b), each moment read and written (2·c each, c = 4, or 8 for fp64). fp32 with both moments: 28 bytes an element. The
 kernel moves just that, plus 16 bytes of chunk table per 1024 elements; with maps also up to 4·c·r² per program, from L2.
+Contiguous, aligned factors are read 16 bytes at a time (with maps, where the rank and the lengths are multiples of that; not in fp64).
 The r×r maps are applied where their operand is anyway: P to the gradient and T to the parameter as they are read, C to the
 momentum, D to the direction: in registers up to rank 32, beyond that through a scratch tile of the program in L2 (2·c an element).
 
@@ -29,6 +30,7 @@ from ._tuned import configuration
 from .gram import GramSizes, launch_partials, launch_sum
 from .qr import COLUMNS as THIN_COLUMNS
 from .qr import thin_table
+from .qr import vector as vector_length
 
 #: Elements per program without maps: four per thread.
 BLOCK = 1024
@@ -192,7 +194,7 @@ def _mapped_tile(param, grad, exp_avg, exp_avg_sq, moved, scratch, grad_map, mom
                  p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM: tl.constexpr,
                  HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_P_MAP: tl.constexpr, HAS_D_MAP: tl.constexpr,
                  HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr, KEEP_MOVE: tl.constexpr, KEEP_NEW: tl.constexpr, FUSED: tl.constexpr,
-                 R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+                 R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """The step of BLOCK_D rows of the long dimension; returns the tile of the factor as stored, and how far it moved."""
     k = tl.arange(0, R)
     d = start + tl.arange(0, BLOCK_D)
@@ -211,6 +213,11 @@ def _mapped_tile(param, grad, exp_avg, exp_avg_sq, moved, scratch, grad_map, mom
         d_tile = d[:, None]
         s_k = 1
         s_d = R
+    if VECTOR > 1:
+        p_k = m_k
+        p_d = m_d
+        g_k = m_k
+        g_d = m_d
     mapped_m = 0.0
     if HAS_G_MAP:
         g = _map_tile(grad_map, grad, k, d, rank, length, g_k, g_d, RANK_DIM, R, STEP, BLOCK_D, COMPUTE)
@@ -261,7 +268,7 @@ def _mapped_rows(param, grad, exp_avg, exp_avg_sq, moved, scratch, partial, grad
                  HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_P_MAP: tl.constexpr, HAS_D_MAP: tl.constexpr,
                  HAS_M: tl.constexpr, HAS_V: tl.constexpr, MAXIMIZE: tl.constexpr, KEEP_MOVE: tl.constexpr, KEEP_NEW: tl.constexpr, DRIFT: tl.constexpr,
                  FUSED: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
-                 COMPUTE: tl.constexpr):  # fmt: skip
+                 VECTOR: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """One tile of rows, or CHUNK rows with their share of the drift."""
     if DRIFT:
         drift = tl.zeros([R, R], COMPUTE)
@@ -269,7 +276,7 @@ def _mapped_rows(param, grad, exp_avg, exp_avg_sq, moved, scratch, partial, grad
             new, move = _mapped_tile(
                 param, grad, exp_avg, exp_avg_sq, moved, scratch, grad_map, momentum_map, param_map, direction_map, first, rank, length,
                 p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
-                HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, FUSED, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
+                HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, FUSED, R, STEP, BLOCK_D, VECTOR, COMPUTE)  # fmt: skip
             if RANK_DIM == 0:
                 drift = tl.dot(new, tl.trans(move), drift, input_precision="ieee", out_dtype=COMPUTE)
             else:
@@ -281,7 +288,7 @@ def _mapped_rows(param, grad, exp_avg, exp_avg_sq, moved, scratch, partial, grad
         _mapped_tile(
             param, grad, exp_avg, exp_avg_sq, moved, scratch, grad_map, momentum_map, param_map, direction_map, start, rank, length,
             p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, RANK_DIM, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
-            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, FUSED, R, STEP, BLOCK_D, COMPUTE)  # fmt: skip
+            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, FUSED, R, STEP, BLOCK_D, VECTOR, COMPUTE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_SCALARS, "rank"])
@@ -294,8 +301,11 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, d
                         HAS_G_MAP: tl.constexpr, HAS_M_MAP: tl.constexpr, HAS_P_MAP: tl.constexpr, HAS_D_MAP: tl.constexpr,
                         HAS_M: tl.constexpr, HAS_V: tl.constexpr, BIAS_CORRECTION: tl.constexpr, MAXIMIZE: tl.constexpr,
                         KEEP_MOVE: tl.constexpr, KEEP_NEW: tl.constexpr, DRIFT: tl.constexpr, FUSED: tl.constexpr,
-                        R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """With r×r maps: CHUNK rows of the long dimension per program, with all of the rank; DRIFT: their share of the drift."""
+                        R: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """With r×r maps: CHUNK rows of the long dimension per program, with all of the rank; DRIFT: their share of the drift.
+
+    VECTOR > 1: all is contiguous and aligned, and that divides the rank and every length: so many elements are loaded at a time.
+    """
     program = tl.program_id(0).to(tl.int64)
     index = tl.load(chunks + 2 * program)
     row = tensors + index * THIN_COLUMNS
@@ -309,6 +319,13 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, d
     p_d = tl.load(row + 7)
     g_k = tl.load(row + 8)
     g_d = tl.load(row + 9)
+    if VECTOR > 1:  # known on the host, to be seen by the compiler
+        param = tl.multiple_of(param, 16)
+        grad = tl.multiple_of(grad, 16)
+        exp_avg = tl.multiple_of(exp_avg, 16)
+        exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
+        rank = rank // VECTOR * VECTOR
+        length = length // VECTOR * VECTOR
     moved = moves
     if KEEP_MOVE:
         moved += tl.load(row + 14)
@@ -327,12 +344,12 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, d
         _mapped_rows(
             param, grad, exp_avg, exp_avg_sq, moved, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
             p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, 0, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
-            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, DRIFT, FUSED, R, STEP, BLOCK_D, CHUNK, COMPUTE)  # fmt: skip
+            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, DRIFT, FUSED, R, STEP, BLOCK_D, CHUNK, VECTOR, COMPUTE)  # fmt: skip
     else:
         _mapped_rows(
             param, grad, exp_avg, exp_avg_sq, moved, scratch, partial, grad_map, momentum_map, param_map, direction_map, start, rank, length,
             p_k, p_d, g_k, g_d, beta1, beta2, eps, rate, keep, correction, root_correction, 1, HAS_G_MAP, HAS_M_MAP, HAS_P_MAP,
-            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, DRIFT, FUSED, R, STEP, BLOCK_D, CHUNK, COMPUTE)  # fmt: skip
+            HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, DRIFT, FUSED, R, STEP, BLOCK_D, CHUNK, VECTOR, COMPUTE)  # fmt: skip
 
 
 def _fields(values: list[Tensor], count: int) -> list[int]:
@@ -340,7 +357,7 @@ def _fields(values: list[Tensor], count: int) -> list[int]:
 
 
 def _flat_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], missed: list[int]) -> Layout:
-    vector = _vector(params[0].dtype)
+    vector = vector_length(params[0].dtype)
     rows = []
     first, second = _fields(exp_avgs, len(params)), _fields(exp_avg_sqs, len(params))
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -358,23 +375,24 @@ def _flat_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tenso
 
 def _mapped_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], rank_dims: list[int],
                    missed: list[int], chunk: int, copies: int) -> Layout:  # fmt: skip
-    """``copies``: how many elements the step writes aside for each of a parameter, from row 14's offset on."""
+    """``copies``: how many elements the step writes aside for each of a parameter, from row 14's offset on. Its one fact: VECTOR."""
     first, second = _fields(exp_avgs, len(params)), _fields(exp_avg_sqs, len(params))
     lengths = [p.shape[1 - dim] for p, dim in zip(params, rank_dims, strict=True)]
     counts = [triton.cdiv(length, chunk) for length in lengths]
     starts = first_chunks(counts)
+    vector = math.gcd(vector_length(params[0].dtype), params[0].shape[rank_dims[0]], *lengths)
+    if params[0].dtype == torch.float64:
+        vector = 1  # of 8 bytes each; twice that would spill at rank 128
     rows, elements = [], 0
     for i, (p, g, dim) in enumerate(zip(params, grads, rank_dims, strict=True)):
         strides = (p.stride(dim), p.stride(1 - dim), g.stride(dim), g.stride(1 - dim))
         rows.append((p.data_ptr(), g.data_ptr(), first[i], second[i], dim, lengths[i], *strides, missed[i] if missed else 0,
                      0, starts[i], counts[i], elements))  # fmt: skip
         elements += copies * p.numel()
-    return Layout(rows, counts)
-
-
-def _vector(dtype: torch.dtype) -> int:
-    """Elements of the widest vector load of the narrowest operand: 16 bytes."""
-    return 16 // dtype.itemsize
+        pointers = p.data_ptr(), g.data_ptr(), first[i], second[i]
+        if not (p.is_contiguous() and g.is_contiguous() and all(pointer % 16 == 0 for pointer in pointers)):
+            vector = 1
+    return Layout(rows, counts, (vector,))
 
 
 def block_d(rank: int, double: bool, heavy: int) -> int:
@@ -435,7 +453,7 @@ def verify(
                 return False, f"a non-contiguous tensor with {x.ndim} dimensions; the kernel takes strides of matrices only"
             if x.numel() > _LARGEST_STRIDED:
                 return False, "a non-contiguous tensor of more than 2^31 elements"
-        elif x.numel() > _LARGEST_STRIDED and (x.data_ptr() % 16 or x.numel() % _vector(x.dtype)):
+        elif x.numel() > _LARGEST_STRIDED and (x.data_ptr() % 16 or x.numel() % vector_length(x.dtype)):
             return False, "an unaligned tensor of more than 2^31 elements"
     return verdict
 
@@ -503,7 +521,7 @@ def grouped_adamw_(
         if work.programs:
             with on_device(first):
                 launch(adamw_kernel, (work.programs,), work.tensors, work.chunks, *pointers, *scalars, **options,
-                       VECTOR=_vector(first.dtype), BLOCK=BLOCK, num_warps=8)  # fmt: skip
+                       VECTOR=vector_length(first.dtype), BLOCK=BLOCK, num_warps=8)  # fmt: skip
         return
     rank = first.shape[rank_dims[0]]
     heavy = (param_maps is not None or direction_maps is not None) + (drifts is not None)
@@ -538,7 +556,7 @@ def grouped_adamw_(
                    HAS_G_MAP=grad_maps is not None, HAS_M_MAP=momentum_maps is not None and bool(exp_avgs),
                    HAS_P_MAP=param_maps is not None, HAS_D_MAP=direction_maps is not None, KEEP_MOVE=keep_move, KEEP_NEW=keep_new,
                    DRIFT=drifts is not None and fused, FUSED=fused,
-                   R=padded, STEP=16, CHUNK=chunk, **chosen)  # fmt: skip
+                   R=padded, STEP=16, CHUNK=chunk, VECTOR=work.facts[0], **chosen)  # fmt: skip
         if drifts is None:
             return
         target = drifts if drifts.is_contiguous() else torch.empty_like(drifts, memory_format=torch.contiguous_format)
