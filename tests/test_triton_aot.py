@@ -53,7 +53,7 @@ def test_compiles_without_spills(group: str) -> None:
         # Tables of pointers lose their vector loads without a hint; matrices may lose them with a stride of unknown alignment.
         if report["kernel"] == "adamw_kernel":
             assert "128:" in report["loads"] or "64:" in report["loads"], report
-        if report["kernel"] == "mapped_adamw_kernel" and "strided" not in report["case"]:
+        if report["kernel"] == "mapped_adamw_kernel" and not any(word in report["case"] for word in ("strided", "fp64")):
             assert "128:" in report["loads"] and "128:" in report["stores"], report
         if group == "lora_linear" and "bf16" in report["case"] and report["kernel"] not in ("add_splits_kernel", "mask_kernel"):
             assert "MMA" in report["tensor_cores"], report

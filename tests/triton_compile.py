@@ -73,9 +73,11 @@ def solve_case(rank: int, dtype: torch.dtype, accumulator: torch.dtype) -> None:
     solve.grouped_solve(torch.empty(1, rank, rank, dtype=accumulator), rhs, 1e-6, False, [torch.empty_like(x) for x in rhs])
 
 
-def preconditioner_case(rank: int, dtype: torch.dtype, with_drifts: bool = True) -> None:
+def preconditioner_case(rank: int, dtype: torch.dtype, in_turn: bool = False) -> None:
     grams, (drifts, *out) = torch.empty(1, rank, rank, dtype=torch.float64), (torch.empty(1, rank, rank, dtype=dtype) for _ in range(3))
-    preconditioner.grouped_preconditioner(grams, drifts if with_drifts else None, 1e-6, 1.0, False, *out)
+    xs = [torch.zeros(256, rank, dtype=dtype)]
+    chunks = (qr.thin_table("grouped_gram", xs, None, xs, 512), torch.empty(1, rank * rank, dtype=grams.dtype))
+    preconditioner.precondition(grams, drifts, 1e-6, 1.0, False, *out, chunks if in_turn else None)
 
 
 def polar_case(rank: int, dtype: torch.dtype) -> None:
@@ -156,6 +158,7 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "solve r128 fp64": lambda: solve_case(128, torch.float64, torch.float64),
         "preconditioner r16 fp32": lambda: preconditioner_case(16, torch.float32),
         "preconditioner r128 fp32": lambda: preconditioner_case(128, torch.float32),
+        "turn r16 fp32": lambda: preconditioner_case(16, torch.float32, in_turn=True),
         "polar r64": lambda: polar_case(64, torch.float32),
     },
     "lorsum": {
@@ -213,7 +216,8 @@ ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("small", "gram r128 fp64"): (90,),
     ("small", "solve r128 fp32"): (90,),
     ("small", "solve r128 fp64"): (90, 100),
-    ("small", "preconditioner r16 fp32"): (80, 100),
+    ("small", "preconditioner r16 fp32"): (80,),
+    ("small", "turn r16 fp32"): (100,),
     ("small", "preconditioner r128 fp32"): (90,),
     ("small", "polar r64"): (90,),
     ("adamw", "bf16 on device"): (90,),

@@ -224,17 +224,15 @@ def run_in_place(begin_writing: Callable[[], object], operation: str, device_typ
 
 
 def whole(operation: str, parts: tuple[str, ...], device_type: str) -> Implementation | None:
-    """Of an operation that is others, its ``parts``, one after the other: the preferred backend's, if that has it as a whole.
+    """Of an operation that is others, its ``parts``, one after the other: that of the preferred backend, or of the forced one.
 
-    None where it does not, or where another backend is forced for one of the parts. What it answers says nothing of arguments.
+    None where it does not have it as a whole, or where not all of the parts would go there. What it answers says nothing of arguments.
     """
     if not _loaded:
         _load()
     preferred = next(name for name in PREFERENCE.get(device_type, ("reference",)) if name not in _unavailable)
-    implementation = _implementations.get(operation, {}).get(preferred)
-    if implementation is None or {_forced_backend(name) for name in (operation, *parts)} - {None, preferred}:
-        return None
-    return implementation
+    backends = {_forced_backend(name) or preferred for name in (operation, *parts)}
+    return _implementations.get(operation, {}).get(backends.pop()) if len(backends) == 1 else None
 
 
 def call(implementation: Implementation, device_type: str, args: tuple[Any, ...]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lists import StepNumbers, as_stored, compute_dtype
+from ..lists import StepNumbers, as_stored
 from ..registry import count_launch, implements
 from . import _csrc
 from ._common import MAX_RANK, refuse_device
@@ -23,21 +23,13 @@ def verify(
     rank_dims: list[int],
     *others: object,
 ) -> tuple[bool, str]:
-    """Takes pairs of one dtype, of which compiled code has read the layouts, up to rank 128."""
+    """Takes ranks up to 128, on the CPU."""
     reason = refuse_device(behind)
     if reason is not None:
         return False, reason
-    partner, rank = as_stored(partners)[0][0], behind.shape[-1]
+    rank = behind.shape[-1]
     if rank > MAX_RANK:
         return False, f"rank {rank}: the compiled code stops at {MAX_RANK}"
-    if partner_layout is None or partner_layout.columns != rank:
-        return False, f"partners that are not plain matrices of rank {rank} and one dtype"
-    if partner.dtype is not params[0].dtype or partner.device != params[0].device or params[0].shape[rank_dims[0]] != rank:
-        return False, "partners of another dtype, device or rank"
-    state_dtype = compute_dtype(partner.dtype)
-    for drifts in (behind, moved):
-        if drifts.shape != (len(params), rank, rank) or drifts.dtype is not state_dtype or not drifts.is_contiguous():
-            return False, f"behind and moved must be contiguous {state_dtype}, an r×r matrix for each factor"
     return True, f"compiled code ({_csrc.instruction_set()}), one call"
 
 

@@ -12,10 +12,11 @@ try:
 except Exception as error:  # a broken installation raises more than ImportError
     raise ImportError(f"triton cannot be imported: {type(error).__name__}: {error}") from error
 
-from . import adamw, dropout, gram, lora_linear, lora_shared, lorsum, polar, preconditioner, qr, solve, svd, svd_product
+from . import adamw, altlora_turn, dropout, gram, lora_linear, lora_shared, lorsum, polar, preconditioner, qr, solve, svd, svd_product
 
 __all__ = [
     "adamw",
+    "altlora_turn",
     "dropout",
     "gram",
     "lora_linear",

@@ -486,6 +486,28 @@ def grouped_adamw_(
     ``lr`` and ``step`` may be one-element tensors on the device: then the kernel reads them there; on the CPU they are read here. No
     hyperparameter is a compile-time constant, so schedules do not recompile.
     """
+    maps = grad_maps, momentum_maps, param_maps, direction_maps
+    numbers = lr, beta1, beta2, eps, weight_decay, step, missed, bias_correction, maximize
+    moment_step(params, grads, exp_avgs, exp_avg_sqs, maps, rank_dims, drifts, numbers)
+
+
+Numbers = tuple[float | Tensor, float, float, float, float, int | Tensor, list[int], bool, bool]
+
+
+def moment_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    maps: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    rank_dims: list[int],
+    drifts: Tensor | None,
+    numbers: Numbers,
+    diagonal: float = 0.0,
+) -> None:
+    """:func:`grouped_adamw_`; ``diagonal · I`` is added to the drifts."""
+    lr, beta1, beta2, eps, weight_decay, step, missed, bias_correction, maximize = numbers
+    grad_maps, momentum_maps, param_maps, direction_maps = maps
     first = params[0]
     lr, step = (value.item() if isinstance(value, Tensor) and value.device != first.device else value for value in (lr, step))
     key = (signature(params), signature(grads), addresses(exp_avgs), addresses(exp_avg_sqs), tuple(missed))
@@ -515,7 +537,7 @@ def grouped_adamw_(
         "MAXIMIZE": maximize,
     }
     # A pointer that a specialisation does not read still has to be one.
-    if all(x is None for x in (grad_maps, momentum_maps, param_maps, direction_maps, drifts)):
+    if all(x is None for x in (*maps, drifts)):
         work = table("adamw", first.device, key, lambda: _flat_layout(params, grads, exp_avgs, exp_avg_sqs, missed))
         pointers = tuple(work.tensors if pointer is None else pointer for pointer in (lr_pointer, step_pointer))
         if work.programs:
@@ -542,8 +564,8 @@ def grouped_adamw_(
         lambda: _mapped_layout(params, grads, exp_avgs, exp_avg_sqs, rank_dims, missed, chunk, 2 if keep_new else 1),
     )
     pointers = tuple(work.tensors if pointer is None else pointer for pointer in (lr_pointer, step_pointer))
-    given = [None if maps is None else maps.contiguous() for maps in (grad_maps, momentum_maps, param_maps, direction_maps)]
-    some = next((maps for maps in given if maps is not None), torch.empty(0, dtype=compute, device=first.device))
+    given = [None if x is None else x.contiguous() for x in maps]
+    some = next((x for x in given if x is not None), torch.empty(0, dtype=compute, device=first.device))
     moves = torch.empty(copies, dtype=compute, device=first.device) if copies else some
     shares = torch.empty(work.programs, rank, rank, dtype=compute, device=first.device) if fused and drifts is not None else some
     scratch = some
@@ -551,7 +573,7 @@ def grouped_adamw_(
         scratch = torch.empty(work.programs, padded * rows, dtype=compute, device=first.device)
     with on_device(first):
         if work.programs:
-            launch(mapped_adamw_kernel, (work.programs,), work.tensors, work.chunks, *(some if maps is None else maps for maps in given),
+            launch(mapped_adamw_kernel, (work.programs,), work.tensors, work.chunks, *(some if x is None else x for x in given),
                    *pointers, moves, scratch, shares, rank, *scalars, **options,
                    HAS_G_MAP=grad_maps is not None, HAS_M_MAP=momentum_maps is not None and bool(exp_avgs),
                    HAS_P_MAP=param_maps is not None, HAS_D_MAP=direction_maps is not None, KEEP_MOVE=keep_move, KEEP_NEW=keep_new,
@@ -562,7 +584,7 @@ def grouped_adamw_(
         target = drifts if drifts.is_contiguous() else torch.empty_like(drifts, memory_format=torch.contiguous_format)
         if not fused:
             work, shares = _products_with_moves(params, rank_dims, moves, rank, keep_new)
-        launch_sum(work.tensors, len(params), shares, target, symmetric=False)
+        launch_sum(work.tensors, len(params), shares, target, symmetric=False, diagonal=diagonal)
         if target is not drifts:
             drifts.copy_(target)
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import Verdict, implements
+from ._device import scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Table
 from ._tuned import configuration
@@ -62,14 +63,11 @@ def partial_gram_kernel(tensors, chunks, partials, x_rank, y_rank, partial_strid
     tl.store(partials + program * partial_stride + i * y_rank + j, gram, mask=(i < x_rank) & (j < y_rank))
 
 
-@triton.jit(do_not_specialize=["size", "columns", "partial_stride", "out_stride"])
-def sum_chunks_kernel(tensors, partials, out, size, columns, partial_stride, out_stride, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds up the partial products of each matrix, chunk by chunk; SYMMETRIC takes every entry from the upper triangle."""
-    index = tl.program_id(0).to(tl.int64)
-    row = tensors + index * COLUMNS
+@triton.jit
+def sum_of_chunks(row, partials, entry, size, columns, partial_stride, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK entries of the product of one matrix, whose row of the table it is: its chunks added up in order."""
     first_chunk = tl.load(row + 12)
     count = tl.load(row + 13)
-    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = entry
     if SYMMETRIC:
         i = entry // columns
@@ -78,6 +76,17 @@ def sum_chunks_kernel(tensors, partials, out, size, columns, partial_stride, out
     total = tl.zeros([BLOCK], partials.dtype.element_ty)
     for chunk in range(first_chunk, first_chunk + count):
         total += tl.load(partials + chunk * partial_stride + source, mask=entry < size, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["size", "columns", "partial_stride", "out_stride", "diagonal"])
+def sum_chunks_kernel(tensors, partials, out, size, columns, partial_stride, out_stride, diagonal: tl.float64,
+                      SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Adds up the partial products of each matrix, and ``diagonal · I``; SYMMETRIC takes every entry from the upper triangle."""
+    index = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = sum_of_chunks(tensors + index * COLUMNS, partials, entry, size, columns, partial_stride, SYMMETRIC, BLOCK)
+    total += tl.where(entry // columns == entry % columns, scalar(diagonal, partials.dtype.element_ty), 0.0)
     tl.store(out + index * out_stride + entry, total, mask=entry < size)
 
 
@@ -103,11 +112,11 @@ def launch_partials(work: Table, partials: Tensor, x_rank: int, y_rank: int, dty
            CHUNK=sizes.CHUNK, VECTOR=vector(dtype), **chosen)  # fmt: skip
 
 
-def launch_sum(tensors: Tensor, count: int, partials: Tensor, out: Tensor, *, symmetric: bool) -> None:
-    """The second launch: ``out`` (N, …), each matrix contiguous, from the chunks that the table's rows name."""
+def launch_sum(tensors: Tensor, count: int, partials: Tensor, out: Tensor, *, symmetric: bool, diagonal: float = 0.0) -> None:
+    """The second launch: ``out`` (N, …), each matrix contiguous, from the chunks that the table's rows name, plus ``diagonal · I``."""
     size = out[0].numel()
     launch(sum_chunks_kernel, (count, triton.cdiv(size, SUM_BLOCK)), tensors, partials, out, size, out.shape[-1], partials.stride(0),
-           out.stride(0), SYMMETRIC=symmetric, BLOCK=SUM_BLOCK, num_warps=4)  # fmt: skip
+           out.stride(0), float(diagonal), SYMMETRIC=symmetric, BLOCK=SUM_BLOCK, num_warps=4)  # fmt: skip
 
 
 def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: object = None) -> Verdict:
@@ -120,6 +129,15 @@ def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: obj
     return device_verdict(xs)
 
 
+def gram_chunks(xs: list[Tensor], ys: list[Tensor] | None, x_rank: int, y_rank: int, dtype: torch.dtype) -> tuple[Table, Tensor]:
+    """The products of chunks of rows, in ``dtype``, in one launch; the table of the chunks comes first."""
+    work = thin_table("grouped_gram", xs, ys, xs, GramSizes(x_rank, y_rank).CHUNK)
+    partials = torch.empty(work.programs, x_rank * y_rank, dtype=dtype, device=xs[0].device)
+    if work.programs:
+        launch_partials(work, partials, x_rank, y_rank, xs[0].dtype, symmetric=ys is None)
+    return work, partials
+
+
 @implements("grouped_gram", "triton", verify)
 def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: object = None) -> None:
     """Write ``XᵀY`` (or XᵀX, exactly symmetric) of every pair; two launches, nothing read on the host."""
@@ -127,11 +145,8 @@ def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layou
     if not grams.numel():
         return
     target = grams if grams.is_contiguous() else torch.empty_like(grams, memory_format=torch.contiguous_format)
-    work = thin_table("grouped_gram", xs, ys, xs, GramSizes(x_rank, y_rank).CHUNK)
-    partials = torch.empty(work.programs, x_rank * y_rank, dtype=grams.dtype, device=grams.device)
     with on_device(xs[0]):
-        if work.programs:
-            launch_partials(work, partials, x_rank, y_rank, xs[0].dtype, symmetric=ys is None)
+        work, partials = gram_chunks(xs, ys, x_rank, y_rank, grams.dtype)
         launch_sum(work.tensors, len(xs), partials, target, symmetric=ys is None)
     if target is not grams:
         grams.copy_(target)

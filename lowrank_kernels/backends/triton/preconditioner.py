@@ -15,21 +15,33 @@ from torch import Tensor
 from ..registry import Verdict, implements
 from ._device import rounded, scalar
 from ._launch import device_verdict, launch, on_device, padded_rank
+from ._tables import Table
+from .gram import SUM_BLOCK, sum_of_chunks
+from .qr import COLUMNS
 from .solve import cholesky, substitute, substitute_back
 
 _LARGEST_RANK = 128
 
 
 @triton.jit(do_not_specialize=["rank", "damping", "weight"])
-def preconditioner_kernel(grams, drifts, factors, inverses, maps, realigned, rank, damping: tl.float64, weight: tl.float64,
-                          HAS_DRIFTS: tl.constexpr, TRANSPOSED: tl.constexpr,
-                          R: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """``factors`` (N, R, R) and ``inverses`` (N, R) are scratch."""
+def preconditioner_kernel(grams, drifts, factors, inverses, maps, realigned, tensors, partials, rank, damping: tl.float64, weight: tl.float64,
+                          HAS_DRIFTS: tl.constexpr, TRANSPOSED: tl.constexpr, IN_TURN: tl.constexpr,
+                          R: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr):  # fmt: skip
+    """``factors`` (N, R, R) and ``inverses`` (N, R) are scratch.
+
+    IN_TURN, of AltLoRA: G is still in chunks of rows, to be added up to ``grams``, and K is set to zero when it has been read.
+    """
     OUT: tl.constexpr = maps.dtype.element_ty
     index = tl.program_id(0).to(tl.int64)
     first_entry = index * rank * rank
     factor = factors + index * (R * R)
     inverses += index * R
+    if IN_TURN:
+        for first in range(0, rank * rank, SUM_BLOCK):
+            entry = first + tl.arange(0, SUM_BLOCK)
+            total = sum_of_chunks(tensors + index * COLUMNS, partials, entry, rank * rank, rank, rank * rank, True, SUM_BLOCK)
+            tl.store(grams + first_entry + entry, total, mask=entry < rank * rank)
+        tl.debug_barrier()
     cholesky(grams + first_entry, factor, inverses, rank, damping, R, TILE)
     tl.debug_barrier()
     weight = scalar(weight, tl.float64)
@@ -51,6 +63,11 @@ def preconditioner_kernel(grams, drifts, factors, inverses, maps, realigned, ran
             if TRANSPOSED:
                 at = i[:, None] * rank + k[None, :]
             tl.store(realigned + first_entry + at, difference, mask=inside)
+    if IN_TURN:
+        tl.debug_barrier()
+        for first in range(0, rank * rank, SUM_BLOCK):
+            entry = first + tl.arange(0, SUM_BLOCK)
+            tl.store(drifts + first_entry + entry, tl.zeros([SUM_BLOCK], drifts.dtype.element_ty), mask=entry < rank * rank)
 
 
 def verify(
@@ -67,6 +84,22 @@ def grouped_preconditioner(
     grams: Tensor, drifts: Tensor | None, damping: float, weight: float, transposed: bool, maps: Tensor, realigned: Tensor
 ) -> None:
     """See the reference; one launch, nothing read on the host."""
+    precondition(grams.contiguous(), drifts if drifts is None else drifts.contiguous(), damping, weight, transposed, maps, realigned)
+
+
+def precondition(
+    grams: Tensor,
+    drifts: Tensor | None,
+    damping: float,
+    weight: float,
+    transposed: bool,
+    maps: Tensor,
+    realigned: Tensor,
+    chunks: tuple[Table, Tensor] | None = None,
+) -> None:
+    """:func:`grouped_preconditioner` of contiguous stacks. With ``chunks`` of :func:`~.gram.gram_chunks` of symmetric products, G is their
+    sum, ``grams`` is written, and so is ``drifts``: with zeros.
+    """
     count, rank, _ = grams.shape
     padded = padded_rank(rank)
     factors = torch.empty(count, padded, padded, dtype=grams.dtype, device=grams.device)
@@ -74,6 +107,7 @@ def grouped_preconditioner(
     # As few blocks of rows as fit the registers, and the shared memory of any GPU.
     block = 32 if padded == 64 or (padded == 128 and maps.dtype == torch.float32) else 16
     with on_device(grams):
-        launch(preconditioner_kernel, (count,), grams.contiguous(), grams if drifts is None else drifts.contiguous(), factors, inverses,
-               maps, maps if drifts is None else realigned, rank, float(damping), float(weight), HAS_DRIFTS=drifts is not None,
-               TRANSPOSED=transposed, R=padded, TILE=min(padded, 32), BLOCK=block, num_warps=8 if padded > 32 else 4)  # fmt: skip
+        launch(preconditioner_kernel, (count,), grams, grams if drifts is None else drifts, factors, inverses, maps,
+               maps if drifts is None else realigned, *((grams, grams) if chunks is None else (chunks[0].tensors, chunks[1])), rank,
+               float(damping), float(weight), HAS_DRIFTS=drifts is not None, TRANSPOSED=transposed, IN_TURN=chunks is not None, R=padded,
+               TILE=min(padded, 32), BLOCK=block, SUM_BLOCK=SUM_BLOCK, num_warps=8 if padded > 32 else 4)  # fmt: skip
