@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..pairs import owners
 from .full_gradient import FullGradient
 
 
@@ -152,3 +153,17 @@ class _SeeOutput:
 def watch(a: nn.Module, b: nn.Module, recorder: Recorder) -> list[Any]:
     """Let ``recorder`` see an adapter that calls the modules ``a`` and then ``b`` (PEFT's, torchtune's); returns the hooks' handles."""
     return [a.register_forward_hook(_SeeInput(recorder)), b.register_forward_hook(_SeeOutput(recorder))]
+
+
+def unwatch(recorders: list[Recorder], handles: list[Any]) -> None:
+    """Take the recorders out of our layers and the hooks off others', and drop what was recorded."""
+    mine = {id(recorder) for recorder in recorders}
+    for layer in owners().values():
+        if id(getattr(layer, "capture", None)) in mine:
+            layer.capture = None  # type: ignore[assignment]
+    for recorder in recorders:
+        recorder.active = False
+        recorder.clear()
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -12,33 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.lists import compute_dtype
-from ..backends.registry import do_nothing
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
-from ..pairs import owners
 from .arguments import AdamWOptions, ParamsT, pythons_number
-from .base import LowRankOptimizer
-from .capture import Patches, Recorder, watch
-from .early import EarlyWork, Tensors, start
-from .examples import thin_call
-from .full_gradient import KINDS, Dense, Factors, FullGradient, Gradients, Probes, Sketch, on_device, random_matrix, widened
+from .early import Tensors
+from .full_gradient import KINDS, Gradients, on_device, random_matrix, widened
 from .kfac import Kronecker, track
+from .overlapping import OverlappingOptimizer
 from .pairing import FactorPair, Position
 from .ranks import composed_lorsum, damped, ranks_of
 from .shards import KEEP_WHOLE
 
 MOMENTUM_MODES = ("lowrank", "projected", "naive")
 METRICS = (None, "kfac")
-#: With overlap=True: how far from 1 the factor may be that was measured between the captured gradient and ``.grad``, by rounding.
-UNSCALED = 1e-2
-#: Why there may be a gradient whose backward pass was not seen.
-UNSEEN = (
-    "Probable causes: a second step() on one gradient; an optimizer made after the forward pass, or after torch.compile compiled layers of "
-    "that class, in another model too (torch._dynamo.reset() makes it compile anew); factors tied to another layer's; layers that read the "
-    "weights of their factors in place of calling them (PEFT's VeLoRA). The last two need another optimizer"
-)
 
 
-class OPLoRA(LowRankOptimizer):
+class OPLoRA(OverlappingOptimizer):
     """OPLoRA (Almansoori et al. 2025, Algorithm 1), with U = B, V = Aᵀ, G the gradient of the full weight, and K sweeps::
 
         sUVᵀ ← LoRSum((1 - lr·weight_decay) sUVᵀ - lr (G + αM))        lr is a step length in weight space, whatever s
@@ -111,6 +98,7 @@ class OPLoRA(LowRankOptimizer):
 
     trains_convolutions = True
     adamw_takes_factors = False
+    early_reads = ("lr", "momentum", "maximize", "sweeps", "proximal", "momentum_mode", "metric")
 
     def __init__(
         self,
@@ -140,17 +128,6 @@ class OPLoRA(LowRankOptimizer):
             raise TypeError(f"OPLoRA: seed must be an integer, got {seed!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"OPLoRA: model must be a torch.nn.Module, got {type(model).__name__}")
-        self._recorders: list[Recorder] = []
-        self._handles: list[Any] = []
-        self._seed = seed
-        self._probes: dict[int, Probes] = {}  # by group, whose steps they count
-        self._process_group, self._overlap = process_group, bool(overlap)
-        self._early: dict[int, EarlyWork] = {}
-        self._modules: dict[int, nn.Module] = {}
-        watched = params if isinstance(params, nn.Module) else model
-        if watched is not None:
-            # Parameters only: our layers' `weight` is W0 + ΔW, computed when it is read.
-            self._modules = {id(w): m for m in watched.modules() if (w := m._parameters.get("weight")) is not None}
         method = {
             "momentum": momentum,
             "sweeps": sweeps,
@@ -164,17 +141,17 @@ class OPLoRA(LowRankOptimizer):
             "metric_damping": metric_damping,
             "metric_rank": metric_rank,
         }
-        super().__init__(params, lr, weight_decay=weight_decay, model=watched, method_defaults=method, **options)
-        self._modules = {}  # no module is kept
-        self._close_when_collected()
-
-    def _close_when_collected(self) -> None:
-        self._closing = weakref.finalize(self, _close, self._recorders, self._handles)
-        self._closing.atexit = False
-
-    def close(self) -> None:
-        """Take the hooks off the model and drop what they recorded; also done when the optimizer is garbage-collected."""
-        _close(self._recorders, self._handles)
+        super().__init__(
+            params,
+            lr,
+            weight_decay=weight_decay,
+            seed=seed,
+            model=model,
+            overlap=overlap,
+            process_group=process_group,
+            method_defaults=method,
+            **options,
+        )
 
     # ---------------------------------------------------------------- arguments
 
@@ -213,57 +190,8 @@ class OPLoRA(LowRankOptimizer):
         if group["capturable"]:
             raise ValueError(f"{name}: capturable=True is not supported: a step reads on the host whether the gradients fit and are finite")
 
-    def _accept_pairs(self) -> None:
-        self._refuse_decoupled()
-        layers, new = owners(), self._pairs[len(self._recorders) :]
-        for pair in new:
-            group, partner = self._group(pair), self.param_groups[pair.b[0]]
-            different = [key for key in self.defaults if key != "weight_decay" and group[key] != partner[key]]
-            different += ["weight_decay"] if self._factor_decay(group) != self._factor_decay(partner) else []
-            if different:
-                raise ValueError(
-                    f"{type(self).__name__}: A and B of {pair.name} are in groups with different {', '.join(different)}; they move together"
-                )
-            a, b = self._at(pair.a), self._at(pair.b)
-            if id(a) not in layers and not (id(a) in self._modules and id(b) in self._modules):
-                raise ValueError(
-                    f"{type(self).__name__}: the layer of {pair.name} is not known from its parameters, and its inputs must be seen; "
-                    "pass the model, as params or as model="
-                )
-        for pair in new:  # all are accepted
-            a, b = self._at(pair.a), self._at(pair.b)
-            layer = layers.get(id(a))
-            module: Any = self._modules.get(id(a))
-            patches = Patches.of(module) if a.ndim > 2 else None
-            recorder = Recorder(self._holder(pair.a[0]), 1.0 if layer is not None else pair.scale, patches)
-            if layer is not None:
-                layer.capture = recorder  # type: ignore[assignment]
-            else:
-                self._handles += watch(module, self._modules[id(b)], recorder)
-            self._notify(recorder, len(self._recorders))
-            self._recorders.append(recorder)
-
     def _accept_sharded(self, pair: FactorPair) -> None:
         raise RuntimeError(f"{type(self).__name__}: {pair.name} is sharded (a DTensor), and a sweep needs whole factors; {KEEP_WHOLE}")
-
-    def _holder(self, group_index: int) -> FullGradient:
-        group = self.param_groups[group_index]
-        if group["gradient"] == "sketch":
-            return Sketch(group["sketch_width"], self._probes.setdefault(group_index, Probes(self._seed)))
-        return Dense() if group["gradient"] == "dense" else Factors()
-
-    def _notify(self, recorder: Recorder, number: int) -> None:
-        if self._overlap:
-            itself = weakref.ref(self)  # a recorder does not keep the optimizer alive
-            recorder.notify = lambda: optimizer._start(number) if (optimizer := itself()) is not None else None
-
-    def _group(self, pair: FactorPair) -> dict[str, Any]:
-        return self.param_groups[pair.a[0]]
-
-    def _matrix(self, position: Position) -> Tensor:
-        """A factor as a matrix, without autograd: itself, or, where the layout of a convolution's kernel allows no view, a copy."""
-        factor = self._at(position).detach()
-        return factor if factor.ndim == 2 else factor.flatten(1)
 
     # ---------------------------------------------------------------- state
 
@@ -322,117 +250,11 @@ class OPLoRA(LowRankOptimizer):
                     f"{group['metric']!r}; make the optimizer as it was"
                 )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("_recorders", "_handles", "_seed", "_probes", "_overlap")
-        group = self._process_group if isinstance(self._process_group, bool) else None  # a group belongs to its process
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "_process_group": group, "_modules": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._early = {}
-        for number, recorder in enumerate(self._recorders):
-            recorder.active = True
-            self._notify(recorder, number)
-        self._close_when_collected()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what was captured is dropped too."""
-        super().zero_grad(set_to_none)
-        self._forget()
-
-    def _forget(self) -> None:
-        for work in self._early.values():
-            work.wait()
-        self._early.clear()
-        for recorder in self._recorders:
-            recorder.clear()
-        for group_index, probes in self._probes.items():
-            probes.step = int(self.param_groups[group_index]["step"])
-
-    # ---------------------------------------------------------------- the gradients of a step
+    # ---------------------------------------------------------------- the step
 
     def _before_update(self) -> None:
         self._gradients = self._captured_gradients()
-        if self._overlap:
-            self._check_overlap(self._gradients)
-        try:
-            self._results = [self._early_results(gradients.pairs) for gradients in self._gradients]
-        except BaseException:
-            self._early.clear()  # nothing has been changed: the next step() does the work itself
-            raise
-
-    def _captured_gradients(self) -> list[Gradients]:
-        """G of all layers that have one, in lists of what one call takes, and checked."""
-        active, unseen, ranks = [], [], ranks_of(self._process_group)
-        for pair, recorder in zip(self._pairs, self._recorders, strict=True):
-            grads = self._at(pair.a).grad, self._at(pair.b).grad
-            if grads[0] is None and grads[1] is None:
-                recorder.clear()
-            elif grads[0] is None or grads[1] is None:
-                raise RuntimeError(
-                    f"{type(self).__name__}: only one factor of {pair.name} has a gradient; a step moves both, so train both or freeze both"
-                )
-            elif recorder.gradient.empty and ranks is None and (grads[0].any() or grads[1].any()):
-                unseen.append(pair.name)
-            else:
-                active.append(pair)
-        if unseen:
-            raise RuntimeError(
-                f"{type(self).__name__}: no backward pass was seen since the last step() or zero_grad() of {', '.join(unseen[:4])}"
-                f"{', …' if len(unseen) > 4 else ''}, {len(unseen)} of the {len(unseen) + len(active)} layers with a gradient. {UNSEEN}"
-            )
-        recorders = dict(zip(map(id, self._pairs), self._recorders, strict=True))
-        found = []
-        for alike in self._alike(active):
-            mine = [recorders[id(pair)] for pair in alike]
-            factors = [(self._matrix(pair.a), self._matrix(pair.b)) for pair in alike]
-            held, scales = [recorder.gradient for recorder in mine], [recorder.scale for recorder in mine]
-            gradients = Gradients(alike, factors, held, scales, ranks)
-            gradients.measure([self._grad(pair.a) for pair in alike], [self._grad(pair.b) for pair in alike], type(self).__name__)
-            found.append(gradients)
-        return found
-
-    def _grad(self, position: Position) -> Tensor:
-        grad = self._at(position).grad
-        assert grad is not None
-        return grad if grad.ndim == 2 else grad.flatten(1)
-
-    @torch.no_grad()
-    def clip_full_grad_norm_(self, max_norm: float, probes: int = 16) -> Tensor:
-        """``clip_grad_norm_`` with the full gradients of the adapted layers in place of their factors': every ``.grad`` in the optimizer
-        is multiplied by ``max_norm / norm`` if the norm is larger, which ``step()`` then does to G. Call it where ``clip_grad_norm_``
-        stands, behind ``scaler.unscale_``.
-
-        Args:
-            max_norm: the largest norm, positive.
-            probes: p; the norm is exact with ``gradient="dense"`` on one process, else estimated by a random matrix of p columns that
-                all ranks share, ``‖GΩ‖_F/√p``, whose relative standard error is at most 1/√(2p) for one layer, less for many
-                (``gradient="sketch"``: its own Ω, p = sketch_width).
-
-        Returns:
-            The norm before clipping, a tensor.
-        """
-        if not max_norm > 0:
-            raise ValueError(f"{type(self).__name__}: max_norm must be positive, got {max_norm}")
-        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-            raise ValueError(f"{type(self).__name__}: probes must be an integer ≥ 1, got {probes!r}")
-        of_factors = {id(self._at(position)) for pair in self._pairs for position in (pair.a, pair.b)}
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        seed = self._seed + 1 + int(self.param_groups[0]["step"])
-        squares = [g.squared_norms(probes, seed).sum() for g in self._captured_gradients()]
-        squares += [p.grad.double().square().sum() for p in params if id(p) not in of_factors]
-        device = params[0].device if params else torch.device("cpu")
-        norm = torch.stack([square.to(device) for square in squares]).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for p in params:
-            p.grad.mul_(factor.to(p.grad.device, p.grad.dtype))
-        return norm
-
-    # ---------------------------------------------------------------- the step
+        self._results = self._early_results(self._gradients)
 
     def _update(self) -> None:
         for group_index, group in enumerate(self.param_groups):
@@ -445,19 +267,15 @@ class OPLoRA(LowRankOptimizer):
                     self._miss(self.param_groups[group_index], index)
         for gradients, results in zip(self._gradients, self._results, strict=True):
             if results:
-                self._commit(gradients.pairs, results)
+                self._take_over(gradients.pairs, results)
             else:
                 tensors = self._tensors(gradients.pairs)
-                self._step_pairs(gradients, self._updates(gradients.pairs), self._begin_writing, *tensors)
+                self._step_pairs(gradients, self._updates(gradients.pairs), self._begin_writing, tensors)
                 self._write_back(gradients.pairs, *tensors[:2])
         self._gradients, self._results = [], []
         self._forget()
 
-    def _updates(self, pairs: list[FactorPair]) -> list[int]:
-        """How many steps each layer has taken, as ``group["step"]`` counts."""
-        return [self.param_groups[g]["step"] - self.param_groups[g]["missed"].get(index, 0) for g, index in (pair.a for pair in pairs)]
-
-    def _tensors(self, pairs: list[FactorPair]) -> tuple[list[Tensor], ...]:
+    def _tensors(self, pairs: list[FactorPair]) -> Tensors:
         """What a step of these layers changes: A, B, the factors of M, W and σ of the metrics, as far as there are any."""
         of_a, of_b = (
             [self.state[self._at(position)] for position in positions] for positions in zip(*((p.a, p.b) for p in pairs), strict=True)
@@ -471,30 +289,9 @@ class OPLoRA(LowRankOptimizer):
             [state["metric_values"] for state in (*of_b, *of_a) if "metric_values" in state],
         )
 
-    def _write_back(self, pairs: list[FactorPair], a: list[Tensor], b: list[Tensor]) -> None:
-        """Take over new factors from the matrices that are copies."""
-        positions = [*(pair.a for pair in pairs), *(pair.b for pair in pairs)]
-        for position, matrix in zip(positions, [*a, *b], strict=True):
-            factor = self._at(position)
-            if factor.ndim > 2 and factor.data_ptr() != matrix.data_ptr():
-                factor.copy_(matrix.view(factor.shape))
-
-    def _step_pairs(
-        self,
-        gradients: Gradients,
-        updates: list[int],
-        begin_writing: Callable[[], object],
-        a: list[Tensor],
-        us: list[Tensor],
-        mus: list[Tensor],
-        mvs: list[Tensor],
-        bases: list[Tensor],
-        values: list[Tensor],
-    ) -> None:
-        """One step, the ``updates``-th of each layer, of layers that agree in rank, dtype, device and groups, on the given tensors.
-
-        ``begin_writing`` is called before the first of them is written.
-        """
+    def _step_pairs(self, gradients: Gradients, updates: list[int], begin_writing: Callable[[], object], tensors: Tensors) -> None:
+        """Algorithm 1: first the metrics take X and S in, then U and V move, with M as it was, and last M."""
+        a, us, mus, mvs, bases, values = tensors
         pairs, group = gradients.pairs, self._group(gradients.pairs[0])
         metrics = None
         if group["metric"]:
@@ -527,65 +324,6 @@ class OPLoRA(LowRankOptimizer):
             target = [mus[i] for i in members], [mvs[i] for i in members]
             kept, ones = torch.full_like(some.coefficients, momentum), torch.ones_like(some.coefficients)
             self._lorsum(target, [target], [kept], some, ones, begin_writing)
-
-    # ---------------------------------------------------------------- overlap with the backward pass
-
-    @torch.no_grad()
-    def _start(self, number: int) -> None:
-        """Begin the step of one layer, on copies, while the backward pass goes on; called when its gradient has come."""
-        pair, recorder = self._pairs[number], self._recorders[number]
-        if ranks_of(self._process_group) is not None:
-            raise RuntimeError(f"{type(self).__name__}: overlap=True is for one process; several ranks work with overlap=False")
-        if self._at(pair.b) not in self.state or self._at(pair.a) not in self.state:
-            return  # the first step creates the state
-        gradients = Gradients([pair], [(self._matrix(pair.a), self._matrix(pair.b))], [recorder.gradient], [recorder.scale], None)
-        gradients.coefficients = torch.full((1,), 1.0 / recorder.scale, dtype=torch.float64, device=gradients.factors[0][0].device)
-        (update,) = self._updates([pair])
-
-        def change(copies: Tensors) -> None:
-            self._step_pairs(gradients, [update + 1], do_nothing, *copies)
-
-        self._early[number] = start(change, self._tensors([pair]), self._made_from(pair), gradients.tensors())
-
-    def _made_from(self, pair: FactorPair) -> list[object]:
-        """What the step of a layer depends on, apart from its gradient and state."""
-        group = self._group(pair)
-        keys = ("lr", "momentum", "maximize", "sweeps", "proximal", "momentum_mode", "metric")
-        return [*(group[key] for key in keys), self._factor_decay(group), self._at(pair.a)._version, self._at(pair.b)._version]
-
-    def _early_results(self, pairs: list[FactorPair]) -> list[Tensors]:
-        """What was computed early of each of these layers, as :meth:`_tensors` has it; nothing, if it was not for all of them as they and
-        the group are now.
-
-        Waits for it, and raises what it raised.
-        """
-        if not self._early:
-            return []
-        numbers = {id(pair): number for number, pair in enumerate(self._pairs)}
-        works = [(pair, self._early.get(numbers[id(pair)])) for pair in pairs]
-        results = [work.result(self._made_from(pair)) for pair, work in works if work is not None]
-        found = [result for result in results if result is not None]
-        return found if len(found) == len(pairs) else []
-
-    def _commit(self, pairs: list[FactorPair], results: list[Tensors]) -> None:
-        """Take over what was computed early."""
-        targets = [self._tensors([pair]) for pair in pairs]
-        self._begin_writing()
-        written, found = ([x for tensors in side for part in tensors for x in part] for side in (targets, results))
-        torch._foreach_copy_(written, found)
-        for pair, tensors in zip(pairs, targets, strict=True):
-            self._write_back([pair], *tensors[:2])
-
-    def _check_overlap(self, gradients: list[Gradients]) -> None:
-        for found in gradients:
-            for pair, c, m in zip(found.pairs, found.coefficients.tolist(), found.multipliers, strict=True):
-                if abs(c * m - 1.0) > UNSCALED:
-                    raise RuntimeError(
-                        f"{type(self).__name__}: the gradient of {pair.name} was multiplied by {c * m:.4g} after the backward pass "
-                        "(clipping, GradScaler), in which overlap=True has already used it; nothing was changed. Use overlap=False"
-                    )
-
-    # ---------------------------------------------------------------- LoRSum
 
     def _lorsum(
         self,
@@ -630,15 +368,8 @@ class OPLoRA(LowRankOptimizer):
 
     # ---------------------------------------------------------------- explain()
 
-    def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-        yield from super()._example_calls()
-        for alike in self._alike(self._pairs):
-            for operation, columns in sorted(self._operations(alike)):
-                yield thin_call(operation, [self._matrix(pair.b) for pair in alike], columns)
-
     def _operations(self, pairs: list[FactorPair]) -> set[tuple[str, int]]:
-        """What a step of layers of one rank and groups calls, and of how many columns the thin matrices there are."""
-        group, rank = self._group(pairs[0]), self._rank(pairs[0])
+        found, group, rank = super()._operations(pairs), self._group(pairs[0]), self._rank(pairs[0])
         widths: defaultdict[str, set[int]] = defaultdict(set)
         for pair in pairs:
             for _, name, shape in self._state_shapes(pair, group):
@@ -646,25 +377,8 @@ class OPLoRA(LowRankOptimizer):
         composed = {"grouped_gram", "grouped_lorsum_product", "grouped_solve"}
         local = ranks_of(self._process_group) is None or group["gradient"] == "sketch"
         lorsum = {"grouped_lorsum"} if local else composed
-        found = {("grouped_gram", rank), ("grouped_lorsum_product", rank)}  # c is measured
         found |= {*product(composed if group["metric"] else lorsum, {rank})}
-        if group["gradient"] == "sketch":
-            sketched = {min(group["sketch_width"], len(self._at(pair.b)), self._matrix(pair.a).shape[1]) for pair in pairs}
-            found |= {*product({"grouped_qr", "grouped_lorsum_product"}, sketched)}
         if group["momentum"]:
             lowrank = group["momentum_mode"] == "lowrank"
             found |= {*(product(lorsum, widths["momentum_u"]) if lowrank else product(composed, {rank}))}
         return found | {*product({*lorsum, "grouped_lorsum_product", "grouped_svd_product"}, widths["metric_values"])}
-
-
-def _close(recorders: list[Recorder], handles: list[Any]) -> None:
-    mine = {id(recorder) for recorder in recorders}
-    for layer in owners().values():
-        if id(getattr(layer, "capture", None)) in mine:
-            layer.capture = None  # type: ignore[assignment]
-    for recorder in recorders:
-        recorder.active = False
-        recorder.clear()
-    for handle in handles:
-        handle.remove()
-    handles.clear()
