@@ -37,20 +37,23 @@ def test_overlap_with_the_backward_pass_changes_nothing(mode: str, kind: dict, r
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("key", ["lr", "momentum", "weight_decay", "maximize", "proximal", "factor"])
+@pytest.mark.parametrize("key", ["lr", "momentum", "weight_decay", "maximize", "proximal", "metric_decay", "metric_damping", "factor"])
 def test_what_changes_between_the_backward_pass_and_the_step_counts(key: str) -> None:
     plain, overlapped = Shared("ours"), Shared("ours")
-    optimizers = make(plain), make(overlapped, overlap=True)
+    options = {"metric": "kfac"} if key.startswith("metric") else {}
+    optimizers = make(plain, **options), make(overlapped, overlap=True, **options)
     for step in range(4):
         for model, optimizer in zip((plain, overlapped), optimizers, strict=True):
             optimizer.zero_grad()
             x, y = batch(step)
             (model(x) - y).square().mean().backward()
+            for work in optimizer._early.values():
+                work.wait()
             if step == 2 and key == "factor":
                 with torch.no_grad():
                     pairs(model)[0].A.mul_(1 + 1e-9)  # within what a gradient that was captured may differ from .grad
             elif step == 2:
-                optimizer.param_groups[0][key] = {"maximize": True, "weight_decay": 0.5}.get(key, 0.02)
+                optimizer.param_groups[0][key] = {"maximize": True, "weight_decay": 0.5, "metric_damping": 0.5}.get(key, 0.02)
             optimizer.step()
     for p, q in zip(plain.parameters(), overlapped.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)

@@ -98,7 +98,7 @@ class OPLoRA(OverlappingOptimizer):
 
     trains_convolutions = True
     adamw_takes_factors = False
-    early_reads = ("lr", "momentum", "maximize", "sweeps", "proximal", "momentum_mode", "metric")
+    early_reads = ("lr", "momentum", "maximize", "sweeps", "proximal", "momentum_mode", "metric", "metric_decay", "metric_damping")
 
     def __init__(
         self,
