@@ -44,6 +44,8 @@ _DRIFT_TILES = 4
 #: One row of the table: param, grad, exp_avg, exp_avg_sq, rows, columns, strides of param and grad, missed, flat/rank_dim.
 COLUMNS = tl.constexpr(11)
 
+#: lr, beta1, beta2, eps, weight_decay, step, missed, bias_correction, maximize
+Numbers = tuple[float | Tensor, float, float, float, float, int | Tensor, list[int], bool, bool]
 _SCALARS = ["lr", "beta1", "beta2", "eps", "weight_decay", "step", "log2_beta1", "log2_beta2", "correction1", "correction2"]
 
 
@@ -489,9 +491,6 @@ def grouped_adamw_(
     maps = grad_maps, momentum_maps, param_maps, direction_maps
     numbers = lr, beta1, beta2, eps, weight_decay, step, missed, bias_correction, maximize
     moment_step(params, grads, exp_avgs, exp_avg_sqs, maps, rank_dims, drifts, numbers)
-
-
-Numbers = tuple[float | Tensor, float, float, float, float, int | Tensor, list[int], bool, bool]
 
 
 def moment_step(
