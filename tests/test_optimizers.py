@@ -285,6 +285,40 @@ def test_checkpoints_that_do_not_fit_are_refused_before_anything_changes(build) 
 
 
 @every_optimizer
+def test_hooks_may_change_what_is_loaded(build) -> None:
+    """As torch says: what a checkpoint's parameters are here is for ``register_load_state_dict_pre_hook`` to say, by their names."""
+    model, twin = make_model("ours"), make_model("ours")
+    optimizer = build(model)
+    run(model, optimizer, 0, 12)
+    saved = copy.deepcopy(optimizer.state_dict())
+    twin.load_state_dict(model.state_dict())
+    resumed = build([(n, p) for n, p in reversed(list(twin.named_parameters())) if p.requires_grad])
+    with pytest.raises(ValueError, match="in another order"):
+        resumed.load_state_dict(saved)
+
+    def by_name(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+        (group,), (here,) = state_dict["param_groups"], optimizer.param_groups
+        places = [group["param_names"].index(name) for name in here["param_names"]]
+        moved = {**group, "params": [group["params"][i] for i in places], "param_names": here["param_names"]}
+        moved["missed"] = {places.index(i): count for i, count in group["missed"].items()}
+        return {**state_dict, "param_groups": [moved]}
+
+    seen = []
+    with resumed.register_load_state_dict_pre_hook(by_name):
+        resumed.register_load_state_dict_post_hook(
+            lambda optimizer: seen.append([v.dtype for v in optimizer.state[twin[0].lora_B].values()])
+        )
+        resumed.load_state_dict(saved)
+    assert seen == [[value.dtype for value in optimizer.state[model[0].lora_B].values()]], "the user's hook sees the state as it will be"
+    run(model, optimizer, 12, 24)
+    run(twin, resumed, 12, 24)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="in another order"):
+        resumed.load_state_dict(saved)  # the hook is gone
+
+
+@every_optimizer
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_of_model_and_optimizer_go_on_alike(build, copier) -> None:
     model = make_model("ours")

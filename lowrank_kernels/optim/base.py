@@ -34,7 +34,7 @@ from .nonfinite import which_nonfinite
 from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
 from .shards import FLATTENED, is_sharded, local_parts
-from .state import check_state_dict, misfit, moments
+from .state import check_is_state_dict, check_state_dict, misfit, moments
 from .undo import Before
 
 #: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).
@@ -606,18 +606,32 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps the dtype it was saved in (torch casts it down to the parameter's).
 
+        Hooks may change what is loaded (``register_load_state_dict_pre_hook``): what they make of it is what must fit.
+
         Raises:
             ValueError: the checkpoint is of another method, or its shapes do not fit; nothing was changed.
         """
-        self._check_state_dict(state_dict)
-        saved_state = state_dict["state"]
-        super().load_state_dict(state_dict)
+        check_is_state_dict(type(self).__name__, state_dict)
+        loaded: list[dict[str, Any]] = []
+
+        def check(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> None:  # after the user's hooks
+            self._check_state_dict(hooked)
+            loaded.append(hooked)
+
+        def take(_: torch.optim.Optimizer) -> None:  # before the user's hooks
+            self._take_state(*loaded)
+
+        with self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(take, prepend=True):
+            super().load_state_dict(state_dict)
+
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
+        """What torch has loaded, as it was saved."""
         self._torn = None
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if isinstance(group["step"], Tensor):
                 group["step"] = group["step"].to(group["params"][0].device)
             for p, key in zip(group["params"], saved_group["params"], strict=True):
-                for name, value in saved_state.get(key, {}).items():
+                for name, value in state_dict["state"].get(key, {}).items():
                     if isinstance(value, Tensor):
                         dtype = compute_dtype(p.dtype) if value.is_floating_point() else value.dtype
                         self.state[p][name] = value.to(p.device, dtype, copy=True)

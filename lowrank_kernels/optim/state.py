@@ -42,12 +42,17 @@ def misfit(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, An
     return None
 
 
+def check_is_state_dict(name: str, state_dict: Any) -> None:
+    """Refuse what has not the form of a checkpoint."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"{name}: state_dict must be what state_dict() returned, with 'state' and 'param_groups'")
+
+
 def check_state_dict(
     name: str, state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], needed: Iterable[str], expected_states: ExpectedStates
 ) -> None:
     """Refuse a checkpoint of another method, or of parameters of other numbers or shapes; ``needed``: what each of its groups must hold."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"{name}: state_dict must be what state_dict() returned, with 'state' and 'param_groups'")
+    check_is_state_dict(name, state_dict)
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"{name}: the checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
