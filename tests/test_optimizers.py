@@ -658,8 +658,11 @@ def test_numbers_of_numpy_are_taken_and_become_pythons() -> None:
         lk.ODLoRA(model, lr=np.float32(1e-3), total_steps=np.int64(1000), rounds=number, round_steps=number),
         lk.OPLoRA(model, lr=np.float64(1e-3), sweeps=number, momentum_rank=number, seed=number),
         lk.AdamW([{"params": trainable(model), "lr": np.float64(1e-3)}]),
+        lk.AdamW(model, betas=(np.float64(0.9), np.float32(0.99)), eps=np.float32(1e-8)),
+        lk.AdamW([{"params": trainable(model), "betas": [np.float64(0.9), 0.99]}]),
     ):
-        assert not any(isinstance(value, np.generic) for value in optimizer.param_groups[0].values())
+        group = optimizer.param_groups[0]
+        assert not any(isinstance(value, np.generic) for value in (*group.values(), *group["betas"]))
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         file.seek(0)

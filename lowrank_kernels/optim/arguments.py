@@ -40,9 +40,11 @@ class AdamWOptions(TypedDict, total=False):
 
 
 def pythons_number(value: Any) -> Any:
-    """A number of another library (NumPy's) as Python's, which checkpoints can hold; anything else as it is."""
+    """A number of another library (NumPy's) as Python's, which checkpoints can hold, or several (betas); anything else as it is."""
     if type(value) in (int, float, bool):
         return value
+    if type(value) in (tuple, list):
+        return type(value)(map(pythons_number, value))
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value

@@ -169,7 +169,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             for key, value in param_group.items():
-                param_group[key] = pythons_number(value)
+                param_group[key] = value if key == "params" else pythons_number(value)
             self._check_hyperparameters({**self.defaults, **param_group})
             if isinstance(param_group.get("params"), nn.Module):
                 raise TypeError(f"{type(self).__name__}: params of a group must be tensors, got a module; pass its parameters()")
