@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -643,6 +644,41 @@ def test_merged_models_follow_loaded_values_and_moves() -> None:
         torch.testing.assert_close(model(IDS), other(IDS).float(), rtol=1e-3, atol=1e-4 * float(other(IDS).abs().max()))
     assert {"blocks.0.query.lora_A", "blocks.0.query.q_a"} <= model.state_dict().keys()
     assert not any("merged" in key for key in model.state_dict())
+
+
+def test_a_merged_model_follows_parameters_whose_contents_are_swapped() -> None:
+    model, other = adapted_net().eval(), adapted_net().eval()
+    lrk.merge(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with torch.no_grad():
+            model(IDS)
+            model.load_state_dict(other.state_dict())
+            torch.testing.assert_close(model(IDS), other(IDS), rtol=1e-12, atol=1e-12)
+            assert model.float()(IDS).dtype == torch.float32
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_a_merged_model_follows_factors_that_are_swapped_in() -> None:
+    """``functional_call`` with a tensor that lives for the call: a later one may have its id, and the same version."""
+    model = randomize(lrk.adapt(nn.Sequential(nn.Linear(8, 6)).double(), rank=2)).eval()
+    x, b = torch.randn(4, 8, dtype=torch.float64), model[0].lora_B.detach()
+
+    @torch.no_grad()
+    def output(factor: Tensor) -> Tensor:
+        return functional_call(model, {"0.lora_B": factor}, (x,))
+
+    expected = output(3 * b)
+    lrk.merge(model)
+    first = 2 * b
+    number = id(first)
+    output(first)
+    del first
+    made = [3 * b]
+    while id(made[-1]) != number and len(made) < 10_000:
+        made.append(3 * b)
+    torch.testing.assert_close(output(made[-1]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

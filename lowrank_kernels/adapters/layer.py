@@ -135,7 +135,7 @@ class LowRankLinear(nn.Module):
         self._decoupled = False
         self._merged = False
         self._merged_weight: Tensor | None = None
-        self._merged_state: object = None
+        self._merged_state: tuple[float, list[tuple[Tensor, int]]] | None = None
         self.reset_parameters()
         register_layer(self)
 
@@ -288,10 +288,17 @@ class LowRankLinear(nn.Module):
             tensors += [self.q_a, self.q_b]
         if self.method == "xs":
             tensors.append(self.lora_R)
-        state = (self.scale, *map(tensor_state, tensors))
-        if self._merged_weight is None or self._merged_state != state:
-            self._merged_weight, self._merged_state = self.merged_weight(), state
+        if self._merged_weight is None or not self._is_merged_from(tensors):
+            self._merged_weight = self.merged_weight()
+            self._merged_state = self.scale, [(tensor, tensor_state(tensor)[1]) for tensor in tensors]
         return self._merged_weight
+
+    def _is_merged_from(self, tensors: list[Tensor]) -> bool:
+        """Whether the cache is of these tensors as they are. It holds them: a new one may get the id of one that is gone. (Not by weak
+        references, with which torch would not swap a parameter's contents, as it does under ``torch.__future__``.)"""
+        scale, seen = self._merged_state or (None, [])
+        same = scale == self.scale and len(seen) == len(tensors)
+        return same and all(held is x and version == tensor_state(x)[1] for (held, version), x in zip(seen, tensors, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
@@ -356,13 +363,14 @@ class LowRankLinear(nn.Module):
         if self.start_A is None and f"{prefix}start_A" in state_dict:  # the base weight beside it has been changed
             self.start_A, self.start_B = torch.empty_like(self.lora_A), torch.empty_like(self.lora_B)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._merged_weight = self._merged_state = None
         self._decoupled_read = self._decoupled_wrapper = None
         if self.method == "sds":
             self._read_decoupled(self.is_decoupled)  # now: a compiled graph takes the host's copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
         super()._apply(fn, recurse)
-        self._merged_weight = None  # the next merged forward computes it where the parameters now are
+        self._merged_weight = self._merged_state = None  # the next merged forward computes it where the parameters now are
         return self
 
     def __getstate__(self) -> dict[str, Any]:
