@@ -12,6 +12,7 @@ import torch
 from _models import SHAPES, loss_of, make_model, pair_delta
 from _ranks import Ranks
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
@@ -573,10 +574,13 @@ def test_reset_parameters_goes_back_to_the_start() -> None:
 def test_starts_refuse_what_they_cannot_change() -> None:
     quantized = nn.Sequential(network(dtype=torch.float32), Quantized(nn.Linear(9, 9)))
     tied = Shared(None)
+    computed = network()
+    weight_norm(computed[0])
     sum_of = lambda m, b: m(b).sum()  # noqa: E731
     for model, arguments, error, message in (
         (lk.adapt(quantized, rank=2), {}, ValueError, "'1' has a Parameter of torch.int8"),
         (lk.adapt(tied, rank=2), {}, ValueError, "'second' is shared with another module"),
+        (lk.adapt(computed, rank=2), {}, ValueError, "that of '0' is no parameter but computed"),
         (lk.adapt(network(), method="sds", rank=2), {}, ValueError, r"no adapter ΔW = s·B A; adapt\(model, method='lora'"),
         (lk.adapt(network(), method="xs", rank=2), {}, ValueError, "method='lora'"),
         (lk.adapt(network(), rank=2), {"batches": []}, TypeError, "the other starts take neither"),

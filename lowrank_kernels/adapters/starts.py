@@ -236,7 +236,8 @@ def check_changeable(function: str, root: nn.Module, layers: Mapping[str, LowRan
     """Refuse layers whose base weight ``W0 ← W0 − s·B₀A₀`` must not or cannot change.
 
     Raises:
-        ValueError: it is no floating-point matrix (quantized), another module holds it too, or an earlier start has changed it.
+        ValueError: it is no floating-point matrix (quantized), it is computed from other parameters (weight norm), another module holds it
+            too, or an earlier start has changed it.
     """
     if not layers:
         return
@@ -249,6 +250,11 @@ def check_changeable(function: str, root: nn.Module, layers: Mapping[str, LowRan
             raise ValueError(
                 f"{function}: this start changes base weights, and {name!r} has a {type(base.weight).__name__} of {base.weight.dtype}; "
                 "leave it out of target_modules, or start a model with floating-point weights and quantize it then"
+            )
+        if "weight" not in base._parameters:  # a write would go into what is computed anew when it is read
+            raise ValueError(
+                f"{function}: this start changes base weights, and that of {name!r} is no parameter but computed (weight norm, another "
+                "parametrization); leave it out of target_modules, or remove the parametrization first"
             )
         if not base.weight.is_meta and uses[base.weight.data_ptr()] > 1:
             raise ValueError(
