@@ -8,6 +8,7 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -91,6 +92,14 @@ def test_round_trip_is_exact(tmp_path: Path, method: str, decoupled: str, fresh:
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     assert {n: p.requires_grad for n, p in other.named_parameters()} == flags
     assert other.layers[0].dropout == 0.25 and other.layers[0].scale == model.layers[0].scale
+
+
+def test_settings_that_are_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
+    base, file = Net(), tmp_path / "adapter.safetensors"
+    model = trained(base, "lora", rank=np.int64(2), alpha=np.float32(4), dropout=np.float32(0.25))
+    lrk.save_adapter(model, file)
+    assert torch.equal(lrk.load_adapter(copy.deepcopy(base).eval(), file)(X), model(X))
+    lrk.load_adapter(lrk.adapt(copy.deepcopy(base), **SETTINGS | {"alpha": 4}), file)  # the same scale
 
 
 def test_only_what_was_trained_is_saved() -> None:

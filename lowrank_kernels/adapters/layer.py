@@ -118,7 +118,8 @@ class LowRankLinear(nn.Module):
                 dtype = weight.dtype
         self.base_layer = base_layer
         self.in_features, self.out_features = d_in, d_out
-        self.rank, self.scale, self.method, self.dropout = rank, float(scale), method, float(dropout)
+        # Python's numbers: files hold these, and NumPy's they could not.
+        self.rank, self.scale, self.method, self.dropout = int(rank), float(scale), method, float(dropout)
         a, b = (torch.empty(shape, dtype=dtype, device=weight.device) for shape in ((rank, d_in), (d_out, rank)))
         if method == "xs":
             self.register_buffer("lora_A", a)
