@@ -660,6 +660,18 @@ def test_a_merged_model_follows_parameters_whose_contents_are_swapped() -> None:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
 
+def test_a_weight_merged_in_inference_mode_serves_outside_too() -> None:
+    model = adapted_net().eval().requires_grad_(False)
+    model.embedding.requires_grad_(True)  # so that autograd goes through the merged layers
+    expected = torch.autograd.grad(model(IDS).sum(), model.embedding.weight)
+    lrk.merge(model)
+    with torch.no_grad():
+        model.blocks[0].query.lora_A.mul_(1)  # merged anew
+    with torch.inference_mode():
+        model(IDS)
+    torch.testing.assert_close(torch.autograd.grad(model(IDS).sum(), model.embedding.weight), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_a_merged_model_follows_factors_that_are_swapped_in() -> None:
     """``functional_call`` with a tensor that lives for the call: a later one may have its id, and the same version."""
     model = randomize(lrk.adapt(nn.Sequential(nn.Linear(8, 6)).double(), rank=2)).eval()

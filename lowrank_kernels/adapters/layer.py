@@ -290,7 +290,8 @@ class LowRankLinear(nn.Module):
         if self.method == "xs":
             tensors.append(self.lora_R)
         if self._merged_weight is None or not self._is_merged_from(tensors):
-            self._merged_weight = self.merged_weight()
+            with torch.inference_mode(False):  # it outlives that mode, and autograd takes none of its tensors
+                self._merged_weight = self.merged_weight()
             self._merged_state = self.scale, [(tensor, tensor_state(tensor)[1]) for tensor in tensors]
         return self._merged_weight
 
