@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _ranks import Ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -515,3 +517,37 @@ def test_saving_into_a_missing_folder_names_the_folder(tmp_path: Path) -> None:
     model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
     with pytest.raises(FileNotFoundError, match="save_adapter: no folder '.*/missing'; create it first"):
         lrk.save_adapter(model, tmp_path / "missing" / "adapter.safetensors")
+
+
+def files_of_shards(rank: int, world: int, base: nn.Module, file: Path) -> list[list[float]]:
+    """Under FSDP2: what is refused, and the way out that the error names; the outputs of the sharded model."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model, whole, other = trained(base), lrk.adapt(copy.deepcopy(base), "sds", **SETTINGS), file.with_suffix(f".{rank}")
+    lrk.save_adapter(whole, other)
+    expected = model(X)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)), shard_placement_fn=lrk.shard_placement(model))
+    for attempt in (
+        lambda: lrk.save_adapter(model, file),
+        lambda: lrk.export_peft(model, file.parent),
+        lambda: lrk.export_peft(model, file.parent, rank=1),
+    ):
+        with pytest.raises(ValueError, match=r"is sharded \(a DTensor\), and no rank holds all of it. On every rank get the whole state"):
+            attempt()
+    with pytest.raises(ValueError, match=r"is sharded \(a DTensor\) in the model only; load it before fully_shard"):
+        lrk.load_adapter(model, other)
+    torch.testing.assert_close(model(X), expected)
+    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    if rank == 0:
+        lrk.save_adapter(whole, file)
+    return expected.tolist()
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not torch.distributed.is_available(), reason="needs gloo")
+def test_shards_are_refused_and_the_error_says_what_to_do(ranks: Ranks, tmp_path: Path) -> None:
+    base, file = Net(), tmp_path / "adapter.safetensors"
+    outputs, _ = ranks(files_of_shards, base, file)
+    torch.testing.assert_close(lrk.load_adapter(copy.deepcopy(base).eval(), file)(X), torch.tensor(outputs))

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..ops import grouped_svd_product
+from ..optim.shards import is_sharded
 from ._model import adapted_layers, check_model, clean_name
 from .adapt import check_settings, check_unadapted, install
 from .layer import LowRankLinear
@@ -203,6 +204,11 @@ def _plan(
             raise TypeError(f"{function}: {name} is {source.dtype}, the model's is {target.dtype}; cast one of them")
         if target.is_meta or source.is_meta:
             raise ValueError(f"{function}: {name} is on the meta device; materialize it first")
+        if is_sharded(target) != is_sharded(source):
+            raise ValueError(
+                f"{function}: {name} is sharded (a DTensor) in the {'model' if is_sharded(target) else 'state'} only; load it before "
+                "fully_shard(model), or load a checkpoint of torch.distributed.checkpoint"
+            )
         copies.append((target, source))
     return IncompatibleKeys(missing, unexpected), copies
 
@@ -228,7 +234,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     The file is complete or not there at all, whatever happens meanwhile: it is written beside ``path`` and renamed.
 
     Raises:
-        ValueError: the model has no adapters, or they are on the meta device.
+        ValueError: the model has no adapters, or they are on the meta device or sharded (FSDP2).
         OSError: the file could not be written; an earlier file of that name is unchanged.
     """
     folder = Path(os.path.realpath(path)).parent
@@ -238,10 +244,21 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     on_meta = [name for name, tensor in state.items() if tensor.is_meta]
     if on_meta:
         raise ValueError(f"save_adapter: {on_meta[0]} is on the meta device and has no values to save")
+    _refuse_shards("save_adapter", state)
     layers = adapted_layers(check_model("save_adapter", model))
     settings = {name: asdict(LayerSettings(x.rank, x.scale, x.method, x.dropout)) for name, x in layers.items()}
     metadata = json.dumps({"format_version": FORMAT_VERSION, "layers": settings}, ensure_ascii=False)
     _write_atomically(path, lambda temporary: save_file(_unshared(state), temporary, {"format": "pt", METADATA_KEY: metadata}))
+
+
+def _refuse_shards(function: str, state: Mapping[str, Tensor]) -> None:
+    sharded = next((name for name, tensor in state.items() if is_sharded(tensor)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{function}: {sharded} is sharded (a DTensor), and no rank holds all of it. On every rank get the whole state, "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)); "
+            "load it into a model that was adapted alike and is not sharded, and save that one"
+        )
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -425,7 +442,7 @@ def export_peft(
         ``{layer name: ‖ΔW_written − ΔW‖_F / ‖ΔW‖_F}``; 0 where the layer is written exactly.
 
     Raises:
-        TypeError, ValueError: no adapters, a bad rank, or trained parameters outside the adapters that PEFT's
+        TypeError, ValueError: no adapters, sharded ones (FSDP2), a bad rank, or trained parameters outside the adapters that PEFT's
             ``modules_to_save`` cannot express. Nothing was written then.
     """
     root = check_model("export_peft", model)
@@ -438,6 +455,7 @@ def export_peft(
         raise TypeError(f"export_peft: rank must be an integer or None, got {rank!r}")
     if rank is not None and rank < 1:
         raise ValueError(f"export_peft: rank must be at least 1, got {rank}")
+    _refuse_shards("export_peft", _live_tensors(root))
     saved = _peft_saved_modules(root, layers)
     factors, errors = _peft_factors(layers, rank)
     config = _peft_config(root, layers, factors, saved, base_model_name_or_path)
