@@ -734,6 +734,18 @@ def test_forward_mode_is_refused() -> None:
         assert torch.equal(torch.func.jvp(lambda x, call=call: call(x.detach()) + x[0, 0] * 0, (x,), (x,))[0], call(x))
 
 
+def test_functionalized_calls_are_the_eager_ones() -> None:
+    x = torch.randn(9, 4)
+    for call in (
+        lambda x: ops.grouped_gram([x, x]),
+        lambda x: ops.grouped_qr([x])[0][0],
+        lambda x: ops.grouped_polar([x])[0],
+        lambda x: ops.grouped_svd_product([x], [x], 2)[1],
+        lambda x: ops.grouped_lorsum(([x], [x]), [([x], [x])], [0.5])[0][0],
+    ):
+        assert torch.equal(torch.func.functionalize(call)(x), call(x))
+
+
 X, TALLER, WIDE, THREE = torch.ones(9, 4), torch.ones(11, 4), torch.ones(3, 4), torch.ones(9, 3)
 EYE = torch.eye(4)[None]
 NUMBERS: dict[str, object] = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}

@@ -85,9 +85,10 @@ def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | Non
 def matrix_layout(matrices: Sequence[Tensor]) -> Any:
     """Where plain, :func:`alike` matrices lie, for compiled code; its ``columns`` are what all have, or -1.
 
-    None if they are not that, or if compiled code has not looked.
+    None if they are not that, or if compiled code has not looked: what a transform of ``torch.func`` has wrapped has no memory.
     """
-    return _csrc.matrix_layout(*as_stored(matrices)) if _compiled() else None
+    looks = _compiled() and torch._C._functorch.peek_interpreter_stack() is None
+    return _csrc.matrix_layout(*as_stored(matrices)) if looks else None
 
 
 def signature(tensors: Sequence[Tensor]) -> Any:
