@@ -493,3 +493,12 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path, capsys: 
         with pytest.raises(SystemExit) as caught:
             main(["plot", str(tmp_path / name)])
         assert caught.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_that_holds_no_step_is_refused(window: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plot", str(tmp_path / "run.csv"), "--window", str(window)])
+    assert f"argument --window: must be a positive number of steps, got {window}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="window must be a positive number of steps"):
+        diagnostics.plot([tmp_path / "run.csv"], tmp_path, window)

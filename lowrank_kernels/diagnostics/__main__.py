@@ -15,6 +15,8 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--output", type=Path, help="folder for the PNG files (default: beside the first CSV)")
     command.add_argument("--window", type=int, default=5, help="curves are means over so many measured steps")
     args = parser.parse_args(argv)
+    if args.window < 1:
+        command.error(f"argument --window: must be a positive number of steps, got {args.window}")
     try:
         written = plot(args.csv, args.output or args.csv[0].parent, args.window)
     except OSError as error:

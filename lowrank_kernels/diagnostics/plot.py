@@ -59,6 +59,8 @@ def plot(paths: Sequence[str | Path], output: str | Path, window: int = 5, label
     Returns:
         The files; a figure of which nothing was recorded is left out.
     """
+    if window < 1:
+        raise ValueError(f"diagnostics: window must be a positive number of steps, got {window}")
     try:
         import matplotlib
 
