@@ -296,6 +296,15 @@ def test_the_start_is_the_definition_when_the_svd_is_exact(update: str) -> None:
         assert report.energy[pair.name] == pytest.approx(share, rel=1e-9)
 
 
+def test_a_learning_rate_of_numpy_is_taken() -> None:
+    model, twin = (lk.adapt(network(), method="xs", rank=2) for _ in range(2))
+    init(model, make_batches(), lr=np.float32(0.5))
+    init(twin, make_batches(), lr=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+    with pytest.raises(TypeError, match="lr must be a number, got '0.5'"):
+        init(model, make_batches(), lr="0.5")
+
+
 def test_batches_weigh_as_many_as_they_have_samples_and_stop_at_samples() -> None:
     x, y = make_batches(1, rows=12)[0]
     whole, parts, first = (lk.adapt(network(), method="xs", rank=2) for _ in range(3))

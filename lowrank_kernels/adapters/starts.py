@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def lora_sb_init(
     """
     root = check_model("lora_sb_init", model)
     layers = _layers_of("lora_sb_init", model, "xs")
-    _check_positive("lora_sb_init", "lr", lr)
+    lr = _positive("lora_sb_init", "lr", lr)
     if update not in UPDATES:
         raise ValueError(f"lora_sb_init: update must be one of {', '.join(map(repr, UPDATES))}, got {update!r}")
     watch = _Watch(next(iter(layers.values())).lora_A.device)
@@ -177,7 +178,7 @@ def initialize(
         check_changeable("initialize", root, layers)
     if {batches is not None, loss_fn is not None} != {start == "lora-ga"}:
         raise TypeError("initialize: 'lora-ga' needs batches= and loss_fn=, the other starts take neither")
-    _check_positive("initialize", "gamma", gamma)
+    gamma = _positive("initialize", "gamma", gamma)
     watch = _Watch(next(iter(layers.values())).lora_A.device)
     gradients: _Gradients | None = None
     matrix: Callable[[str], Tensor] = partial(_finite_weight, layers)
@@ -503,11 +504,13 @@ def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     return tqdm(batches, desc="gradients of W0", unit="batch")
 
 
-def _check_positive(function: str, name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+def _positive(function: str, name: str, value: float) -> float:
+    """A number, NumPy's too, as Python's; what is none, or not positive and finite, is refused."""
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be a number, got {value!r}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
+    return float(value)
 
 
 def _some(names: list[str]) -> str:
