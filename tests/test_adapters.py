@@ -309,6 +309,40 @@ def test_hooks_and_replaced_forwards_of_the_base_layer_run() -> None:
     torch.testing.assert_close(layer(x), expected - 1.0)
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_dropout"])
+def test_hooks_and_replacements_in_a_peft_layer_run_with_our_kernels_too(part: str) -> None:
+    """All that KernelLinear does not call is called where PEFT calls it: in the layer's own forward."""
+    peft = pytest.importorskip("peft")
+    from lowrank_kernels.adapters.peft import with_kernels
+
+    def twice(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (2 * args[0],)
+
+    def layer(kernels: bool) -> nn.Module:
+        config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        torch.manual_seed(0)
+        return peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), with_kernels(config) if kernels else config)
+
+    x = torch.randn(4, 8)
+    for change in (
+        lambda m: m.register_forward_pre_hook(twice),
+        lambda m: m.register_full_backward_hook(lambda module, grads, _: tuple(2 * g for g in grads)),
+        lambda m: setattr(m, "forward", lambda x: 2 * type(m).forward(m, x)),
+        lambda m: m.register_forward_hook(lambda module, args, y: 2 * y),
+    ):
+        results = []
+        for kernels in (False, True):
+            model, given = layer(kernels), x.clone().requires_grad_()
+            change(getattr(model.base_model.model[0], part)["default"])
+            out = model(given)
+            results.append((out, *torch.autograd.grad(out.square().sum(), [given, *(p for p in model.parameters() if p.requires_grad)])))
+        torch.testing.assert_close(*results)
+    plain, model = layer(False), layer(True)
+    for changed in (plain, model):
+        changed.base_model.model[0].lora_dropout["default"] = nn.AlphaDropout(1.0)
+    torch.testing.assert_close(model(x), plain(x))
+
+
 def test_a_quantized_base_is_called_as_a_module() -> None:
     class Int8Linear(nn.Linear):
         """A weight-only int8 layer, as quantizing libraries make them."""

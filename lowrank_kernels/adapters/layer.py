@@ -30,18 +30,22 @@ def holds_matrix(base: nn.Linear) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
 
+def runs_forward_of(cls: type[nn.Module], module: nn.Module) -> bool:
+    """Whether calling the module is nothing but the ``forward`` of ``cls``: it has no other one, also not replaced on the instance, as
+    offloading frameworks do, and no hooks, which must run."""
+    return (
+        type(module).forward is cls.forward
+        and "forward" not in module.__dict__
+        and not (module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
+    )
+
+
 def is_plain(base: nn.Linear) -> bool:
     """Whether calling the layer is nothing but ``F.linear(x, weight, bias)``, so that it may be fused with the adapter.
 
-    False for quantized layers and other subclasses with a ``forward`` of their own, for layers with hooks (they must
-    run), and for layers whose ``forward`` was replaced on the instance, as offloading frameworks do.
+    False for quantized layers and other subclasses with a ``forward`` of their own, and as :func:`runs_forward_of` says.
     """
-    return (
-        type(base).forward is nn.Linear.forward
-        and "forward" not in base.__dict__
-        and not (base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks)
-        and holds_matrix(base)
-    )
+    return runs_forward_of(nn.Linear, base) and holds_matrix(base)
 
 
 def tensor_state(tensor: Tensor) -> tuple[int, int]:

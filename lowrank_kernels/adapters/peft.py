@@ -15,19 +15,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops import lora_linear
-from .layer import is_plain
+from .layer import is_plain, runs_forward_of
 
 
 class KernelLinear(PeftLinear):
     """PEFT's LoRA layer over an ``nn.Linear``; its forward is :func:`~lowrank_kernels.ops.lora_linear`, one differentiable operation.
 
     What that operation does not express (several active adapters, DoRA and other variants, merged or disabled adapters, a bias of
-    ``lora_B``, per-sample adapter names, a base layer or factors with hooks) is computed by PEFT's own forward.
+    ``lora_B``, per-sample adapter names, a base layer, factors or a dropout that have hooks or another forward) is computed by PEFT's own
+    forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = self.active_adapters
-        base = self.base_layer
+        adapters, base = self.active_adapters, self.base_layer
         if (
             self.disable_adapters
             or self.merged
@@ -37,17 +37,22 @@ class KernelLinear(PeftLinear):
             or adapters[0] not in self.lora_A
             or adapters[0] in self.lora_variant
             or self.lora_bias[adapters[0]]
-            or self.lora_A[adapters[0]]._forward_hooks  # OPLoRA watches these modules
-            or self.lora_B[adapters[0]]._forward_hooks
-            or not isinstance(base, nn.Linear)
-            or not is_plain(base)
         ):
             return super().forward(x, *args, **kwargs)
         (adapter,) = adapters
-        a, b = self.lora_A[adapter].get_parameter("weight"), self.lora_B[adapter].get_parameter("weight")
-        dropout = self.lora_dropout[adapter]
-        p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-        return lora_linear(x, base.weight, base.bias, a, b, self.scaling[adapter], dropout=p, training=self.training)
+        first, second, dropout = self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter]
+        drops = isinstance(dropout, nn.Dropout) and runs_forward_of(nn.Dropout, dropout)
+        if (
+            not (drops or runs_forward_of(nn.Identity, dropout))
+            or not (isinstance(base, nn.Linear) and is_plain(base))
+            or not (isinstance(first, nn.Linear) and is_plain(first))  # OPLoRA watches it, and the next, by hooks
+            or not (isinstance(second, nn.Linear) and is_plain(second))
+        ):
+            return super().forward(x, *args, **kwargs)
+        p = float(dropout.p) if drops else 0.0  # type: ignore[arg-type]
+        return lora_linear(
+            x, base.weight, base.bias, first.weight, second.weight, self.scaling[adapter], dropout=p, training=dropout.training
+        )
 
 
 def _kernel_linear(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
