@@ -85,7 +85,9 @@ def own_pair(name: str, layer: HoldsPair) -> Pair:
     return Pair(name, layer.lora_A, layer.lora_B, layer.scale, layer, layer._parameters.get("lora_R"))
 
 
-_FACTOR_NAME = re.compile(r"^(?P<stem>.*?\.?)(?P<factor>lora_A|lora_B|lora_a|lora_b)(?P<adapter>\.[^.]+)??(?P<leaf>\.weight)?$")
+#: ``lora_A`` is a component of the name, not the end of one (DeLoRA's ``delora_A``), and has an adapter's name behind it only before
+#: ``.weight`` (AdaLoRA, ``ΔW = B diag(E) A``, has not).
+_FACTOR_NAME = re.compile(r"^(?:(?P<stem>.*)\.)?(?P<factor>lora_[AaBb])(?:(?:\.(?P<adapter>[^.]+))?\.weight)?$")
 
 
 def _split_name(name: str) -> tuple[tuple[str, str], str] | None:
@@ -93,8 +95,7 @@ def _split_name(name: str) -> tuple[tuple[str, str], str] | None:
     match = _FACTOR_NAME.match(name)
     if match is None:
         return None
-    stem = match["stem"].removesuffix(".")
-    return (stem, (match["adapter"] or "").removeprefix(".")), match["factor"][-1].upper()
+    return (match["stem"] or "", match["adapter"] or ""), match["factor"][-1].upper()
 
 
 def is_adapter_parameter(name: str) -> bool:

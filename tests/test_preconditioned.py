@@ -658,6 +658,19 @@ def test_variants_that_take_no_product_are_refused_or_left_to_adamw(method: type
 
 
 @every_method
+@pytest.mark.parametrize("named", [False, True])
+def test_factors_of_other_methods_are_no_pairs(named: bool, method: type[LowRankOptimizer]) -> None:
+    """Their ΔW is ``B diag(…) A``, and their names are like LoRA's."""
+    for config in (peft.AdaLoraConfig(init_r=2, total_step=100, target_modules=["0"]), peft.DeloraConfig(r=2, target_modules=["0"])):
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 16)), config)
+        with pytest.raises(ValueError, match="found no pair of low-rank factors"):
+            method(list(model.named_parameters()) if named else model)
+        assert not lk.AdamW(model)._pairs
+    with pytest.raises(ValueError, match=r"lora_A.default, .*train variants whose ΔW is not sBA \(AdaLoRA\) with AdamW"):
+        method(peft.get_peft_model(nn.Sequential(nn.Linear(12, 16)), peft.AdaLoraConfig(total_step=100, target_modules=["0"])))
+
+
+@every_method
 def test_experts_of_one_parameter_are_no_pair(method: type[LowRankOptimizer]) -> None:
     config = peft.LoraConfig(r=4, target_modules=["1"], target_parameters=["0.w"])
     model = peft.get_peft_model(nn.Sequential(Experts(), nn.Linear(16, 8)), config)

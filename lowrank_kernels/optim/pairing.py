@@ -263,7 +263,7 @@ def _why_no_pair(
     if left := [n for n, _ in named if is_adapter_parameter(n)]:
         return (
             f"{found}: {', '.join(left[:4])}{', …' if len(left) > 4 else ''} have no partner among them that fits. Pass the adapted "
-            "model itself, or all of model.named_parameters(), frozen factors too"
+            "model itself, or all of model.named_parameters(), frozen factors too; train variants whose ΔW is not sBA (AdaLoRA) with AdamW"
         )
     return (
         f"{found}. Pass the adapted model itself, or model.named_parameters() with names such as '….lora_A[.adapter].weight' and "
