@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +265,21 @@ def test_a_compiled_model_is_adapted_and_compiled_anew() -> None:
     torch.testing.assert_close(compiled(IDS), model(IDS))
     assert not torch.allclose(compiled(IDS), expected)
     assert list(lrk.delta_weights(compiled)) == ["blocks.0.query", "blocks.1.query"]
+
+
+def test_a_layer_that_was_compiled_by_itself_is_refused(tmp_path: Path) -> None:
+    """Its wrapper goes on calling the Linear that it was made of."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    lrk.save_adapter(lrk.adapt(copy.deepcopy(model), rank=2), tmp_path / "adapter.safetensors")
+    model[2] = torch.compile(model[2], backend="eager")
+    for attempt in (lambda: lrk.adapt(model, rank=2), lambda: lrk.load_adapter(model, tmp_path / "adapter.safetensors")):
+        with pytest.raises(ValueError, match=r"'2' was compiled by itself, .* would go on without the adapter"):
+            attempt()
+        assert all(p.requires_grad for p in model.parameters()) and not lrk.pairs(model)
+    lrk.adapt(model, rank=2, target_modules=["0"])
+    inner = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(8, 8)), backend="eager"))
+    lrk.adapt(inner, rank=2)(torch.randn(3, 8)).sum().backward()
+    assert all(p.grad is not None for p in inner.parameters() if p.requires_grad)
 
 
 # --- the layer -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from .layer import LowRankLinear
@@ -54,6 +56,13 @@ def check_model(function: str, model: object) -> nn.Module:
 def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """Our layers by name; one that has several names (tied modules) under its first."""
     return {clean_name(name): module for name, module in unwrap(model).named_modules() if isinstance(module, LowRankLinear)}
+
+
+def compiled_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What stands in ``torch.compile`` wrappers inside the model, by name. A wrapper goes on calling what it was made of."""
+    for name, module in root.named_modules():
+        if _is_any(module, (_COMPILED,)):
+            yield clean_name(name), module._orig_mod
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..ops._library import FLOATING
 from ..pairs import pairs
-from ._model import check_model, clean_name, parallel_wrapper, replace_modules
+from ._model import check_model, clean_name, compiled_modules, parallel_wrapper, replace_modules
 from .layer import METHODS, LowRankLinear
 
 ALL_LINEAR = "all-linear"
@@ -83,12 +83,22 @@ def adapt(
         if id(module) not in layers:
             layer = LowRankLinear(module, rank, scale, method=method, dropout=dropout, dtype=dtype)
             layers[id(module)] = layer.train(module.training)
-    install(root, layers, [parameter for module in saved.values() for parameter in module.parameters()])
+    install("adapt", root, layers, [parameter for module in saved.values() for parameter in module.parameters()])
     return model
 
 
-def install(root: nn.Module, layers: dict[int, nn.Module], trained: Iterable[nn.Parameter]) -> None:
-    """Freeze ``root``, let ``trained`` train, and put ``layers[id(base layer)]`` in the base layers' places."""
+def install(function: str, root: nn.Module, layers: dict[int, nn.Module], trained: Iterable[nn.Parameter]) -> None:
+    """Freeze ``root``, let ``trained`` train, and put ``layers[id(base layer)]`` in the base layers' places.
+
+    Raises:
+        ValueError: a base layer was compiled by itself; nothing was changed.
+    """
+    alone = next((name for name, wrapped in compiled_modules(root) if id(wrapped) in layers), None)
+    if alone is not None:
+        raise ValueError(
+            f"{function}: {alone!r} was compiled by itself, torch.compile(linear), and would go on without the adapter; compile a module "
+            "that holds the layer, or compile it afterwards"
+        )
     root.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)

@@ -395,7 +395,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     unknown = [name for name in others if name not in parameters and name not in buffers]
     if unknown and strict:
         raise ValueError(f"load_adapter: the file has tensors that the model does not: {_some(unknown)}; pass strict=False to skip them")
-    install(root, {id(modules[name]): layer for name, layer in new.items()}, [parameters[name] for name in others if name in parameters])
+    install(
+        "load_adapter",
+        root,
+        {id(modules[name]): layer for name, layer in new.items()},
+        [parameters[name] for name in others if name in parameters],
+    )
     _copy(new, copies + [(target, state[name]) for name, target in factors.items()], starts)
     return model
 
