@@ -179,7 +179,8 @@ void adamw_mapped_panel(const AdamWScalars& scalars, const AdamWItem& item, int6
   }
   if (scalars.dtype != state) round_to_storage(scalars.dtype, x, area);
   for (int64_t j = 0; j < r; ++j) {
-    for (int64_t k = 0; k < padded; ++k) old[j * pitch + k] = x[j * pitch + k] - old[j * pitch + k];
+    for (int64_t k = 0; k < rows; ++k) old[j * pitch + k] = x[j * pitch + k] - old[j * pitch + k];
+    for (int64_t k = rows; k < padded; ++k) x[j * pitch + k] = old[j * pitch + k] = 0;  // with eps = 0 it was 0/0
   }
   store_panel(scalars.dtype, tall_view(item.param), first, rows, r, x, pitch, dense);
   if (item.m) store_panel(state, moment_view(item.m), first, rows, r, m, pitch, dense);

@@ -180,3 +180,18 @@ def test_narrow_dtypes_round_to_nearest_even() -> None:
             ops.grouped_adamw_([params], [grads], [], [], lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1, bias_correction=False)
             expected = (values.float() - lr * grads.float()).to(dtype)
             assert torch.equal(params.view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("rank_dim", [0, 1])
+@pytest.mark.parametrize("height", [1, 39, 300])
+def test_drifts_without_eps(rank_dim: int, height: int) -> None:
+    """What stands behind the last rows of a panel is 0/0 then."""
+    torch.manual_seed(0)
+    shape = (3, height) if rank_dim == 0 else (height, 3)  # a rank that is worked on in panels, whichever way it lies
+    new, grad = torch.randn(shape), torch.randn(shape)
+    old, drifts, maps = new.clone(), torch.empty(1, 3, 3), torch.eye(3)[None]
+    moments = [[torch.zeros(shape)] for _ in range(2)]
+    numbers = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 0.0, "weight_decay": 0.0, "step": 1}
+    ops.grouped_adamw_([new], [grad], *moments, grad_maps=maps, rank_dims=[rank_dim], drifts=drifts, **numbers)
+    tall, before = (new.mT, old.mT) if rank_dim == 0 else (new, old)
+    torch.testing.assert_close(drifts[0], tall.mT @ (tall - before), rtol=1e-4, atol=1e-5)
