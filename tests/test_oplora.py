@@ -400,3 +400,21 @@ def test_two_ranks_with_half_the_batch_are_one(case: str, two_ranks: list[dict])
     heights, widths = (sum(shape[dim] for shape in oplora_ranks.SHAPES) for dim in (0, 1))
     thin = {"sketch": 4 * heights + 9 * widths, "kfac": 3 * (heights + widths)}
     assert sent <= thin.get(case, 4 * max(heights, widths))
+
+
+@pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
+def test_layers_narrower_than_the_rank(mode: str) -> None:
+    """PEFT allows them: a head of one output under r = 4. ΔW has rank 1 at most, the factors and a momentum on them have four columns."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(2)
+    layers = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 1)).double()
+    model = peft.get_peft_model(layers, peft.LoraConfig(r=4, target_modules=["0", "1"]))
+    optimizer = make(model, lr=0.02, momentum_mode=mode)
+    x, losses = torch.randn(32, 6, dtype=torch.float64), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model(x) - x[:, :1]).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

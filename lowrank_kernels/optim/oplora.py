@@ -203,7 +203,8 @@ class OPLoRA(OverlappingOptimizer):
         sides = ((pair.b, "u", len(self._at(pair.b))), (pair.a, "v", self._matrix(pair.a).shape[1]))
         smallest = min(height for _, _, height in sides)
         if group["momentum"]:
-            rank = min(group["momentum_rank"] or self._rank(pair), smallest)
+            lowrank = group["momentum_mode"] == "lowrank"
+            rank = min(group["momentum_rank"] or self._rank(pair), smallest) if lowrank else self._rank(pair)
             for position, side, height in sides if group["momentum_mode"] != "naive" else sides[:1]:
                 yield position, f"momentum_{side}", (height, rank)
         if group["metric"]:
