@@ -418,3 +418,22 @@ def test_layers_narrower_than_the_rank(mode: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_layers_that_are_thawed_later() -> None:
+    model = make_model("peft")
+    later = [p for name, p in model.named_parameters() if p.requires_grad and ".0." in name]
+    for p in later:
+        p.requires_grad_(False)
+    optimizer = make(model, lr=0.02)
+    known = len(optimizer._pairs)
+    for p in later:
+        p.requires_grad_(True)
+    optimizer.add_param_group({"params": [(name, p) for name, p in model.named_parameters() if any(p is q for q in later)]})
+    assert len(optimizer._pairs) > known
+    before = [p.detach().clone() for p in later]
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    assert not any(map(torch.equal, before, later))

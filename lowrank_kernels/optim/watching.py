@@ -34,7 +34,7 @@ class WatchingOptimizer(LowRankOptimizer):
 
     Args:
         seed: of the sketches.
-        model: the module whose layers are to be watched; ours are found without it. Not kept.
+        model: the module whose layers are to be watched, those of later groups too while it is there; ours are found without it. Not kept.
         process_group: over which G is averaged; None: the default group if ``torch.distributed`` is initialized; False: none.
     """
 
@@ -55,13 +55,7 @@ class WatchingOptimizer(LowRankOptimizer):
         self._seed = seed
         self._probes: dict[int, Probes] = {}  # by group, whose steps they count
         self._process_group = process_group
-        self._modules: dict[int, nn.Module] = {}
-        watched = params if isinstance(params, nn.Module) else model
-        if watched is not None:
-            # Parameters only: our layers' `weight` is W0 + ΔW, computed when it is read.
-            self._modules = {id(w): m for m in watched.modules() if (w := m._parameters.get("weight")) is not None}
-        super().__init__(params, lr, weight_decay=weight_decay, model=watched, method_defaults=method_defaults, **options)
-        self._modules = {}  # no module is kept
+        super().__init__(params, lr, weight_decay=weight_decay, model=model, method_defaults=method_defaults, **options)
         self._close_when_collected()
 
     # ---------------------------------------------------------------- the layers
@@ -69,6 +63,9 @@ class WatchingOptimizer(LowRankOptimizer):
     def _accept_pairs(self) -> None:
         self._refuse_decoupled()
         layers, new = owners(), self._pairs[len(self._recorders) :]
+        model = None if self._model is None else self._model()
+        # Parameters only: our layers' `weight` is W0 + ΔW, computed when it is read.
+        modules = {} if model is None else {id(w): m for m in model.modules() if (w := m._parameters.get("weight")) is not None}
         for pair in new:
             group, partner = self._group(pair), self.param_groups[pair.b[0]]
             different = [key for key in self.defaults if key != "weight_decay" and group[key] != partner[key]]
@@ -78,7 +75,7 @@ class WatchingOptimizer(LowRankOptimizer):
                     f"{type(self).__name__}: A and B of {pair.name} are in groups with different {', '.join(different)}; they move together"
                 )
             a, b = self._at(pair.a), self._at(pair.b)
-            if id(a) not in layers and not (id(a) in self._modules and id(b) in self._modules):
+            if id(a) not in layers and not (id(a) in modules and id(b) in modules):
                 raise ValueError(
                     f"{type(self).__name__}: the layer of {pair.name} is not known from its parameters, and its inputs must be seen; "
                     "pass the model, as params or as model="
@@ -86,13 +83,13 @@ class WatchingOptimizer(LowRankOptimizer):
         for pair in new:  # all are accepted
             a, b = self._at(pair.a), self._at(pair.b)
             layer = layers.get(id(a))
-            module: Any = self._modules.get(id(a))
+            module: Any = modules.get(id(a))
             patches = Patches.of(module) if a.ndim > 2 else None
             recorder = Recorder(self._holder(pair.a[0]), 1.0 if layer is not None else pair.scale, patches)
             if layer is not None:
                 layer.capture = recorder  # type: ignore[assignment]
             else:
-                self._handles += watch(module, self._modules[id(b)], recorder)
+                self._handles += watch(module, modules[id(b)], recorder)
             self._recorders.append(recorder)
 
     def _holder(self, group_index: int) -> FullGradient:
@@ -221,7 +218,7 @@ class WatchingOptimizer(LowRankOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_recorders", "_handles", "_seed", "_probes")
         group = self._process_group if isinstance(self._process_group, bool) else None  # a group belongs to its process
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "_process_group": group, "_modules": {}}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "_process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
