@@ -21,7 +21,7 @@ DTYPES=${DTYPES:-float32,bfloat16}
 SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
 TESTS=${TESTS:-tests}
 # What only a GPU can show: tested first, with time of its own.
-GPU_TESTS=${GPU_TESTS:-tests/test_triton_optimizers.py tests/test_triton_interpreter.py tests/test_capturable.py}
+GPU_TESTS=${GPU_TESTS:-tests/test_triton_optimizers.py tests/test_triton_altlora_turn.py tests/test_triton_interpreter.py tests/test_capturable.py}
 TUNE=${TUNE:-0}
 TEST_SECONDS=80
 mkdir -p "$OUT"
