@@ -247,3 +247,15 @@ def test_layers_that_are_never_seen_are_named(how: str, named: str) -> None:
     with pytest.raises(RuntimeError, match=rf"no backward pass was seen .* of {named} layers with a gradient.*tied.*VeLoRA"):
         optimizer.step()
     assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
+
+
+def test_loading_neither_opens_what_was_closed_nor_keeps_more() -> None:
+    model = make_model("ours")
+    optimizer = make(model)
+    closing = optimizer._closing
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer._closing is closing
+    optimizer.close()
+    optimizer.load_state_dict(optimizer.state_dict())
+    loss_of(model, 0).backward()
+    assert all(recorder.gradient.empty for recorder in optimizer._recorders)

@@ -136,5 +136,6 @@ class OverlappingOptimizer(WatchingOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._early = {}
-        self._listen()
+        if "_overlap" in state:  # a copy
+            self._early = {}
+            self._listen()

@@ -222,9 +222,10 @@ class WatchingOptimizer(LowRankOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for recorder in self._recorders:
-            recorder.active = True
-        self._close_when_collected()
+        if "_recorders" in state:  # a copy: torch's load_state_dict calls this too
+            for recorder in self._recorders:
+                recorder.active = True
+            self._close_when_collected()
 
     # ---------------------------------------------------------------- explain()
 
