@@ -48,9 +48,9 @@ def is_plain(base: nn.Linear) -> bool:
     return runs_forward_of(nn.Linear, base) and holds_matrix(base)
 
 
-def tensor_state(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor is replaced or written in place (inference tensors do not count their writes)."""
-    return id(tensor), -1 if tensor.is_inference() else tensor._version
+def version_of(tensor: Tensor) -> int:
+    """What changes when a tensor is written in place (inference tensors do not count their writes)."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class LowRankLinear(nn.Module):
@@ -189,7 +189,7 @@ class LowRankLinear(nn.Module):
         """
         if self.method == "sds" and not torch.compiler.is_compiling():
             buffer, read = self._buffers["is_decoupled"], self._decoupled_read
-            if buffer is not None and (read is None or read[0] is not buffer or read[1] != tensor_state(buffer)[1]):
+            if buffer is not None and (read is None or read[0] is not buffer or read[1] != version_of(buffer)):
                 self._read_decoupled(buffer)
         return self._decoupled
 
@@ -199,7 +199,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"LowRankLinear: a layer adapted with method={self.method!r} cannot be decoupled; use method='sds'")
         if self.method == "sds":
             self.is_decoupled.fill_(value)
-            self._decoupled_read = self.is_decoupled, tensor_state(self.is_decoupled)[1]
+            self._decoupled_read = self.is_decoupled, version_of(self.is_decoupled)
         self._note_decoupled(bool(value))
 
     def _note_decoupled(self, value: bool) -> None:
@@ -222,7 +222,7 @@ class LowRankLinear(nn.Module):
                 self._note_decoupled(bool(buffer.item()))
         if wrapper is not None:
             self._decoupled_wrapper = weakref.ref(wrapper)
-        self._decoupled_read = buffer, tensor_state(buffer)[1]
+        self._decoupled_read = buffer, version_of(buffer)
 
     @property
     def merged(self) -> bool:
@@ -296,7 +296,7 @@ class LowRankLinear(nn.Module):
         if self._merged_weight is None or not self._is_merged_from(tensors):
             with torch.inference_mode(False):  # it outlives that mode, and autograd takes none of its tensors
                 self._merged_weight = self.merged_weight()
-            self._merged_state = self.scale, [(tensor, tensor_state(tensor)[1]) for tensor in tensors]
+            self._merged_state = self.scale, [(tensor, version_of(tensor)) for tensor in tensors]
         return self._merged_weight
 
     def _is_merged_from(self, tensors: list[Tensor]) -> bool:
@@ -304,7 +304,7 @@ class LowRankLinear(nn.Module):
         references, with which torch would not swap a parameter's contents, as it does under ``torch.__future__``.)"""
         scale, seen = self._merged_state or (None, [])
         same = scale == self.scale and len(seen) == len(tensors)
-        return same and all(held is x and version == tensor_state(x)[1] for (held, version), x in zip(seen, tensors, strict=True))
+        return same and all(held is x and version == version_of(x) for (held, version), x in zip(seen, tensors, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer

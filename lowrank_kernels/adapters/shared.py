@@ -13,7 +13,7 @@ from ..ops import lora_down
 from ..ops._library import is_plain_eager
 from ..ops.lora_shared import autocast_dtype
 from ._model import adapted_layers, check_model
-from .layer import LowRankLinear, tensor_state
+from .layer import LowRankLinear, version_of
 
 #: Names of layers that share an input, as ``transformers`` and others call them.
 SHARED_NAMES: tuple[tuple[str, ...], ...] = (
@@ -50,7 +50,7 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
 def _factors(layer: LowRankLinear) -> tuple[Any, ...]:
     """What changes when the factors by which a layer projects are replaced, written, frozen or thawed, or when it is decoupled."""
     used = (layer.lora_A, layer.q_a) if layer.decoupled else (layer.lora_A,)
-    return tuple((*tensor_state(tensor), tensor.requires_grad) for tensor in used)
+    return tuple((id(tensor), version_of(tensor), tensor.requires_grad) for tensor in used)
 
 
 class SharedInput:
