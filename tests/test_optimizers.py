@@ -15,6 +15,7 @@ import pytest
 import torch
 from _models import loss_of, make_model, pair_delta, trainable
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
@@ -353,6 +354,54 @@ def test_closure_scheduler_and_named_groups(build) -> None:
         twin_scheduler.step()
     for p, q in zip(pairs(model), pairs(twin), strict=True):
         torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-12, atol=0)
+
+
+def test_whoever_looks_at_a_step_sees_what_torch_shows() -> None:
+    """Hooks of the optimizer and of all optimizers, what they make of the arguments, the profiler's record; all once, in torch's order."""
+
+    class Users(lk.AdamW):
+        def step(self, closure=None):
+            seen.append("own step")
+            return super().step(closure)
+
+    def small(cls: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        parameter = nn.Parameter(torch.ones(3))
+        parameter.grad = torch.ones(3)
+        return cls([parameter], lr=0.1)
+
+    seen: list[object] = []
+    orders = []
+    for cls in (torch.optim.AdamW, lk.AdamW, Users):
+        seen.clear()
+        optimizer = small(cls)
+        handles = [
+            register_optimizer_step_pre_hook(lambda *_: seen.append("all pre")),
+            register_optimizer_step_post_hook(lambda *_: seen.append("all post")),
+            optimizer.register_step_pre_hook(lambda opt, args, kwargs: (args, {"closure": lambda: seen.append("closure") or 7.0})),
+            optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append(("post", len(args), sorted(kwargs)))),
+        ]
+        assert optimizer.step() == 7.0
+        for handle in handles:
+            handle.remove()
+        orders.append([event for event in seen if event != "own step"])
+        assert optimizer.step() is None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            optimizer.step()
+        records = [event.name for event in profiler.events() if event.name.startswith("Optimizer.step#")]
+        assert records == [f"Optimizer.step#{cls.__name__}.step"]
+    assert orders[0] == orders[1] == orders[2] and len(orders[0]) == 4
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_step_leaves_gradients_as_they_were(enabled: bool) -> None:
+    optimizer = lk.AdamW([nn.Parameter(torch.ones(3))], lr=0.1)
+    seen = []
+    with torch.set_grad_enabled(enabled):
+        optimizer.step(lambda: seen.append(torch.is_grad_enabled()))
+        assert torch.is_grad_enabled() == enabled
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        assert torch.is_grad_enabled() == enabled and seen == [True]
 
 
 @every_optimizer

@@ -30,6 +30,7 @@ from .arguments import (
     pythons_number,
     refuse_unknown,
 )
+from .entry import entered
 from .nonfinite import which_nonfinite
 from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
@@ -312,9 +313,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- the step
 
-    # Traced, the counters and schedules would be guards, one compilation for each of their values; the work is in few large operations.
-    @torch._disable_dynamo
-    @torch.no_grad()
+    @entered
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the whole schedule of the method lives here. In a function that ``torch.compile`` compiles it runs outside the graph.
 
