@@ -193,7 +193,7 @@ py::tuple gather(const py::list& params, const py::list& indices, const py::dict
   // A few parameters at a time, so that memory has answered for one of them when the others have been asked for.
   constexpr Py_ssize_t kAtATime = 16;
   struct Found {
-    PyObject *index, *param, *m, *v;
+    PyObject *index, *param, *state, *m, *v;
     py::object grad;
   } found[kAtATime];
   TensorInfo param_info, grad_info, m_info, v_info;
@@ -207,21 +207,34 @@ py::tuple gather(const py::list& params, const py::list& indices, const py::dict
       prefetch<1>(found[i].param = item(params, index));
     }
     for (Py_ssize_t i = 0; i < count; ++i) prefetch_contents(found[i].param);
-    for (Py_ssize_t i = 0; i < count; ++i) prefetch<1>((found[i].grad = reader.grad(found[i].param)).ptr());
+    for (Py_ssize_t i = 0; i < count; ++i) reader.prefetch_parts(found[i].param);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      prefetch<1>((found[i].grad = reader.grad(found[i].param)).ptr());
+      if (!found[i].grad.is_none()) prefetch<1>(found[i].state = state_of(found[i].param));
+    }
     for (Py_ssize_t i = 0; i < count; ++i) {
       if (found[i].grad.is_none()) continue;
-      PyObject* const of_param = state_of(found[i].param);
-      if ((found[i].m = entry_of(of_param, exp_avg))) prefetch<1>(found[i].m);
-      if ((found[i].v = entry_of(of_param, exp_avg_sq))) prefetch<1>(found[i].v);
       prefetch_contents(found[i].grad.ptr());
+      prefetch_contents<6>(found[i].state);
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
       if (found[i].grad.is_none()) continue;
-      if (found[i].m) prefetch_contents(found[i].m);
-      if (found[i].v) prefetch_contents(found[i].v);
+      if ((found[i].m = entry_of(found[i].state, exp_avg))) prefetch<1>(found[i].m);
+      if ((found[i].v = entry_of(found[i].state, exp_avg_sq))) prefetch<1>(found[i].v);
+      reader.prefetch_parts(found[i].grad.ptr());
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
-      const auto& [index, param, m, v, grad] = found[i];
+      if (found[i].grad.is_none()) continue;
+      for (PyObject* moment : {found[i].m, found[i].v})
+        if (moment) prefetch_contents(moment);
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (found[i].grad.is_none()) continue;
+      for (PyObject* moment : {found[i].m, found[i].v})
+        if (moment) reader.prefetch_parts(moment);
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      const auto& [index, param, state, m, v, grad] = found[i];
       if (grad.is_none()) {
         idle.append(py::handle(index));
         continue;

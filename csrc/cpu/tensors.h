@@ -91,11 +91,12 @@ struct TensorInfo {
 // Asks the cache for what the third and fourth word of an object that is soon to be read point to: one of them is
 // where a tensor's Python object keeps the address of the rest of it. A guess that costs nothing where it is wrong, as
 // nothing is read there.
+template <int kWords = 4>
 LOWRANK_INLINE void prefetch_contents(const PyObject* object) {
-  void* words[4];
+  void* words[kWords];
   if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>(sizeof(words))) return;
   std::memcpy(words, object, sizeof(words));
-  for (int word = 2; word < 4; ++word) {
+  for (int word = 2; word < kWords; ++word) {
     for (int line = 0; line < 3; ++line) prefetch<1>(static_cast<const char*>(words[word]) + kLineBytes * line);
   }
 }
@@ -118,6 +119,16 @@ class TensorReader {
   // Whether it is a tensor that is its own memory: no subclass but Parameter.
   bool is_plain(PyObject* object) const {
     return Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
+  }
+
+  // Asks the cache for what a tensor's implementation, which is read here, points to: storage, autograd's part, version.
+  void prefetch_parts(PyObject* tensor) const {
+    if (implementation_word_ == 0 || !is_plain(tensor)) return;
+    const void* const parts = implementation(tensor);
+    if (parts == nullptr) return;
+    void* words[8];
+    std::memcpy(words, parts, sizeof(words));
+    for (int word = 2; word < 8; ++word) prefetch<1>(words[word]);
   }
 
   // False, without a Python error, for what is no strided tensor.
@@ -166,6 +177,27 @@ class TensorReader {
     get_device_ = keep(type.attr("get_device"));
     dtype_name_ = keep(pybind11::str("dtype"));
     is_meta_name_ = keep(pybind11::str("is_meta"));
+    find_implementation(torch);
+  }
+
+  // Which word of a tensor's Python object is the address of its implementation: that right behind which the sizes are.
+  void find_implementation(const pybind11::module_& torch) {
+    const pybind11::object tensor = torch.attr("empty")(2, 3);
+    DLTensor found;
+    if (table_ == nullptr || !is_plain(tensor.ptr())) return;
+    if (table_->describe(tensor.ptr(), &found) != 0) return PyErr_Clear();
+    for (int word : {2, 3}) {
+      implementation_word_ = word;
+      const intptr_t distance =
+          reinterpret_cast<intptr_t>(found.shape) - reinterpret_cast<intptr_t>(implementation(tensor.ptr()));
+      if (distance >= 64 && distance < 256) return;
+    }
+    implementation_word_ = 0;
+  }
+  const void* implementation(PyObject* tensor) const {
+    void* words[4];
+    std::memcpy(words, tensor, sizeof(words));
+    return words[implementation_word_];
   }
 
   static PyObject* keep(const pybind11::object& object) { return pybind11::object(object).release().ptr(); }
@@ -215,6 +247,7 @@ class TensorReader {
   }
 
   const DLExchangeTable* table_ = nullptr;
+  int implementation_word_ = 0;  // 0: not known
   PyTypeObject *tensor_type_, *parameter_type_;
   PyGetSetDescrObject* grad_ = nullptr;
   PyObject *grad_name_, *data_ptr_, *size_, *stride_, *get_device_, *dtype_name_, *is_meta_name_, *dtypes_[4];

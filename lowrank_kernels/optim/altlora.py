@@ -16,6 +16,7 @@ from .preconditioned import DEFAULT_DAMPING, OTHER, RANK_DIM, Active, Preconditi
 from .shards import is_sharded
 from .state import moments
 
+NO_PAIRS = LikePairs(())
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
 
 
@@ -207,7 +208,7 @@ class AltLoRA(PreconditionedOptimizer):
 
     def _with_late_partner(self, pairs: LikePairs, side: str) -> LikePairs:
         late = self._group(pairs, OTHER[side])["late"]
-        return LikePairs(pair for pair in pairs if self._position(pair, OTHER[side])[1] in late) if late else LikePairs(())
+        return LikePairs(pair for pair in pairs if self._position(pair, OTHER[side])[1] in late) if late else NO_PAIRS
 
     def _after_undo(self) -> None:
         for pair in self._pairs:
