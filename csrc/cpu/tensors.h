@@ -121,7 +121,8 @@ class TensorReader {
     return Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
   }
 
-  // Asks the cache for what a tensor's implementation, which is read here, points to: storage, autograd's part, version.
+  // Asks the cache for what a tensor's implementation, which is read here, points to: storage, autograd's part,
+  // version.
   void prefetch_parts(PyObject* tensor) const {
     if (implementation_word_ == 0 || !is_plain(tensor)) return;
     const void* const parts = implementation(tensor);
