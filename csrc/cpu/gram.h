@@ -74,6 +74,39 @@ LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows
   }
 }
 
+// The same on the diagonal, of columns y of T: they are widened into the columns `to` on the way, between products that
+// wait for other parts of the core.
+template <class A, class T>
+LOWRANK_INLINE void gram_tile_widening(const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, A* const* to,
+                                       const NextColumns& next) {
+  constexpr int I = kGramI, J = kGramJ;
+  Vec<A> sum[I][J];
+  LOWRANK_UNROLL
+  for (int i = 0; i < I; ++i) {
+    LOWRANK_UNROLL
+    for (int j = i; j < J; ++j) sum[i][j] = tile[i * J + j];
+  }
+  for (int64_t k = 0; k < rows; k += kLanes<A>) {
+    Vec<A> b[J];
+    LOWRANK_UNROLL
+    for (int j = 0; j < J; ++j) {
+      b[j] = load_as<A>(y[j] + k);
+      store(to[j] + k, b[j]);
+      if (next.data) prefetch(next.data + j * next.pitch + k * next.element_bytes);
+    }
+    LOWRANK_UNROLL
+    for (int i = 0; i < I; ++i) {
+      LOWRANK_UNROLL
+      for (int j = i; j < J; ++j) sum[i][j] += b[i] * b[j];
+    }
+  }
+  LOWRANK_UNROLL
+  for (int i = 0; i < I; ++i) {
+    LOWRANK_UNROLL
+    for (int j = i; j < J; ++j) tile[i * J + j] = sum[i][j];
+  }
+}
+
 // The tile from (i0, j0) on of XᵀY, whose columns are so far apart; of a symmetric product, of its upper triangle. A
 // column beyond the last one stands for the last one.
 template <class A, class T>
@@ -137,6 +170,25 @@ class GramSums {
   void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, const NextColumns& next = {}) {
     for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t index) {
       add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile, next);
+    });
+  }
+  // The same of XᵀX and columns of T, which the tiles on the diagonal widen into `panel`.
+  template <class T>
+  void add_widening(const T* x, int64_t stride, int64_t rows, A* panel, int64_t pitch, const NextColumns& next) {
+    for_each_gram_tile(r_, r_, true, [&](int64_t i0, int64_t j0, int64_t index) {
+      if (j0 != i0) return;
+      const T* columns[kGramJ];
+      A* widened[kGramJ];
+      for (int j = 0; j < kGramJ; ++j) {  // a column beyond the last one stands for the last one
+        const int64_t column = j0 + j < r_ ? j0 + j : r_ - 1;
+        columns[j] = x + column * stride, widened[j] = panel + column * pitch;
+      }
+      const NextColumns here{next.data ? next.data + j0 * next.pitch : nullptr, next.pitch, next.element_bytes};
+      gram_tile_widening<A>(columns, rows, tiles_ + index * kGramTile, widened, here);
+    });
+    for_each_gram_tile(r_, r_, true, [&](int64_t i0, int64_t j0, int64_t index) {
+      if (j0 == i0) return;
+      add_gram_tile<A>(panel, pitch, panel, pitch, rows, r_, r_, true, i0, j0, tiles_ + index * kGramTile);
     });
   }
   void add_to(double* gram, int64_t pitch) {

@@ -9,14 +9,16 @@
 namespace lowrank::LOWRANK_ISA {
 
 // Columns of T that are consecutive in memory; products and sums in A. Where that is T they are read where they are,
-// else each panel is widened once and not at every product.
+// else each panel is widened once (of a symmetric product by the first ones) and not at every product.
 template <class A, class T>
 void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, int64_t rows, double* scratch,
                      double* sums) {
   constexpr bool kWidened = !std::is_same_v<A, T>;
   const bool symmetric = item.y.data == nullptr;
   GramSums<A> gram(r, k, symmetric, scratch);
-  const int64_t height = kWidened ? gram_panel_rows(r > k ? r : k) : 256;
+  // A panel that is widened by its products is read from the first-level cache and from the second one alike; what
+  // counts is how often the sums are fetched.
+  const int64_t height = kWidened ? (symmetric ? 2 : 1) * gram_panel_rows(r > k ? r : k) : 256;
   A *const x_panel = reinterpret_cast<A*>(scratch + gram_lanes(r, k)), *const y_panel = x_panel + height * r;
   const auto widen_columns = [&](const T* from, int64_t stride, int64_t columns, int64_t count, A* to) {
     for (int64_t j = 0; j < columns; ++j) {
@@ -33,9 +35,13 @@ void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, 
       next = {reinterpret_cast<const char*>(x + height), x_stride * static_cast<int64_t>(sizeof(T)),
               static_cast<int64_t>(sizeof(T))};
     if constexpr (kWidened) {
+      if (symmetric) {
+        gram.add_widening(x, x_stride, count, x_panel, height, next);
+        continue;
+      }
       widen_columns(x, x_stride, r, count, x_panel);
-      if (!symmetric) widen_columns(y, y_stride, k, count, y_panel);
-      gram.add(x_panel, height, symmetric ? x_panel : y_panel, height, count, next);
+      widen_columns(y, y_stride, k, count, y_panel);
+      gram.add(x_panel, height, y_panel, height, count, next);
     } else {
       gram.add(x, x_stride, y, y_stride, count, next);
     }
