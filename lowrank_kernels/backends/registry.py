@@ -237,11 +237,20 @@ def whole(operation: str, parts: tuple[str, ...], device_type: str) -> Implement
     """
     if not _loaded:
         _load()
-    preferred = next(name for name in PREFERENCE.get(device_type, ("reference",)) if name not in _unavailable)
-    backends = {preferred}
+    backend = _preferred(device_type)
     if forced := _forced_mapping():
-        backends = {forced.get(name, forced.get("*", preferred)) for name in (operation, *parts)}
-    return _implementations.get(operation, {}).get(backends.pop()) if len(backends) == 1 else None
+        backends = {forced.get(name, forced.get("*", backend)) for name in (operation, *parts)}
+        if len(backends) > 1:
+            return None
+        (backend,) = backends
+    return _implementations.get(operation, {}).get(backend)
+
+
+def _preferred(device_type: str) -> str:
+    for backend in PREFERENCE.get(device_type, ()):
+        if backend not in _unavailable:
+            return backend
+    return "reference"
 
 
 def call(implementation: Implementation, device_type: str, args: tuple[Any, ...]) -> Any:

@@ -133,13 +133,12 @@ def _fit(
 ) -> bool:
     """Whether nothing is unusual about what stands beside the parameters; what is, the parts of a turn look at."""
     first, rank, partner = params[0], behind.shape[-1], as_stored(partners)[0][0]
+    stack, dtype = (len(params), rank, rank), compute_dtype(first.dtype)
     return (
         (partner_layout is not None and partner_layout.columns == rank and first.shape[rank_dims[0]] == rank)
         and (partner.dtype is first.dtype and partner.device == first.device)
-        and all(
-            drifts.shape == (len(params), rank, rank) and drifts.dtype is compute_dtype(first.dtype) and drifts.is_contiguous()
-            for drifts in (behind, moved)
-        )
+        and (behind.shape == moved.shape == stack and behind.dtype is moved.dtype is dtype)
+        and (behind.is_contiguous() and moved.is_contiguous())
     )
 
 

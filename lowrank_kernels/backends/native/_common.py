@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from ..lists import DTYPE_CODES as DTYPE_CODES
+from . import _csrc
+
+#: Why compiled code takes a call, to begin with: said at every call, so made once.
+COMPILED = f"compiled code ({_csrc.instruction_set()})"
 
 #: The largest r that the kernels are laid out for (``kMaxRank``).
 MAX_RANK = 128

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import MAX_RANK, refuse_device
+from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(
@@ -38,7 +38,7 @@ def verify(
         return False, f"maps or drifts of rank {params[0].shape[rank_dims[0]]}: the compiled code stops at {MAX_RANK}"
     if drifts is not None and not drifts.is_contiguous():
         return False, f"drifts must be contiguous, got strides {drifts.stride()}"
-    return True, f"compiled code ({_csrc.instruction_set()}), one fused pass"
+    return True, f"{COMPILED}, one fused pass"
 
 
 @implements("grouped_adamw_", "native", verify)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..lists import StepNumbers, as_stored
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import MAX_RANK, refuse_device
+from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(
@@ -30,7 +30,7 @@ def verify(
     rank = behind.shape[-1]
     if rank > MAX_RANK:
         return False, f"rank {rank}: the compiled code stops at {MAX_RANK}"
-    return True, f"compiled code ({_csrc.instruction_set()}), one call"
+    return True, f"{COMPILED}, one call"
 
 
 @implements("grouped_altlora_turn_", "native", verify)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
 
 
 def verify(xs: Tensor, values: Tensor, vectors: Tensor | None) -> tuple[bool, str]:
@@ -17,7 +17,7 @@ def verify(xs: Tensor, values: Tensor, vectors: Tensor | None) -> tuple[bool, st
         return False, reason
     if xs.shape[1] > MAX_RANK:
         return False, f"rank {xs.shape[1]}: the compiled code stops at {MAX_RANK}"
-    return True, f"compiled code ({_csrc.instruction_set()}), Householder and implicit QL in fp64"
+    return True, f"{COMPILED}, Householder and implicit QL in fp64"
 
 
 @implements("grouped_eigh", "native", verify)

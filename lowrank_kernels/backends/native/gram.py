@@ -11,7 +11,7 @@ from torch import Tensor
 from ..lists import as_stored
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
 
 
 def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layout: Any = None) -> tuple[bool, str]:
@@ -24,7 +24,7 @@ def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, lay
         return False, f"matrices of {columns} columns: the compiled code stops at {MAX_RANK}"
     if not grams.is_contiguous():
         return False, f"grams must be contiguous, got strides {grams.stride()}"
-    return True, f"compiled code ({_csrc.instruction_set()}), accumulated in {str(grams.dtype).removeprefix('torch.')}"
+    return True, f"{COMPILED}, accumulated in {str(grams.dtype).removeprefix('torch.')}"
 
 
 @implements("grouped_gram", "native", verify)

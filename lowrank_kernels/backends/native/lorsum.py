@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
+from ._common import COMPILED, DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
 
 #: Added to the dtype's code of a dense term.
 _DENSE = 4
@@ -35,7 +35,7 @@ def verify(
 ) -> tuple[bool, str]:
     """Takes CPU tensors of any strides, up to rank 128 and 16 terms."""
     refused = _refuse(us, lefts)
-    return (False, refused) if refused else (True, f"compiled code ({_csrc.instruction_set()}), all sweeps of a layer in its core's cache")
+    return (False, refused) if refused else (True, f"{COMPILED}, all sweeps of a layer in its core's cache")
 
 
 def _refuse(factors: list[Tensor], lefts: list[Tensor]) -> str | None:
@@ -97,7 +97,7 @@ def verify_product(
 ) -> tuple[bool, str]:
     """Takes CPU tensors of any strides, up to 128 columns and 16 terms."""
     refused = _refuse(xs, lefts)
-    return (False, refused) if refused else (True, f"compiled code ({_csrc.instruction_set()})")
+    return (False, refused) if refused else (True, f"{COMPILED}")
 
 
 @implements("grouped_lorsum_product", "native", verify_product)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..lists import as_stored
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
 
 
 def verify(xs: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[bool, str]:
@@ -20,7 +20,7 @@ def verify(xs: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[bool, str]:
         return False, reason
     if xs[0].shape[1] > MAX_RANK:
         return False, f"rank {xs[0].shape[1]}: the compiled code stops at {MAX_RANK}"
-    return True, f"compiled code ({_csrc.instruction_set()}), CholeskyQR and one-sided Jacobi"
+    return True, f"{COMPILED}, CholeskyQR and one-sided Jacobi"
 
 
 @implements("grouped_polar", "native", verify)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
 
 
 def verify(
@@ -19,7 +19,7 @@ def verify(
         return False, reason
     if grams.shape[1] > MAX_RANK:
         return False, f"rank {grams.shape[1]}: the compiled code stops at {MAX_RANK}"
-    return True, f"compiled code ({_csrc.instruction_set()}), Cholesky and products in fp64"
+    return True, f"{COMPILED}, Cholesky and products in fp64"
 
 
 @implements("grouped_preconditioner", "native", verify)

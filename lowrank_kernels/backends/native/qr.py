@@ -11,7 +11,7 @@ from torch import Tensor
 from ..lists import as_stored
 from ..registry import count_launch, implements
 from . import _csrc, cuda_qr
-from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
 
 
 def verify(
@@ -28,7 +28,7 @@ def verify(
         return False, f"rank {rs.shape[1]}: the compiled code stops at {MAX_RANK}"
     if not rs.is_contiguous():
         return False, f"rs must be contiguous, got strides {rs.stride()}"
-    return True, f"compiled code ({_csrc.instruction_set()}), CholeskyQR with a Householder road"
+    return True, f"{COMPILED}, CholeskyQR with a Householder road"
 
 
 @implements("grouped_qr", "native", verify)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import count_launch, implements
 from . import _csrc
-from ._common import DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
 
 
 def verify(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, left: bool, out: list[Tensor] | Tensor) -> tuple[bool, str]:
@@ -17,7 +17,7 @@ def verify(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, left: bool
         return False, reason
     if grams.shape[1] > MAX_RANK:
         return False, f"rank {grams.shape[1]}: the compiled code stops at {MAX_RANK}"
-    return True, f"compiled code ({_csrc.instruction_set()}), Cholesky in {str(grams.dtype).removeprefix('torch.')}"
+    return True, f"{COMPILED}, Cholesky in {str(grams.dtype).removeprefix('torch.')}"
 
 
 @implements("grouped_solve", "native", verify)

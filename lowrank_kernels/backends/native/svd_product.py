@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import count_launch, implements
 from . import _csrc, cuda_svd_product
-from ._common import DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
+from ._common import COMPILED, DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
 
 
 def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tensor, vs: list[Tensor]) -> tuple[bool, str]:
@@ -21,7 +21,7 @@ def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tens
         return False, f"factors of {lefts[0].shape[1]} columns: the compiled code stops at {MAX_RANK}"
     if not ss.is_contiguous():
         return False, f"ss must be contiguous, got strides {ss.stride()}"
-    return True, f"compiled code ({_csrc.instruction_set()}), CholeskyQR and one-sided Jacobi"
+    return True, f"{COMPILED}, CholeskyQR and one-sided Jacobi"
 
 
 @implements("grouped_svd_product", "native", verify)
