@@ -267,8 +267,12 @@ def _grouped_adamw_(
     layout: object = None,
     begin_writing: Callable[[], object] = do_nothing,
 ) -> None:
+    def begin() -> None:
+        begin_writing()
+        torch.autograd.graph.increment_version(params)  # while they are in the caches
+
     run_in_place(
-        begin_writing,
+        begin,
         _NAME,
         params[0].device.type,
         params,
@@ -292,7 +296,6 @@ def _grouped_adamw_(
         maximize,
         layout,
     )
-    torch.autograd.graph.increment_version(params)
 
 
 define(

@@ -102,8 +102,8 @@ def altlora_turn_as_gathered_(
             implementation, first = taken
             arguments = (*first, grads, exp_avgs, exp_avg_sqs, layout, damping, own_damping, weight, step)
             begin_writing()
+            torch.autograd.graph.increment_version(params)  # while they are in the caches
             call(implementation, params[0].device.type, arguments)
-            torch.autograd.graph.increment_version(params)
             return
     grams = grouped_gram(partners, dtype=torch.float64)
     preconditioners, realignments = grouped_preconditioner(
