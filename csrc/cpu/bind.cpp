@@ -60,7 +60,7 @@ class Matrices {
     if (PyList_Check(tensors.ptr())) {
       own_.entries.reserve(static_cast<size_t>(PyList_GET_SIZE(tensors.ptr())));
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
-        prefetch_after(tensors.ptr(), i);
+        reader.prefetch_after(tensors.ptr(), i);
         const TensorInfo info = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
         if (info.ndim != 2) throw std::invalid_argument(std::string(what) + ": a tensor that is no matrix");
         own_.add(info, i < transposed);

@@ -31,7 +31,7 @@ py::object signature(const py::list& tensors, int64_t transposed) {
   numbers.reserve(static_cast<size_t>(3 * length(tensors)));
   TensorInfo info;
   for (Py_ssize_t i = 0; i < length(tensors); ++i) {
-    prefetch_after(tensors.ptr(), i);
+    reader.prefetch_after(tensors.ptr(), i);
     PyObject* const tensor = item(tensors, i);
     if (!reader.is_plain(tensor) || !reader.try_read(tensor, &info) || info.dtype < 0) return py::none();
     if (i < transposed && info.ndim != 2) return py::none();
@@ -64,7 +64,7 @@ py::object matrix_layout(const py::list& tensors, int64_t transposed) {
   layout->entries.reserve(static_cast<size_t>(length(tensors)));
   TensorInfo info;
   for (Py_ssize_t i = 0; i < length(tensors); ++i) {
-    prefetch_after(tensors.ptr(), i);
+    reader.prefetch_after(tensors.ptr(), i);
     PyObject* const tensor = item(tensors, i);
     if (!reader.is_plain(tensor) || !reader.try_read(tensor, &info) || info.dtype < 0 || info.ndim != 2 ||
         !(i == 0 || info.is_like(layout->like)))

@@ -101,13 +101,6 @@ LOWRANK_INLINE void prefetch_contents(const PyObject* object) {
   }
 }
 
-// While the i-th tensor of a list is read.
-LOWRANK_INLINE void prefetch_after(const PyObject* list, Py_ssize_t i) {
-  constexpr Py_ssize_t kObject = 12, kContents = 6;
-  if (i + kObject < PyList_GET_SIZE(list)) prefetch<1>(PyList_GET_ITEM(list, i + kObject));
-  if (i + kContents < PyList_GET_SIZE(list)) prefetch_contents(PyList_GET_ITEM(list, i + kContents));
-}
-
 class TensorReader {
  public:
   // torch is imported long before; the references are never given back, so that nothing runs when Python shuts down.
@@ -130,6 +123,15 @@ class TensorReader {
     void* words[8];
     std::memcpy(words, parts, sizeof(words));
     for (int word = 2; word < 8; ++word) prefetch<1>(words[word]);
+  }
+
+  // While the i-th tensor of a list is read.
+  void prefetch_after(const PyObject* list, Py_ssize_t i) const {
+    constexpr Py_ssize_t kObject = 18, kContents = 12, kParts = 6;
+    const Py_ssize_t n = PyList_GET_SIZE(list);
+    if (i + kObject < n) prefetch<1>(PyList_GET_ITEM(list, i + kObject));
+    if (i + kContents < n) prefetch_contents(PyList_GET_ITEM(list, i + kContents));
+    if (i + kParts < n) prefetch_parts(PyList_GET_ITEM(list, i + kParts));
   }
 
   // False, without a Python error, for what is no strided tensor.
