@@ -229,6 +229,7 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
   const T* param_map = prepare(item.param_map, maps + 2 * r * r);
   const T* direction_map = prepare(item.direction_map, maps + 3 * r * r);
   const T sign = scalars.maximize ? T(-1) : T(1), shrink = static_cast<T>(1 - scalars.lr * scalars.weight_decay);
+  const int64_t known = item.height() - first;  // rows from here on
   const int64_t x_pitch = item.param.row_stride, g_pitch = item.grad.row_stride, m_pitch = item.columns;
   const auto from_row = [&](void* data, int64_t row) {
     return data ? static_cast<T*>(data) + (first + row) * width : nullptr;
@@ -242,7 +243,7 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
     // What a later strip reads is asked for by the maps of g and of m of this one, or by the one that there is.
     constexpr int64_t kStripsAhead = 2;
     const int64_t next = kStripsAhead * length;
-    const bool asks = at + n + kStripsAhead * kStrip <= rows, both = grad_map && m && momentum_map;
+    const bool asks = at + n + kStripsAhead * kStrip <= known, both = grad_map && m && momentum_map;
     const Ahead<T> ahead[2] = {
         {{g + next, x + next}, {g_pitch, x_pitch}},
         {{(m ? m : g) + next, (v ? v : g) + next}, {m ? m_pitch : g_pitch, v ? m_pitch : g_pitch}}};

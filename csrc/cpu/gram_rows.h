@@ -31,7 +31,7 @@ void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, 
     const T* const x = static_cast<const T*>(item.x.data) + first + begin;
     const T* const y = symmetric ? x : static_cast<const T*>(item.y.data) + first + begin;
     NextColumns next;
-    if (begin + height < rows)
+    if (first + begin + height < item.rows)
       next = {reinterpret_cast<const char*>(x + height), x_stride * static_cast<int64_t>(sizeof(T)),
               static_cast<int64_t>(sizeof(T))};
     if constexpr (kWidened) {
@@ -68,9 +68,9 @@ void gram_of_panels(DType dtype, const GramItem& item, int64_t r, int64_t k, int
 }
 
 // The Gram of dense rows of T, a block at a time: products and sums of a block in A, to which T is widened. Memory is
-// asked for the next block meanwhile: widening alone would wait for it.
+// asked for the next block meanwhile, as far as rows are `known`: widening alone would wait for it.
 template <class A, class T>
-void gram_of_dense_rows(const T* x, int64_t r, int64_t rows, double* scratch, double* sums) {
+void gram_of_dense_rows(const T* x, int64_t r, int64_t rows, int64_t known, double* scratch, double* sums) {
   const int64_t height = gram_panel_rows(r);
   for (int64_t begin = 0; begin < rows; begin += height) {
     const int64_t count = rows - begin < height ? rows - begin : height;
@@ -80,7 +80,7 @@ void gram_of_dense_rows(const T* x, int64_t r, int64_t rows, double* scratch, do
     } else {
       A* const block = reinterpret_cast<A*>(scratch);
       for (int64_t i = 0; i < count * r; ++i) block[i] = static_cast<A>(source[i]);
-      const T* const next = begin + 2 * height <= rows ? source + height * r : nullptr;
+      const T* const next = begin + 2 * height <= known ? source + height * r : nullptr;
       add_product_of_rows(static_cast<const A*>(block), static_cast<const A*>(block), count, r, true, sums, next);
     }
   }
@@ -95,7 +95,7 @@ void gram_rows_in(DType dtype, const GramItem& item, int64_t r, int64_t k, int64
   // In float short rows leave most of a vector empty: panels are faster.
   const bool rows_fill_vectors = r % (sizeof(A) == sizeof(double) ? 4 : 8) == 0;
   if (own_type && symmetric && item.x.column_stride == 1 && item.x.row_stride == r && rows_fill_vectors) {
-    gram_of_dense_rows<A>(static_cast<const T*>(item.x.data) + first * r, r, rows, scratch, sums);
+    gram_of_dense_rows<A>(static_cast<const T*>(item.x.data) + first * r, r, rows, item.rows - first, scratch, sums);
   } else if (own_type && item.x.row_stride == 1 && (symmetric || item.y.row_stride == 1)) {
     if (whole > 0) gram_of_columns<A, T>(item, r, k, first, whole, scratch, sums);
     if (whole < rows) gram_of_panels<A>(dtype, item, r, k, first + whole, rows - whole, scratch, sums);
