@@ -202,6 +202,16 @@ void adamw_mapped_in_panels(const AdamWScalars& scalars, const AdamWItem& item, 
   }
 }
 
+// Whether a factor can be stepped where it is: its rows, or its whole vectors.
+template <class T>
+bool stays_in_place(const AdamWScalars& scalars, const AdamWItem& item) {
+  const bool tall = item.rank_dim == 1;
+  const auto dense = [&](const View& view) {
+    return view.column_stride == 1 && (!tall || view.row_stride == item.columns);
+  };
+  return scalars.dtype == kDTypeOf<T> && dense(item.param) && dense(item.grad) && (!tall || item.columns % 4 == 0);
+}
+
 // The same for a factor that may stay where it is. `rows` are whole vectors of a wide one.
 //
 // Strips of a few rows go from maps to moments while they are in registers and the first-level cache, and the strip
@@ -230,6 +240,8 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
   const T* direction_map = prepare(item.direction_map, maps + 3 * r * r);
   const T sign = scalars.maximize ? T(-1) : T(1), shrink = static_cast<T>(1 - scalars.lr * scalars.weight_decay);
   const int64_t known = item.height() - first;  // rows from here on
+  const bool has_next = item.next && item.next->height() >= 2 * kStrip && stays_in_place<T>(scalars, *item.next);
+  const AdamWItem* const then = has_next ? item.next : &item;
   const int64_t x_pitch = item.param.row_stride, g_pitch = item.grad.row_stride, m_pitch = item.columns;
   const auto from_row = [&](void* data, int64_t row) {
     return data ? static_cast<T*>(data) + (first + row) * width : nullptr;
@@ -242,11 +254,16 @@ void adamw_mapped_in_place(const AdamWScalars& scalars, const AdamWItem& item, i
     T *m = from_row(item.m, at), *v = from_row(item.v, at);
     // What a later strip reads is asked for by the maps of g and of m of this one, or by the one that there is.
     constexpr int64_t kStripsAhead = 2;
-    const int64_t next = kStripsAhead * length;
-    const bool asks = at + n + kStripsAhead * kStrip <= known, both = grad_map && m && momentum_map;
-    const Ahead<T> ahead[2] = {
-        {{g + next, x + next}, {g_pitch, x_pitch}},
-        {{(m ? m : g) + next, (v ? v : g) + next}, {m ? m_pitch : g_pitch, v ? m_pitch : g_pitch}}};
+    const bool own = at + n + kStripsAhead * kStrip <= known;
+    const AdamWItem& wanted = own ? item : *then;
+    const int64_t row = at + kStripsAhead * kStrip - (own ? 0 : known);
+    const bool asks = own || (has_next && row >= 0), both = grad_map && m && momentum_map;
+    const auto there = [&](void* data) { return static_cast<const T*>(data) + (own ? first + row : row) * width; };
+    const Ahead<T> of_grad{{there(wanted.grad.data), there(wanted.param.data)},
+                           {wanted.grad.row_stride, wanted.param.row_stride}};
+    const T *const next_m = m ? there(wanted.m) : of_grad.data[0], *const next_v = v ? there(wanted.v) : next_m;
+    const int64_t next_m_pitch = m ? wanted.columns : wanted.grad.row_stride;
+    const Ahead<T> ahead[2] = {of_grad, {{next_m, next_v}, {next_m_pitch, v ? wanted.columns : next_m_pitch}}};
     const auto apply = [&](const T* map, const T* in, int64_t pitch, T* out, const Ahead<T>* of, int asked) {
       if constexpr (kTall) {
         map_rows(in, n, r, map, out, of, asked);
@@ -329,14 +346,7 @@ template <class T>
 void adamw_mapped_rows(const AdamWScalars& scalars, const AdamWItem& item, int64_t first, int64_t rows, T* scratch,
                        double* drift) {
   const bool tall = item.rank_dim == 1;
-  const auto dense = [&](const View& view) {
-    return view.column_stride == 1 && (!tall || view.row_stride == item.columns);
-  };
-  const bool own_type = scalars.dtype == kDTypeOf<T>;
-  int64_t in_place = 0;
-  if (own_type && dense(item.param) && dense(item.grad)) {
-    in_place = tall ? (item.columns % 4 == 0 ? rows : 0) : rows / kLanes<T> * kLanes<T>;
-  }
+  const int64_t in_place = !stays_in_place<T>(scalars, item) ? 0 : tall ? rows : rows / kLanes<T> * kLanes<T>;
   if (in_place > 0) {
     tall ? adamw_mapped_in_place<T, true>(scalars, item, first, in_place, scratch, drift)
          : adamw_mapped_in_place<T, false>(scalars, item, first, in_place, scratch, drift);

@@ -101,6 +101,7 @@ void run(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* item
       AdamWItem& item = items[members[k]];
       item.grad_map = maps + k * area;
       item.momentum_map = realigned + k * area;
+      item.next = k + 1 < count ? &items[members[k + 1]] : nullptr;
       sum_groups(item.height(), area, sums, [&](int64_t first, int64_t height, double* to) {
         kernel.adamw_mapped_rows(scalars, item, first, height, reinterpret_cast<T*>(free), to);
       });

@@ -28,6 +28,9 @@ struct AdamWItem {
   const void* direction_map = nullptr;
   int rank_dim = 0;
   void* drift = nullptr;  // (r, r), of the type of the computation
+  // What is stepped after this one, by the same thread, and has what this one has: memory is asked for its first rows
+  // while the last ones of this one are stepped. May be null.
+  const AdamWItem* next = nullptr;
 
   int64_t rank() const { return rank_dim == 1 ? columns : rows; }
   int64_t height() const { return rank_dim == 1 ? rows : columns; }
