@@ -36,13 +36,17 @@ constexpr int kGramI = kManyRegisters ? 4 : 2, kGramJ = 4, kGramTile = kGramI * 
 struct NextColumns {
   const char* data = nullptr;
   int64_t pitch = 0, element_bytes = 0;
+
+  LOWRANK_INLINE void ask(int64_t k) const {
+    for (int j = 0; j < kGramJ; ++j) prefetch(data + j * pitch + k * element_bytes);
+  }
 };
 
-// tile[i * kGramJ + j] += x_i · y_j, lane by lane, over `rows` rows of the kGramI columns x and the kGramJ columns y;
-// products and sums in A. Entries with j < i + Below are left alone: what is below the diagonal of a symmetric product.
-template <class A, class T, int Below>
-LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile,
-                              const NextColumns& next = {}) {
+// tile[i * kGramJ + j] += x_i · y_j, lane by lane, over `rows` rows of the kGramI columns x and the kGramJ columns y,
+// of which read(k, a, b) reads a vector each; products and sums in A. Entries with j < i + Below are left alone: what
+// is below the diagonal of a symmetric product.
+template <class A, int Below, class Read>
+LOWRANK_INLINE void gram_tile(int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, const Read& read) {
   constexpr int I = kGramI, J = kGramJ;
   Vec<A> sum[I][J];
   LOWRANK_UNROLL
@@ -51,14 +55,8 @@ LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows
     for (int j = 0; j < J; ++j) sum[i][j] = tile[i * J + j];
   }
   for (int64_t k = 0; k < rows; k += kLanes<A>) {
-    if (Below == 0 && next.data) {
-      for (int j = 0; j < J; ++j) prefetch(next.data + j * next.pitch + k * next.element_bytes);
-    }
     Vec<A> a[I], b[J];
-    LOWRANK_UNROLL
-    for (int i = 0; i < I; ++i) a[i] = load_as<A>(x[i] + k);
-    LOWRANK_UNROLL
-    for (int j = 0; j < J; ++j) b[j] = load_as<A>(y[j] + k);
+    read(k, a, b);
     LOWRANK_UNROLL
     for (int i = 0; i < I; ++i) {
       LOWRANK_UNROLL
@@ -74,37 +72,33 @@ LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows
   }
 }
 
+// The same of columns of T, with what `next` says; it is asked for on the diagonal.
+template <class A, class T, int Below>
+LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile,
+                              const NextColumns& next = {}) {
+  gram_tile<A, Below>(rows, tile, [&](int64_t k, Vec<A>* a, Vec<A>* b) {
+    if (Below == 0 && next.data) next.ask(k);
+    LOWRANK_UNROLL
+    for (int i = 0; i < kGramI; ++i) a[i] = load_as<A>(x[i] + k);
+    LOWRANK_UNROLL
+    for (int j = 0; j < kGramJ; ++j) b[j] = load_as<A>(y[j] + k);
+  });
+}
+
 // The same on the diagonal, of columns y of T: they are widened into the columns `to` on the way, between products that
 // wait for other parts of the core.
 template <class A, class T>
 LOWRANK_INLINE void gram_tile_widening(const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, A* const* to,
                                        const NextColumns& next) {
-  constexpr int I = kGramI, J = kGramJ;
-  Vec<A> sum[I][J];
-  LOWRANK_UNROLL
-  for (int i = 0; i < I; ++i) {
+  gram_tile<A, 0>(rows, tile, [&](int64_t k, Vec<A>* a, Vec<A>* b) {
+    if (next.data) next.ask(k);
     LOWRANK_UNROLL
-    for (int j = i; j < J; ++j) sum[i][j] = tile[i * J + j];
-  }
-  for (int64_t k = 0; k < rows; k += kLanes<A>) {
-    Vec<A> b[J];
-    LOWRANK_UNROLL
-    for (int j = 0; j < J; ++j) {
+    for (int j = 0; j < kGramJ; ++j) {
       b[j] = load_as<A>(y[j] + k);
       store(to[j] + k, b[j]);
-      if (next.data) prefetch(next.data + j * next.pitch + k * next.element_bytes);
+      if (j < kGramI) a[j] = b[j];
     }
-    LOWRANK_UNROLL
-    for (int i = 0; i < I; ++i) {
-      LOWRANK_UNROLL
-      for (int j = i; j < J; ++j) sum[i][j] += b[i] * b[j];
-    }
-  }
-  LOWRANK_UNROLL
-  for (int i = 0; i < I; ++i) {
-    LOWRANK_UNROLL
-    for (int j = i; j < J; ++j) tile[i * J + j] = sum[i][j];
-  }
+  });
 }
 
 // The tile from (i0, j0) on of XᵀY, whose columns are so far apart; of a symmetric product, of its upper triangle. A

@@ -41,7 +41,7 @@ void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, 
       }
       widen_columns(x, x_stride, r, count, x_panel);
       widen_columns(y, y_stride, k, count, y_panel);
-      gram.add(x_panel, height, y_panel, height, count, next);
+      gram.add(x_panel, height, y_panel, height, count);
     } else {
       gram.add(x, x_stride, y, y_stride, count, next);
     }
