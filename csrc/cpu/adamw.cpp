@@ -25,8 +25,10 @@ void run_with_drifts(const AdamWScalars& scalars, const AdamWItem* items, int64_
   sum_rows(
       n, r, r * r, static_cast<size_t>(mapped_scratch(r)) * sizeof(T), threads,
       [&](int64_t i) { return items[i].height(); },
-      [&](int64_t i, int64_t first, int64_t rows, char* scratch, double* sums) {
-        kernel.adamw_mapped_rows(scalars, items[i], first, rows, reinterpret_cast<T*>(scratch), sums);
+      [&](int64_t i, int64_t next, int64_t first, int64_t rows, char* scratch, double* sums) {
+        AdamWItem item = items[i];
+        if (next >= 0) item.next = &items[next];
+        kernel.adamw_mapped_rows(scalars, item, first, rows, reinterpret_cast<T*>(scratch), sums);
       },
       [&](int64_t i, const double* sums) { write_gram<T>(sums, r, r, false, items[i].drift); });
 }

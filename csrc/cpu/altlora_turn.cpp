@@ -85,7 +85,8 @@ void run(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* item
     T *const behind = reinterpret_cast<T*>(grams + stack), *const maps = behind + stack,
              *const realigned = maps + stack;
     for (int64_t k = 0; k < count; ++k) {
-      const GramItem& partner = partners[members[k]];
+      GramItem partner = partners[members[k]];
+      if (k + 1 < count) partner.next = &partners[members[k + 1]];
       sum_groups(partner.rows, area, sums, [&](int64_t first, int64_t height, double* to) {
         kernel.gram_rows(scalars.dtype, true, partner, r, r, first, height, free, to);
       });

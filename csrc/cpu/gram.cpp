@@ -11,8 +11,10 @@ void run(DType dtype, bool wide, const GramItem* items, int64_t n, int64_t r, in
   sum_rows(
       n, r, r * k, static_cast<size_t>(gram_scratch(r, k)) * sizeof(double), threads,
       [&](int64_t i) { return items[i].rows; },
-      [&](int64_t i, int64_t first, int64_t rows, char* scratch, double* sums) {
-        kernel.gram_rows(dtype, wide, items[i], r, k, first, rows, reinterpret_cast<double*>(scratch), sums);
+      [&](int64_t i, int64_t next, int64_t first, int64_t rows, char* scratch, double* sums) {
+        GramItem item = items[i];
+        if (next >= 0) item.next = &items[next];
+        kernel.gram_rows(dtype, wide, item, r, k, first, rows, reinterpret_cast<double*>(scratch), sums);
       },
       [&](int64_t i, const double* sums) {
         const bool symmetric = items[i].y.data == nullptr;

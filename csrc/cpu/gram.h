@@ -31,14 +31,18 @@ struct Panels {
 // Accumulators of a Gram product come in tiles of kGramI × kGramJ vectors: a lane sums up every kLanes-th product.
 constexpr int kGramI = kManyRegisters ? 4 : 2, kGramJ = 4, kGramTile = kGramI * kGramJ;
 
-// Columns of storage that are wanted next, `pitch` bytes apart. They are asked for while the tiles on the diagonal are
-// formed, spread over the products, as memory answers so many requests at a time only.
+// Columns of storage that are wanted next, of x and of y, so many bytes apart.
 struct NextColumns {
-  const char* data = nullptr;
-  int64_t pitch = 0, element_bytes = 0;
+  struct Part {
+    const char* data = nullptr;
+    int64_t pitch = 0;
+  } x, y;
+  int64_t element_bytes = 0;
 
-  LOWRANK_INLINE void ask(int64_t k) const {
-    for (int j = 0; j < kGramJ; ++j) prefetch(data + j * pitch + k * element_bytes);
+  // For those of x that a tile on the diagonal is as wide as.
+  LOWRANK_INLINE void ask(int64_t first, int64_t k) const {
+    if (!x.data) return;
+    for (int j = 0; j < kGramJ; ++j) prefetch(x.data + (first + j) * x.pitch + k * element_bytes);
   }
 };
 
@@ -72,12 +76,12 @@ LOWRANK_INLINE void gram_tile(int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, const
   }
 }
 
-// The same of columns of T, with what `next` says; it is asked for on the diagonal.
-template <class A, class T, int Below>
+// The same of columns of T; ask(k) is called on the way.
+template <class A, class T, int Below, class Ask>
 LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile,
-                              const NextColumns& next = {}) {
+                              const Ask& ask) {
   gram_tile<A, Below>(rows, tile, [&](int64_t k, Vec<A>* a, Vec<A>* b) {
-    if (Below == 0 && next.data) next.ask(k);
+    ask(k);
     LOWRANK_UNROLL
     for (int i = 0; i < kGramI; ++i) a[i] = load_as<A>(x[i] + k);
     LOWRANK_UNROLL
@@ -89,9 +93,9 @@ LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows
 // wait for other parts of the core.
 template <class A, class T>
 LOWRANK_INLINE void gram_tile_widening(const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, A* const* to,
-                                       const NextColumns& next) {
+                                       int64_t first, const NextColumns& next) {
   gram_tile<A, 0>(rows, tile, [&](int64_t k, Vec<A>* a, Vec<A>* b) {
-    if (next.data) next.ask(k);
+    next.ask(first, k);
     LOWRANK_UNROLL
     for (int j = 0; j < kGramJ; ++j) {
       b[j] = load_as<A>(y[j] + k);
@@ -103,21 +107,24 @@ LOWRANK_INLINE void gram_tile_widening(const T* const* y, int64_t rows, Vec<A>* 
 
 // The tile from (i0, j0) on of XᵀY, whose columns are so far apart; of a symmetric product, of its upper triangle. A
 // column beyond the last one stands for the last one.
-template <class A, class T>
+template <class A, class T, class Ask>
 LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t r,
-                                  int64_t k, bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile,
-                                  const NextColumns& next = {}) {
+                                  int64_t k, bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile, const Ask& ask) {
   const T *x_columns[kGramI], *y_columns[kGramJ];
   for (int i = 0; i < kGramI; ++i) x_columns[i] = x + (i0 + i < r ? i0 + i : r - 1) * x_pitch;
   for (int j = 0; j < kGramJ; ++j) y_columns[j] = y + (j0 + j < k ? j0 + j : k - 1) * y_pitch;
   if (symmetric && j0 == i0) {
-    const NextColumns here{next.data ? next.data + j0 * next.pitch : nullptr, next.pitch, next.element_bytes};
-    gram_tile<A, T, 0>(x_columns, y_columns, rows, tile, here);
+    gram_tile<A, T, 0>(x_columns, y_columns, rows, tile, ask);
   } else if (symmetric && kGramI < kGramJ && j0 + kGramI == i0) {
-    gram_tile<A, T, kGramI>(x_columns, y_columns, rows, tile);
+    gram_tile<A, T, kGramI>(x_columns, y_columns, rows, tile, ask);
   } else {
-    gram_tile<A, T, -kGramI>(x_columns, y_columns, rows, tile);
+    gram_tile<A, T, -kGramI>(x_columns, y_columns, rows, tile, ask);
   }
+}
+template <class A, class T>
+LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t r,
+                                  int64_t k, bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile) {
+  add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r, k, symmetric, i0, j0, tile, [](int64_t) {});
 }
 
 // gram (r, pitch) += the sums over the lanes of the tile from (i0, j0) on, added up in double. The tile is used up.
@@ -157,14 +164,21 @@ class GramSums {
       : r_(r), k_(k), symmetric_(symmetric), tiles_(reinterpret_cast<Vec<A>*>(memory)) {
     for_each_gram_tile(r_, k_, symmetric_, [&](int64_t, int64_t, int64_t index) {
       for (int s = 0; s < kGramTile; ++s) tiles_[index * kGramTile + s] = Vec<A>{};
+      tiles_count_ = index + 1;
     });
   }
-  // `rows` rows (whole vectors) of columns that are so far apart.
+  // `rows` rows (whole vectors) of columns that are so far apart; `next` is asked for.
   template <class T>
-  void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, const NextColumns& next = {}) {
+  void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, const NextColumns& next) {
     for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t index) {
-      add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile, next);
+      with_share(next, index, [&](const auto& ask) {
+        add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile, ask);
+      });
     });
+  }
+  template <class T>
+  void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows) {
+    add(x, x_pitch, y, y_pitch, rows, NextColumns());
   }
   // The same of XᵀX and columns of T, which the tiles on the diagonal widen into `panel`.
   template <class T>
@@ -177,8 +191,7 @@ class GramSums {
         const int64_t column = j0 + j < r_ ? j0 + j : r_ - 1;
         columns[j] = x + column * stride, widened[j] = panel + column * pitch;
       }
-      const NextColumns here{next.data ? next.data + j0 * next.pitch : nullptr, next.pitch, next.element_bytes};
-      gram_tile_widening<A>(columns, rows, tiles_ + index * kGramTile, widened, here);
+      gram_tile_widening<A>(columns, rows, tiles_ + index * kGramTile, widened, j0, next);
     });
     for_each_gram_tile(r_, r_, true, [&](int64_t i0, int64_t j0, int64_t index) {
       if (j0 == i0) return;
@@ -192,9 +205,34 @@ class GramSums {
   }
 
  private:
+  // Calls f(ask), where ask(k) asks for the share that a tile has of what is wanted next: memory answers so many
+  // requests at a time only.
+  template <class F>
+  LOWRANK_INLINE void with_share(const NextColumns& next, int64_t index, const F& f) {
+    const int64_t columns = symmetric_ ? r_ : r_ + k_, share = (columns + tiles_count_ - 1) / tiles_count_;
+    const int64_t first = index * share;
+    if (!next.x.data || first >= columns) return f([](int64_t) {});
+    const auto ask = [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
+      const char* wanted[kCount];
+      for (int n = 0; n < kCount; ++n) {
+        const int64_t column = first + n < columns ? first + n : first;
+        wanted[n] = column < r_ ? next.x.data + column * next.x.pitch : next.y.data + (column - r_) * next.y.pitch;
+      }
+      f([&](int64_t k) {
+        LOWRANK_UNROLL
+        for (int n = 0; n < kCount; ++n) prefetch(wanted[n] + k * next.element_bytes);
+      });
+    };
+    if (share == 1) return ask(std::integral_constant<int, 1>());
+    if (share == 2) return ask(std::integral_constant<int, 2>());
+    share <= 4 ? ask(std::integral_constant<int, 4>()) : ask(std::integral_constant<int, 8>());
+  }
+
   int64_t r_, k_;
   bool symmetric_;
   Vec<A>* tiles_;
+  int64_t tiles_count_ = 0;
 };
 
 // product (r, r) += XᵀY of columns that are so far apart, over `rows` rows (whole vectors).

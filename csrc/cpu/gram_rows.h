@@ -8,12 +8,18 @@
 
 namespace lowrank::LOWRANK_ISA {
 
+// Whether the columns of x, and of y if there is one, are consecutive in memory.
+inline bool has_dense_columns(const GramItem& item) {
+  return item.x.row_stride == 1 && (item.y.data == nullptr || item.y.row_stride == 1);
+}
+
 // Columns of T that are consecutive in memory; products and sums in A. Where that is T they are read where they are,
 // else each panel is widened once (of a symmetric product by the first ones) and not at every product.
 template <class A, class T>
 void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, int64_t rows, double* scratch,
                      double* sums) {
   constexpr bool kWidened = !std::is_same_v<A, T>;
+  constexpr int64_t kBytes = sizeof(T);
   const bool symmetric = item.y.data == nullptr;
   GramSums<A> gram(r, k, symmetric, scratch);
   // A panel that is widened by its products is read from the first-level cache and from the second one alike; what
@@ -31,9 +37,17 @@ void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, 
     const T* const x = static_cast<const T*>(item.x.data) + first + begin;
     const T* const y = symmetric ? x : static_cast<const T*>(item.y.data) + first + begin;
     NextColumns next;
-    if (first + begin + height < item.rows)
-      next = {reinterpret_cast<const char*>(x + height), x_stride * static_cast<int64_t>(sizeof(T)),
-              static_cast<int64_t>(sizeof(T))};
+    const auto ask_for = [&](const GramItem& of, int64_t row) {
+      const auto part = [&](const View& view) -> NextColumns::Part {
+        return {reinterpret_cast<const char*>(static_cast<const T*>(view.data) + row), view.column_stride * kBytes};
+      };
+      next = {part(of.x), symmetric ? NextColumns::Part() : part(of.y), kBytes};
+    };
+    if (first + begin + height < item.rows) {
+      ask_for(item, first + begin + height);
+    } else if (item.next && item.next->rows >= count && has_dense_columns(*item.next)) {
+      ask_for(*item.next, 0);
+    }
     if constexpr (kWidened) {
       if (symmetric) {
         gram.add_widening(x, x_stride, count, x_panel, height, next);
@@ -41,7 +55,7 @@ void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, 
       }
       widen_columns(x, x_stride, r, count, x_panel);
       widen_columns(y, y_stride, k, count, y_panel);
-      gram.add(x_panel, height, y_panel, height, count);
+      gram.add(x_panel, height, y_panel, height, count, next);
     } else {
       gram.add(x, x_stride, y, y_stride, count, next);
     }
@@ -67,21 +81,41 @@ void gram_of_panels(DType dtype, const GramItem& item, int64_t r, int64_t k, int
   gram.add_to(sums, k);
 }
 
-// The Gram of dense rows of T, a block at a time: products and sums of a block in A, to which T is widened. Memory is
-// asked for the next block meanwhile, as far as rows are `known`: widening alone would wait for it.
+// Whether the rows of x, and of y if there is one, lie one behind the other; both have r columns.
+inline bool has_dense_rows(const GramItem& item, int64_t r) {
+  const auto dense = [&](const View& view) { return view.column_stride == 1 && view.row_stride == r; };
+  return dense(item.x) && (item.y.data == nullptr || dense(item.y));
+}
+
+// Dense rows of T, of x and y alike r, a block at a time: products and sums of a block in A, to which T is widened.
+// Memory is asked for the next block meanwhile, at the end for that of the next matrix: widening alone would wait for
+// it.
 template <class A, class T>
-void gram_of_dense_rows(const T* x, int64_t r, int64_t rows, int64_t known, double* scratch, double* sums) {
-  const int64_t height = gram_panel_rows(r);
+void gram_of_dense_rows(const GramItem& item, int64_t r, int64_t first, int64_t rows, double* scratch, double* sums) {
+  const int64_t height = gram_panel_rows(r), known = item.rows - first;
+  const bool symmetric = item.y.data == nullptr;
+  const GramItem* const then =
+      item.next && has_dense_rows(*item.next, r) && item.next->rows >= height ? item.next : nullptr;
+  const auto row_of = [&](const View& view, int64_t row) {
+    return view.data ? static_cast<const T*>(view.data) + row * r : nullptr;
+  };
+  A *const x_block = reinterpret_cast<A*>(scratch), *const y_block = symmetric ? x_block : x_block + height * r;
   for (int64_t begin = 0; begin < rows; begin += height) {
     const int64_t count = rows - begin < height ? rows - begin : height;
-    const T* const source = x + begin * r;
+    const T *const x = row_of(item.x, first + begin), *const y = symmetric ? x : row_of(item.y, first + begin);
+    const T *next_x = nullptr, *next_y = nullptr;
+    if (begin + 2 * height <= known) {
+      next_x = x + height * r, next_y = y + height * r;
+    } else if (then && begin + height >= known) {
+      next_x = row_of(then->x, 0), next_y = row_of(then->y, 0);
+    }
     if constexpr (std::is_same_v<A, T>) {
-      add_product_of_rows(source, source, count, r, true, sums);
+      add_product_of_rows(x, y, count, r, symmetric, sums, next_x, next_y);
     } else {
-      A* const block = reinterpret_cast<A*>(scratch);
-      for (int64_t i = 0; i < count * r; ++i) block[i] = static_cast<A>(source[i]);
-      const T* const next = begin + 2 * height <= known ? source + height * r : nullptr;
-      add_product_of_rows(static_cast<const A*>(block), static_cast<const A*>(block), count, r, true, sums, next);
+      for (int64_t i = 0; i < count * r; ++i) x_block[i] = static_cast<A>(x[i]);
+      for (int64_t i = 0; !symmetric && i < count * r; ++i) y_block[i] = static_cast<A>(y[i]);
+      add_product_of_rows(static_cast<const A*>(x_block), static_cast<const A*>(y_block), count, r, symmetric, sums,
+                          next_x, next_y);
     }
   }
 }
@@ -89,14 +123,13 @@ void gram_of_dense_rows(const T* x, int64_t r, int64_t rows, int64_t known, doub
 template <class A, class T>
 void gram_rows_in(DType dtype, const GramItem& item, int64_t r, int64_t k, int64_t first, int64_t rows, double* scratch,
                   double* sums) {
-  const bool symmetric = item.y.data == nullptr;
   const bool own_type = dtype == kDTypeOf<T>;
   const int64_t whole = rows / kLanes<A> * kLanes<A>;
   // In float short rows leave most of a vector empty: panels are faster.
   const bool rows_fill_vectors = r % (sizeof(A) == sizeof(double) ? 4 : 8) == 0;
-  if (own_type && symmetric && item.x.column_stride == 1 && item.x.row_stride == r && rows_fill_vectors) {
-    gram_of_dense_rows<A>(static_cast<const T*>(item.x.data) + first * r, r, rows, item.rows - first, scratch, sums);
-  } else if (own_type && item.x.row_stride == 1 && (symmetric || item.y.row_stride == 1)) {
+  if (own_type && r == k && has_dense_rows(item, r) && rows_fill_vectors) {
+    gram_of_dense_rows<A, T>(item, r, first, rows, scratch, sums);
+  } else if (own_type && has_dense_columns(item)) {
     if (whole > 0) gram_of_columns<A, T>(item, r, k, first, whole, scratch, sums);
     if (whole < rows) gram_of_panels<A>(dtype, item, r, k, first + whole, rows - whole, scratch, sums);
   } else {

@@ -115,11 +115,17 @@ inline void map_columns(const T* in, int64_t pitch, int64_t r, const T* transpos
   for (; j < r; ++j) multiply_block<T, 1, V>(in, pitch, r, transposed + j, r, 1, out + j * out_pitch, out_pitch);
 }
 
+// Rows of storage that are wanted next, `pitch` bytes apart.
+struct NextRows {
+  const char* data = nullptr;
+  int64_t pitch = 0;
+};
+
 // gram[i][j] += Σ_k x[k][i] · y_v[k][j] for I columns of x and V parts of W columns, x and all y in dense rows of r;
-// the parts of gram are at gram + i · r + offset[v].
-template <class A, int W, int I, int V>
+// the parts of gram are at gram + i · r + offset[v]. At every row, a row of each of kAsked `next` is asked for.
+template <class A, int W, int I, int V, int kAsked>
 LOWRANK_INLINE void gram_rows_block(const A* x, const A* const* y, int64_t rows, int64_t r, double* gram,
-                                    const int64_t* offset) {
+                                    const int64_t* offset, const NextRows* next) {
   using P = Part<A, W>;
   typename P::Vector sum[I][V];
   LOWRANK_UNROLL
@@ -128,6 +134,8 @@ LOWRANK_INLINE void gram_rows_block(const A* x, const A* const* y, int64_t rows,
     for (int v = 0; v < V; ++v) sum[i][v] = typename P::Vector{};
   }
   for (int64_t k = 0; k < rows; ++k) {
+    LOWRANK_UNROLL
+    for (int n = 0; n < kAsked; ++n) prefetch(next[n].data + k * next[n].pitch);
     LOWRANK_UNROLL
     for (int v = 0; v < V; ++v) {
       const typename P::Vector b = P::load(y[v] + k * r);
@@ -141,12 +149,6 @@ LOWRANK_INLINE void gram_rows_block(const A* x, const A* const* y, int64_t rows,
     }
   }
 }
-
-// Rows of storage that are wanted next, `pitch` bytes apart.
-struct NextRows {
-  const char* data = nullptr;
-  int64_t pitch = 0;
-};
 
 // The same of 2H columns of x and of y, at least the upper triangle: the lower left quarter is left out. A row of
 // `next` is asked for at every row.
@@ -174,17 +176,21 @@ LOWRANK_INLINE void gram_rows_diagonal(const A* x, const A* y, int64_t rows, int
 }
 
 // product (r, r) += XᵀY of dense rows, or (`upper`) at least its upper triangle: outer products, so that nothing is
-// summed across lanes. `next`: rows of r elements of T that are wanted next, if any are.
+// summed across lanes. next_x, next_y (of an upper triangle next_x alone): rows of r elements of T that are wanted
+// next, if any are.
 template <class A, class T = A>
 inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r, bool upper, double* product,
-                                const T* next = nullptr) {
+                                const T* next_x = nullptr, const T* next_y = nullptr) {
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t pitch = r * static_cast<int64_t>(sizeof(T));
+  const auto rows_at = [&](const T* data) { return NextRows{reinterpret_cast<const char*>(data), pitch}; };
   with_part<A>(r, [&](auto width) {
     constexpr int W = decltype(width)::value, I = W < 8 || !kManyRegisters ? 4 : 8, S = W < I ? I : W;
     constexpr bool kHalves = kManyRegisters && W >= 8;
+    int64_t passes = 0;  // they ask for the lines of a row of x and of y in turn
     for (int64_t i0 = 0; i0 < r; i0 += S) {
       if constexpr (kHalves) {
-        const NextRows asked = next ? NextRows{reinterpret_cast<const char*>(next + i0), r * int64_t(sizeof(T))}
-                                    : NextRows{reinterpret_cast<const char*>(x), 0};
+        const NextRows asked = next_x ? rows_at(next_x + i0) : NextRows{reinterpret_cast<const char*>(x), 0};
         if (upper) gram_rows_diagonal<A, W / 2>(x + i0, y + i0, rows, r, product + i0 * (r + 1), asked);
       }
       for (int64_t i = i0; i < i0 + S; i += I) {
@@ -194,7 +200,21 @@ inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r,
           const A* parts[V];
           int64_t offsets[V];
           for (int v = 0; v < V; ++v) parts[v] = y + j + v * W, offsets[v] = j + v * W;
-          gram_rows_block<A, W, I, V>(x + i, parts, rows, r, product + i * r, offsets);
+          const auto form = [&](auto asked, const NextRows* next) {
+            gram_rows_block<A, W, I, V, decltype(asked)::value>(x + i, parts, rows, r, product + i * r, offsets, next);
+          };
+          const int64_t line = passes / 2 * kLine;
+          if (upper || !next_x || line >= r) {
+            form(std::integral_constant<int, 0>(), nullptr);
+          } else {
+            const NextRows wanted[2] = {rows_at(next_x + line), rows_at(next_y + line)};
+            if (r == I) {  // there is one pass; where nothing is widened before it, it reads no faster than memory
+              form(std::integral_constant<int, std::is_same_v<A, T> ? 0 : 2>(), wanted);
+            } else {
+              form(std::integral_constant<int, 1>(), wanted + passes % 2);
+            }
+          }
+          ++passes;
           j += V * W;
         };
         while (j + 2 * W <= r) block(std::integral_constant<int, 2>());

@@ -41,6 +41,7 @@ struct GramItem {
   View x, y;
   int64_t rows = 0;
   void* gram = nullptr;
+  const GramItem* next = nullptr;  // as AdamWItem has it
 };
 
 // out = rhs (gram + damping)⁻¹ for `rows` rows; only the lower triangle of the (r, r) gram, contiguous, is read.

@@ -89,7 +89,7 @@ void add_products(DType dtype, const QrItem& item, int64_t r, int64_t first, int
     const auto add = [&](GramSums<T>& sums, const View& y, int64_t row, int64_t count) {
       NextColumns next;
       if (row + count < first + whole)
-        next = {reinterpret_cast<const char*>(from(y, row + count)), y.column_stride * kBytes, kBytes};
+        next = {{reinterpret_cast<const char*>(from(y, row + count)), y.column_stride * kBytes}, {}, kBytes};
       sums.add(from(x, row), x.column_stride, from(y, row), y.column_stride, count, next);
     };
     for (; done < whole; done += block) {

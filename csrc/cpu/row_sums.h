@@ -31,8 +31,9 @@ void sum_groups(int64_t rows, int64_t count, double* total, const Add& add) {
   }
 }
 
-// rows(i) of matrix i; add(i, first, rows, scratch, sums) adds the sums of a group of rows to `sums` (`count` doubles);
-// finish(i, sums) takes the total. `scratch` holds `scratch_bytes`, for one thread.
+// rows(i) of matrix i; add(i, next, first, rows, scratch, sums) adds the sums of a group of rows to `sums` (`count`
+// doubles), where the thread is likely to take matrix `next` next, if that is not negative; finish(i, sums) takes the
+// total. `scratch` holds `scratch_bytes`, for one thread.
 template <class Rows, class Add, class Finish>
 void sum_rows(int64_t n, int64_t columns, int64_t count, size_t scratch_bytes, int threads, const Rows& rows,
               const Add& add, const Finish& finish) {
@@ -42,9 +43,10 @@ void sum_rows(int64_t n, int64_t columns, int64_t count, size_t scratch_bytes, i
     const int64_t i = schedule.order[s], groups = group_count(rows(i));
     const Scratch partial(sums_bytes, static_cast<int>(groups)), scratch(scratch_bytes, schedule.workers);
     parallel_for(groups, schedule.workers, [&](int64_t group, int worker) {
-      sum_group(
-          rows(i), group, count, partial.of<double>(static_cast<int>(group)),
-          [&](int64_t first, int64_t height, double* sums) { add(i, first, height, scratch.of<char>(worker), sums); });
+      sum_group(rows(i), group, count, partial.of<double>(static_cast<int>(group)),
+                [&](int64_t first, int64_t height, double* sums) {
+                  add(i, int64_t{-1}, first, height, scratch.of<char>(worker), sums);
+                });
     });
     double* const total = partial.of<double>(0);
     for (int64_t group = 1; group < groups; ++group)
@@ -54,11 +56,12 @@ void sum_rows(int64_t n, int64_t columns, int64_t count, size_t scratch_bytes, i
   if (schedule.split == n) return;
   const Scratch scratch(2 * sums_bytes + scratch_bytes, schedule.workers);
   parallel_for(n - schedule.split, schedule.workers, [&](int64_t task, int worker) {
-    const int64_t i = schedule.order[schedule.split + task];
+    const int64_t i = schedule.order[schedule.split + task], later = schedule.split + task + schedule.workers;
+    const int64_t next = later < n ? schedule.order[later] : -1;
     char* const base = scratch.of<char>(worker);
     double* const total = reinterpret_cast<double*>(base);
     sum_groups(rows(i), count, total, [&](int64_t first, int64_t height, double* sums) {
-      add(i, first, height, base + 2 * sums_bytes, sums);
+      add(i, next, first, height, base + 2 * sums_bytes, sums);
     });
     finish(i, total);
   });
