@@ -50,17 +50,21 @@ inline void multiply_rows(const T* x, int64_t stride, int64_t rows, const T* mat
   }
 }
 
-// Columns of X dense, `stride` apart: lanes run along the rows, V vectors at a time.
+// Columns of X dense, `stride` apart: lanes run along the rows, V vectors at a time. So many columns are more than the
+// hardware follows: memory is asked for a later step (at the end for what lies there, which costs nothing).
 template <class T, int R, int V, bool kStreams>
 inline void multiply_columns(const T* x, int64_t stride, int64_t rows, const T* matrix, T* out, int64_t out_stride) {
-  constexpr int L = kLanes<T>;
+  constexpr int L = kLanes<T>, kStepsAhead = 4;
   int64_t k = 0;
   for (; k + V * L <= rows; k += V * L) {
     Vec<T> sum[R][V] = {};
     for (int i = 0; i < R; ++i) {
+      const T* const from = x + i * stride + k;
       Vec<T> column[V];
       LOWRANK_UNROLL
-      for (int v = 0; v < V; ++v) column[v] = load(x + i * stride + k + v * L);
+      for (int v = 0; v < V; ++v) column[v] = load(from + v * L);
+      LOWRANK_UNROLL
+      for (int v = 0; v < V; ++v) prefetch(from + (kStepsAhead * V + v) * L);
       LOWRANK_UNROLL
       for (int j = 0; j < R; ++j) {
         LOWRANK_UNROLL
