@@ -139,6 +139,21 @@ LOWRANK_INLINE Vec<A> load_as(const T* p) {
   }
 }
 
+// A vector of A as kLanes<A> elements of type T at p.
+template <class A, class T>
+LOWRANK_INLINE void store_as(T* p, const Vec<A>& v) {
+  if constexpr (sizeof(A) == sizeof(T)) {
+    store(p, v);
+  } else {
+#if defined(__GNUC__)
+    typedef T Narrow __attribute__((vector_size(kLanes<A> * sizeof(T)), aligned(alignof(T)), may_alias));
+    *reinterpret_cast<Narrow*>(p) = __builtin_convertvector(v, Narrow);
+#else
+    for (int i = 0; i < kLanes<A>; ++i) p[i] = static_cast<T>(v[i]);
+#endif
+  }
+}
+
 // A vector of float, or a row of them, past the caches, which need not read the lines that it fills; `to` is aligned
 // like the vector. Other threads see it after stream_fence().
 template <class V>
