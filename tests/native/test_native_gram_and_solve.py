@@ -24,9 +24,9 @@ def gram_bound(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("rank", RANKS)
 def test_gram(rank: int, dtype: torch.dtype, instruction_set: str) -> None:
     tall = (1, 37, 256, 300, 2100, 0)
-    for columns in (None, rank, 5, 70):
+    for columns, shift in ((None, 0), (rank, 0), (rank, 1), (5, 1), (70, 0)):
         xs = [matrix(d, rank, dtype, LAYOUTS[i % 4]) for i, d in enumerate(tall)]
-        ys = None if columns is None else [matrix(d, columns, dtype, LAYOUTS[(i + 1) % 4]) for i, d in enumerate(tall)]
+        ys = None if columns is None else [matrix(d, columns, dtype, LAYOUTS[(i + shift) % 4]) for i, d in enumerate(tall)]
         for result in {wide(dtype), torch.float64}:
             grams = ops.grouped_gram(xs, ys, dtype=result)
             assert grams.dtype == result and grams.shape == (len(xs), rank, columns or rank)
@@ -34,6 +34,18 @@ def test_gram(rank: int, dtype: torch.dtype, instruction_set: str) -> None:
                 if ys is None:
                     assert torch.equal(gram, gram.mT)
                 assert ((gram.double() - x.double().mT @ y.double()).abs() <= gram_bound(x, y, result)).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("rank", RANKS)
+def test_gram_of_many_alike(rank: int, layout: str, instruction_set: str) -> None:
+    """Where memory is asked for the next matrix, which may be shorter."""
+    tall = (300, 1100, 40, 300, 256, 7)
+    xs, ys = ([matrix(d, rank, torch.float32, layout) for d in tall] for _ in "xy")
+    for result in (torch.float32, torch.float64):
+        for own, cross, x, y in zip(ops.grouped_gram(xs, dtype=result), ops.grouped_gram(xs, ys, dtype=result), xs, ys, strict=True):
+            assert ((own.double() - x.double().mT @ x.double()).abs() <= gram_bound(x, x, result)).all()
+            assert ((cross.double() - x.double().mT @ y.double()).abs() <= gram_bound(x, y, result)).all()
 
 
 def test_gram_keeps_bad_numbers_to_their_matrix() -> None:
