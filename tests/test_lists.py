@@ -51,6 +51,11 @@ def test_states_and_columns(road: str) -> None:
         found = lists.states(state, [params[i] for i in order])
         assert [s["m"].item() for s in found] == order
         assert lists.column(found, "v") == [i for i in order if i % 2]
+        values = [state[params[i]]["m"] for i in order]
+        assert lists.holds(state, params, order, "m", values)
+        assert not lists.holds(state, params, order, "m", [*values[:-1], values[-1].clone()])
+        assert not lists.holds(state, params, order, "m", values[1:])
+        assert not lists.holds(state, params, order, "w", values)
     with pytest.raises(KeyError):
         lists.states(state, [nn.Parameter(torch.randn(3))])
 

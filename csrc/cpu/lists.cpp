@@ -181,6 +181,19 @@ py::list column(const py::list& states, const py::str& key) {
   return found;
 }
 
+// Whether the state of each of some parameters holds, under a key, this very value.
+bool holds(const py::dict& state, const py::list& params, const py::list& indices, const py::str& key,
+           const py::list& values) {
+  if (length(indices) != length(values)) return false;
+  StateReader state_of(state);
+  for (Py_ssize_t i = 0; i < length(indices); ++i) {
+    const Py_ssize_t index = PyLong_AsSsize_t(item(indices, i));
+    if (index < 0 || index >= length(params)) throw py::index_error();
+    if (entry_of(state_of(item(params, index)), key) != item(values, i)) return false;
+  }
+  return true;
+}
+
 // Of some parameters all that a moment step needs, each looked at once: those that have a gradient, the gradients,
 // those that have none, the moments of the former, and where all that lies, or None if compiled code cannot go by it.
 py::tuple gather(const py::list& params, const py::list& indices, const py::dict& state, const py::str& exp_avg,
@@ -291,6 +304,7 @@ void bind_lists(py::module_& m) {
   py::class_<StepLayout>(m, "StepLayout", "Where the tensors of a moment step lie; for adamw().");
   m.def("gather", &gather,
         "Those of some parameters that have a gradient, the gradients, those that have none, the moments, the layout.");
+  m.def("holds", &holds, "Whether the states of some parameters hold these very values under a key.");
   m.def("states", &states, "The values of a dictionary for a list of parameters.");
   m.def("column", &column, "The values under a key, of those dictionaries of a list that have it.");
 }

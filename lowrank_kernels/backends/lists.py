@@ -192,6 +192,13 @@ def column(of: list[dict[str, Any]], key: str) -> list[Any]:
     return _csrc.column(of, key) if _compiled() else [state[key] for state in of if key in state]
 
 
+def holds(state: dict[Tensor, dict[str, Any]], params: list[Tensor], indices: list[int], key: str, values: list[Tensor]) -> bool:
+    """Whether the state of each of the parameters at ``indices`` holds, under ``key``, this very one of the ``values``."""
+    if _compiled():
+        return _csrc.holds(state, params, indices, key, values)
+    return len(indices) == len(values) and all(state[params[i]].get(key) is value for i, value in zip(indices, values, strict=True))
+
+
 try:  # last, since that package imports from here
     from .native import _csrc
 except ImportError:  # the registry says so, and what is lost

@@ -6,7 +6,6 @@ The Gram matrices are accumulated and solved in fp64: they square the condition 
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.lists import Gathered, Tall, column, compute_dtype, consecutive, gather, states
+from ..backends.lists import Gathered, Tall, column, compute_dtype, consecutive, gather, holds, states
 from ..ops import grouped_gram, grouped_preconditioner
 from .base import LowRankOptimizer
 from .pairing import FactorPair, LikePairs, Position
@@ -162,16 +161,20 @@ class PreconditionedOptimizer(LowRankOptimizer):
         The state of each factor is a view of it, made when the factors step together for the first time (after loading, or in other
         company, again), so that nothing is gathered and scattered. Where CUDA graphs hold addresses, each keeps its own memory.
         """
+        group, name = self._group(pairs, side), f"{side}.{key}"
+        stacked, views = pairs.kept.get(name, (None, ()))
+        unchanged = stacked is not None and holds(self.state, group["params"], pairs.indices[side], key, views)
+        if unchanged and stacked.data_ptr() == views[0].data_ptr():
+            return stacked
         of_factors = states(self.state, self._factors_of(pairs, side))
         values = column(of_factors, key)
-        base, views = values[0]._base, pairs.kept.get(f"{side}.{key}", ())
-        if base is not None and base.shape[0] == len(values) and base.data_ptr() == values[0].data_ptr():
-            unchanged = len(views) == len(values) and all(map(operator.is_, values, views))
-            if unchanged or consecutive(values):
-                return base
+        base = values[0]._base
+        if base is not None and base.shape[0] == len(values) and base.data_ptr() == values[0].data_ptr() and consecutive(values):
+            return base
         stacked = torch.stack(values)
-        if not self._group(pairs, side)["capturable"]:
-            pairs.kept[f"{side}.{key}"] = views = list(stacked.unbind())
+        if not group["capturable"]:
+            views = list(stacked.unbind())
+            pairs.kept[name] = stacked, views
             for state, view in zip(of_factors, views, strict=True):
                 state[key] = view
         return stacked

@@ -9,7 +9,7 @@ from typing import Any
 import torch  # noqa: F401
 
 #: What this package asks of the extension; ``kInterface`` in csrc/bindings.cpp, where it says when to raise both.
-INTERFACE = 3
+INTERFACE = 4
 
 try:
     _csrc: Any = import_module("._csrc", __package__)
