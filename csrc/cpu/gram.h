@@ -169,16 +169,12 @@ class GramSums {
   }
   // `rows` rows (whole vectors) of columns that are so far apart; `next` is asked for.
   template <class T>
-  void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, const NextColumns& next) {
+  void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, const NextColumns& next = {}) {
     for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t index) {
       with_share(next, index, [&](const auto& ask) {
         add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile, ask);
       });
     });
-  }
-  template <class T>
-  void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows) {
-    add(x, x_pitch, y, y_pitch, rows, NextColumns());
   }
   // The same of XᵀX and columns of T, which the tiles on the diagonal widen into `panel`.
   template <class T>

@@ -16,6 +16,11 @@ namespace {
 
 PyObject* item(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }
 Py_ssize_t length(const py::list& list) { return PyList_GET_SIZE(list.ptr()); }
+PyObject* item_at(const py::list& list, PyObject* index) {
+  const Py_ssize_t i = PyLong_AsSsize_t(index);
+  if (i < 0 || i >= length(list)) throw py::index_error();
+  return item(list, i);
+}
 
 bool plain(const py::list& tensors) {
   const TensorReader& reader = TensorReader::get();
@@ -187,9 +192,7 @@ bool holds(const py::dict& state, const py::list& params, const py::list& indice
   if (length(indices) != length(values)) return false;
   StateReader state_of(state);
   for (Py_ssize_t i = 0; i < length(indices); ++i) {
-    const Py_ssize_t index = PyLong_AsSsize_t(item(indices, i));
-    if (index < 0 || index >= length(params)) throw py::index_error();
-    if (entry_of(state_of(item(params, index)), key) != item(values, i)) return false;
+    if (entry_of(state_of(item_at(params, item(indices, i))), key) != item(values, i)) return false;
   }
   return true;
 }
@@ -215,9 +218,7 @@ py::tuple gather(const py::list& params, const py::list& indices, const py::dict
     const Py_ssize_t count = std::min(kAtATime, length(indices) - begin);
     for (Py_ssize_t i = 0; i < count; ++i) {
       found[i].index = item(indices, begin + i);
-      const Py_ssize_t index = PyLong_AsSsize_t(found[i].index);
-      if (index < 0 || index >= length(params)) throw py::index_error();
-      prefetch<1>(found[i].param = item(params, index));
+      prefetch<1>(found[i].param = item_at(params, found[i].index));
     }
     for (Py_ssize_t i = 0; i < count; ++i) prefetch_contents(found[i].param);
     for (Py_ssize_t i = 0; i < count; ++i) reader.prefetch_parts(found[i].param);
@@ -276,9 +277,7 @@ py::object first_sparse_gradient(const py::list& params, const py::list& indices
   const TensorReader& reader = TensorReader::get();
   TensorInfo info;
   for (Py_ssize_t i = 0; i < length(indices); ++i) {
-    const Py_ssize_t index = PyLong_AsSsize_t(item(indices, i));
-    if (index < 0 || index >= length(params)) throw py::index_error();
-    const py::object grad = reader.grad(item(params, index));
+    const py::object grad = reader.grad(item_at(params, item(indices, i)));
     if (!grad.is_none() && !reader.try_read(grad.ptr(), &info) && grad.attr("is_sparse").cast<bool>())
       return py::reinterpret_borrow<py::object>(item(indices, i));
   }

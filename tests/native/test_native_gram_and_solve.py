@@ -24,7 +24,7 @@ def gram_bound(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("rank", RANKS)
 def test_gram(rank: int, dtype: torch.dtype, instruction_set: str) -> None:
     tall = (1, 37, 256, 300, 2100, 0)
-    for columns, shift in ((None, 0), (rank, 0), (rank, 1), (5, 1), (70, 0)):
+    for columns, shift in ((None, 0), (rank, 0), (rank, 1), (5, 1), (70, 0), (70, 1)):
         xs = [matrix(d, rank, dtype, LAYOUTS[i % 4]) for i, d in enumerate(tall)]
         ys = None if columns is None else [matrix(d, columns, dtype, LAYOUTS[(i + shift) % 4]) for i, d in enumerate(tall)]
         for result in {wide(dtype), torch.float64}:
