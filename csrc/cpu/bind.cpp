@@ -166,8 +166,11 @@ class StepLists {
 std::vector<AdamWItem> step_items(const AdamWScalars& scalars, const StepLayout& layout, const py::list& missed,
                                   const py::list& rank_dims, double step, bool bias_correction, bool mapped,
                                   int64_t r) {
-  const auto number = [&](const py::list& list, size_t i) {
-    return list.empty() ? 0 : PyLong_AsLongLong(PyList_GET_ITEM(list.ptr(), i));
+  const auto number = [&](const py::list& list, size_t i) -> long long {
+    if (list.empty()) return 0;
+    const long long value = PyLong_AsLongLong(PyList_GET_ITEM(list.ptr(), i));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
   };
   std::vector<AdamWItem> items(layout.entries.size());
   double steps_known = -1, correction1 = 1, correction2 = 1;
@@ -181,6 +184,7 @@ std::vector<AdamWItem> step_items(const AdamWScalars& scalars, const StepLayout&
     item.v = entry.v;
     item.rows = entry.rows;
     item.columns = entry.columns;
+    if (mapped && item.rank() != r) throw std::invalid_argument("grouped_adamw: maps of another rank than a factor's");
     if (entry.contiguous) {
       const int64_t rest = r > 0 ? entry.elements / r : 0;
       item.rows = !mapped ? 1 : item.rank_dim == 1 ? rest : r;
@@ -466,6 +470,7 @@ void lorsum(int64_t n, const py::buffer& layer_buffer, int64_t terms, const py::
 void bind_lists(py::module_& m);  // lists.cpp
 
 void bind_cpu(py::module_& m) {
+  TensorReader::get();
   watch_for_fork();
   bind_lists(m);
   m.def("adamw", &adamw, "One AdamW step of a list of parameters, in place.");

@@ -21,6 +21,7 @@ struct MatrixLayout {
 
   void add(const TensorInfo& info, bool transposed) {
     if (entries.empty()) like = info;
+    if (!info.is_like(like)) throw std::invalid_argument("matrices of different dtypes or devices");
     entries.push_back({info.matrix(transposed), info.rows(transposed), info.columns(transposed)});
   }
   // What all have, or -1.
@@ -68,8 +69,8 @@ struct StepLayout {
     const int state_dtype = static_cast<int>(param.dtype == 1 ? DType::kFloat64 : DType::kFloat32);
     for (const TensorInfo* moment : {m, v}) {
       if (moment && (moment->dtype != state_dtype || moment->device_type != like.device_type ||
-                     moment->device_index != like.device_index || moment->elements() != entry.elements ||
-                     !moment->is_contiguous()))
+                     moment->device_index != like.device_index || moment->ndim != param.ndim ||
+                     !std::equal(param.sizes, param.sizes + param.ndim, moment->sizes) || !moment->is_contiguous()))
         return false;
     }
     if (param.ndim == 2) {

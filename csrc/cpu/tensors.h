@@ -103,7 +103,8 @@ LOWRANK_INLINE void prefetch_contents(const PyObject* object) {
 
 class TensorReader {
  public:
-  // torch is imported long before; the references are never given back, so that nothing runs when Python shuts down.
+  // Made when the module is loaded: it calls Python, which may hand the interpreter to a thread that would wait here.
+  // The references are never given back, so that nothing runs when Python shuts down.
   static const TensorReader& get() {
     static const TensorReader* reader = new TensorReader();
     return *reader;
@@ -134,16 +135,18 @@ class TensorReader {
     if (i + kParts < n) prefetch_parts(PyList_GET_ITEM(list, i + kParts));
   }
 
-  // False, without a Python error, for what is no strided tensor.
+  // False, without a Python error, for what is no strided tensor, or one that stands for the negative of its memory.
   bool try_read(PyObject* tensor, TensorInfo* out) const {
-    if (table_ ? describe(tensor, out) : ask(tensor, out)) return true;
+    if ((table_ ? describe(tensor, out) : ask(tensor, out)) && !(may_be_negated(*out) && is_negated(tensor)))
+      return true;
     PyErr_Clear();
     return false;
   }
 
   TensorInfo read(PyObject* tensor) const {
     TensorInfo info;
-    if (!try_read(tensor, &info)) throw std::invalid_argument("not a strided tensor of at most 8 dimensions");
+    if (!try_read(tensor, &info))
+      throw std::invalid_argument("not a strided tensor of at most 8 dimensions, or one that is negated lazily");
     return info;
   }
 
@@ -178,6 +181,7 @@ class TensorReader {
     size_ = keep(type.attr("size"));
     stride_ = keep(type.attr("stride"));
     get_device_ = keep(type.attr("get_device"));
+    is_neg_ = keep(type.attr("is_neg"));
     dtype_name_ = keep(pybind11::str("dtype"));
     is_meta_name_ = keep(pybind11::str("is_meta"));
     find_implementation(torch);
@@ -203,6 +207,18 @@ class TensorReader {
     return words[implementation_word_];
   }
 
+  // The imaginary part of a conjugated tensor is a view of every other number with their signs to be changed
+  // (Tensor.is_neg()): it has no dimension of unit stride.
+  static bool may_be_negated(const TensorInfo& info) {
+    for (int d = 0; d < info.ndim; ++d)
+      if (info.strides[d] == 1 && info.sizes[d] > 1) return false;
+    return true;
+  }
+  bool is_negated(PyObject* tensor) const {
+    const auto answer = pybind11::reinterpret_steal<pybind11::object>(PyObject_CallOneArg(is_neg_, tensor));
+    return answer.ptr() != Py_False;
+  }
+
   static PyObject* keep(const pybind11::object& object) { return pybind11::object(object).release().ptr(); }
 
   bool describe(PyObject* tensor, TensorInfo* out) const {
@@ -225,15 +241,19 @@ class TensorReader {
 
   bool ask(PyObject* tensor, TensorInfo* out) const {
     if (!PyType_IsSubtype(Py_TYPE(tensor), tensor_type_)) return false;
-    const auto call = [&](PyObject* method) {
-      return pybind11::reinterpret_steal<pybind11::object>(PyObject_CallOneArg(method, tensor));
+    // Python is not called again once it has reported an error.
+    const auto call = [&](PyObject* method, pybind11::object* result) {
+      *result = pybind11::reinterpret_steal<pybind11::object>(PyObject_CallOneArg(method, tensor));
+      return static_cast<bool>(*result);
     };
-    const auto address = call(data_ptr_), sizes = call(size_), strides = call(stride_), device = call(get_device_);
-    const auto attribute = [&](PyObject* name) {
-      return pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor, name));
+    const auto attribute = [&](PyObject* name, pybind11::object* result) {
+      *result = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor, name));
+      return static_cast<bool>(*result);
     };
-    const auto dtype = attribute(dtype_name_), meta = attribute(is_meta_name_);
-    if (!address || !sizes || !strides || !device || !dtype || !meta || meta.ptr() == Py_True) return false;
+    pybind11::object address, sizes, strides, device, dtype, meta;
+    if (!call(data_ptr_, &address) || !call(size_, &sizes) || !call(stride_, &strides) || !call(get_device_, &device) ||
+        !attribute(dtype_name_, &dtype) || !attribute(is_meta_name_, &meta) || meta.ptr() == Py_True)
+      return false;
     out->ndim = static_cast<int>(PyTuple_GET_SIZE(sizes.ptr()));
     if (out->ndim > TensorInfo::kDimensions) return false;
     for (int d = 0; d < out->ndim; ++d) {
@@ -253,7 +273,7 @@ class TensorReader {
   int implementation_word_ = 0;  // 0: not known
   PyTypeObject *tensor_type_, *parameter_type_;
   PyGetSetDescrObject* grad_ = nullptr;
-  PyObject *grad_name_, *data_ptr_, *size_, *stride_, *get_device_, *dtype_name_, *is_meta_name_, *dtypes_[4];
+  PyObject *grad_name_, *data_ptr_, *size_, *stride_, *get_device_, *is_neg_, *dtype_name_, *is_meta_name_, *dtypes_[4];
 };
 
 }  // namespace lowrank
