@@ -87,12 +87,40 @@ def test_forces_that_end_in_another_order() -> None:
 
 
 def run(script: str) -> None:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_does_not_import_torchs_compiler() -> None:
     run("import sys, lowrank_kernels; assert 'torch._dynamo' not in sys.modules")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_threads_wait_until_all_backends_are_there(native: bool) -> None:
+    """Each thread's first call is the first of the process, while the import of the backends takes its time."""
+    run(
+        "import sys, threading, time, torch\n"
+        f"blocked = {not native}\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.startswith('lowrank_kernels.backends.') and name.endswith('.gram'): time.sleep(0.2)\n"
+        "        if blocked and name.endswith('.native._csrc'): raise ImportError('blocked')\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from lowrank_kernels import ops\n"
+        "from lowrank_kernels.backends import call_counts, lists, registry\n"
+        "if lists._csrc is not None: lists._csrc.plain([])\n"  # what compiled code sets up at its own first call is not the matter here
+        "failed, barrier, x = [], threading.Barrier(4), [torch.randn(9, 3)]\n"
+        "def first():\n"
+        "    barrier.wait()\n"
+        "    try: ops.grouped_gram(x)\n"
+        "    except BaseException as error: failed.append(repr(error))\n"
+        "threads = [threading.Thread(target=first) for _ in range(4)]\n"
+        "for step in (threading.Thread.start, threading.Thread.join):\n"
+        "    for thread in threads: step(thread)\n"
+        "backend = 'reference' if 'native' in registry.unavailable() else 'native'\n"
+        "assert not failed and call_counts() == {('grouped_gram', backend): 4}, (failed, call_counts())\n"
+        "assert not blocked or backend == 'reference'\n"
+    )
 
 
 @pytest.mark.parametrize("interface", ["", "stale.interface = -1; "])

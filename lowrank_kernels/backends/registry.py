@@ -58,6 +58,7 @@ _forced: ContextVar[dict[str, str] | None] = ContextVar("lowrank_kernels_forced"
 #: What it asks for in any thread, the newest last: for autograd's own threads, in which backward passes on a device run.
 _forced_anywhere: list[dict[str, str]] = []
 _loaded = False
+_loading = threading.RLock()  # a backend that asks something while it is imported must not wait for itself
 _calls: Counter[tuple[str, str]] = Counter()
 _launches = 0
 
@@ -91,25 +92,32 @@ def operations() -> list[str]:
 
 
 def _load() -> None:
-    """Import the backends once. One that cannot be imported is remembered with its reason, not raised."""
+    """Import the backends once. One that cannot be imported is remembered with its reason, not raised.
+
+    Other threads wait until all are there: half a registry would refuse calls, or choose differently.
+    """
     global _loaded
     if _loaded:
         return
-    _loaded = True
-    for backend in reversed(BACKENDS):
-        try:
-            importlib.import_module(f"{__package__}.{backend}")
-        except ImportError as error:
-            if backend == "reference":
-                raise
-            _unavailable[backend] = f"{type(error).__name__}: {error}"
-            if backend == "native":
-                # Every machine can have this backend, so missing it is worth a word; Triton is not for every machine.
-                warnings.warn(
-                    f"lowrank_kernels: the native backend is missing, its operations run on the slower reference: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+    with _loading:
+        if _loaded:
+            return
+        for backend in reversed(BACKENDS):
+            try:
+                importlib.import_module(f"{__package__}.{backend}")
+            except ImportError as error:
+                if backend == "reference":
+                    raise
+                _unavailable[backend] = f"{type(error).__name__}: {error}"
+        _loaded = True
+    if "native" in _unavailable:
+        # Every machine can have this backend, so missing it is worth a word; Triton is not for every machine.
+        warnings.warn(
+            f"lowrank_kernels: the native backend is missing, its operations run on the slower reference: "
+            f"{_unavailable['native'].partition(': ')[2]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _parse_forced(text: str) -> dict[str, str]:
