@@ -13,6 +13,7 @@ from _oplora import KFAC, Shared, deltas, every_kind, every_road, make, make_mod
 from torch import nn
 
 from lowrank_kernels import LowRankLinear, OPLoRA, pairs
+from lowrank_kernels.backends import call_counts, force
 from lowrank_kernels.optim import early
 
 
@@ -57,6 +58,20 @@ def test_what_changes_between_the_backward_pass_and_the_step_counts(key: str) ->
             optimizer.step()
     for p, q in zip(plain.parameters(), overlapped.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
+
+
+def test_a_forced_backend_holds_for_the_worker() -> None:
+    model = make_model("ours")
+    optimizer = make(model, overlap=True)
+    before = call_counts()
+    with force("reference"):
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+    ran = {call for call, count in call_counts().items() if count > before.get(call, 0)}
+    assert ("grouped_lorsum", "reference") in ran
+    assert {backend for _, backend in ran} == {"reference"}
 
 
 def test_overlap_refuses_what_it_cannot_do() -> None:

@@ -7,6 +7,7 @@ best 49 and 42), and torch can only be told so for the whole process.
 
 from __future__ import annotations
 
+import contextvars
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,7 +62,9 @@ def start(change: Callable[[Tensors], None], tensors: Tensors, made_from: Sequen
         copies = tuple([tensor.clone() for tensor in part] for part in tensors)
         if not _workers:
             _workers.append(ThreadPoolExecutor(1, thread_name_prefix="lowrank_kernels"))
-        return EarlyWork(copies, made_from, _workers[0].submit(_without_grad, change, copies), _workers[0])
+        # In a copy of this thread's context: force() holds for the worker too.
+        work = _workers[0].submit(contextvars.copy_context().run, _without_grad, change, copies)
+        return EarlyWork(copies, made_from, work, _workers[0])
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     side, current = _streams[device], torch.cuda.current_stream(device)
