@@ -289,7 +289,7 @@ def test_continues_from_a_decoupled_adapter() -> None:
     model = make_model("ours")
     train(model, SDSLoRA(model, lr=1e-2, total_steps=40), 0, 40)
     before = [pair_delta(p) for p in pairs(model)]
-    with pytest.raises(RuntimeError, match="not of the same moment"):
+    with pytest.raises(RuntimeError, match="come from different steps; load both from one checkpoint"):
         train(model, SDSLoRA(model, lr=1e-2, total_steps=40), 0, 1)
     assert all(torch.equal(b, pair_delta(p)) for b, p in zip(before, pairs(model), strict=True))
     train(model, SDSLoRA(model, lr=1e-2, total_steps=40, warmup_steps=0), 0, 40)
@@ -335,7 +335,7 @@ def change_layers(model: nn.Module, optimizer: SDSLoRA, change: str) -> None:
             twin.lora_A, twin.lora_B = layer.lora_A, layer.lora_B
 
 
-def test_a_model_of_another_moment_is_refused_at_the_next_step() -> None:
+def test_a_model_of_another_step_is_refused_at_the_next_one() -> None:
     model = make_model("ours")
     optimizer = SDSLoRA(model, lr=1e-2, refresh_every=100, warmup_steps=3)
     train(model, optimizer, 0, 2)
@@ -343,7 +343,7 @@ def test_a_model_of_another_moment_is_refused_at_the_next_step() -> None:
     train(model, optimizer, 2, 6)
     model.load_state_dict(plain)
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    with pytest.raises(RuntimeError, match="not of the same moment"):
+    with pytest.raises(RuntimeError, match="come from different steps; load both from one checkpoint"):
         train(model, optimizer, 6, 7)
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), plain.values(), strict=True))
     assert all(torch.equal(before[i][k], v) for i, s in optimizer.state_dict()["state"].items() for k, v in s.items())

@@ -131,8 +131,8 @@ class DecoupledOptimizer(LowRankOptimizer):
     ) -> None:
         self._split_work, self._process_group = bool(split_work), process_group
         self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
-        #: ``switch_count()`` when model and optimizer were last seen to be of the same moment, unless one was loaded since then.
-        self._moment_checked: int | None = None
+        #: ``switch_count()`` when model and optimizer were last found to come from one step, unless one was loaded since then.
+        self._agreed_at: int | None = None
         schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
         method = {**schedule, "basis": basis, **(method_defaults or {})}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
@@ -198,7 +198,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         for action, affected in due.items():
             action(affected)
             if action != self._refresh:
-                self._moment_checked = None
+                self._agreed_at = None
 
     def _sorted(self) -> _Sorted:
         """The pairs as they are sorted now; done anew where pairs were added, or taken back after an error."""
@@ -344,11 +344,11 @@ class DecoupledOptimizer(LowRankOptimizer):
 
     def _before_update(self) -> None:
         self._hook_idle_halves()
-        if self._moment_checked != switch_count():
-            self._check_moment()
-            self._moment_checked = switch_count()  # the check may find that a layer has switched
+        if self._agreed_at != switch_count():
+            self._check_agreement()
+            self._agreed_at = switch_count()  # the check may find that a layer has switched
 
-    def _check_moment(self) -> None:
+    def _check_agreement(self) -> None:
         """Refuse a model that is not as the optimizer's counters say."""
         name = type(self).__name__
         layers = owners()
@@ -360,8 +360,7 @@ class DecoupledOptimizer(LowRankOptimizer):
                     states = ("plain LoRA", "decoupled")
                     raise RuntimeError(
                         f"{name}: after {group['step']} steps {pair.name} should be {states[decoupled]}, but it is "
-                        f"{states[not decoupled]}: model and optimizer are not of the same moment; load the adapter's and the optimizer's "
-                        "state of one checkpoint"
+                        f"{states[not decoupled]}: model and optimizer come from different steps; load both from one checkpoint"
                     )
             elif group["step"] == 0 and self._at(pair.b)[_half(False, self._rank(pair), decoupled, idle=True)].any():
                 raise RuntimeError(
@@ -412,7 +411,7 @@ class DecoupledOptimizer(LowRankOptimizer):
                 raise RuntimeError(f"{name}: {pair.name} is sharded along several mesh dimensions; {KEEP_WHOLE}")
 
     def _accept_pairs(self) -> None:
-        self._moment_checked = None
+        self._agreed_at = None
         name = type(self).__name__
         for pair in self._pairs:
             a, b = self._at(pair.a), self._at(pair.b)
@@ -463,7 +462,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             layer = layers.get(id(self._at(pair.a)))
             if pair.holds_bases and layer is not None:
                 layer.decoupled = bool(layer.is_decoupled.item())  # type: ignore[assignment,operator]
-        self._moment_checked = None
+        self._agreed_at = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group belongs to its process: a copy has the default one.
@@ -472,7 +471,7 @@ class DecoupledOptimizer(LowRankOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_idle_hooks", {})
-        self._moment_checked = None
+        self._agreed_at = None
         self._hook_idle_halves()
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
