@@ -20,7 +20,7 @@ WINDOWS = sys.platform == "win32"
 REQUIRED = os.environ.get("LOWRANK_KERNELS_REQUIRE_NATIVE") == "1"
 LOST = """
 lowrank_kernels: the native part (csrc) was NOT built: {cause}
-  What is lost: the compiled CPU kernels and the road to cuSOLVER/cuBLAS. Their operations run on the reference backend
+  What is lost: the compiled CPU kernels and the path to cuSOLVER/cuBLAS. Their operations run on the reference backend
   (plain PyTorch), slower and with the same results; Triton is not affected.
   To get them: install a C++17 compiler (g++ 11 or newer, clang++ 14 or newer) and install this package again;
   LOWRANK_KERNELS_REQUIRE_NATIVE=1 turns this notice into an error.

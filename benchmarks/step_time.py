@@ -31,7 +31,7 @@ from . import results
 from .harness import device_name
 
 UNTIMED_STEPS = 12
-KEY = ("task", "method", "baseline", "road", "rank", "batch_size", "max_length", "device_name", "threads")
+KEY = ("task", "method", "baseline", "layers", "rank", "batch_size", "max_length", "device_name", "threads")
 COLUMNS = (
     *KEY, "timed_steps", "step_ms", "step_ratio", "optimizer_ms", "peak_rss_mib", "memory_ratio", "probed_ratio", "torch", "date",
 )  # fmt: skip
@@ -44,7 +44,7 @@ def record(path: Path, args: argparse.Namespace, figures: dict[str, dict[str, An
     known = {tuple(row[name] for name in KEY): row for row in results.read(path)}
     rows = []
     for method, measured in figures.items():
-        key = (args.task, method, args.methods[0], args.road, args.rank, args.batch_size, args.max_length, *where)
+        key = (args.task, method, args.methods[0], args.layers, args.rank, args.batch_size, args.max_length, *where)
         texts = {name: f"{x:.4g}" if isinstance(x, float) else str(x) for name, x in (dict(zip(KEY, key, strict=True)) | measured).items()}
         rows.append(known.get(tuple(texts[name] for name in KEY), {}) | texts | now)
     results.upsert_texts(path, rows, KEY, COLUMNS)

@@ -2,7 +2,7 @@
 
     python examples/finetune_text.py                          # 200 steps of each method, about a minute each on two cores
     python examples/finetune_text.py --sweep --seeds 0 1 2    # the best of three learning rates each, three seeds
-    python examples/finetune_text.py --road peft              # unmodified PEFT layers: only the optimizer is ours
+    python examples/finetune_text.py --layers peft            # unmodified PEFT layers: only the optimizer is ours
     python examples/finetune_text.py --methods lora altlora+ lora-rite    # side by side; --methods all for every one
     python examples/finetune_text.py --methods oplora --lrs 0.05          # its lr is SGD's on the full weight, not Adam's
     python examples/finetune_text.py --task smollm2           # a language model, all seven linear layers of its blocks
@@ -53,8 +53,8 @@ class Method:
         label: for tables and plots.
         adapter: ``method=`` of ``lowrank_kernels.adapt``.
         optimizer: from parameter groups and the settings, ``model`` among them, to an optimizer.
-        peft_rank: on the road over PEFT, the rank of PEFT's layers, in units of ``--rank``.
-        peft: for methods that are PEFT's own: the options of ``LoraConfig``. They take that road always.
+        peft_rank: with ``--layers peft``, the rank of PEFT's layers, in units of ``--rank``.
+        peft: for methods that are PEFT's own: the options of ``LoraConfig``. They always train PEFT's layers.
         scale: s; None means α/√r (rsLoRA), as the papers have it for all methods but LoRA.
     """
 
@@ -128,7 +128,7 @@ def adapted_model(method: Method, args: argparse.Namespace, seed: int) -> nn.Mod
     torch.manual_seed(seed)
     model = TASKS[args.task].load_model()
     scale = scale_of(args, method)
-    if args.road == "ours" and method.peft is None:
+    if args.layers == "ours" and method.peft is None:
         shape = {"rank": args.rank, "alpha": scale * args.rank, "rank_scaling": "lora"}
         lrk.adapt(model.backbone, method=method.adapter, target_modules=args.target_modules, **shape)
     else:
@@ -392,7 +392,7 @@ def task_parser(description: str) -> argparse.ArgumentParser:
     """The options that say what a run is, of any script that trains; the defaults of ``--task`` are filled in by :func:`parse`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="minilm", help="decides the other defaults")
-    parser.add_argument("--road", choices=("ours", "peft"), default="ours", help="whose adapter layers: this package's or PEFT's")
+    parser.add_argument("--layers", choices=("ours", "peft"), default="ours", help="whose adapter layers: this package's or PEFT's")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--head-lr", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=8)
@@ -414,8 +414,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
-    # On our road the optimizer reads s from the layers; PEFT's parameters, given by name, do not tell it.
-    args.named_scale = scale_of(args) if args.road == "peft" else None
+    # The optimizer reads s from our layers; PEFT's parameters, given by name, do not tell it.
+    args.named_scale = scale_of(args) if args.layers == "peft" else None
     return args
 
 

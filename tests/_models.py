@@ -1,4 +1,4 @@
-"""Small models for tests, adapted on either road of the decoupled methods with the same starting factors."""
+"""Small models for tests, adapted by either library for the decoupled methods with the same starting factors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SHAPES = [(20, 12), (15, 20), (9, 15)]  # (d_out, d_in): ragged on purpose
 
 
 def make_model(
-    road: str, *, rank: int = 3, scale: float = 0.7, dtype: torch.dtype = torch.float64, shapes=SHAPES, seed: int = 0
+    library: str, *, rank: int = 3, scale: float = 0.7, dtype: torch.dtype = torch.float64, shapes=SHAPES, seed: int = 0
 ) -> nn.Module:
-    """A tanh network adapted for SDS-LoRA: ``road="ours"`` (our layers) or ``"peft"`` (unmodified rank-2r LoRA layers)."""
+    """A tanh network adapted for SDS-LoRA: ``library="ours"`` (our layers) or ``"peft"`` (unmodified rank-2r LoRA layers)."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -29,7 +29,7 @@ def make_model(
         layers += [linear.requires_grad_(False), nn.Tanh()]
         starts.append(random(rank, d_in))
     model = nn.Sequential(*layers[:-1])
-    if road == "ours":
+    if library == "ours":
         for index in range(0, len(model), 2):
             model[index] = LowRankLinear(model[index], rank, scale, method="sds")
     else:
@@ -43,7 +43,7 @@ def make_model(
 
 
 def pair_delta(pair: Pair) -> Tensor:
-    """ΔW of one pair as the model applies it, on both roads."""
+    """ΔW of one pair as the model applies it, in both kinds of layers."""
     if isinstance(pair.layer, LowRankLinear):
         return pair.layer.delta_weight()
     return pair.scale * pair.B.detach() @ pair.A.detach()

@@ -1,4 +1,4 @@
-"""What the tests of OPLoRA share: small models on both roads, and their full gradients by plain autograd."""
+"""What the tests of OPLoRA share: small models in both kinds of layers, and their full gradients by plain autograd."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lowrank_kernels import OPLoRA, pairs
 LR = 0.05
 GRADIENTS = ("factors", "dense", "sketch")
 every_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
-every_road = pytest.mark.parametrize("road", ["ours", "peft"])
+every_library = pytest.mark.parametrize("library", ["ours", "peft"])
 #: Three ways to hold G, and the scaled variant, whose metrics are as wide as a test's layers allow.
 KFAC = {"metric": "kfac", "metric_damping": 0.05, "metric_decay": 0.9, "lr": 1e-3}
 every_kind = pytest.mark.parametrize("kind", [*({"gradient": gradient} for gradient in GRADIENTS), KFAC], ids=[*GRADIENTS, "kfac"])
 
 
-def make_model(road: str, **options) -> nn.Module:
+def make_model(library: str, **options) -> nn.Module:
     torch.manual_seed(0)  # half of PEFT's factors start at random
-    return make_any_model(road, **options)
+    return make_any_model(library, **options)
 
 
 def make(params, **options) -> OPLoRA:
@@ -62,13 +62,13 @@ def naive_gradients(model: nn.Module, layers: list[OPLoRALayer], step: int) -> l
 class Shared(nn.Module):
     """One adapted layer used twice in a forward pass, one not used, one whose output is not, rank-3 inputs, dropout if wanted."""
 
-    def __init__(self, road: str = "ours", dropout: float = 0.0) -> None:
+    def __init__(self, library: str = "ours", dropout: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.shared, self.unused, self.dangling = (nn.Linear(12, 12).double() for _ in range(4))
         self.last = nn.Linear(12, 9).double()
         names = ["first", "shared", "unused", "dangling", "last"]
-        if road == "ours":
+        if library == "ours":
             lk.adapt(self, rank=3, target_modules=names, dropout=dropout)
         else:
             config = peft.LoraConfig(r=3, target_modules=names, lora_dropout=dropout)

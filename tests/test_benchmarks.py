@@ -251,7 +251,7 @@ def test_a_failed_capture_leaves_the_device_as_it_was(monkeypatch):
 
 
 def test_a_case_on_a_gpu_has_all_its_columns(monkeypatch):
-    """The road that no other test takes: event times, replay and wall times, peak memory; a provider without a graph lacks that one."""
+    """The path that no other test takes: event times, replay and wall times, peak memory; a provider without a graph lacks that one."""
     cuda = StandInCuda(monkeypatch)
     clock = itertools.count()
 

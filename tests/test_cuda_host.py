@@ -1,4 +1,4 @@
-"""The cuSOLVER/cuBLAS road, as far as a machine without a GPU can check it, and on a GPU when there is one.
+"""The cuSOLVER/cuBLAS path, as far as a machine without a GPU can check it, and on a GPU when there is one.
 
 * Our prototypes and constants against the vendor's headers, our symbol names against the vendor's libraries (the
   ``nvidia-*`` wheels; skipped with the reason where they are not installed).

@@ -1,4 +1,4 @@
-"""SDSLoRA and ODLoRA against their algorithm boxes, on both roads: trajectory, continuity, resume, phases, bad input."""
+"""SDSLoRA and ODLoRA against their algorithm boxes, in both kinds of layers: trajectory, continuity, resume, phases, bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowrank_kernels import LowRankLinear, ODLoRA, SDSLoRA, pairs
 from lowrank_kernels.optim.decoupled import refresh_due
 from lowrank_kernels.pairs import owners
 
-ROADS = ["ours", "peft"]
+LIBRARIES = ["ours", "peft"]
 
 
 def forward_with(model: nn.Module, deltas: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -40,12 +40,12 @@ METHODS = {"SDSLoRA": (SDSLoRA, SDSLoRALayer, 310), "ODLoRA": (ODLoRA, ODLoRALay
 
 
 @pytest.mark.parametrize(("clip", "rank"), [(None, 3), (0.05, 3), (None, 5)], ids=["free", "clipped", "layers-narrower-than-2r"])
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_trajectory_is_algorithm_1(method: str, road: str, clip: float | None, rank: int) -> None:
+def test_trajectory_is_algorithm_1(method: str, library: str, clip: float | None, rank: int) -> None:
     ours, plain, total = METHODS[method]
     lr = 1e-2
-    model = make_model(road, rank=rank)
+    model = make_model(library, rank=rank)
     optimizer = ours(model, lr=lr, total_steps=total)
     naive = [plain(p.A[:rank].detach().clone(), p.B[:, :rank].detach().clone(), p.scale, total_steps=total, lr=lr) for p in pairs(model)]
     clipped = 0
@@ -73,9 +73,9 @@ def test_trajectory_is_algorithm_1(method: str, road: str, clip: float | None, r
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("road", ROADS)
-def test_refresh_after_reparametrization_is_continuous(road: str, dtype: torch.dtype, tolerance: float) -> None:
-    model, plain = make_model(road, dtype=dtype), make_model(road, dtype=dtype)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_refresh_after_reparametrization_is_continuous(library: str, dtype: torch.dtype, tolerance: float) -> None:
+    model, plain = make_model(library, dtype=dtype), make_model(library, dtype=dtype)
     optimizer = SDSLoRA(model, lr=1e-2, total_steps=100)
     # A longer warm-up: the same ten updates, without the re-parametrization after the tenth.
     still_plain = SDSLoRA(plain, lr=1e-2, total_steps=100, warmup_steps=11)
@@ -150,15 +150,15 @@ def test_reparametrization_rounds_16_bit_factors_once() -> None:
 
 
 @pytest.mark.parametrize("stop", [4, 7, 10, 18, 21, 24, 28, 41])
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_is_bit_for_bit(method: str, road: str, stop: int) -> None:
+def test_resume_is_bit_for_bit(method: str, library: str, stop: int) -> None:
     build, options = METHODS[method][0], SHORT[method]
-    whole = make_model(road)
+    whole = make_model(library)
     optimizer = build(whole, lr=1e-2, **options)
     train(whole, optimizer, 0, 60)
 
-    first = make_model(road)
+    first = make_model(library)
     optimizer = build(first, lr=1e-2, **options)
     train(first, optimizer, 0, stop)
     file = io.BytesIO()
@@ -166,7 +166,7 @@ def test_resume_is_bit_for_bit(method: str, road: str, stop: int) -> None:
     file.seek(0)
     saved = torch.load(file, weights_only=True)
 
-    second = make_model(road, seed=99)
+    second = make_model(library, seed=99)
     second.load_state_dict(saved["model"])
     resumed = build(second, lr=5e-2, **options)
     resumed.load_state_dict(saved["optimizer"])
@@ -175,9 +175,9 @@ def test_resume_is_bit_for_bit(method: str, road: str, stop: int) -> None:
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_od_lora_is_back_at_the_pretrained_model_after_every_round(road: str) -> None:
-    model = make_model(road)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_od_lora_is_back_at_the_pretrained_model_after_every_round(library: str) -> None:
+    model = make_model(library)
     x = batch(0)[0]
     with torch.no_grad():
         pretrained = forward_with(model, [torch.zeros_like(pair_delta(p)) for p in pairs(model)], x)
@@ -215,8 +215,8 @@ def test_polar_bases_span_the_same_ranges_and_change_nothing_at_first(method: st
         assert torch.linalg.eigvalsh(q.mT @ b).min() > 0
 
 
-def test_both_roads_agree_in_float32() -> None:
-    models = [make_model(road, dtype=torch.float32) for road in ROADS]
+def test_both_libraries_agree_in_float32() -> None:
+    models = [make_model(library, dtype=torch.float32) for library in LIBRARIES]
     optimizers = [SDSLoRA(m, lr=3e-3, total_steps=60) for m in models]
     for step in range(60):
         for model, optimizer in zip(models, optimizers, strict=True):

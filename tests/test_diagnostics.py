@@ -154,18 +154,18 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> N
 
 
 def halves(pair: lrk.Pair) -> tuple[Tensor, Tensor]:
-    """Q_Aᵀ and Q_B on both roads."""
+    """Q_Aᵀ and Q_B in both kinds of layers."""
     if isinstance(pair.layer, lrk.LowRankLinear):
         return pair.layer.q_a.clone(), pair.layer.q_b.clone()
     return pair.A[3:].detach().clone(), pair.B[:, :3].detach().clone()
 
 
-@pytest.mark.parametrize("road", ["ours", "peft"])
-def test_probe_sees_the_full_gradient_of_decoupled_layers(road: str) -> None:
-    model = make_model(road)
+@pytest.mark.parametrize("library", ["ours", "peft"])
+def test_probe_sees_the_full_gradient_of_decoupled_layers(library: str) -> None:
+    model = make_model(library)
     optimizer = lrk.SDSLoRA(model, lr=1e-2, total_steps=40)
     probe = FullGradientProbe(model, method="sds")
-    untouched = make_model(road)
+    untouched = make_model(library)
     other = lrk.SDSLoRA(untouched, lr=1e-2, total_steps=40)
     for step in range(16):
         gradients = full_gradients(model, step)

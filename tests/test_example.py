@@ -46,7 +46,7 @@ def test_lora_and_sds_side_by_side(tmp_path):
 
 
 def test_unmodified_peft_layers(tmp_path):
-    results, _ = run_example(tmp_path, "--road", "peft", "--quiet", "--methods", "sds")
+    results, _ = run_example(tmp_path, "--layers", "peft", "--quiet", "--methods", "sds")
     (run,) = results["runs"]
     assert len(run["losses"]) == 14 and run["train_loss"] < 0.75
     assert "lora_linear: reference" not in run["backends"], "PEFT's own forward runs here"

@@ -17,7 +17,7 @@ from lowrank_kernels.backends.lists import Tall
 
 
 @pytest.fixture(params=["compiled", "python"])
-def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "python":
         monkeypatch.setattr(lists, "_csrc", None)
     elif lists._csrc is None:
@@ -29,7 +29,7 @@ class Subclass(Tensor):
     pass
 
 
-def test_alike_and_signature(road: str) -> None:
+def test_alike_and_signature(path: str) -> None:
     params = [nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 4))]
     grads = [torch.randn(4, 6), torch.randn(6, 4).mT.contiguous().mT]
     assert lists.alike([]) and lists.alike(params) and lists.alike(grads, params[0], 2)
@@ -44,7 +44,7 @@ def test_alike_and_signature(road: str) -> None:
     assert lists.plain(params) and not lists.plain([grads[0].as_subclass(Subclass)])
 
 
-def test_states_and_columns(road: str) -> None:
+def test_states_and_columns(path: str) -> None:
     params = [nn.Parameter(torch.randn(3)) for _ in range(4)]
     state = {p: {"m": torch.full((1,), float(i)), **({"v": i} if i % 2 else {})} for i, p in enumerate(params)}
     for order in ([0, 1, 2, 3], [1, 3], [3, 2, 1, 0], [2, 2]):
@@ -65,7 +65,7 @@ class Holder:
         self.held = held
 
 
-def test_what_objects_hold(road: str) -> None:
+def test_what_objects_hold(path: str) -> None:
     holders = [Holder(a=1, b=2), Holder(a=3, b=4)]
     references = [weakref.ref(holder) for holder in holders]
     assert [list(column) for column in lists.held(references, (("held", "b"), ("held", "a")))] == [[2, 4], [1, 3]]
@@ -78,8 +78,8 @@ def test_what_objects_hold(road: str) -> None:
     assert lists.held(references, (("held", "b"),)) is None
 
 
-def test_factors_that_do_not_fit_are_explained(road: str) -> None:
-    """On both roads, and nothing is changed."""
+def test_factors_that_do_not_fit_are_explained(path: str) -> None:
+    """By both paths, and nothing is changed."""
 
     def X(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return [torch.ones(5, 3), torch.ones(rows, columns, dtype=dtype)]
@@ -97,19 +97,19 @@ def test_factors_that_do_not_fit_are_explained(road: str) -> None:
             assert all(bool((x == 1).all()) for x in out)
 
 
-def test_consecutive(road: str) -> None:
+def test_consecutive(path: str) -> None:
     stack = torch.randn(4, 2, 2)
     assert lists.consecutive(list(stack.unbind()))
     assert not lists.consecutive([stack[0], stack[2]]) and not lists.consecutive([stack[0].mT, stack[1]])
 
 
-def test_tall_stands_for_its_views(road: str) -> None:
+def test_tall_stands_for_its_views(path: str) -> None:
     a, b, old = torch.randn(3, 7), torch.randn(9, 3), [torch.randn(7, 3), torch.randn(9, 3)]
     tall, views = Tall([a, b], 1), [a.mT, b]
     assert len(tall) == 2 and [x.shape for x in tall] == [(7, 3), (9, 3)] == [x.shape for x in tall[:]] and tall[-2].shape == (7, 3)
     assert lists.sizes(tall, 0) == [7, 9] and lists.sizes(tall, 1) == [3, 3]
     with torch.no_grad():
-        for backend in ("native", "reference") if road == "compiled" else ("reference",):
+        for backend in ("native", "reference") if path == "compiled" else ("reference",):
             with force(backend):
                 assert torch.equal(ops.grouped_gram(tall), ops.grouped_gram(views))
                 assert torch.equal(ops.grouped_gram(tall, views), ops.grouped_gram(views, tall))
@@ -125,7 +125,7 @@ def test_tall_stands_for_its_views(road: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["gradient", "data", "state", "dtype"])
-def test_a_step_sees_what_was_replaced(road: str, change: str) -> None:
+def test_a_step_sees_what_was_replaced(path: str, change: str) -> None:
     """Nothing that was read of a tensor outlives the step."""
     runs = []
     for replaced in (False, True):
@@ -161,7 +161,7 @@ def test_a_step_sees_what_was_replaced(road: str, change: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
-def test_gather(road: str) -> None:
+def test_gather(path: str) -> None:
     params = [nn.Parameter(torch.randn(4, 2 + i)) for i in range(40)]
     for p in params[::2]:
         p.grad = torch.randn_like(p)
@@ -173,7 +173,7 @@ def test_gather(road: str) -> None:
         expected = (stepped, [p.grad for p in stepped], *([state[p][key] for p in stepped] for key in ("exp_avg", "exp_avg_sq")))
         for mine, theirs in zip((found.params, found.grads, found.exp_avgs, found.exp_avg_sqs), expected, strict=True):
             assert len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
-        assert (found.layout is None) == (road == "python" or not members)
+        assert (found.layout is None) == (path == "python" or not members)
     with pytest.raises(IndexError):
         lists.gather(params, [40], state)
     with pytest.raises(KeyError):
@@ -219,7 +219,7 @@ def test_gather_has_a_layout_only_of_what_fits(dtype: torch.dtype) -> None:
     assert layout(channels_last, state, state) is None
 
 
-def test_first_sparse_gradient(road: str) -> None:
+def test_first_sparse_gradient(path: str) -> None:
     params = [nn.Parameter(torch.randn(3, 2)) for _ in range(4)]
     params[1].grad = torch.randn(3, 2)
     assert lists.first_sparse_gradient(params, [0, 1, 2, 3]) is None

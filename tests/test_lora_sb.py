@@ -32,7 +32,7 @@ def network(shapes=SHAPES, dtype: torch.dtype = torch.float64, seed: int = 0) ->
     return nn.Sequential(*layers[:-1])
 
 
-def xs_model(road: str = "", *, rank: int = 3, scale: float = 0.7, dtype: torch.dtype = torch.float64, shapes=SHAPES, seed: int = 0):
+def xs_model(library: str = "", *, rank: int = 3, scale: float = 0.7, dtype: torch.dtype = torch.float64, shapes=SHAPES, seed: int = 0):
     """The contract's model, as LoRA-XS has it: orthonormal random factors and a random R."""
     model = lk.adapt(network(shapes, dtype, seed), method="xs", rank=rank, alpha=scale * rank)
     generator = torch.Generator().manual_seed(seed)

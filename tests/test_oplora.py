@@ -9,7 +9,7 @@ import oplora_ranks
 import pytest
 import torch
 from _models import batch, loss_of, trainable
-from _oplora import KFAC, Shared, assert_alike, deltas, every_gradient, every_kind, every_road, make, make_model, naive_gradients
+from _oplora import KFAC, Shared, assert_alike, deltas, every_gradient, every_kind, every_library, make, make_model, naive_gradients
 from _ranks import Ranks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,11 +61,11 @@ def follow(model: nn.Module, optimizer: OPLoRA, layers: list[OPLoRALayer], steps
         assert float((delta - expected).norm() / expected.norm()) <= 1e-9
 
 
-@every_road
+@every_library
 @every_gradient
 @pytest.mark.parametrize("options", CASES, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
-def test_follows_the_algorithm_box(options: dict, gradient: str, road: str) -> None:
-    model = make_model(road)
+def test_follows_the_algorithm_box(options: dict, gradient: str, library: str) -> None:
+    model = make_model(library)
     # The sketch is as wide as the matrices: then it is exact.
     optimizer = make(model, gradient=gradient, sketch_width=100, **options)
     follow(model, optimizer, naive_twins(model, optimizer))
@@ -81,10 +81,10 @@ SCALED = [
 ]
 
 
-@every_road
+@every_library
 @pytest.mark.parametrize("options", SCALED, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
-def test_the_scaled_variant_follows_its_algorithm_box(options: dict, road: str) -> None:
-    model = make_model(road)
+def test_the_scaled_variant_follows_its_algorithm_box(options: dict, library: str) -> None:
+    model = make_model(library)
     optimizer = make(model, **{**KFAC, **options})
     follow(model, optimizer, naive_twins(model, optimizer))
 
@@ -147,11 +147,11 @@ def test_the_metric_keeps_the_largest_part_of_the_statistics() -> None:
     assert optimizer.state[pair.B]["metric_values"].shape == (4,)
 
 
-@every_road
+@every_library
 @every_kind
-def test_resuming_is_bit_for_bit(kind: dict, road: str) -> None:
+def test_resuming_is_bit_for_bit(kind: dict, library: str) -> None:
     """Metrics, momentum and the counts of layers that missed steps."""
-    straight, resumed = Shared(road), Shared(road)
+    straight, resumed = Shared(library), Shared(library)
 
     def train(model: nn.Module, optimizer: OPLoRA, steps: range) -> None:
         for step in steps:
@@ -177,10 +177,10 @@ def test_resuming_is_bit_for_bit(kind: dict, road: str) -> None:
         assert other.param_groups[0]["metric_rank"] == saved["param_groups"][0]["metric_rank"]
 
 
-@every_road
-def test_the_step_does_not_depend_on_how_the_scale_is_split(road: str) -> None:
+@every_library
+def test_the_step_does_not_depend_on_how_the_scale_is_split(library: str) -> None:
     """s drops out of the step length: without λ, ΔW is the same for (s, B) and (s/10, 10 B), and from B = 0 for every s."""
-    models = [make_model(road, scale=scale) for scale in (0.7, 7.0)]
+    models = [make_model(library, scale=scale) for scale in (0.7, 7.0)]
     for model in models:
         optimizer = make(model, proximal=0.0)
         for step in range(10):
@@ -190,10 +190,10 @@ def test_the_step_does_not_depend_on_how_the_scale_is_split(road: str) -> None:
     assert_alike(*models, 1e-8)
 
 
-@every_road
-def test_copies(road: str) -> None:
+@every_library
+def test_copies(library: str) -> None:
     """A copied model alone records nothing; model and optimizer copied together go on alike."""
-    model = make_model(road)
+    model = make_model(library)
     optimizer = make(model)
     alone = copy.deepcopy(model)
     loss_of(alone, 0).backward()

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from _models import batch, loss_of
-from _oplora import LR, Shared, assert_alike, deltas, every_gradient, every_kind, every_road, make, make_model, naive_gradients
+from _oplora import LR, Shared, assert_alike, deltas, every_gradient, every_kind, every_library, make, make_model, naive_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,10 +20,10 @@ from lowrank_kernels import pairs
 from lowrank_kernels.optim.full_gradient import Factors, Probes, Sketch, random_matrix, reconstruct
 
 
-@every_road
+@every_library
 @every_kind
-def test_micro_batches_add_up_exactly(kind: dict, road: str) -> None:
-    whole, parts = Shared(road), Shared(road)
+def test_micro_batches_add_up_exactly(kind: dict, library: str) -> None:
+    whole, parts = Shared(library), Shared(library)
     optimizers = [make(model, sketch_width=3, **kind) for model in (whole, parts)]
     for step in range(6):
         x, y = batch(step, rows=32)
@@ -54,12 +54,12 @@ def test_layers_without_gradient_miss_the_step_and_shared_ones_count_twice() -> 
         assert moved == ("lora_" in name and not name.startswith(("unused", "dangling"))), name
 
 
-@every_road
+@every_library
 @every_gradient
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_what_is_captured_is_the_gradient_of_the_adapters(gradient: str, road: str, dropout: float) -> None:
+def test_what_is_captured_is_the_gradient_of_the_adapters(gradient: str, library: str, dropout: float) -> None:
     """``∂A = s BᵀG`` and ``∂B = s G Aᵀ`` behind dropout, at any scale of the loss."""
-    model = Shared(road, dropout).train()
+    model = Shared(library, dropout).train()
     optimizer = make(model, gradient=gradient, sketch_width=100)
     x, y = batch(0)
     ((model(x) - y).square().mean() * 1024).backward()
@@ -96,10 +96,10 @@ def test_checkpointing_over_hooks_changes_nothing(kind: dict, reentrant: bool) -
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), recomputed.parameters(), strict=True))
 
 
-@every_road
+@every_library
 @every_kind
-def test_grad_scaler_changes_nothing_and_skips_overflows(kind: dict, road: str) -> None:
-    plain, scaled = make_model(road, dtype=torch.float32), make_model(road, dtype=torch.float32)
+def test_grad_scaler_changes_nothing_and_skips_overflows(kind: dict, library: str) -> None:
+    plain, scaled = make_model(library, dtype=torch.float32), make_model(library, dtype=torch.float32)
     optimizers = [make(model, sketch_width=4, **kind) for model in (plain, scaled)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     for step in range(12):
@@ -197,9 +197,9 @@ def test_sketch_is_exact_up_to_its_width_then_within_its_bound() -> None:
     assert found[0] > 4 * found[1] > 16 * found[2]
 
 
-@every_road
-def test_nothing_is_kept_and_hooks_go_with_the_optimizer(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(road)
+@every_library
+def test_nothing_is_kept_and_hooks_go_with_the_optimizer(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(library)
     optimizer = make(model)
     seen: list[weakref.ref] = []
     add = Factors.add

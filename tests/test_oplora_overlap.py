@@ -9,7 +9,7 @@ import multiprocessing
 import pytest
 import torch
 from _models import batch, loss_of
-from _oplora import KFAC, Shared, deltas, every_kind, every_road, make, make_model
+from _oplora import KFAC, Shared, deltas, every_kind, every_library, make, make_model
 from torch import nn
 
 from lowrank_kernels import LowRankLinear, OPLoRA, pairs
@@ -17,11 +17,11 @@ from lowrank_kernels.backends import call_counts, force
 from lowrank_kernels.optim import early
 
 
-@every_road
+@every_library
 @every_kind
 @pytest.mark.parametrize("mode", ["lowrank", "projected", "naive"])
-def test_overlap_with_the_backward_pass_changes_nothing(mode: str, kind: dict, road: str) -> None:
-    plain, overlapped = Shared(road), Shared(road)
+def test_overlap_with_the_backward_pass_changes_nothing(mode: str, kind: dict, library: str) -> None:
+    plain, overlapped = Shared(library), Shared(library)
     options = {"lr": 0.01, **kind, "sketch_width": 3, "momentum_mode": mode}
     optimizers = make(plain, **options), make(overlapped, overlap=True, **options)
     for step in range(6):

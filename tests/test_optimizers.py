@@ -728,8 +728,8 @@ def test_why_there_is_no_pair(build) -> None:
         nn.init.normal_(p.A), nn.init.normal_(p.B)
     with pytest.raises(ValueError, match="no pair .* the model has 2 cores .*method='xs'.* LoRASB"):
         build(cores, **ratio)
-    for road in ("ours", "peft"):
-        model = make_model(road)
+    for library in ("ours", "peft"):
+        model = make_model(library)
         for pair in pairs(model):
             pair.A.requires_grad_(False)
         with pytest.raises(ValueError, match=r"no pair .* of .*0.* and 2 more only B is among them, its partner is frozen"):

@@ -1,4 +1,4 @@
-"""Launches Triton kernels as on a GPU, through Triton's own road, down to the driver, which is a stand-in; needs no GPU.
+"""Launches Triton kernels as on a GPU, through Triton's own launcher, down to the driver, which is a stand-in; needs no GPU.
 
     python tests/triton_launch.py GROUP:CASE...
 

@@ -72,7 +72,7 @@ def records_nothing(*given: Tensor | Sequence[Tensor] | Sequence[Tensor | None] 
 def is_plain_eager(*tensors: Tensor | None) -> bool:
     """Whether nothing needs an operation as a node: no compiler, dispatch mode, functorch transform, forward mode or tensor subclass.
 
-    Then the same implementations are called without the dispatcher, whose Python road costs more than a small operation.
+    Then the same implementations are called without the dispatcher, whose path through Python costs more than a small operation.
     """
     return is_eager() and _PLAIN.issuperset(map(type, tensors)) and tensors[0].device.type != "meta"  # type: ignore[union-attr]
 

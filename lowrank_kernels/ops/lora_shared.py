@@ -204,7 +204,7 @@ class _Up(torch.autograd.Function):
         return of_x, None, None, of_hidden, of_b, of_q, None, None
 
 
-# The same as nodes, for compilers and dispatch modes. A node cannot hand x through, so gradients that reach it by other roads join outside.
+# The same as nodes, for compilers and dispatch modes. A node cannot hand x through, so gradients that reach it by other paths join outside.
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:

@@ -1,6 +1,6 @@
-"""What SDS-LoRA and OD-LoRA share: the decoupled parametrization ``ΔW = s(Q_B A + B Q_Aᵀ)`` on both of its roads.
+"""What SDS-LoRA and OD-LoRA share: the decoupled parametrization ``ΔW = s(Q_B A + B Q_Aᵀ)`` in both kinds of layers.
 
-Road one: our adapter layers, which hold Q_A and Q_B as buffers. Road two: an unmodified LoRA layer of rank 2r of any
+Ours hold Q_A and Q_B as buffers. A foreign one is an unmodified LoRA layer of rank 2r of any
 library, ``s [Q_B B] [A; Q_Aᵀ]``, of which the optimizer trains one half and overwrites the other (OD-LoRA, Eq. 4).
 """
 
@@ -54,7 +54,7 @@ def refresh_due(t: int, total: int, phases: int) -> bool:
 
 
 def _half(pair_a: bool, rank: int, decoupled: bool, idle: bool) -> tuple[slice, ...]:
-    """The trained (or the idle) half of ``lora_A`` (2r, d_in) or ``lora_B`` (d_out, 2r) on road two.
+    """The trained (or the idle) half of ``lora_A`` (2r, d_in) or ``lora_B`` (d_out, 2r) of a foreign layer.
 
     ``lora_A = [A; Q_Aᵀ]`` always; ``lora_B`` is ``[B 0]`` while plain and ``[Q_B B]`` when decoupled.
     """
@@ -84,7 +84,7 @@ def _renew(factors: Sequence[Tensor], bases: Sequence[Tensor], polar: bool) -> N
 class _Sorted(NamedTuple):
     """The first ``known`` of ``pairs``, sorted by what every step asks of them.
 
-    foreign: those of road two; firsts: of each group, the indices of its As.
+    foreign: those of foreign layers; firsts: of each group, the indices of its As.
     """
 
     pairs: list[FactorPair]
@@ -368,7 +368,7 @@ class DecoupledOptimizer(LowRankOptimizer):
                     "the frozen basis). Start from LoRA's default initialization (B = 0), or load the optimizer's state as well"
                 )
 
-    # ---------------------------------------------------------------- the two roads
+    # ---------------------------------------------------------------- the two kinds of layers
 
     def _rank(self, pair: FactorPair) -> int:
         rows = self._at(pair.a).shape[0]
@@ -427,7 +427,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         self._hook_idle_halves()
 
     def _hook_idle_halves(self) -> None:
-        """On road two, zero the gradients of untrained halves as they arrive, so that clipping sees what it sees on road one."""
+        """Zero the gradients of untrained halves of foreign layers as they arrive, so that clipping sees what it sees with ours."""
         optimizer = weakref.ref(self)
         for pair in self._sorted().foreign:
             for position in (pair.a, pair.b):

@@ -1,9 +1,9 @@
-"""Which routine serves which size on CUDA: every crossover of the cuSOLVER/cuBLAS road, in one place, with its source.
+"""Which routine serves which size on CUDA: every crossover of the cuSOLVER/cuBLAS path, in one place, with its source.
 
 None of these numbers has been measured on a GPU by us yet. What was considered for the QR and not taken:
 
 * ``geqrf`` + ``orgqr`` of cuSOLVER, one matrix at a time over several streams: the launches grow with the layers. It is
-  what ``torch.linalg.qr`` does, so the reference backend remains the fallback where this road cannot serve.
+  what ``torch.linalg.qr`` does, so the reference backend remains the fallback where this path cannot serve.
 * ``geqrfBatched`` on whole factors: one shape per call, tall matrices are slow in it, and cuBLAS has no batched ``orgqr``.
 * CholeskyQR2 (``potrfBatched``, ``trsmBatched``): in fp32 it breaks down at κ ≈ 3·10³, so it needs fp64 Grams (a
   sixty-fourth of the fp32 rate on consumer GPUs), and a guard whose outcome decides the next launch, which is a host
@@ -35,11 +35,11 @@ def block_rows(rank: int) -> int:
     return 2 * rank
 
 
-def svd_road(k: int, dtype: torch.dtype) -> str:
+def svd_path(k: int, dtype: torch.dtype) -> str:
     """How the k × k cores are decomposed: ``"jacobi"`` (``gesvdjBatched``), ``"gram"`` or ``"augmented"`` (batched ``syev``).
 
     =========  ========  ==============================================================================================
-    k          dtype     road
+    k          dtype     path
     =========  ========  ==============================================================================================
     ≤ 32       any       ``gesvdjBatched`` in the compute dtype
     > 32       ≤ fp32    eigenvectors of the Gram MᵀM in fp64: its error, √eps64·σ₁ ≈ 1.5e-8·σ₁, is below fp32's own

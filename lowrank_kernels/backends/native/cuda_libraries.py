@@ -57,7 +57,7 @@ def routines() -> Any:
 def problem(*symbols: str) -> str | None:
     """Why these symbols cannot be called here, or None."""
     if torch.version.hip is not None:
-        return "this torch is built for ROCm; the native CUDA road calls cuSOLVER and cuBLAS"
+        return "this torch is built for ROCm; the native CUDA path calls cuSOLVER and cuBLAS"
     if torch.version.cuda is not None and not _majors():
         return f"torch is built for CUDA {torch.version.cuda}; known here: {', '.join(map(str, sorted(MAJORS)))}"
     status = cuda_status()

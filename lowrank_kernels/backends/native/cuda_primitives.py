@@ -1,4 +1,4 @@
-"""The batched primitives that the CUDA road composes, as an interface over tensors, and its cuBLAS/cuSOLVER implementation.
+"""The batched primitives that the CUDA path composes, as an interface over tensors, and its cuBLAS/cuSOLVER implementation.
 
 The algorithms (:mod:`.cuda_tsqr`, :mod:`.cuda_svd_product`) know only :class:`Primitives`; the tests run them on a CPU
 with a PyTorch stand-in.

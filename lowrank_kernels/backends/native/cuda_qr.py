@@ -18,12 +18,12 @@ SYMBOLS = (
 
 
 def verify_tensors(tensors: list[Tensor], symbols: tuple[str, ...]) -> tuple[bool, str]:
-    """What every call on this road needs: plain CUDA tensors, a stream that is not being captured, the libraries."""
+    """What every call on this path needs: plain CUDA tensors, a stream that is not being captured, the libraries."""
     for index, x in enumerate(tensors):
         if type(x) not in (Tensor, torch.nn.Parameter):
-            return False, f"tensor {index} is a {type(x).__name__}; the native CUDA road reads addresses of plain tensors"
+            return False, f"tensor {index} is a {type(x).__name__}; the native CUDA path reads addresses of plain tensors"
         if not x.is_cuda:
-            return False, f"tensor {index} is on {x.device}; the native CUDA road takes CUDA tensors"
+            return False, f"tensor {index} is on {x.device}; the native CUDA path takes CUDA tensors"
     if tensors[0].shape[1] == 0:
         return False, "the rank is 0"
     found = problem(*symbols)

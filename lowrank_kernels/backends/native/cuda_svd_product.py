@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cuda_choices import block_rows, svd_road
+from .cuda_choices import block_rows, svd_path
 from .cuda_libraries import cuda_status, problem
 from .cuda_lists import Bucket, buckets, stack_transposed, to_bucket_order, to_list_order, write_transposed
 from .cuda_primitives import Primitives, has_xsyev, primitives_for
@@ -27,7 +27,7 @@ def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tens
     if not ok:
         return ok, reason
     k = lefts[0].shape[1]
-    if svd_road(k, ss.dtype) == "jacobi":
+    if svd_path(k, ss.dtype) == "jacobi":
         symbols, name = JACOBI_SYMBOLS, "gesvdjBatched"
     elif has_xsyev(cuda_status()):
         symbols, name = XSYEV_SYMBOLS, "XsyevBatched"
@@ -53,16 +53,16 @@ def _descending(uh: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tens
 def core_svd(primitives: Primitives, cores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of finite cores (N, k, k), which are destroyed: (uh, s, vh), vectors as rows, complete for any rank, s descending.
 
-    The roads are :func:`.cuda_choices.svd_road`'s. What the libraries leave open for zero singular values is settled by
+    The paths are :func:`.cuda_choices.svd_path`'s. What the libraries leave open for zero singular values is settled by
     orthonormalizing the vectors from the largest singular value down, which moves those of distinct ones by rounding only.
     A core whose iteration did not converge gives NaN (the reference raises, which would take a host synchronisation).
     """
     count, k, _ = cores.shape
-    road = svd_road(k, cores.dtype)
-    if road == "jacobi":
+    path = svd_path(k, cores.dtype)
+    if path == "jacobi":
         uh, s, vh = _descending(*primitives.svd(cores))
         uh, vh = (orthonormalize_rows(primitives, x.nan_to_num())[0] for x in (uh, vh))
-    elif road == "gram":
+    elif path == "gram":
         wide = cores.double()
         grams = torch.empty_like(wide)
         primitives.matmul(wide, wide, grams, transpose_a=True)

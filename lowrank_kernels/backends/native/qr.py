@@ -1,4 +1,4 @@
-"""``grouped_qr`` on the CPU: CholeskyQR with a Householder road for what is ill-conditioned, one call for all matrices."""
+"""``grouped_qr`` on the CPU: CholeskyQR with a Householder path for what is ill-conditioned, one call for all matrices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def verify(
         return False, f"rank {rs.shape[1]}: the compiled code stops at {MAX_RANK}"
     if not rs.is_contiguous():
         return False, f"rs must be contiguous, got strides {rs.stride()}"
-    return True, f"{COMPILED}, CholeskyQR with a Householder road"
+    return True, f"{COMPILED}, CholeskyQR with a Householder path"
 
 
 @implements("grouped_qr", "native", verify)

@@ -25,7 +25,7 @@ def lora_down_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``∂x = grad_x + P A + P_Q Q_Aᵀ`` (with a) and ``∂A = Pᵀ x`` (with x), for P = ``on_a`` and P_Q = ``on_q``, (tokens, k) or None.
 
-    ``grad_x`` is what reached x by other roads; it is not changed.
+    ``grad_x`` is what reached x by other paths; it is not changed.
     """
     of_x = None
     if a is not None:

@@ -656,7 +656,7 @@ def factorize(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor],
     partials = torch.empty(work.programs, 2, sizes.R, sizes.R, dtype=torch.float64, device=first.device)
     scales = torch.empty(len(xs), 2, sizes.R, dtype=torch.float64, device=first.device)
     levels = torch.empty(len(xs), dtype=torch.int32, device=first.device)
-    # The guarded road needs `previous` until the end of each column, and its columns in full precision.
+    # The guarded path needs `previous` until the end of each column, and its columns in full precision.
     in_output = previous is None and qs[0].dtype == compute
     scratch = levels if in_output else torch.empty(scratch_rows, rank, dtype=compute, device=first.device)
     shape = {"R": sizes.R, "TILE": sizes.TILE}
