@@ -85,8 +85,10 @@ def grouped_solve(
             raise ValueError(
                 f"{name}: rhs[{index}] of shape {tuple(samples[index].shape)} does not fit {rank} × {rank} Grams from the {side}"
             )
-    if samples and (samples[0].device != grams.device or samples[0].dtype not in FLOATING):
-        raise ValueError(f"{name}: rhs is {samples[0].dtype} on {samples[0].device}, the Grams are on {grams.device}")
+    if samples and samples[0].dtype not in FLOATING:
+        raise TypeError(f"{name}: rhs has dtype {samples[0].dtype}; use one of {', '.join(map(str, FLOATING))}")
+    if samples and samples[0].device != grams.device:
+        raise ValueError(f"{name}: rhs is on {samples[0].device}, grams is on {grams.device}; move both to one device")
     if out is not None:
         _check_out(rhs, out)
     unrecorded = records_nothing(grams, rhs, out)
