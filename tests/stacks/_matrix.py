@@ -92,8 +92,14 @@ class Feature:
     @property
     def row(self) -> str:
         """The row of docs/stacks.md."""
-        refusing = [name for name, method in METHODS.items() if not self.supports(method)]
-        by = "all" if not refusing else "refused" if len(refusing) == len(METHODS) else f"all but {', '.join(refusing)}, which refuse"
+        supporting = [name for name, method in METHODS.items() if self.supports(method)]
+        refusing = [name for name in METHODS if name not in supporting]
+        if not supporting:
+            by = "refused"
+        elif len(refusing) > len(supporting):
+            by = f"{', '.join(supporting)} only"
+        else:
+            by = f"all but {', '.join(refusing)}, which {'refuses' if len(refusing) == 1 else 'refuse'}" if refusing else "all"
         return f"| {self.title} | {by} |"
 
 
