@@ -323,7 +323,11 @@ def cost_figures(results: list[Result], peak_rss: dict[str, float]) -> dict[str,
 
 
 def cost_table(figures: dict[str, dict[str, Any]]) -> Table:
-    caption = "Steps of all methods taken in turn on the same batches;\npeak RSS of a process of its own on the 15 longest batches."
+    caption = (
+        "Steps of all methods taken in turn on the same batches;\n"
+        "× first method: median over steps of the ratio on the same batch;\n"
+        "peak RSS of a process of its own on the 15 longest batches."
+    )
     table = Table(title="Cost", caption=caption)
     for column in (
         "method",
