@@ -28,7 +28,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class Tall(Sequence[Tensor]):
     """A list of matrices of which the first ``transposed`` (default: all) stand for their transposes.
 
-    A view is made only of one that is asked for, which costs more than a small operation on it; compiled code asks for none.
+    Views are created lazily: creating one costs more than a small operation on it, and compiled code needs none.
     """
 
     __slots__ = ("stored", "transposed")

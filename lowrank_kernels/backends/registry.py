@@ -239,9 +239,10 @@ def run_in_place(begin_writing: Callable[[], object], operation: str, device_typ
 
 
 def whole(operation: str, parts: tuple[str, ...], device_type: str) -> Implementation | None:
-    """Of an operation that is others, its ``parts``, one after the other: that of the preferred backend, or of the forced one.
+    """Look for a fused implementation of an operation that is a composition of ``parts``.
 
-    None where it does not have it as a whole, or where not all of the parts would go there. What it answers says nothing of arguments.
+    Returns the preferred (or forced) backend's, or None if it has none or if the parts would run on different backends. The arguments
+    are not checked; call ``verify``.
     """
     if not _loaded:
         _load()
