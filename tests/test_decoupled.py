@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.naive.od_lora import ODLoRALayer
 from benchmarks.naive.sds_lora import SDSLoRALayer
-from lowrank_kernels import LowRankLinear, ODLoRA, SDSLoRA, pairs
+from lowrank_kernels import LowRankLinear, ODLoRA, SDSLoRA, adapt, pairs
 from lowrank_kernels.optim.decoupled import refresh_due
 from lowrank_kernels.pairs import owners
 
@@ -408,12 +408,34 @@ class TestBadInput:
         model = make_model("peft")
         with pytest.warns(UserWarning, match="scale is not known") as caught:
             SDSLoRA(model.named_parameters(), lr=1e-2, total_steps=100)
-        assert len(caught) == 1
+        assert sum("scale is not known" in str(warning.message) for warning in caught) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message=".*train at half their rank")
             SDSLoRA(make_model("peft").named_parameters(), lr=1e-2, total_steps=100, scale=0.7)
             ours = make_model("ours")
             SDSLoRA(ours.parameters(), lr=1e-2, total_steps=100)
+
+    @pytest.mark.parametrize("method", [SDSLoRA, ODLoRA])
+    def test_half_of_the_rank_is_trained_and_that_is_said_once(self, method: type) -> None:
+        plain = adapt(nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12)), rank=6)
+        for model in (plain, make_model("peft")):
+            with pytest.warns(UserWarning, match=r"train at half their rank \(.*: 3 of 6\).*rank 12, or .*method='sds', rank=6") as caught:
+                optimizer = method(model, lr=1e-2, total_steps=100)
+                optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+            assert len(caught) == 1 and caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            method(make_model("ours"), lr=1e-2, total_steps=100)
+
+    def test_decoupled_configuration_is_not_told_of_halves(self) -> None:
+        peft = pytest.importorskip("peft")
+        from lowrank_kernels.adapters.peft import DecoupledLoraConfig
+
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 20)), DecoupledLoraConfig(rank=3, target_modules=["0"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            SDSLoRA(model, lr=1e-2, total_steps=100)
 
     def test_od_lora(self) -> None:
         with pytest.raises(ValueError, match="would train rank 3, more than its 2 × 20 allow"):

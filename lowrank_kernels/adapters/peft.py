@@ -86,6 +86,8 @@ class DecoupledLoraConfig(LoraConfig):
         TypeError, ValueError: an argument that this configuration decides itself, or a bad rank or rule.
     """
 
+    of_twice_the_rank = True  # whoever writes rank=r here knows that r is trained: the optimizers need not say so
+
     def __init__(self, rank: int = 8, alpha: float = 4.0, rank_scaling: str = "rslora", **options: Any) -> None:
         decided = {"r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"} & set(options)
         if decided:

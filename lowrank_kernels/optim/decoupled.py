@@ -20,6 +20,7 @@ from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
+from .notices import warn
 from .pairing import FactorPair, LikePairs, Position
 from .ranks import Ranks, ranks_of
 from .shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
@@ -133,6 +134,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
         #: ``switch_count()`` when model and optimizer were last found to come from one step, unless one was loaded since then.
         self._agreed_at: int | None = None
+        self._told_of_halves = False
         schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
         method = {**schedule, "basis": basis, **(method_defaults or {})}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
@@ -424,7 +426,24 @@ class DecoupledOptimizer(LowRankOptimizer):
                 raise ValueError(
                     f"{name}: {pair.name} would train rank {self._rank(pair)}, more than its {b.shape[0]} × {a.shape[1]} allow"
                 )
+        self._tell_of_halves()
         self._hook_idle_halves()
+
+    def _tell_of_halves(self) -> None:
+        """Say once at which rank foreign layers are trained, unless their configuration is one that asked for it."""
+        foreign = self._sorted().foreign
+        model = None if self._model is None else self._model()
+        configs = [] if model is None else [c for m in model.modules() for c in getattr(m, "peft_config", {}).values()]
+        if not foreign or self._told_of_halves or any(getattr(config, "of_twice_the_rank", False) for config in configs):
+            return
+        self._told_of_halves = True
+        pair = max(foreign, key=self._rank)
+        rank = self._rank(pair)
+        warn(
+            f"{type(self).__name__}: {len(foreign)} plain LoRA layer(s) train at half their rank ({pair.name}: {rank} of {2 * rank}), "
+            f"since the other half of each factor becomes the frozen basis. To train at rank {2 * rank}, give them rank {4 * rank}, or use "
+            f"adapt(model, method='sds', rank={2 * rank})"
+        )
 
     def _hook_idle_halves(self) -> None:
         """Zero the gradients of untrained halves of foreign layers as they arrive, so that clipping sees what it sees with ours."""
@@ -471,6 +490,7 @@ class DecoupledOptimizer(LowRankOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_idle_hooks", {})
+        self.__dict__.setdefault("_told_of_halves", True)
         self._agreed_at = None
         self._hook_idle_halves()
 

@@ -267,6 +267,7 @@ def peft_named(cell: Cell) -> None:
             cell.optimizer(named, scale=scale)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*train at half their rank")
         optimizer = cell.optimizer(named, scale=scale, **options)
     train(model, optimizer, 0, STEPS)
     other = cell.optimizer(twin)
