@@ -12,6 +12,7 @@ import operator
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -662,6 +663,30 @@ def test_inputs_are_not_written(backend: str, operation: str) -> None:
     assert all(map(torch.equal, xs, before))
 
 
+def negated(x: Tensor) -> Tensor:
+    """x, as a view of memory that holds −x."""
+    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert view.is_neg() and torch.equal(view, x)
+    return view
+
+
+@on_every_backend
+@pytest.mark.parametrize("operation", ["grouped_eigh", "grouped_damped_inverse", "grouped_preconditioner", "grouped_solve"])
+def test_stacks_that_are_negated_lazily(backend: str, operation: str) -> None:
+    xs = torch.randn(3, 9, 4, dtype=DOUBLE)
+    stack = xs.mT @ xs + (torch.eye(4) if operation != "grouped_damped_inverse" else 0)
+    stack = stack.triu() if operation == "grouped_damped_inverse" else stack
+    rhs = torch.randn(3, 4, 5, dtype=DOUBLE)
+    calls: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "grouped_eigh": lambda s, _: ops.grouped_eigh(s)[0],
+        "grouped_damped_inverse": lambda s, _: ops.grouped_damped_inverse(s, 0.1),
+        "grouped_preconditioner": lambda s, _: ops.grouped_preconditioner(s, 0.1)[0],
+        "grouped_solve": lambda s, r: ops.grouped_solve(s, r, 0.1),
+    }
+    with running(operation, backend):
+        torch.testing.assert_close(calls[operation](negated(stack), negated(rhs)), calls[operation](stack, rhs))
+
+
 @for_every_operation
 def test_no_backward(operation: str) -> None:
     xs = [torch.randn(rows, 4, requires_grad=True) for rows in (30, 50)]
@@ -801,7 +826,10 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_solve(EYE, [X.mT, X.mT]), r"got 1 Grams and 2 right-hand sides"),
     (lambda: ops.grouped_solve(EYE, [X]), r"rhs\[0\] of shape \(9, 4\) does not fit 4 × 4 Grams from the left"),
     (lambda: ops.grouped_solve(EYE, [X.mT], side="right"), r"rhs\[0\] of shape \(4, 9\) does not fit"),
+    (lambda: ops.grouped_solve(EYE, EYE.long()), r"rhs has dtype torch.int64; use one of .*torch.float32"),
+    (lambda: ops.grouped_solve(EYE, EYE.to("meta")), r"rhs is on meta, grams is on cpu; move both to one device"),
     (lambda: ops.grouped_solve(EYE, X.mT), r"stacked rhs must have 3 dimensions"),
+    (lambda: ops.grouped_solve(EYE, EYE, out=negated(EYE)), r"grouped_solve: out is written, but negated lazily"),
     (lambda: ops.grouped_solve(EYE, [X.mT], out=X.mT), r"grouped_solve: out must be a list of tensors, got Tensor"),
     (lambda: ops.grouped_solve(EYE, [X.mT], out=[]), r"lists must have equal lengths, got rhs: 1, out: 0"),
     (lambda: ops.grouped_solve(EYE, [X.mT], out=[X]), r"out\[0\] has shape \(9, 4\), rhs\[0\] has \(4, 9\)"),

@@ -70,7 +70,10 @@ def plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | None = None) -> bool:
-    """Whether all are plain, strided, floating, of one dtype and device (those of ``like``, if given), and of ``ndim`` dimensions."""
+    """Whether all are plain, strided, floating, of one dtype and device (those of ``like``, if given), and of ``ndim`` dimensions.
+
+    None is negated lazily: its memory would hold −x.
+    """
     stored, _ = as_stored(tensors)
     if not stored:
         return True
@@ -79,7 +82,17 @@ def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | Non
     like = stored[0] if like is None else like
     if not PLAIN.issuperset(map(type, (like, *stored))) or like.dtype not in FLOATING:
         return False
+    if not torch.compiler.is_compiling() and any(map(Tensor.is_neg, stored)):
+        return False
     return all(x.dtype is like.dtype and x.device == like.device and x.layout is torch.strided and ndim in (None, x.ndim) for x in stored)
+
+
+def as_in_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether memory holds what these tensors, of one dtype and device, are: all are plain, none is negated lazily."""
+    stored, _ = as_stored(tensors)
+    if _compiled() and alike(stored):
+        return True
+    return PLAIN.issuperset(map(type, stored)) and not any(map(Tensor.is_neg, stored))
 
 
 def matrix_layout(matrices: Sequence[Tensor]) -> Any:

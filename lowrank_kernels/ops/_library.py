@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import FLOATING, PLAIN, Tall, alike, as_stored, plain
+from ..backends.lists import FLOATING, PLAIN, Tall, alike, as_in_memory, as_stored
 
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -70,11 +70,17 @@ def records_nothing(*given: Tensor | Sequence[Tensor] | Sequence[Tensor | None] 
 
 
 def is_plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing needs an operation as a node: no compiler, dispatch mode, functorch transform, forward mode or tensor subclass.
+    """Whether nothing needs an operation as a node: no compiler, dispatch mode, functorch transform, forward mode, tensor subclass or
+    tensor that is negated lazily (``Tensor.is_neg``: its memory holds −x, which the dispatcher knows and kernels do not).
 
     Then the same implementations are called without the dispatcher, whose path through Python costs more than a small operation.
     """
-    return is_eager() and _PLAIN.issuperset(map(type, tensors)) and tensors[0].device.type != "meta"  # type: ignore[union-attr]
+    if not is_eager() or not _PLAIN.issuperset(map(type, tensors)) or tensors[0].device.type == "meta":  # type: ignore[union-attr]
+        return False
+    for tensor in tensors:  # noqa: SIM110 (a generator takes longer)
+        if tensor is not None and tensor.is_neg():
+            return False
+    return True
 
 
 def is_plain_node(*tensors: Tensor | None) -> bool:
@@ -84,8 +90,8 @@ def is_plain_node(*tensors: Tensor | None) -> bool:
 
 
 def are_plain_eager(first: Sequence[Tensor], *others: Sequence[Tensor] | None) -> bool:
-    """:func:`is_plain_eager` of whole lists; the first one is not empty."""
-    if not is_eager() or not all(map(plain, (first, *(other for other in others if other is not None)))):
+    """:func:`is_plain_eager` of whole lists, each of one dtype and device; the first one is not empty."""
+    if not is_eager() or not all(map(as_in_memory, (first, *(other for other in others if other is not None)))):
         return False
     return as_stored(first)[0][0].device.type != "meta"
 
@@ -102,8 +108,19 @@ def for_eager(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return list(tensors)
 
 
-def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like: Tensor | None = None, ndim: int | None = 2) -> None:
-    """Refuse a list whose tensors are not strided, floating, of one dtype and on one device (those of ``like``, if given)."""
+def check_list(
+    operation: str,
+    argument: str,
+    tensors: Sequence[Tensor],
+    *,
+    like: Tensor | None = None,
+    ndim: int | None = 2,
+    written: bool = False,
+) -> None:
+    """Refuse a list whose tensors are not strided, floating, of one dtype and on one device (those of ``like``, if given).
+
+    Of what is ``written``, refuse what is negated lazily too: torch's dispatcher cannot write into it.
+    """
     if not isinstance(tensors, (list, tuple, Tall)):
         raise TypeError(f"{operation}: {argument} must be a list of tensors, got {type(tensors).__name__}; wrap it in [ ]")
     if forward_ad._current_level >= 0:
@@ -124,6 +141,13 @@ def check_list(operation: str, argument: str, tensors: Sequence[Tensor], *, like
             raise TypeError(f"{operation}: {argument}[{index}] has dtype {tensor.dtype}, expected {like.dtype}; call once per dtype")
         if tensor.device != like.device:
             raise ValueError(f"{operation}: {argument}[{index}] is on {tensor.device}, expected {like.device}; call once per device")
+        if written and tensor.is_neg():
+            refuse_negated(operation, f"{argument}[{index}]")
+
+
+def refuse_negated(operation: str, argument: str) -> NoReturn:
+    """Refuse a tensor that would be written, but whose memory holds −x (``Tensor.is_neg``)."""
+    raise ValueError(f"{operation}: {argument} is written, but negated lazily (is_neg()); pass a copy, .resolve_neg()")
 
 
 def check_stack(operation: str, argument: str, stack: Any, dtypes: Sequence[torch.dtype] | None = (torch.float32, torch.float64)) -> None:

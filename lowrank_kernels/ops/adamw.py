@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.lists import compute_dtype
 from ..backends.registry import do_nothing, run_in_place
-from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, check_stack_of, define, is_eager
+from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, check_stack_of, define, is_eager, is_plain_eager
 
 _NAME = "grouped_adamw_"
 
@@ -145,7 +145,7 @@ def adamw_as_gathered_(
         bias_correction,
         maximize,
     )
-    if is_eager() if layout is not None else are_plain_eager(params, grads):
+    if is_eager() if layout is not None else are_plain_eager(params, grads) and is_plain_eager(params[0], *maps.values()):
         _grouped_adamw_(*(*arguments, layout, begin_writing))
     else:
         begin_writing()
@@ -162,7 +162,7 @@ def _check(
     drifts: Tensor | None,
     rank_dims: Sequence[int],
 ) -> None:
-    check_list(_NAME, "params", params, ndim=None)
+    check_list(_NAME, "params", params, ndim=None, written=True)
     check_same_length(_NAME, params=params, grads=grads)
     first = params[0]
     check_list(_NAME, "grads", grads, like=first, ndim=None)

@@ -43,7 +43,7 @@ def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequenc
         check_same_length("grouped_qr", xs=xs, **{name: others})
         if expected is not None and signature(others) == expected:
             continue
-        check_list("grouped_qr", name, others, like=xs[0] if xs else None)
+        check_list("grouped_qr", name, others, like=xs[0] if xs else None, written=name == "out")
         check_same_shapes("grouped_qr", name, others, "xs", xs)
 
 

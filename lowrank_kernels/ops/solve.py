@@ -22,6 +22,7 @@ from ._library import (
     is_plain_eager,
     no_backward,
     records_nothing,
+    refuse_negated,
     refuse_tangents,
 )
 
@@ -113,10 +114,12 @@ def _check_out(rhs: Sequence[Tensor] | Tensor, out: Any) -> None:
         if not fits:
             got = f"{tuple(out.shape)} {out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"grouped_solve: out must be {tuple(rhs.shape)} {rhs.dtype} on {rhs.device}, like rhs; got {got}")
+        if out.is_neg():
+            refuse_negated("grouped_solve", "out")
         return
     if out is rhs or (isinstance(out, list) and (wanted := signature(rhs)) is not None and signature(out) == wanted):
         return
-    check_list("grouped_solve", "out", out, like=rhs[0] if rhs else None)  # what fails is explained
+    check_list("grouped_solve", "out", out, like=rhs[0] if rhs else None, written=True)  # what fails is explained
     check_same_length("grouped_solve", rhs=rhs, out=out)
     check_same_shapes("grouped_solve", "out", out, "rhs", rhs)
 
