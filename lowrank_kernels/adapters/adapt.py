@@ -50,11 +50,11 @@ def adapt(
         rank_scaling: "lora", s = α/r; or "rslora", s = α/√r. None means "lora" for "lora" and "rslora" for "sds" (its paper's).
         target_modules: which layers. A list of names: layers that have one as their full name or as its last components
             (``"query"``, ``"attention.self.query"``). A string: a regular expression that the full name must match entirely. (Both are
-            PEFT's rules.) "all-linear": every ``nn.Linear`` except the output head, that is what the model's
-            ``get_output_embeddings()`` returns, or where it returns nothing the top-level module ``classifier`` or ``score``.
+            PEFT's rules.) "all-linear": every ``nn.Linear`` except the output head, that is, what the model's
+            ``get_output_embeddings()`` returns, or, where that returns nothing, the top-level module ``classifier`` or ``score``.
             (``nn.MultiheadAttention`` holds q, k and v as bare parameters: of it only ``out_proj`` is adapted, and a warning says so.)
         dropout: probability of dropping an entry of the adapters' input, in training mode.
-        modules_to_save: modules to train in full, beside the adapters, a new classification head say; named like targets.
+        modules_to_save: modules to train in full beside the adapters, such as a new classification head; named like targets.
             They are never adapted, even when ``target_modules`` matches them.
         dtype: of the factors; None means the base weight's, but fp32 for bf16, fp16 and quantized weights. For "xs", whose factors
             are constants, the dtype that the model computes in (what autocast casts to, if that is on): ``LoRASB`` corrects for the

@@ -128,7 +128,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], stric
         model: adapted with the same method, ranks and targets.
         state: name → tensor, on any device.
         strict: the names must be exactly those that the model would save. If not, missing ones keep their values and
-            unexpected ones are ignored, except that a tensor that the model has frozen is loaded all the same.
+            unexpected ones are ignored, except that a tensor that the model has frozen is still loaded.
 
     Returns:
         ``(missing_keys, unexpected_keys)``, as ``nn.Module.load_state_dict`` does.
@@ -231,7 +231,7 @@ def _copy(layers: Mapping[str, LowRankLinear], copies: list[tuple[Tensor, Tensor
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write :func:`adapter_state_dict` and the adapters' settings to one safetensors file.
 
-    The file is complete or not there at all, whatever happens meanwhile: it is written beside ``path`` and renamed.
+    The file is either complete or absent, whatever happens meanwhile: it is written next to ``path`` and renamed.
 
     Raises:
         ValueError: the model has no adapters, or they are on the meta device or sharded (FSDP2).

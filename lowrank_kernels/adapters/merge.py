@@ -28,7 +28,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
     the base weight's dtype. In training mode, and wherever a factor's gradient is asked for, a merged layer goes on computing with
     its factors; a factor that changes is merged anew at the next inference. Saving a merged model saves its factors.
 
-    Two limits. Writes through ``.data`` (``layer.lora_B.data.add_(…)``) leave no trace in a tensor and are not seen: write under
+    Two limits. Writes through ``.data`` (``layer.lora_B.data.add_(…)``) leave no trace in a tensor and go unnoticed: write under
     ``torch.no_grad()``, or merge again. And a graph of ``torch.compile`` cannot ask whether a factor has changed, so it computes with the
     factors; to compile the merged weights use ``unload=True``.
 

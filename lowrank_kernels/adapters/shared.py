@@ -105,18 +105,18 @@ class SharedInput:
 
 
 def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] = SHARED_NAMES) -> int:
-    """Let adapted layers that stand in one module and get the same input project it together: one read of it forward, one for ∂A.
+    """Let adapted layers of one module that get the same input project it together: one read of it in the forward pass, one for ∂A.
 
-    Outputs and gradients are what the layers compute apart, up to rounding. Layers apart compute as before: under ``torch.compile`` and
+    Outputs and gradients are those of separate layers, up to rounding. The layers still compute separately under ``torch.compile`` and
     other tracing, with active dropout (each layer drops entries of its own), merged in eval mode, with a core ("xs"), while an optimizer
     captures full gradients, and in a forward in which they get different tensors. The tensor must be the same object; a copy or a
     view of it is another one. Checkpoint the module that holds the layers, or a larger one; layers that are checkpointed one by one compute
-    apart.
+    separately.
 
     Args:
         model: with adapters; changed in place. Calling it again replaces the groups; ``names=()`` takes them away.
         names: groups of child names, such as ``("q_proj", "k_proj", "v_proj")``. Leave out layers that get different inputs (queries in
-            cross-attention): their part would be computed in vain.
+            cross-attention): their part would be computed for nothing.
 
     Returns:
         How many groups there are.

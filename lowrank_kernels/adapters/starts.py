@@ -83,10 +83,10 @@ def lora_sb_init(
     ``R = diag(S)/s``. Gradients are those of W0: whatever the adapters held before is left out, and overwritten. ΔW is not subtracted from
     W0; training starts one approximate step ahead. Call it before the optimizer is made.
 
-    One backward pass per batch. No gradient of the model is ever whole: each adapted layer forms ``∂yᵀ x`` when the backward pass comes by,
-    adds it to its sum and drops it. So frozen, quantized (the gradient is that of the dequantized weight) and tied weights (each use has
-    its own) need nothing special. Weights, ``requires_grad``, ``.grad``, training mode and torch's random state are afterwards what they
-    were, also when something fails half-way; then the adapters too.
+    One backward pass per batch. Gradients of all layers never exist at once: each adapted layer forms ``∂yᵀ x`` when the backward pass
+    reaches it, adds it to its sum and drops it. So frozen, quantized (the gradient is that of the dequantized weight) and tied weights
+    (each use has its own) need nothing special. Weights, ``requires_grad``, ``.grad``, training mode and torch's random state are
+    afterwards what they were, even when something fails half-way; then the adapters are, too.
 
     Under ``torch.distributed`` every rank calls it with its own batches; sums are added over the ranks, and rank 0's factors are
     everybody's. The model inside a DDP wrapper is called, not the wrapper.
@@ -100,7 +100,7 @@ def lora_sb_init(
         samples: stop after the batch that completes so many samples (on this rank); None takes all batches. A batch counts as many as its
             first tensor has rows, and weighs as many.
         accumulate_on: where the sums of the gradients live, fp32 (fp64 for an fp64 model) and as large as the adapted weights: "cpu"; or
-            "device", faster for models that leave the room.
+            "device", faster for models that leave enough memory.
         oversample, iterations: of :func:`lowrank_kernels.ops.grouped_svd`. The defaults keep 0.995 of the exact SVD's energy.
         training: take the gradients in training mode, as transformers' gradient checkpointing needs; False: without dropout. Running
             statistics of batch norms are as before in either case.

@@ -39,7 +39,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit; nothing was computed.
 
-    The result is a constant for autograd; its backward says so.
+    The result is a constant for autograd: its backward raises an error that says so.
     """
     layout = matrix_layout(xs) if ys is None and is_list(xs) and xs and forward_ad._current_level < 0 else None
     if layout is None or layout.columns < 0:  # what fails here is explained

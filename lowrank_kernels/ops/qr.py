@@ -68,7 +68,7 @@ def grouped_qr(
 ) -> tuple[list[Tensor], Tensor]:
     """Thin QR ``X_i = Q_i R_i`` of all matrices of a list, with signs that make a refresh of Q continuous.
 
-    Householder QR returns columns of arbitrary sign; a decoupled adapter whose Q flips jumps, by more than
+    Householder QR returns columns of arbitrary sign; when a Q flips, a decoupled adapter jumps, by more than
     30 % of ‖ΔW‖. So each column's sign is fixed: ``⟨q_j, previous_j⟩ > 0``, or ``R_jj ≥ 0`` where there is no previous Q.
 
     Args:
@@ -79,12 +79,12 @@ def grouped_qr(
     Returns:
         ``(qs, rs)``: the Qs (d_i, r) in the dtype of xs, and one stacked (N, r, r) tensor of Rs, fp32 at least.
         Q is a full orthonormal basis for a rank-deficient X too. A matrix with NaN or Inf in it gives NaN in its own
-        Q and R; the others are not touched by it.
+        Q and R; the others are unaffected.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit; nothing was computed.
 
-    The result is a constant for autograd (Q is one in every method); its backward says so.
+    The result is a constant for autograd (Q is one in every method): its backward raises an error that says so.
     """
     layouts = _layouts(xs, previous, out)
     if layouts is None:

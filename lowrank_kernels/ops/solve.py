@@ -60,7 +60,7 @@ def grouped_solve(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit; nothing was computed.
 
-    The result is a constant for autograd; its backward says so.
+    The result is a constant for autograd: its backward raises an error that says so.
     """
     name = "grouped_solve"
     check_stack(name, "grams", grams)

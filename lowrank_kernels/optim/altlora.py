@@ -21,7 +21,7 @@ ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
 
 
 class AltLoRA(PreconditionedOptimizer):
-    """AltLoRA (Algorithm 1 of the AltLoRA paper): one factor's turn a step. A's turn, with G the full gradient::
+    """AltLoRA (Algorithm 1 of the AltLoRA paper): one factor takes its turn in each step. A's turn, with G the full gradient::
 
         g = s⁻² (BᵀB + δI)⁻¹ ∂A                 the best approximation of G by sBg (Theorem 1)
         M ← β₁ C_A M + (1-β₁) g                 C_A carries M from the old column space of B to the new (Theorem 2)
@@ -42,7 +42,7 @@ class AltLoRA(PreconditionedOptimizer):
             factors as they were. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
         damping: δ, absolute.
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
-            DistributedDataParallel and torch.compile do not like parameters whose ``requires_grad`` changes. It is the optimizer's
+            DistributedDataParallel and torch.compile do not cope with parameters whose ``requires_grad`` changes. It is the optimizer's
             then: a factor that you froze is thawed at its turn, and after the last step half of the factors stay frozen, which
             ``for p in optimizer.param_groups[0]["params"]: p.requires_grad_(True)`` undoes.
 

@@ -21,8 +21,8 @@ class LoRAPro(PreconditionedOptimizer):
         g_B = s⁻² [I - B(BᵀB + δI)⁻¹Bᵀ] ∂B (AAᵀ + δI)⁻¹ - B X
 
     X changes how the step is split between the factors, not (to first order) what it does to ΔW. Everything is taken from the factors as
-    they were; as the terms with X and the projection are r×r maps of the factor itself, no full-size matrix is formed. Of a pair of
-    which one factor has no gradient (frozen, LoRA-FA), the other's step alone is as close to G as it can be:
+    they were; as the terms with X and the projection are r×r maps of the factor itself, no full-size matrix is formed. If one factor
+    of a pair has no gradient (frozen, LoRA-FA), the other's step alone is as close to G as it can be:
     ``g_A = s⁻² (BᵀB + δI)⁻¹ ∂A`` or ``g_B = s⁻² ∂B (AAᵀ + δI)⁻¹``.
 
     Args:
