@@ -1,12 +1,12 @@
-// QR of a thin well-conditioned matrix from where it lies to where Q lies, without panels: XᵀX and Xᵀ(previous Q) in
-// one reading, Q = X (U⁻¹ with the columns' signs) in another. One round of qr.h's CholeskyQR, which mostly is enough.
+// QR of a thin well-conditioned matrix from where it lies to where Q lies, without panels: XᵀX in one reading, Q = X
+// U⁻¹ with its columns' signs in another. One round of qr.h's CholeskyQR, which mostly is enough.
 #pragma once
 
 #include "cpu/gram_rows.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/small.h"
-#include "cpu/thin_product.h"
+#include "cpu/thin_upper.h"
 
 namespace lowrank::LOWRANK_ISA {
 
@@ -70,68 +70,32 @@ inline bool is_thin_qr(DType dtype, const QrItem& item, int64_t r) {
          (item.x.column_stride == 1 ? item.previous.column_stride : item.previous.row_stride) == 1;
 }
 
-// gram and cross (r, r) += the upper triangles of XᵀX and, if there is a previous Q, XᵀQ, of some rows: of a block of
-// both after the other, while it is in the first-level cache and memory is asked for the next.
+// Changes the sign of rows [first, first + rows) of the columns of Q that `flip` names.
 template <class T>
-void add_products(DType dtype, const QrItem& item, int64_t r, int64_t first, int64_t rows, double* scratch,
-                  double* gram, double* cross) {
-  const View &x = item.x, &previous = item.previous;
-  const bool aligns = previous.data != nullptr;
-  const auto from = [&](const View& view, int64_t row) {
-    return static_cast<const T*>(view.data) + row * view.row_stride;
-  };
-  const int64_t block = gram_panel_rows(r);
-  int64_t done = 0;
-  if (x.row_stride == 1) {
-    const int64_t whole = rows / kLanes<T> * kLanes<T>;
-    constexpr int64_t kBytes = sizeof(T);
-    GramSums<T> own(r, r, true, scratch), with(r, r, true, scratch + gram_lanes(r, r));
-    const auto add = [&](GramSums<T>& sums, const View& y, int64_t row, int64_t count) {
-      NextColumns next;
-      if (row + count < first + whole)
-        next = {{reinterpret_cast<const char*>(from(y, row + count)), y.column_stride * kBytes}, {}, kBytes};
-      sums.add(from(x, row), x.column_stride, from(y, row), y.column_stride, count, next);
-    };
-    for (; done < whole; done += block) {
-      const int64_t count = whole - done < block ? whole - done : block;
-      add(own, x, first + done, count);
-      if (aligns) add(with, previous, first + done, count);
-    }
-    done = whole;
-    own.add_to(gram, r);
-    if (aligns) with.add_to(cross, r);
-  } else if (x.row_stride == r && (!aligns || previous.row_stride == r)) {
-    const auto add = [&](const View& y, int64_t row, int64_t count, double* sums) {
-      const T* const next = row + 2 * count <= first + rows ? from(y, row + count) : nullptr;
-      add_product_of_rows(from(x, row), from(y, row), count, r, true, sums, next);
-    };
-    for (; done < rows; done += block) {
-      const int64_t count = rows - done < block ? rows - done : block;
-      add(x, first + done, count, gram);
-      if (aligns) add(previous, first + done, count, cross);
-    }
-    done = rows;
+void flip_columns(const View& q, int64_t first, int64_t rows, int64_t r, const bool* flip) {
+  for (int64_t i = first; i < first + rows; ++i) {
+    T* const row = static_cast<T*>(q.data) + i * q.row_stride;
+    for (int64_t j = 0; j < r; ++j)
+      row[j * q.column_stride] = flip[j] ? -row[j * q.column_stride] : row[j * q.column_stride];
   }
-  if (done == rows) return;
-  gram_rows_in<T, T>(dtype, {x, {}}, r, r, first + done, rows - done, scratch, gram);
-  if (aligns) gram_rows_in<T, T>(dtype, {x, previous}, r, r, first + done, rows - done, scratch, cross);
 }
 
 // False, with nothing written but `work`, if X asks for more than one round.
 template <class T>
 bool thin_qr(DType dtype, const QrItem& item, int64_t r, const QrWork<T>& work, int threads) {
   const int64_t pitch = small_pitch(r), area = r * r, groups = group_count(item.rows);
-  const auto rows_of = [&](int64_t g) {
-    return item.rows - g * kGroupRows < kGroupRows ? item.rows - g * kGroupRows : kGroupRows;
-  };
+  const auto end_of = [&](int64_t g) { return g == groups - 1 ? item.rows : (g + 1) * kGroupRows; };
+  GramItem own{item.x, {}, item.rows}, then{item.previous, {}, item.rows};
+  if (item.previous.data) own.next = &then;
   parallel_for(groups, threads, [&](int64_t g, int worker) {
-    double *const sums = work.partial + g * 2 * area, *const scratch = work.lanes + worker * gram_scratch(r, r);
-    std::memset(sums, 0, static_cast<size_t>(2 * area) * sizeof(double));
-    add_products<T>(dtype, item, r, g * kGroupRows, rows_of(g), scratch, sums, sums + area);
+    double* const sums = work.partial + g * area;
+    std::memset(sums, 0, static_cast<size_t>(area) * sizeof(double));
+    gram_rows_in<T, T>(dtype, own, r, r, g * kGroupRows, end_of(g) - g * kGroupRows,
+                       work.lanes + worker * gram_scratch(r, r), sums);
   });
-  double *const gram = work.partial, *const cross = gram + area;
+  double* const gram = work.partial;
   for (int64_t g = 1; g < groups; ++g) {
-    for (int64_t e = 0; e < 2 * area; ++e) gram[e] += work.partial[g * 2 * area + e];
+    for (int64_t e = 0; e < area; ++e) gram[e] += work.partial[g * area + e];
   }
   double diagonal[kMaxRank];
   for (int64_t i = 0; i < r; ++i) {
@@ -140,22 +104,42 @@ bool thin_qr(DType dtype, const QrItem& item, int64_t r, const QrWork<T>& work, 
   }
   if (!has_safe_squares<T>(work.r, r) || !cholesky_upper(work.r, r, 16 * kUnit<T>)) return false;
   if (!(sensitivity(work.r, diagonal, r, work.inverse) <= kAcceptedSensitivity)) return false;
-
-  bool flip[kMaxRank];
-  for (int64_t j = 0; j < r; ++j) {
-    double along = 0;  // ⟨q_j, previous_j⟩
-    for (int64_t i = 0; i <= j; ++i) along += work.inverse[i * pitch + j] * cross[i * r + j];
-    flip[j] = along < 0;
-    for (int64_t i = 0; i < r; ++i) {
-      const double value = i > j ? 0 : work.inverse[i * pitch + j];
-      work.factor[i * r + j] = static_cast<T>(flip[j] ? -value : value);
-    }
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) work.factor[i * r + j] = j < i ? T(0) : static_cast<T>(work.inverse[i * pitch + j]);
   }
+
   const bool in_place = item.q.data == item.x.data || item.q.data == item.previous.data;  // then lines are in the cache
   const bool streams = work.streams && !in_place && can_stream(item.q, r, sizeof(T));
-  const auto multiply = streams ? multiply_thin<T, true> : multiply_thin<T, false>;
-  parallel_for(groups, threads,
-               [&](int64_t g, int) { multiply(item.x, item.q, g * kGroupRows, rows_of(g), r, work.factor); });
+  const auto multiply = streams ? multiply_thin_upper<T, true> : multiply_thin_upper<T, false>;
+  // Which columns change their sign is known when all of Q is. The first rows mostly tell: where they are wrong, the
+  // column is gone over once more.
+  constexpr int64_t kSample = 64;
+  const int64_t sample = item.rows < kSample ? item.rows : kSample;
+  double* const along = work.partial;  // (1 + groups, r): of the first rows and of each group's others
+  bool flip[kMaxRank] = {}, again[kMaxRank] = {};
+  const auto settle = [&](double* sums, bool* which, int64_t rows) {
+    bool any = false;
+    for (int64_t j = 0; j < r; ++j) any |= which[j] = sums[j] < 0;
+    if (!any) return;
+    flip_columns<T>(item.q, 0, rows, r, which);
+    for (int64_t j = 0; j < r; ++j) {
+      if (!which[j]) continue;
+      flip[j] = !flip[j];
+      sums[j] = -sums[j];
+      for (int64_t i = 0; i <= j; ++i) work.factor[i * r + j] = -work.factor[i * r + j];
+    }
+  };
+  std::fill_n(along, (1 + groups) * r, 0.0);
+  multiply_thin_upper<T, false>(item.x, item.previous, item.q, 0, sample, r, work.factor, along);
+  settle(along, again, sample);
+  parallel_for(groups, threads, [&](int64_t g, int) {
+    const int64_t first = g == 0 ? sample : g * kGroupRows;
+    multiply(item.x, item.previous, item.q, first, end_of(g) - first, r, work.factor, along + (1 + g) * r);
+  });
+  for (int64_t g = 1; g <= groups; ++g) {
+    for (int64_t j = 0; j < r; ++j) along[j] += along[g * r + j];
+  }
+  settle(along, again, item.rows);
   write_r<T>(item, r, work.r, flip);
   return true;
 }
