@@ -187,38 +187,47 @@ inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r,
   with_part<A>(r, [&](auto width) {
     constexpr int W = decltype(width)::value, I = W < 8 || !kManyRegisters ? 4 : 8, S = W < I ? I : W;
     constexpr bool kHalves = kManyRegisters && W >= 8;
-    int64_t passes = 0;  // they ask for the lines of a row of x and of y in turn
+    // Sums of a lone part are too few to keep the core busy if they are of four columns: they are of eight at a time.
+    constexpr bool kLoneTogether = !kManyRegisters && S == 2 * I;
+    int64_t passes = 0;  // they ask for the lines of a row of x and of y in turn, or (`upper`) of x
     for (int64_t i0 = 0; i0 < r; i0 += S) {
       if constexpr (kHalves) {
         const NextRows asked = next_x ? rows_at(next_x + i0) : NextRows{reinterpret_cast<const char*>(x), 0};
         if (upper) gram_rows_diagonal<A, W / 2>(x + i0, y + i0, rows, r, product + i0 * (r + 1), asked);
       }
-      for (int64_t i = i0; i < i0 + S; i += I) {
-        int64_t j = !upper ? 0 : kHalves ? i0 + W : i0;
-        const auto block = [&](auto count) {
-          constexpr int V = decltype(count)::value;
-          const A* parts[V];
-          int64_t offsets[V];
-          for (int v = 0; v < V; ++v) parts[v] = y + j + v * W, offsets[v] = j + v * W;
-          const auto form = [&](auto asked, const NextRows* next) {
-            gram_rows_block<A, W, I, V, decltype(asked)::value>(x + i, parts, rows, r, product + i * r, offsets, next);
-          };
-          const int64_t line = passes / 2 * kLine;
-          if (upper || !next_x || line >= r) {
-            form(std::integral_constant<int, 0>(), nullptr);
-          } else {
-            const NextRows wanted[2] = {rows_at(next_x + line), rows_at(next_y + line)};
-            if (r == I) {  // there is one pass; where nothing is widened before it, it reads no faster than memory
-              form(std::integral_constant<int, std::is_same_v<A, T> ? 0 : 2>(), wanted);
-            } else {
-              form(std::integral_constant<int, 1>(), wanted + passes % 2);
-            }
-          }
-          ++passes;
-          j += V * W;
+      const auto block = [&](auto height, auto count, int64_t i, int64_t j) {
+        constexpr int V = decltype(count)::value, kHeight = decltype(height)::value;
+        const A* parts[V];
+        int64_t offsets[V];
+        for (int v = 0; v < V; ++v) parts[v] = y + j + v * W, offsets[v] = j + v * W;
+        const auto form = [&](auto asked, const NextRows* next) {
+          gram_rows_block<A, W, kHeight, V, decltype(asked)::value>(x + i, parts, rows, r, product + i * r, offsets,
+                                                                    next);
         };
-        while (j + 2 * W <= r) block(std::integral_constant<int, 2>());
-        while (j < r) block(std::integral_constant<int, 1>());
+        const int64_t line = (upper ? passes : passes / 2) * kLine;
+        if ((upper && kHalves) || !next_x || line >= r) {
+          form(std::integral_constant<int, 0>(), nullptr);
+        } else if (upper) {
+          const NextRows wanted = rows_at(next_x + line);
+          form(std::integral_constant<int, 1>(), &wanted);
+        } else {
+          const NextRows wanted[2] = {rows_at(next_x + line), rows_at(next_y + line)};
+          if (r == kHeight) {  // there is one pass; where nothing is widened before it, it reads no faster than memory
+            form(std::integral_constant<int, std::is_same_v<A, T> ? 0 : 2>(), wanted);
+          } else {
+            form(std::integral_constant<int, 1>(), wanted + passes % 2);
+          }
+        }
+        ++passes;
+      };
+      const int64_t first = !upper ? 0 : kHalves ? i0 + W : i0, paired = first + (r - first) / (2 * W) * (2 * W);
+      for (int64_t i = i0; i < i0 + S; i += I) {
+        const std::integral_constant<int, I> height;
+        for (int64_t j = first; j < paired; j += 2 * W) block(height, std::integral_constant<int, 2>(), i, j);
+        for (int64_t j = paired; j < r && !kLoneTogether; j += W) block(height, std::integral_constant<int, 1>(), i, j);
+      }
+      if constexpr (kLoneTogether) {
+        if (paired < r) block(std::integral_constant<int, S>(), std::integral_constant<int, 1>(), i0, paired);
       }
     }
   });
