@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_kernels import OPLoRA, adapt, pairs
-from lowrank_kernels.optim.ranks import Ranks
+from lowrank_kernels.optim.distributed import DataParallelGroup
 
 CASES: dict[str, dict[str, Any]] = {
     "factors": {},
@@ -49,13 +49,13 @@ def train(case: str, rank: int, ranks: int) -> list[Tensor]:
 def results(rank: int, world: int) -> dict[str, tuple[list[np.ndarray], int]]:
     """For each case ΔW on one of the ranks, and the most numbers that an all-reduce of the optimizer sent."""
     sent: list[int] = []
-    mean = Ranks.mean
+    mean = DataParallelGroup.mean
 
-    def counted(self: Ranks, tensors: Any) -> list[Tensor]:
+    def counted(self: DataParallelGroup, tensors: Any) -> list[Tensor]:
         sent.append(sum(tensor.numel() for tensor in tensors))
         return mean(self, tensors)
 
-    Ranks.mean = counted  # type: ignore[method-assign]
+    DataParallelGroup.mean = counted  # type: ignore[method-assign]
     try:
         found = {}
         for case in CASES:
@@ -63,4 +63,4 @@ def results(rank: int, world: int) -> dict[str, tuple[list[np.ndarray], int]]:
             found[case] = [delta.numpy() for delta in train(case, rank, world)], max(sent)
         return found
     finally:
-        Ranks.mean = mean  # type: ignore[method-assign]
+        DataParallelGroup.mean = mean  # type: ignore[method-assign]

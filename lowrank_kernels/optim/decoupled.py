@@ -20,9 +20,9 @@ from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
+from .distributed import DataParallelGroup, data_parallel_group
 from .notices import warn
 from .pairing import FactorPair, LikePairs, Position
-from .ranks import Ranks, ranks_of
 from .shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
@@ -233,9 +233,9 @@ class DecoupledOptimizer(LowRankOptimizer):
             _renew([factors[i] for i in mine], [bases[i] for i in mine], polar)
             exchange(list(bases), doers, ranks.group)
 
-    def _ranks(self) -> Ranks | None:
+    def _ranks(self) -> DataParallelGroup | None:
         """The ranks among which the making of bases is divided, None if each makes all."""
-        return ranks_of(self._process_group) if self._split_work else None
+        return data_parallel_group(self._process_group) if self._split_work else None
 
     def _tall(self, pairs: LikePairs) -> tuple[Tall, Tall]:
         """Of decoupled pairs Aᵀ and B (d, r), whole ones of sharded factors, and Q_A and Q_B."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..backends.lists import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_qr
+from .distributed import DataParallelGroup
 from .pairing import FactorPair
-from .ranks import Ranks
 
 #: Above this share of ``.grad`` that is no multiple of the captured gradient, the two are of different backward passes. Rounding in bf16
 #: stays an order of magnitude below.
@@ -231,7 +231,7 @@ class Gradients:
         factors: list[tuple[Tensor, Tensor]],
         held: list[FullGradient],
         multipliers: list[float],
-        ranks: Ranks | None,
+        ranks: DataParallelGroup | None,
     ) -> None:
         self.pairs, self.factors, self.held, self.multipliers, self.ranks = pairs, factors, held, multipliers, ranks
         self.dtype = compute_dtype(factors[0][0].dtype)

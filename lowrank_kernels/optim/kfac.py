@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import grouped_lorsum, grouped_lorsum_product, grouped_svd_product
 from .full_gradient import Gradients, on_device
-from .ranks import composed_lorsum
+from .lorsum import composed_lorsum
 
 
 class Kronecker:

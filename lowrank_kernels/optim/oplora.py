@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ..backends.lists import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
 from .arguments import AdamWOptions, ParamsT, pythons_number
+from .distributed import data_parallel_group
 from .early import Tensors
 from .full_gradient import KINDS, Gradients, on_device, random_matrix, widened
 from .kfac import Kronecker, track
+from .lorsum import composed_lorsum, damped
 from .overlapping import OverlappingOptimizer
 from .pairing import FactorPair, Position
-from .ranks import composed_lorsum, damped, ranks_of
 from .shards import KEEP_WHOLE
 
 MOMENTUM_MODES = ("lowrank", "projected", "naive")
@@ -376,7 +377,7 @@ class OPLoRA(OverlappingOptimizer):
             for _, name, shape in self._state_shapes(pair, group):
                 widths[name].add(shape[-1])
         composed = {"grouped_gram", "grouped_lorsum_product", "grouped_solve"}
-        local = ranks_of(self._process_group) is None or group["gradient"] == "sketch"
+        local = data_parallel_group(self._process_group) is None or group["gradient"] == "sketch"
         lorsum = {"grouped_lorsum"} if local else composed
         found |= {*product(composed if group["metric"] else lorsum, {rank})}
         if group["momentum"]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..backends.registry import do_nothing
 from .arguments import ParamsT
+from .distributed import data_parallel_group
 from .early import EarlyWork, Tensors, start
 from .full_gradient import Gradients
 from .pairing import FactorPair
-from .ranks import ranks_of
 from .watching import WatchingOptimizer
 
 #: How far from 1 the factor may be that was measured between the captured gradient and ``.grad``, by rounding.
@@ -62,7 +62,7 @@ class OverlappingOptimizer(WatchingOptimizer):
     def _start(self, number: int) -> None:
         """Begin the step of one layer, on copies, while the backward pass goes on; called when its gradient has come."""
         pair, recorder = self._pairs[number], self._recorders[number]
-        if ranks_of(self._process_group) is not None:
+        if data_parallel_group(self._process_group) is not None:
             raise RuntimeError(f"{type(self).__name__}: overlap=True is for one process; several ranks work with overlap=False")
         if self._at(pair.b) not in self.state or self._at(pair.a) not in self.state:
             return  # the first step creates the state

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..backends.lists import PLAIN, plain
-from .ranks import ranks_of
+from .distributed import data_parallel_group
 
 #: How to train, under FSDP2, factors that a method needs whole.
 KEEP_WHOLE = (
@@ -143,7 +143,7 @@ def average_gradients(params: nn.Module | Iterable[Tensor], process_group: Any =
             one without gradient on any rank stays so.
         process_group: None is the default group. Without ``torch.distributed``, or alone in the group, nothing happens.
     """
-    ranks = ranks_of(process_group)
+    ranks = data_parallel_group(process_group)
     if ranks is None:
         return
     alike: defaultdict[Any, list[Tensor]] = defaultdict(list)

@@ -14,10 +14,10 @@ from ..pairs import owners
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, unwatch, watch
+from .distributed import data_parallel_group
 from .examples import thin_call
 from .full_gradient import Dense, Factors, FullGradient, Gradients, Probes, Sketch
 from .pairing import FactorPair, Position
-from .ranks import ranks_of
 
 #: Why there may be a gradient whose backward pass was not seen.
 UNSEEN = (
@@ -137,7 +137,7 @@ class WatchingOptimizer(LowRankOptimizer):
 
     def _captured_gradients(self) -> list[Gradients]:
         """G of all layers that have one, in lists of what one call takes, and checked."""
-        active, unseen, ranks = [], [], ranks_of(self._process_group)
+        active, unseen, ranks = [], [], data_parallel_group(self._process_group)
         for pair, recorder in zip(self._pairs, self._recorders, strict=True):
             grads = self._at(pair.a).grad, self._at(pair.b).grad
             if grads[0] is None and grads[1] is None:

@@ -1,44 +1,18 @@
-"""Least squares on gradients that data-parallel ranks hold a part of each: only thin products are sent. And scaled ones."""
+"""LoRSum (OPLoRA, Equations 6 and 10) of a gradient of which only the products ``GV`` and ``GᵀU`` are known.
+
+That is so where data-parallel ranks hold a part of it each (only thin products are sent), and in the metrics of K-FAC.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from ..backends.lists import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
-
-
-class Ranks:
-    """The ranks over which gradients are averaged, or work is divided: how many, and which one this is."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
-
-    def own(self, doers: Sequence[int]) -> list[int]:
-        """Which of the works that ``doers`` divides are this rank's, by index."""
-        return [index for index, doer in enumerate(doers) if doer == self.rank]
-
-    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The mean over the ranks of every tensor, by one all-reduce of them all. Equal to the last bit on all ranks."""
-        if not tensors:
-            return []
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        distributed.all_reduce(flat, group=self.group)
-        flat /= self.size
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def ranks_of(process_group: Any) -> Ranks | None:
-    """The ranks of a group (None: the default one); None if there is no other rank, or ``process_group`` is False."""
-    if process_group is False or not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    return Ranks(process_group) if distributed.get_world_size(process_group) > 1 else None
 
 
 def damped(grams: Tensor, proximal: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
