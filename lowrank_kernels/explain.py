@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import registry
-from .optim.base import LowRankOptimizer
+from .optim._shared.base import LowRankOptimizer
 from .pairs import pairs
 
 

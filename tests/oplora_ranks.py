@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_kernels import OPLoRA, adapt, pairs
-from lowrank_kernels.optim.distributed import DataParallelGroup
+from lowrank_kernels.optim._shared.distributed import DataParallelGroup
 
 CASES: dict[str, dict[str, Any]] = {
     "factors": {},

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import lowrank_kernels as lk
 import lowrank_kernels.optim.adamw as adamw
-from lowrank_kernels.optim import altlora, base, lora_pro, lora_rite, scaled
+from lowrank_kernels.optim import altlora, lora_pro, lora_rite, scaled
+from lowrank_kernels.optim._shared import base
 
 METHODS: dict[str, Callable[..., base.LowRankOptimizer]] = {
     "AdamW": adamw.AdamW,

@@ -14,7 +14,7 @@ from torch import nn
 
 from lowrank_kernels import LowRankLinear, OPLoRA, pairs
 from lowrank_kernels.backends import call_counts, force
-from lowrank_kernels.optim import early
+from lowrank_kernels.optim._shared import background
 
 
 @every_library
@@ -219,11 +219,11 @@ def test_overlap_on_a_gpu_keeps_one_stream_and_what_it_reads(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(early, "_streams", {})
+    monkeypatch.setattr(background, "_streams", {})
     sides = set()
     for _ in range(3):
         changed, read = Recorded(), Recorded()
-        work = early.start(lambda copies: None, ([changed],), [0.1], [read])
+        work = background.start(lambda copies: None, ([changed],), [0.1], [read])
         sides.add(work.work)
         assert changed.streams == read.streams == [work.work]
         assert work.copies[0][0].streams == [current]

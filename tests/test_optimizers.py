@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import lowrank_kernels as lk
 from lowrank_kernels import backends, ops, pairs
 from lowrank_kernels.backends import registry
-from lowrank_kernels.optim.arguments import AdamWOptions
+from lowrank_kernels.optim._shared.arguments import AdamWOptions
 
 OPTIMIZERS = {
     "AdamW": lambda params, **k: lk.AdamW(params, **{"lr": 1e-2, **k}),

@@ -32,7 +32,7 @@ from lowrank_kernels import (
     adapt,
     pairs,
 )
-from lowrank_kernels.optim.base import LowRankOptimizer
+from lowrank_kernels.optim._shared.base import LowRankOptimizer
 
 #: (d_out, d_in, r, s): ragged heights, two ranks, three scales.
 LAYERS = [(20, 12, 3, 0.7), (15, 20, 3, 0.7), (9, 15, 3, 1.9), (11, 8, 2, 0.5)]

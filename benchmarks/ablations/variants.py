@@ -8,8 +8,8 @@ import torch
 
 from lowrank_kernels import ODLoRA
 from lowrank_kernels.ops import grouped_qr
+from lowrank_kernels.optim._shared.pairing import FactorPair
 from lowrank_kernels.optim.decoupled import Action
-from lowrank_kernels.optim.pairing import FactorPair
 from lowrank_kernels.pairs import owners
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..ops import grouped_svd_product
-from ..optim.shards import is_sharded
+from ..optim._shared.shards import is_sharded
 from ._model import adapted_layers, check_model, clean_name
 from .adapt import check_settings, check_unadapted, install
 from .layer import LowRankLinear

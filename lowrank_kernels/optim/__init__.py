@@ -1,5 +1,10 @@
-"""Optimizers: ``torch.optim.Optimizer`` subclasses, one file per method, named as in its paper."""
+"""Optimizers: ``torch.optim.Optimizer`` subclasses, one file per method, named as in its paper.
 
+Families: ``decoupled`` (SDS-LoRA, OD-LoRA) and ``preconditioned`` (ScaledGD, ScaledAdamW, AltLoRA, LoRA-Pro, LoRA-RITE). The rest of what
+methods share is in ``_shared``.
+"""
+
+from ._shared.shards import average_gradients
 from .adamw import AdamW
 from .altlora import AltLoRA, AltLoRAPlus
 from .lora_pro import LoRAPro
@@ -9,7 +14,6 @@ from .od_lora import ODLoRA
 from .oplora import OPLoRA
 from .scaled import ScaledAdamW, ScaledGD
 from .sds_lora import SDSLoRA
-from .shards import average_gradients
 
 __all__ = [
     "AdamW",

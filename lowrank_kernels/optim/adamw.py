@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LowRankOptimizer
+from ._shared.base import LowRankOptimizer
 
 
 class AdamW(LowRankOptimizer):

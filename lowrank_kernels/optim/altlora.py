@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..backends.lists import compute_dtype, matrix_layout
 from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
-from .arguments import AdamWOptions, ParamsT
-from .pairing import FactorPair, LikePairs, Position
+from ._shared.arguments import AdamWOptions, ParamsT
+from ._shared.pairing import FactorPair, LikePairs, Position
+from ._shared.shards import is_sharded
+from ._shared.state import moments
 from .preconditioned import DEFAULT_DAMPING, OTHER, RANK_DIM, Active, PreconditionedOptimizer
-from .shards import is_sharded
-from .state import moments
 
 NO_PAIRS = LikePairs(())
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..backends.lists import Tall, compute_dtype, held
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
-from .arguments import AdamWOptions, ParamsT
-from .base import LowRankOptimizer
-from .distributed import DataParallelGroup, data_parallel_group
-from .notices import warn
-from .pairing import FactorPair, LikePairs, Position
-from .shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
+from ._shared.arguments import AdamWOptions, ParamsT
+from ._shared.base import LowRankOptimizer
+from ._shared.distributed import DataParallelGroup, data_parallel_group
+from ._shared.notices import warn
+from ._shared.pairing import FactorPair, LikePairs, Position
+from ._shared.shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_eigh, grouped_gram, grouped_preconditioner, grouped_solve
-from .arguments import AdamWOptions, ParamsT
-from .pairing import LikePairs
+from ._shared.arguments import AdamWOptions, ParamsT
+from ._shared.pairing import LikePairs
 from .preconditioned import DEFAULT_DAMPING, Active, PreconditionedOptimizer
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..backends.lists import column, compute_dtype, states
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
-from .arguments import AdamWOptions, ParamsT
-from .pairing import FactorPair, LikePairs, Position
+from ._shared.arguments import AdamWOptions, ParamsT
+from ._shared.pairing import FactorPair, LikePairs, Position
+from ._shared.shards import KEEP_WHOLE
+from ._shared.state import moments
 from .preconditioned import DEFAULT_DAMPING, OTHER, Active, PreconditionedOptimizer
-from .shards import KEEP_WHOLE
-from .state import moments
 
 #: The most memory that one side of like pairs may keep between steps for the next bases.
 SPARE_BYTES = 1 << 20

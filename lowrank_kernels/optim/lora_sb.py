@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..ops import grouped_eigh, grouped_gram
 from ..pairs import core_owners
-from .arguments import AdamWOptions, ParamsT
-from .base import LowRankOptimizer
-from .pairing import Core
-from .shards import FLATTENED, KEEP_WHOLE, is_sharded
-from .state import moments
+from ._shared.arguments import AdamWOptions, ParamsT
+from ._shared.base import LowRankOptimizer
+from ._shared.pairing import Core
+from ._shared.shards import FLATTENED, KEEP_WHOLE, is_sharded
+from ._shared.state import moments
 
 UPDATES = ("adam", "sgd")
 

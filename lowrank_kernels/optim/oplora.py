@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from ..backends.lists import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
-from .arguments import AdamWOptions, ParamsT, pythons_number
-from .distributed import data_parallel_group
-from .early import Tensors
-from .full_gradient import KINDS, Gradients, on_device, random_matrix, widened
-from .kfac import Kronecker, track
-from .lorsum import composed_lorsum, damped
-from .overlapping import OverlappingOptimizer
-from .pairing import FactorPair, Position
-from .shards import KEEP_WHOLE
+from ._shared.arguments import AdamWOptions, ParamsT, pythons_number
+from ._shared.background import Tensors
+from ._shared.distributed import data_parallel_group
+from ._shared.full_gradient import KINDS, Gradients, on_device, random_matrix, widened
+from ._shared.kfac import Kronecker, track
+from ._shared.lorsum import composed_lorsum, damped
+from ._shared.overlapping import OverlappingOptimizer
+from ._shared.pairing import FactorPair, Position
+from ._shared.shards import KEEP_WHOLE
 
 MOMENTUM_MODES = ("lowrank", "projected", "naive")
 METRICS = (None, "kfac")
@@ -44,7 +44,7 @@ class OPLoRA(OverlappingOptimizer):
     Three choices where the paper is open or cannot be followed. Algorithm 2 prints ``V₁ᵀV`` in the product with the weight for the
     ``V₁ᵀD_V V`` of Equation 10; with that the factors would move at G = 0. The averages start at 0 and are divided by ``1 - βᵗ``, as
     Adam's: a start from 1 would hide ``SᵀS/n``, whose size is that of S², for hundreds of steps. And D is kept symmetric, see
-    :func:`~lowrank_kernels.optim.kfac.track`. S is what belongs to ``.grad``: unscaled and clipped.
+    :func:`~lowrank_kernels.optim._shared.kfac.track`. S is what belongs to ``.grad``: unscaled and clipped.
 
     G is not in ``.grad``: the optimizer sees the inputs X and the output gradients S of the layers (``G = SᵀX``) in the backward
     pass, by a slot of our layers or by hooks on other libraries'. A and B keep their ordinary ``.grad``, and what was done to it between
@@ -75,7 +75,7 @@ class OPLoRA(OverlappingOptimizer):
         momentum_rank: rank of M with "lowrank"; None: r. A layer that is smaller has its smaller width.
         gradient: how G is held: "factors" (X and S, exact), "dense" (the sum, exact; smaller than the factors from
             d_in·d_out/(d_in + d_out) tokens on, but a weight gradient's GEMM) or "sketch" (p(d_out + 2d_in) numbers, approximate; see
-            :class:`~lowrank_kernels.optim.full_gradient.Sketch` for its error).
+            :class:`~lowrank_kernels.optim._shared.full_gradient.Sketch` for its error).
         sketch_width: p.
         metric: None or "kfac", which needs X and S: ``gradient="factors"``.
         metric_decay: β of the averages, 0 … 1, 1 excluded.

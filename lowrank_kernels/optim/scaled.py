@@ -6,10 +6,10 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from .arguments import AdamWOptions, ParamsT
-from .pairing import LikePairs
+from ._shared.arguments import AdamWOptions, ParamsT
+from ._shared.pairing import LikePairs
+from ._shared.state import moments
 from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
-from .state import moments
 
 
 class ScaledAdamW(PreconditionedOptimizer):

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from .arguments import AdamWOptions, ParamsT, pythons_number
+from ._shared.arguments import AdamWOptions, ParamsT, pythons_number
 from .decoupled import Action, DecoupledOptimizer
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops import grouped_lorsum, grouped_lorsum_product, grouped_svd_product
+from ...ops import grouped_lorsum, grouped_lorsum_product, grouped_svd_product
 from .full_gradient import Gradients, on_device
 from .lorsum import composed_lorsum
 

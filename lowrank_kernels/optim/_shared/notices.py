@@ -9,7 +9,7 @@ from os.path import dirname, join
 import torch
 
 #: Where no line of the user's stands.
-_OUR_AND_TORCHS_CODE = (join(dirname(dirname(__file__)), ""), join(dirname(torch.__file__), ""))
+_OUR_AND_TORCHS_CODE = (join(dirname(dirname(dirname(__file__))), ""), join(dirname(torch.__file__), ""))
 
 
 def warn(message: str) -> None:

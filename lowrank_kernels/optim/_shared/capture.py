@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..pairs import owners
+from ...pairs import owners
 from .full_gradient import FullGradient
 
 

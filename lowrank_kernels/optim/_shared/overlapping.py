@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import do_nothing
+from ...backends.registry import do_nothing
 from .arguments import ParamsT
+from .background import EarlyWork, Tensors, start
 from .distributed import data_parallel_group
-from .early import EarlyWork, Tensors, start
 from .full_gradient import Gradients
 from .pairing import FactorPair
 from .watching import WatchingOptimizer

@@ -10,12 +10,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..pairs import owners
+from ...pairs import owners
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, unwatch, watch
 from .distributed import data_parallel_group
-from .examples import thin_call
+from .explain_calls import thin_call
 from .full_gradient import Dense, Factors, FullGradient, Gradients, Probes, Sketch
 from .pairing import FactorPair, Position
 

@@ -17,9 +17,9 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import PLAIN, Gathered, compute_dtype, first_sparse_gradient, gather, signature
-from ..ops.adamw import adamw_as_gathered_
-from ..pairs import core_owners, factors_of, owners
+from ...backends.lists import PLAIN, Gathered, compute_dtype, first_sparse_gradient, gather, signature
+from ...ops.adamw import adamw_as_gathered_
+from ...pairs import core_owners, factors_of, owners
 from .arguments import (
     ParamsT,
     check_hyperparameters,
@@ -30,12 +30,12 @@ from .arguments import (
     pythons_number,
     refuse_unknown,
 )
-from .entry import entered
 from .nonfinite import which_nonfinite
 from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
 from .shards import FLATTENED, is_sharded, local_parts
 from .state import check_is_state_dict, check_state_dict, misfit, moments
+from .step_entry import entered
 from .undo import Before
 
 #: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..backends.lists import compute_dtype
-from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
+from ...backends.lists import compute_dtype
+from ...ops import grouped_gram, grouped_lorsum_product, grouped_solve
 
 
 def damped(grams: Tensor, proximal: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
-from ..pairs import Pair, is_adapter_parameter, own_pair, owners, pairs_by_name
+from ...pairs import Pair, is_adapter_parameter, own_pair, owners, pairs_by_name
 from .shards import FLATTENED
 
 #: (group index, index within the group).

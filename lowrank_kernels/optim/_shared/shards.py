@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ..backends.lists import PLAIN, plain
+from ...backends.lists import PLAIN, plain
 from .distributed import data_parallel_group
 
 #: How to train, under FSDP2, factors that a method needs whole.
