@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from lowrank_kernels.backends.lists import FLOATING
+from lowrank_kernels.backends.dtypes import FLOATING
 
 from . import ceilings, compare, kernels, plot, readme, results
 from .harness import Budget, device_name, run_case

@@ -21,6 +21,7 @@ import pytest
 import torch
 from cuda_standin import TorchPrimitives
 
+from lowrank_kernels.backends.extension import csrc
 from lowrank_kernels.backends.reference import qr as reference_qr
 from lowrank_kernels.backends.reference import svd_product as reference_svd
 from lowrank_kernels.backends.registry import launch_count
@@ -145,7 +146,7 @@ def test_prototypes_are_the_vendors(tmp_path: Path, major: int) -> None:
 
 @pytest.mark.parametrize("major", [13, 12])
 def test_symbols_are_in_the_vendors_libraries(major: int) -> None:
-    names = cuda_libraries.extension.CudaRoutines([major], [], False, False).symbol_names()
+    names = csrc.CudaRoutines([major], [], False, False).symbol_names()
     assert len(names) == len(set(names)) > 20
     for library, prefixes in (("cudart", ("cudaG", "cudaS", "cudaR")), ("cublas", ("cublas",)), ("cusolver", ("cusolver",))):
         with vendor_file(major, library).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
@@ -158,7 +159,7 @@ def test_the_loader_resolves_every_symbol_of_the_real_libraries(major: int) -> N
     for name in FILES[major]:
         vendor_file(major, name)
     folders = cuda_libraries.library_folders()
-    status = cuda_libraries.extension.CudaRoutines([major], folders, False, False).status()
+    status = csrc.CudaRoutines([major], folders, False, False).status()
     for name, library in status["libraries"].items():
         if library["error"]:
             assert library["soname"] in library["error"]
@@ -169,7 +170,7 @@ def test_the_loader_resolves_every_symbol_of_the_real_libraries(major: int) -> N
 
 
 def test_every_symbol_asked_for_is_in_the_table() -> None:
-    names = set(cuda_libraries.extension.CudaRoutines([13], [], False, False).symbol_names())
+    names = set(csrc.CudaRoutines([13], [], False, False).symbol_names())
     asked = [cuda_qr.SYMBOLS, cuda_svd_product.SOLVER_SYMBOLS, cuda_svd_product.JACOBI_SYMBOLS]
     asked += [cuda_svd_product.XSYEV_SYMBOLS, cuda_svd_product.SYEVJ_SYMBOLS]
     assert set().union(*asked) <= names
@@ -194,7 +195,7 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def open_fakes(*folders: Path, majors: tuple[int, ...] = (13, 12)):
-    return cuda_libraries.extension.CudaRoutines(list(majors), [str(folder) for folder in folders], False, False)
+    return csrc.CudaRoutines(list(majors), [str(folder) for folder in folders], False, False)
 
 
 def test_nothing_found_says_what_was_tried(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_nothing_found_says_what_was_tried(tmp_path: Path) -> None:
     assert status["cuda_major"] == 0 and set(status["missing_symbols"]) == set(routines.symbol_names())
     error = status["libraries"]["cusolver"]["error"]
     assert "libcusolver.so.12 was not found" in error and "libcusolver.so.11 was not found" in error and "not in any of 1 folders" in error
-    place = cuda_libraries.extension.CudaPlace(0, 0, 0, 0)
+    place = csrc.CudaPlace(0, 0, 0, 0)
     with pytest.raises(cuda_libraries.CudaLibraryError, match=r"cudaGetDevice is missing: libcudart\.so\.13 was not found"):
         routines.geqrf(place, False, 4, 2, 0, 4, 0, 0)
 
@@ -245,7 +246,7 @@ def test_the_copy_in_the_process_decides(tmp_path: Path) -> None:
     script = (
         "import ctypes, sys; from lowrank_kernels.backends.native import cuda_libraries as c\n"
         "ctypes.CDLL(sys.argv[1])\n"
-        "status = c.extension.CudaRoutines([13, 12], [sys.argv[2]], True, False).status()\n"
+        "status = c.csrc.CudaRoutines([13, 12], [sys.argv[2]], True, False).status()\n"
         "print(status['cuda_major'], *(x['origin'] for x in status['libraries'].values()), sep='|')"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
@@ -261,7 +262,7 @@ def test_a_symbol_that_an_older_library_lacks_is_named_and_the_rest_works(fakes:
     assert set(status["missing_symbols"]) == set(cuda_svd_product.XSYEV_SYMBOLS)
     assert not cuda_primitives.has_xsyev(status) and cuda_primitives.has_xsyev(open_fakes(fakes[13]).status())
     matrix = torch.eye(2, dtype=torch.float64)
-    place = cuda_libraries.extension.CudaPlace(0, 0, 0, 0)
+    place = csrc.CudaPlace(0, 0, 0, 0)
     message = r"cusolverDnCreateParams is missing: libcusolver\.so\.11 .* was opened"
     with pytest.raises(cuda_libraries.CudaLibraryError, match=message):
         routines.syev(place, False, 2, matrix.data_ptr(), 0, 0, 0, 0, 1)
@@ -270,9 +271,9 @@ def test_a_symbol_that_an_older_library_lacks_is_named_and_the_rest_works(fakes:
 def test_a_failing_call_names_symbol_status_and_library(fakes: dict[int, Path]) -> None:
     routines = open_fakes(fakes[13])
     with pytest.raises(cuda_libraries.CudaLibraryError, match=r"cublasSgeqrfBatched returned CUBLAS_STATUS_INVALID_VALUE \(7\), libcublas"):
-        routines.geqrf(cuda_libraries.extension.CudaPlace(0, 0, 0, 0), False, 4, 2, 0, 3, 0, 1)
+        routines.geqrf(csrc.CudaPlace(0, 0, 0, 0), False, 4, 2, 0, 3, 0, 1)
     with pytest.raises(cuda_libraries.CudaLibraryError, match=r"cudaSetDevice returned cudaErrorInvalidDevice \(101\)"):
-        routines.geqrf(cuda_libraries.extension.CudaPlace(2, 0, 0, 0), False, 4, 2, 0, 4, 0, 0)
+        routines.geqrf(csrc.CudaPlace(2, 0, 0, 0), False, 4, 2, 0, 4, 0, 0)
 
 
 def test_handles_are_kept_per_device_and_stream_and_threads_take_turns(fakes: dict[int, Path]) -> None:

@@ -19,8 +19,8 @@ from lowrank_kernels.backends.lists import Tall
 @pytest.fixture(params=["compiled", "python"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "python":
-        monkeypatch.setattr(lists, "_csrc", None)
-    elif lists._csrc is None:
+        monkeypatch.setattr(lists, "csrc", None)
+    elif lists.csrc is None:
         pytest.skip("the extension is not built")
     yield request.param
 
@@ -181,7 +181,7 @@ def test_gather(path: str) -> None:
     assert lists.gather(params, [0], {params[0]: {}}).exp_avgs == []
 
 
-@pytest.mark.skipif(lists._csrc is None, reason="the extension is not built")
+@pytest.mark.skipif(lists.csrc is None, reason="the extension is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_gather_has_a_layout_only_of_what_fits(dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32

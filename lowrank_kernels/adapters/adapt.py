@@ -12,7 +12,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
-from ..ops._library import FLOATING
+from ..backends.dtypes import FLOATING
 from ..pairs import pairs
 from ._model import check_model, clean_name, compiled_modules, parallel_wrapper, replace_modules
 from .layer import METHODS, LowRankLinear

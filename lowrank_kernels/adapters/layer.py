@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..backends.lists import compute_dtype
+from ..backends.dtypes import compute_dtype
 from ..ops import lora_linear, lora_up
 from ..ops.lora_shared import autocast_dtype
 from ..pairs import count_switch, register_layer

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import compute_dtype
+from ..backends.dtypes import compute_dtype
 from ..ops import grouped_svd
 from ._model import adapted_layers, check_model, parallel_wrapper
 from .layer import LowRankLinear, holds_matrix

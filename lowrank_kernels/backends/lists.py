@@ -12,17 +12,11 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import torch
 from torch import Tensor, nn
 
-#: dtypes of factors, gradients and activations; what is narrower than fp32 is computed in fp32.
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: The numbers by which compiled code names them (``DType`` in csrc/cpu/common.h).
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from .dtypes import FLOATING
+from .extension import csrc
+
 #: Types of tensors that are their own memory; FSDP2's DTensor is none.
 PLAIN = frozenset((Tensor, nn.Parameter))
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 in, fp64 out; everything narrower is computed, and keeps its state, in fp32: sums, r×r matrices, moments."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Tall(Sequence[Tensor]):
@@ -53,7 +47,7 @@ class Tall(Sequence[Tensor]):
 
 def _compiled() -> bool:
     """Whether to ask compiled code: it is built, and this is no graph being traced, into which it cannot go."""
-    return _csrc is not None and not torch.compiler.is_compiling()
+    return csrc is not None and not torch.compiler.is_compiling()
 
 
 def as_stored(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
@@ -66,7 +60,7 @@ def as_stored(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
 def plain(tensors: Sequence[Tensor]) -> bool:
     """Whether all are their own memory: no subclass but ``Parameter``."""
     stored, _ = as_stored(tensors)
-    return _csrc.plain(stored) if _compiled() else PLAIN.issuperset(map(type, stored))
+    return csrc.plain(stored) if _compiled() else PLAIN.issuperset(map(type, stored))
 
 
 def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | None = None) -> bool:
@@ -78,7 +72,7 @@ def alike(tensors: Sequence[Tensor], like: Tensor | None = None, ndim: int | Non
     if not stored:
         return True
     if _compiled():
-        return _csrc.alike(stored, like, -1 if ndim is None else ndim)
+        return csrc.alike(stored, like, -1 if ndim is None else ndim)
     like = stored[0] if like is None else like
     if not PLAIN.issuperset(map(type, (like, *stored))) or like.dtype not in FLOATING:
         return False
@@ -101,14 +95,14 @@ def matrix_layout(matrices: Sequence[Tensor]) -> Any:
     None if they are not that, or if compiled code has not looked: what a transform of ``torch.func`` has wrapped has no memory.
     """
     looks = _compiled() and torch._C._functorch.peek_interpreter_stack() is None
-    return _csrc.matrix_layout(*as_stored(matrices)) if looks else None
+    return csrc.matrix_layout(*as_stored(matrices)) if looks else None
 
 
 def signature(tensors: Sequence[Tensor]) -> Any:
     """Something to compare: the dtypes, devices and shapes of all; None if one is not plain, strided and floating."""
     stored, transposed = as_stored(tensors)
     if _compiled():
-        return _csrc.signature(stored, transposed)
+        return csrc.signature(stored, transposed)
     if not (PLAIN.issuperset(map(type, stored)) and all(x.layout is torch.strided and x.dtype in FLOATING for x in stored)):
         return None
     return [(x.dtype, x.device, x.shape[::-1] if i < transposed else x.shape) for i, x in enumerate(stored)]
@@ -117,7 +111,7 @@ def signature(tensors: Sequence[Tensor]) -> Any:
 def sizes(matrices: Sequence[Tensor], dim: int) -> list[int]:
     """Their sizes along dimension 0 or 1."""
     stored, transposed = as_stored(matrices)
-    found = _csrc.sizes(stored, transposed, dim) if _compiled() else None
+    found = csrc.sizes(stored, transposed, dim) if _compiled() else None
     return [x.shape[1 - dim if i < transposed else dim] for i, x in enumerate(stored)] if found is None else found
 
 
@@ -130,7 +124,7 @@ def width(matrices: Sequence[Tensor]) -> int:
 def consecutive(tensors: list[Tensor]) -> bool:
     """Whether they lie one behind the other, each contiguous."""
     if _compiled():
-        return _csrc.consecutive(tensors)
+        return csrc.consecutive(tensors)
     begins = [x.data_ptr() for x in tensors]
     return all(x.is_contiguous() for x in tensors) and begins[1:] == [
         begin + x.nbytes for begin, x in zip(begins[:-1], tensors[:-1], strict=True)
@@ -140,7 +134,7 @@ def consecutive(tensors: list[Tensor]) -> bool:
 def held(references: list[weakref.ref[Any]], wanted: tuple[tuple[str, str], ...]) -> tuple[list[Any], ...] | None:
     """For each ``(attribute, key)``: what stands under the key in that dictionary of each object; None if one is gone or lacks it."""
     if _compiled():
-        return _csrc.held(references, wanted)
+        return csrc.held(references, wanted)
     objects = [reference() for reference in references]
     if any(found is None for found in objects):
         return None
@@ -151,7 +145,7 @@ def held(references: list[weakref.ref[Any]], wanted: tuple[tuple[str, str], ...]
 def first_sparse_gradient(params: list[Tensor], indices: list[int]) -> int | None:
     """The first of the ``indices`` whose parameter has a sparse gradient; None if there is none."""
     if _compiled():
-        return _csrc.first_sparse_gradient(params, indices)
+        return csrc.first_sparse_gradient(params, indices)
     grads = ((index, params[index].grad) for index in indices)
     return next((index for index, grad in grads if grad is not None and grad.is_sparse), None)
 
@@ -187,7 +181,7 @@ class StepNumbers(TypedDict):
 def gather(params: list[Tensor], indices: list[int], state: dict[Tensor, dict[str, Any]]) -> Gathered:
     """Those of the parameters at ``indices`` that have a gradient, and their moments; compiled code looks once at each tensor."""
     if _compiled():
-        return Gathered(*_csrc.gather(params, indices, state, "exp_avg", "exp_avg_sq"))
+        return Gathered(*csrc.gather(params, indices, state, "exp_avg", "exp_avg_sq"))
     members = [index for index in indices if params[index].grad is not None]
     stepped = [params[index] for index in members]
     grads = [p.grad for p in stepped if p.grad is not None]
@@ -197,22 +191,16 @@ def gather(params: list[Tensor], indices: list[int], state: dict[Tensor, dict[st
 
 def states(state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> list[dict[str, Any]]:
     """The optimizer's state of each of the parameters."""
-    return _csrc.states(state, params) if _compiled() else [state[p] for p in params]
+    return csrc.states(state, params) if _compiled() else [state[p] for p in params]
 
 
 def column(of: list[dict[str, Any]], key: str) -> list[Any]:
     """What stands under ``key``, for those states that have it."""
-    return _csrc.column(of, key) if _compiled() else [state[key] for state in of if key in state]
+    return csrc.column(of, key) if _compiled() else [state[key] for state in of if key in state]
 
 
 def holds(state: dict[Tensor, dict[str, Any]], params: list[Tensor], indices: list[int], key: str, values: list[Tensor]) -> bool:
     """Whether the state of each of the parameters at ``indices`` holds, under ``key``, this very one of the ``values``."""
     if _compiled():
-        return _csrc.holds(state, params, indices, key, values)
+        return csrc.holds(state, params, indices, key, values)
     return len(indices) == len(values) and all(state[params[i]].get(key) is value for i, value in zip(indices, values, strict=True))
-
-
-try:  # last, since that package imports from here
-    from .native import _csrc
-except ImportError:  # the registry says so, and what is lost
-    _csrc = None

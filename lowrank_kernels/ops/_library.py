@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import FLOATING, PLAIN, Tall, alike, as_in_memory, as_stored
+from ..backends.dtypes import FLOATING
+from ..backends.lists import PLAIN, Tall, alike, as_in_memory, as_stored
 
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")

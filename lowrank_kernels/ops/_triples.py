@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.lists import compute_dtype
+from ..backends.dtypes import compute_dtype
 from ._library import check_list
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.lists import compute_dtype
+from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run_in_place
 from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, check_stack_of, define, is_eager, is_plain_eager
 

@@ -8,7 +8,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..backends.lists import StepNumbers, as_stored, compute_dtype, matrix_layout
+from ..backends.dtypes import compute_dtype
+from ..backends.lists import StepNumbers, as_stored, matrix_layout
 from ..backends.registry import Implementation, call, do_nothing, whole
 from ._library import for_eager, is_eager
 from .adamw import adamw_as_gathered_

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import as_stored, compute_dtype, matrix_layout, sizes, width
+from ..backends.dtypes import compute_dtype
+from ..backends.lists import as_stored, matrix_layout, sizes, width
 from ..backends.registry import run
 from ._library import (
     are_plain_eager,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backends.lists import compute_dtype
+from ..backends.dtypes import FLOATING, compute_dtype
 from ..backends.registry import implementations, run, select
-from ._library import FLOATING, LIBRARY, NAMESPACE, define, is_plain_eager, is_transformed, no_backward
+from ._library import LIBRARY, NAMESPACE, define, is_plain_eager, is_transformed, no_backward
 
 
 def lora_linear(

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..backends.dtypes import FLOATING
 from ..backends.registry import run
-from ._library import FLOATING, LIBRARY, NAMESPACE, define, is_plain_eager, is_plain_node, no_backward
+from ._library import LIBRARY, NAMESPACE, define, is_plain_eager, is_plain_node, no_backward
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..backends.lists import compute_dtype
+from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run, run_in_place
 from ._library import check_list, check_same_length, define, is_plain_eager, no_backward, records_nothing
 

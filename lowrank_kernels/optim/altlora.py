@@ -8,7 +8,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..backends.lists import compute_dtype, matrix_layout
+from ..backends.dtypes import compute_dtype
+from ..backends.lists import matrix_layout
 from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import FactorPair, LikePairs, Position

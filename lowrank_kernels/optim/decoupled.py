@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeAlias, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import Tall, compute_dtype, held
+from ..backends.dtypes import compute_dtype
+from ..backends.lists import Tall, held
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
 from ._shared.arguments import AdamWOptions, ParamsT

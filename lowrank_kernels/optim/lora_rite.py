@@ -8,7 +8,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..backends.lists import column, compute_dtype, states
+from ..backends.dtypes import compute_dtype
+from ..backends.lists import column, states
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import FactorPair, LikePairs, Position

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..backends.lists import compute_dtype
+from ..backends.dtypes import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
 from ._shared.arguments import AdamWOptions, ParamsT, pythons_number
 from ._shared.background import Tensors

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.lists import Gathered, Tall, column, compute_dtype, consecutive, gather, holds, states
+from ..backends.dtypes import compute_dtype
+from ..backends.lists import Gathered, Tall, column, consecutive, gather, holds, states
 from ..ops import grouped_gram, grouped_preconditioner
 from ._shared.base import LowRankOptimizer
 from ._shared.pairing import FactorPair, LikePairs, Position

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowrank_kernels.backends.extension import csrc as _csrc
+
 native = pytest.importorskip("lowrank_kernels.backends.native", reason="the native extension is not built", exc_type=ImportError)
-_csrc = native._csrc
 
 RANKS = (1, 4, 8, 16, 33, 64, 128)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

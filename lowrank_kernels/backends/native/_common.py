@@ -1,4 +1,4 @@
-"""What the native implementations share: codes of dtypes, tables, and the usual reasons to refuse a call."""
+"""What the native implementations share: tables, and the usual reasons to refuse a call."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..lists import DTYPE_CODES as DTYPE_CODES
-from . import _csrc
+from ..extension import csrc
 
 #: Why compiled code takes a call, to begin with: said at every call, so made once.
-COMPILED = f"compiled code ({_csrc.instruction_set()})"
+COMPILED = f"compiled code ({csrc.instruction_set()})"
 
 #: The largest r that the kernels are laid out for (``kMaxRank``).
 MAX_RANK = 128

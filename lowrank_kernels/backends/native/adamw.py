@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..extension import csrc
 from ..registry import count_launch, implements
-from . import _csrc
 from ._common import COMPILED, MAX_RANK, refuse_device
 
 
@@ -27,9 +27,9 @@ def verify(
     reason = refuse_device(params[0])
     if reason is not None:
         return False, reason
-    seen = bool(scalars) and isinstance(scalars[-1], _csrc.StepLayout)  # lists.gather takes no others
+    seen = bool(scalars) and isinstance(scalars[-1], csrc.StepLayout)  # lists.gather takes no others
     for name, tensors in () if seen else (("params", params), ("grads", grads)):
-        index = _csrc.first_irregular(tensors)
+        index = csrc.first_irregular(tensors)
         if index >= 0:
             shape, strides = tuple(tensors[index].shape), tensors[index].stride()
             return False, f"{name}[{index}] has strides {strides}, shape {shape}: tensors that are not matrices must be contiguous"
@@ -68,7 +68,7 @@ def grouped_adamw_(
     maps = [value if value is None else value.contiguous() for value in (grad_maps, momentum_maps, param_maps, direction_maps)]
     small = (*maps, drifts)
     count_launch()
-    _csrc.adamw(
+    csrc.adamw(
         params,
         grads,
         exp_avgs,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..extension import csrc
 from ..lists import StepNumbers, as_stored
 from ..registry import count_launch, implements
-from . import _csrc
 from ._common import COMPILED, MAX_RANK, refuse_device
 
 
@@ -53,7 +53,7 @@ def grouped_altlora_turn_(
     """See the operation. The layouts are of ``lists.gather`` and of ``lists.matrix_layout``; ``step`` is for ``grouped_adamw_``."""
     count_launch()
     beta1, beta2 = step["betas"]
-    _csrc.altlora_turn(
+    csrc.altlora_turn(
         params, grads, exp_avgs, exp_avg_sqs, layout, *as_stored(partners), partner_layout, list(step.get("missed", ())), rank_dims,
         float(step["lr"]), beta1, beta2, step["eps"], step["weight_decay"], float(step["step"]), step.get("bias_correction", True),
         step.get("maximize", False), behind.shape[-1], behind.data_ptr(), moved.data_ptr(), damping, own_damping, weight,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
-#: The compiled extension (imported by name: type checkers cannot look into it).
-extension: Any = importlib.import_module(f"{__package__}._csrc")
-CudaLibraryError: type[RuntimeError] = extension.CudaLibraryError
+from ..extension import csrc
+
+CudaLibraryError: type[RuntimeError] = csrc.CudaLibraryError
 
 #: CUDA major versions whose sonames and prototypes are known, newest first.
 MAJORS = (13, 12)
@@ -50,7 +49,7 @@ def _majors() -> list[int]:
 @functools.cache
 def routines() -> Any:
     """The process's table of routines (``CudaRoutines``); opened at first use, kept for good."""
-    return extension.CudaRoutines(_majors(), library_folders())
+    return csrc.CudaRoutines(_majors(), library_folders())
 
 
 @functools.cache

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..extension import csrc
 from ..registry import count_launch
 from .cuda_choices import XSYEV_VERSION
-from .cuda_libraries import extension, routines
+from .cuda_libraries import routines
 
 #: cuBLAS scratch per (device, stream). Batched products of small matrices do not split their inner dimension: the 4 MiB that
 #: NVIDIA recommends for most architectures are plenty.
@@ -51,7 +52,7 @@ class CudaPrimitives:
         self._has_xsyev = has_xsyev(library.status())
         self._workspace = workspace  # keeps it alive as long as the handles know its address
         address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
-        self._place = extension.CudaPlace(device_index, stream, address, size)
+        self._place = csrc.CudaPlace(device_index, stream, address, size)
 
     @staticmethod
     def _addresses(batch: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPE_CODES
+from ..extension import csrc
 from ..registry import count_launch, implements
-from . import _csrc
-from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(rs: Tensor, damping: float, out: Tensor) -> tuple[bool, str]:
@@ -25,4 +26,4 @@ def grouped_damped_inverse(rs: Tensor, damping: float, out: Tensor) -> None:
     """See the reference."""
     count_launch()
     count, rank, _ = rs.shape
-    _csrc.damped_inverse(count, rank, DTYPE_CODES[rs.dtype], rs.data_ptr(), *rs.stride(), damping, out.data_ptr(), torch.get_num_threads())
+    csrc.damped_inverse(count, rank, DTYPE_CODES[rs.dtype], rs.data_ptr(), *rs.stride(), damping, out.data_ptr(), torch.get_num_threads())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPE_CODES
+from ..extension import csrc
 from ..registry import count_launch, implements
-from . import _csrc
-from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(xs: Tensor, values: Tensor, vectors: Tensor | None) -> tuple[bool, str]:
@@ -26,4 +27,4 @@ def grouped_eigh(xs: Tensor, values: Tensor, vectors: Tensor | None) -> None:
     count_launch()
     count, rank, _ = xs.shape
     into = values.data_ptr(), 0 if vectors is None else vectors.data_ptr()
-    _csrc.eigh(count, rank, DTYPE_CODES[xs.dtype], xs.data_ptr(), *xs.stride(), *into, torch.get_num_threads())
+    csrc.eigh(count, rank, DTYPE_CODES[xs.dtype], xs.data_ptr(), *xs.stride(), *into, torch.get_num_threads())

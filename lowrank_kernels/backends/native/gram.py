@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPE_CODES
+from ..extension import csrc
 from ..lists import as_stored
 from ..registry import count_launch, implements
-from . import _csrc
-from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layout: Any = None) -> tuple[bool, str]:
@@ -34,4 +35,4 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tenso
     wide, (_, r, k) = grams.dtype == torch.float64, grams.shape
     y_list = (None, 0) if ys is None else as_stored(ys)
     code = DTYPE_CODES[xs[0].dtype]
-    _csrc.gram(*as_stored(xs), layout, *y_list, code, wide, r, k, grams.data_ptr(), torch.get_num_threads())
+    csrc.gram(*as_stored(xs), layout, *y_list, code, wide, r, k, grams.data_ptr(), torch.get_num_threads())

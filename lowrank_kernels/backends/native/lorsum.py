@@ -12,9 +12,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPE_CODES
+from ..extension import csrc
 from ..registry import count_launch, implements
-from . import _csrc
-from ._common import COMPILED, DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
+from ._common import COMPILED, MAX_RANK, addresses, refuse_device, strides, table
 
 #: Added to the dtype's code of a dense term.
 _DENSE = 4
@@ -41,8 +42,8 @@ def verify(
 def _refuse(factors: list[Tensor], lefts: list[Tensor]) -> str | None:
     if factors[0].shape[1] > MAX_RANK:
         return refuse_device(factors[0]) or f"rank {factors[0].shape[1]}: the compiled code stops at {MAX_RANK}"
-    if len(lefts) > _csrc.max_lorsum_terms * len(factors):
-        return refuse_device(factors[0]) or f"{len(lefts) // len(factors)} terms: the compiled code stops at {_csrc.max_lorsum_terms}"
+    if len(lefts) > csrc.max_lorsum_terms * len(factors):
+        return refuse_device(factors[0]) or f"{len(lefts) // len(factors)} terms: the compiled code stops at {csrc.max_lorsum_terms}"
     return refuse_device(factors[0])
 
 
@@ -81,7 +82,7 @@ def grouped_lorsum(
     values = array("d", numbers) if coefficients is None else coefficients.contiguous()
     address = values.buffer_info()[0] if isinstance(values, array) else values.data_ptr()
     count_launch()
-    _csrc.lorsum(
+    csrc.lorsum(
         len(us), layers, len(lefts) // len(us), terms, address, DTYPE_CODES[us[0].dtype], us[0].shape[1],
         sweeps, proximal, u_first, torch.get_num_threads(),
     )  # fmt: skip

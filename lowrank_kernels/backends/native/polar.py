@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPE_CODES
+from ..extension import csrc
 from ..lists import as_stored
 from ..registry import count_launch, implements
-from . import _csrc
-from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(xs: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[bool, str]:
@@ -28,4 +29,4 @@ def grouped_polar(xs: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """See the reference."""
     count_launch()
     first = xs[0]
-    _csrc.polar(*as_stored(xs), *as_stored(out), DTYPE_CODES[first.dtype], first.shape[1], torch.get_num_threads())
+    csrc.polar(*as_stored(xs), *as_stored(out), DTYPE_CODES[first.dtype], first.shape[1], torch.get_num_threads())

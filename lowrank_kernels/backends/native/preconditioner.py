@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPE_CODES
+from ..extension import csrc
 from ..registry import count_launch, implements
-from . import _csrc
-from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(
@@ -32,7 +33,7 @@ def grouped_preconditioner(
     grams = grams.contiguous()
     drifts = None if drifts is None else drifts.contiguous()
     drift_address, target = (0, 0) if drifts is None else (drifts.data_ptr(), realigned.data_ptr())
-    _csrc.preconditioner(
+    csrc.preconditioner(
         count, rank, DTYPE_CODES[maps.dtype], grams.data_ptr(), drift_address, damping, weight, transposed, maps.data_ptr(), target,
         torch.get_num_threads(),
     )  # fmt: skip

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPE_CODES
+from ..extension import csrc
 from ..lists import as_stored
 from ..registry import count_launch, implements
-from . import _csrc, cuda_qr
-from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
+from . import cuda_qr
+from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(
@@ -40,5 +42,5 @@ def grouped_qr(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequ
     count_launch()
     x, old, q = layouts or (None, None, None)
     before = (None, 0) if previous is None else as_stored(previous)
-    _csrc.qr(*as_stored(xs), x, *before, old, *as_stored(qs), q, DTYPE_CODES[first.dtype], rs.shape[1], rs.data_ptr(),
+    csrc.qr(*as_stored(xs), x, *before, old, *as_stored(qs), q, DTYPE_CODES[first.dtype], rs.shape[1], rs.data_ptr(),
              torch.get_num_threads())  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPE_CODES
+from ..extension import csrc
 from ..registry import count_launch, implements
-from . import _csrc
-from ._common import COMPILED, DTYPE_CODES, MAX_RANK, refuse_device
+from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, left: bool, out: list[Tensor] | Tensor) -> tuple[bool, str]:
@@ -26,4 +27,4 @@ def grouped_solve(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, lef
     grams = grams.contiguous()
     count_launch()
     wide, code = grams.dtype == torch.float64, DTYPE_CODES[rhs[0].dtype]
-    _csrc.solve(rhs, out, left, code, wide, grams.shape[1], grams.data_ptr(), damping, torch.get_num_threads())
+    csrc.solve(rhs, out, left, code, wide, grams.shape[1], grams.data_ptr(), damping, torch.get_num_threads())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPE_CODES
+from ..extension import csrc
 from ..registry import count_launch, implements
-from . import _csrc, cuda_svd_product
-from ._common import COMPILED, DTYPE_CODES, MAX_RANK, addresses, refuse_device, strides, table
+from . import cuda_svd_product
+from ._common import COMPILED, MAX_RANK, addresses, refuse_device, strides, table
 
 
 def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tensor, vs: list[Tensor]) -> tuple[bool, str]:
@@ -36,4 +38,4 @@ def grouped_svd_product(lefts: list[Tensor], rights: list[Tensor], us: list[Tens
     )
     count_launch()
     rank, code = ss.shape[1], DTYPE_CODES[lefts[0].dtype]
-    _csrc.svd_product(len(lefts), rows, code, lefts[0].shape[1], rank, ss.data_ptr(), torch.get_num_threads())
+    csrc.svd_product(len(lefts), rows, code, lefts[0].shape[1], rank, ss.data_ptr(), torch.get_num_threads())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..lists import compute_dtype as compute_dtype
-
 
 def always(*args: Any) -> tuple[bool, str]:
     """The reference takes every call."""

@@ -6,8 +6,9 @@ import math
 
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..registry import implements
-from ._common import always, compute_dtype
+from ._common import always
 
 
 def apply_map(matrix: Tensor, x: Tensor, rank_dim: int) -> Tensor:

@@ -7,8 +7,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..registry import implements
-from ._common import always, compute_dtype
+from ._common import always
 
 #: A term ``c P Qᵀ`` as (c, P, Q), or as (c, dense matrix, None).
 Weighted: TypeAlias = tuple[float | Tensor, Tensor, Tensor | None]

@@ -9,8 +9,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..registry import implements
-from ._common import always, compute_dtype
+from ._common import always
 
 START_SEED = 0x5EED
 #: Without a given number of iterations: at least this many, at most that many.

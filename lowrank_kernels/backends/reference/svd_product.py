@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..registry import implements
-from ._common import always, compute_dtype
+from ._common import always
 
 
 @implements("grouped_svd_product", "reference", always)

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lists import compute_dtype as compute_dtype
 from ..registry import Verdict, count_launch
 
 #: Whether kernels run in Triton's interpreter (decided when triton is imported).

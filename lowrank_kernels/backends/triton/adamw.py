@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
 from ._device import divide, root, scalar
-from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
+from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, Table, addresses, first_chunks, signature, table
 from ._tuned import configuration
 from .gram import GramSizes, launch_partials, launch_sum

@@ -25,9 +25,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
 from ._device import scalar
-from ._launch import INTERPRET, TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
+from ._launch import INTERPRET, TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tuned import configuration
 from .dropout import NOTHING, Drop, dropped, what_drops
 

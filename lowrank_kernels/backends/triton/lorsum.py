@@ -25,9 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
 from ._device import rounded, scalar
-from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
+from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, first_chunks, signature, table
 from .qr import _mode, load_tile, store_tile
 from .solve import cholesky_kernel, substitute, substitute_back

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
-from ._launch import compute_dtype, launch, on_device
+from ._launch import launch, on_device
 from .qr import Sizes, factorize
 from .svd_product import apply_cores, decompose_cores
 from .svd_product import verify as verify_product

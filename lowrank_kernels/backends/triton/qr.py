@@ -29,9 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
 from ._device import rounded
-from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device, padded_rank
+from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, Table, first_chunks, signature, table
 
 _LARGEST_RANK = 128

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
-from ._launch import TL_DTYPE, compute_dtype, device_verdict, launch, on_device
+from ._launch import TL_DTYPE, device_verdict, launch, on_device
 from .qr import Sizes, _exponent, apply_kernel, factorize, orthonormalize_column, power_of_two, rank_verdict, thin_table, vector
 
 _LARGEST_RANK = 64

@@ -17,7 +17,8 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
-from ...backends.lists import PLAIN, Gathered, compute_dtype, first_sparse_gradient, gather, signature
+from ...backends.dtypes import compute_dtype
+from ...backends.lists import PLAIN, Gathered, first_sparse_gradient, gather, signature
 from ...ops.adamw import adamw_as_gathered_
 from ...pairs import core_owners, factors_of, owners
 from .arguments import (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.lists import compute_dtype
+from ...backends.dtypes import compute_dtype
 
 #: Operation → its arguments, results included, from thin matrices and as many square ones.
 _ARGUMENTS: dict[str, Callable[[list[Tensor], Tensor], tuple[Any, ...]]] = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.lists import compute_dtype
+from ...backends.dtypes import compute_dtype
 from ...ops import grouped_gram, grouped_lorsum_product, grouped_qr
 from .distributed import DataParallelGroup
 from .pairing import FactorPair

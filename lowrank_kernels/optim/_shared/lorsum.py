@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...backends.lists import compute_dtype
+from ...backends.dtypes import compute_dtype
 from ...ops import grouped_gram, grouped_lorsum_product, grouped_solve
 
 

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ...backends.lists import PLAIN, compute_dtype
+from ...backends.dtypes import compute_dtype
+from ...backends.lists import PLAIN
 from .pairing import Position, name_at
 from .shards import is_sharded
 
