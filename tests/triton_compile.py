@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 from benchmarks.kernels import instructions
 from lowrank_kernels.backends.triton import (
     _launch,
+    _thin,
     adamw,
     dropout,
     gram,
@@ -76,7 +77,7 @@ def solve_case(rank: int, dtype: torch.dtype, accumulator: torch.dtype) -> None:
 def preconditioner_case(rank: int, dtype: torch.dtype, in_turn: bool = False) -> None:
     grams, (drifts, *out) = torch.empty(1, rank, rank, dtype=torch.float64), (torch.empty(1, rank, rank, dtype=dtype) for _ in range(3))
     xs = [torch.zeros(256, rank, dtype=dtype)]
-    chunks = (qr.thin_table("grouped_gram", xs, None, xs, 512), torch.empty(1, rank * rank, dtype=grams.dtype))
+    chunks = (_thin.thin_table("grouped_gram", xs, None, xs, 512), torch.empty(1, rank * rank, dtype=grams.dtype))
     preconditioner.precondition(grams, drifts, 1e-6, 1.0, False, *out, chunks if in_turn else None)
 
 

@@ -27,17 +27,17 @@ from ..registry import Verdict, implements
 from ._device import divide, root, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, Table, addresses, first_chunks, signature, table
+from ._thin import COLUMNS as THIN_COLUMNS
+from ._thin import thin_table
+from ._thin import vector as vector_length
 from ._tuned import configuration
 from .gram import GramSizes, launch_partials, launch_sum
-from .qr import COLUMNS as THIN_COLUMNS
-from .qr import thin_table
-from .qr import vector as vector_length
 
 #: Elements per program without maps: four per thread.
 BLOCK = 1024
 #: The longest tensor that is indexed element by element (rows and columns from 32-bit division).
 _LARGEST_STRIDED = 2**31 - BLOCK
-_LARGEST_RANK = 128
+LARGEST_RANK = 128
 #: Up to this (padded) rank D and the drifts are formed in registers.
 _LARGEST_FUSED = 32
 #: Tiles of rows per program that adds up drifts.
@@ -447,8 +447,8 @@ def verify(
             return False, f"{name} must have one element"
     if any(x is not None for x in (grad_maps, momentum_maps, param_maps, direction_maps, drifts)):
         rank = params[0].shape[rank_dims[0]]
-        if rank > _LARGEST_RANK:
-            return False, f"maps of rank {rank}: the kernel holds at most {_LARGEST_RANK}"
+        if rank > LARGEST_RANK:
+            return False, f"maps of rank {rank}: the kernel holds at most {LARGEST_RANK}"
         return verdict
     for x in (*params, *grads):
         if not x.is_contiguous():

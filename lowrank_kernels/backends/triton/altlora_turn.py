@@ -15,7 +15,7 @@ from torch import Tensor
 from ..lists import StepNumbers
 from ..registry import Verdict, implements
 from ._launch import device_verdict, on_device
-from .adamw import _LARGEST_RANK, moment_step
+from .adamw import LARGEST_RANK, moment_step
 from .gram import gram_chunks
 from .preconditioner import precondition
 
@@ -30,8 +30,8 @@ def verify(
     *others: object,
 ) -> Verdict:
     """Takes ranks up to 128; refuses other devices than a GPU."""
-    if behind.shape[-1] > _LARGEST_RANK:
-        return False, f"rank {behind.shape[-1]}: the kernels hold at most {_LARGEST_RANK}"
+    if behind.shape[-1] > LARGEST_RANK:
+        return False, f"rank {behind.shape[-1]}: the kernels hold at most {LARGEST_RANK}"
     return device_verdict([behind])
 
 

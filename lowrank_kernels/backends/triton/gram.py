@@ -16,8 +16,8 @@ from ..registry import Verdict, implements
 from ._device import scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Table
+from ._thin import COLUMNS, load_tile, thin_table, vector
 from ._tuned import configuration
-from .qr import COLUMNS, load_tile, thin_table, vector
 
 #: Elements of a result that one program of the summation adds up.
 SUM_BLOCK = 256

@@ -30,7 +30,7 @@ from ..registry import Verdict, implements
 from ._device import rounded, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, first_chunks, signature, table
-from .qr import _mode, load_tile, store_tile
+from ._thin import load_tile, store_tile, tile_mode
 from .solve import cholesky_kernel, substitute, substitute_back
 
 #: Up to which rank no register is spilled (tests/test_triton_aot.py), by the dtype of the arithmetic.
@@ -361,7 +361,7 @@ def _layout(us: list[Tensor], vs: list[Tensor], lefts: list[Tensor], rights: lis
 
 
 def _factor(x: Tensor) -> list[int]:
-    return [x.data_ptr(), *x.stride(), _mode(x)]
+    return [x.data_ptr(), *x.stride(), tile_mode(x)]
 
 
 @implements("grouped_lorsum", "triton", verify)

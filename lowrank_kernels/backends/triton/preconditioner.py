@@ -16,8 +16,8 @@ from ..registry import Verdict, implements
 from ._device import rounded, scalar
 from ._launch import device_verdict, launch, on_device, padded_rank
 from ._tables import Table
+from ._thin import COLUMNS
 from .gram import SUM_BLOCK, sum_of_chunks
-from .qr import COLUMNS
 from .solve import cholesky, substitute, substitute_back
 
 _LARGEST_RANK = 128

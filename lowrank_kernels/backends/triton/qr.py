@@ -22,8 +22,6 @@ On GPUs with slow fp64 the fp64 products dominate, not the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -33,41 +31,13 @@ from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
 from ._device import rounded
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
-from ._tables import Layout, Table, first_chunks, signature, table
+from ._thin import COLUMNS, exponent_of, load_tile, multiply, power_of_two, store_tile, thin_table, vector
 
 _LARGEST_RANK = 128
 _LARGEST_RANK_FP64 = 64
 #: κ (Frobenius, so an upper bound) up to which one pass is enough for fp32 results, and two are enough for any.
 _SINGLE_PASS = 1e4
 _DOUBLE_PASS = 3e7
-#: One row of the table: x, q, previous, rows, strides (row, column) of the three, modes of x and previous, first chunk, chunks, scratch row.
-COLUMNS = tl.constexpr(15)
-
-
-@triton.jit
-def load_tile(
-    pointer, mode, row, rows, first, rank, stride_d, stride_r, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, VECTOR: tl.constexpr
-):
-    """Rows ``row…`` and columns ``first…`` of a thin matrix as a (BLOCK_D, BLOCK_R) tile, zeros outside.
-
-    ``mode`` (from the table): 1, aligned rows; 2, aligned columns (a transposed factor); 0, anything.
-    """
-    d = tl.arange(0, BLOCK_D)
-    k = first + tl.arange(0, BLOCK_R)
-    # Hints must stand on values that are computed here: on arguments they are lost when the function is inlined.
-    # Names differ between the branches because a name must keep its type across them.
-    if mode == 1:
-        by_rows = tl.multiple_of(pointer + row * stride_d, 16)
-        row_mask = (row + d[:, None] < rows) & (k[None, :] < rank // VECTOR * VECTOR)
-        tile = tl.load(by_rows + d[:, None] * (stride_d // VECTOR * VECTOR) + k[None, :], mask=row_mask, other=0.0)
-    elif mode == 2:
-        by_columns = tl.multiple_of(pointer + row, 16)
-        column_mask = (k[:, None] < rank) & (d[None, :] < (rows - row) // VECTOR * VECTOR)
-        tile = tl.trans(tl.load(by_columns + k[:, None] * (stride_r // VECTOR * VECTOR) + d[None, :], mask=column_mask, other=0.0))
-    else:
-        any_mask = (row + d[:, None] < rows) & (k[None, :] < rank)
-        tile = tl.load(pointer + (row + d[:, None]) * stride_d + k[None, :] * stride_r, mask=any_mask, other=0.0)
-    return tile
 
 
 @triton.jit
@@ -160,22 +130,10 @@ def _scaled_gram(partials, scales, first_chunk, count, left, right, good, R: tl.
 
 
 @triton.jit
-def power_of_two(exponent):
-    """``2^exponent`` in fp64, for -1022 ≤ exponent ≤ 1023 (int64)."""
-    return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _exponent(x):
-    """``⌊log2 x⌋`` of normal positive fp64, -1023 for zero and denormals, 1024 for what is not finite."""
-    return ((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
-
-
-@triton.jit
 def _column_scales(diagonal, k, rank):
     """Powers of two that bring a Gram's diagonal into [1, 4), and whether every entry is in range for that."""
     good = (diagonal > 1e-250) & (diagonal < 1e250)
-    exponent = tl.where(good, _exponent(diagonal) >> 1, 0)
+    exponent = tl.where(good, exponent_of(diagonal) >> 1, 0)
     return power_of_two(-exponent), power_of_two(exponent), tl.max((~good & (k < rank)).to(tl.int32), axis=0) == 0
 
 
@@ -203,22 +161,6 @@ def _cholesky(a, target, R: tl.constexpr, TILE: tl.constexpr):
         solved = tl.sum(tl.where(i[:, None] == j, lower_inverse, 0.0), axis=0) * inverse_root
         lower_inverse = tl.where(i[:, None] == j, solved[None, :], lower_inverse - column[:, None] * solved[None, :])
     return tl.trans(lower_inverse), tl.sum(squares, axis=0), smallest
-
-
-@triton.jit
-def multiply(a, a_row, a_column, TRANSPOSE_A: tl.constexpr, b, b_row, b_column, R: tl.constexpr, TILE: tl.constexpr):
-    """The product of two tiles in memory (the first transposed, if asked for), 16 of the inner dimension at a time."""
-    i = tl.arange(0, TILE)
-    total = tl.zeros([TILE, TILE], a.dtype.element_ty)
-    for first in range(0, TILE, 16):
-        k = first + tl.arange(0, 16)
-        if TRANSPOSE_A:
-            left = tl.trans(tl.load(a + (a_row + k[:, None]) * R + a_column + i[None, :]))
-        else:
-            left = tl.load(a + (a_row + i[:, None]) * R + a_column + k[None, :])
-        right = tl.load(b + (b_row + k[:, None]) * R + b_column + i[None, :])
-        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=a.dtype.element_ty)
-    return total
 
 
 @triton.jit
@@ -418,26 +360,6 @@ def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride,
 
 
 @triton.jit
-def store_tile(pointer, value, row, rows, first, columns, stride_d, stride_r, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The counterpart of :func:`load_tile`; whether rows are aligned is found out here."""
-    VECTOR: tl.constexpr = 128 // value.dtype.primitive_bitwidth
-    d = tl.arange(0, BLOCK_D)
-    k = first + tl.arange(0, BLOCK_R)
-    mask = (row + d[:, None] < rows) & (k[None, :] < columns)
-    if stride_r == 1:
-        if (pointer.to(tl.int64) % 16 == 0) & (stride_d % VECTOR == 0) & (columns % VECTOR == 0):
-            by_rows = tl.multiple_of(pointer + row * stride_d, 16)
-            row_mask = (row + d[:, None] < rows) & (k[None, :] < columns // VECTOR * VECTOR)
-            tl.store(by_rows + d[:, None] * (stride_d // VECTOR * VECTOR) + k[None, :], value, mask=row_mask)
-        else:
-            tl.store(pointer + (row + d[:, None]) * stride_d + k[None, :], value, mask=mask)
-    elif stride_d == 1:
-        tl.store(pointer + k[:, None] * stride_r + row + d[None, :], tl.trans(value), mask=tl.trans(mask))
-    else:
-        tl.store(pointer + (row + d[:, None]) * stride_d + k[None, :] * stride_r, value, mask=mask)
-
-
-@triton.jit
 def _project_out(work, work_d, work_r, rows, j, R: tl.constexpr, BLOCK_D: tl.constexpr):
     """``v ← v - Q(Qᵀv)`` for column j against columns < j of ``work``, in fp64; returns ``Qᵀv`` (R) and ‖v‖² after."""
     k = tl.arange(0, R)
@@ -553,7 +475,7 @@ def guarded_kernel(tensors, levels, scratch, rs, rank, tolerance: tl.float64, X:
         for i in range(rank):
             tl.store(r_base + i * rank + k, tl.full([R], float("nan"), COMPUTE), mask=k < rank)
         return
-    exponents = tl.where(largest > 0, tl.maximum(_exponent(largest), -1022) + 1, 0)
+    exponents = tl.where(largest > 0, tl.maximum(exponent_of(largest), -1022) + 1, 0)
 
     for j in range(rank):
         exponent = tl.sum(tl.where(k == j, exponents, 0), axis=0)
@@ -606,44 +528,6 @@ class Sizes:
     def apply_options(self, two_stages: bool = False) -> dict[str, int]:
         """Launch options of ``apply_kernel``: fewer tiles of 64 × 64 weights are prefetched than Triton's three, which do not fit any GPU."""
         return {"num_warps": self.warps} | ({"num_stages": 1 if two_stages else 2} if self.R == 64 else {})
-
-
-def vector(dtype: torch.dtype) -> int:
-    """Elements of a 16-byte load."""
-    return 16 // dtype.itemsize
-
-
-def _mode(x: Tensor) -> int:
-    """How ``load_tile`` may read ``x``: 1 by aligned rows, 2 by aligned columns, 0 element by element."""
-    rows, rank = x.shape
-    stride_d, stride_r = x.stride()
-    width = vector(x.dtype)
-    if x.data_ptr() % 16:
-        return 0
-    if stride_r == 1 and stride_d % width == 0 and rank % width == 0:
-        return 1
-    if stride_d == 1 and stride_r % width == 0 and rows % width == 0:
-        return 2
-    return 0
-
-
-def thin_layout(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], chunk: int) -> Layout:
-    """The table of a ragged list of thin matrices and of what is written for them."""
-    counts = [triton.cdiv(x.shape[0], chunk) for x in xs]
-    starts = first_chunks(counts)
-    rows, scratch_row = [], 0
-    for i, (x, q) in enumerate(zip(xs, qs, strict=True)):
-        p = x if previous is None else previous[i]
-        rows.append((x.data_ptr(), q.data_ptr(), p.data_ptr(), x.shape[0], *x.stride(), *q.stride(), *p.stride(), _mode(x), _mode(p),
-                     starts[i], counts[i], scratch_row))  # fmt: skip
-        scratch_row += x.shape[0]
-    return Layout(rows, counts, (scratch_row,))
-
-
-def thin_table(operation: str, xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], chunk: int) -> Table:
-    """The cached device table of :func:`thin_layout`."""
-    key = (chunk, signature(xs), signature(previous or ()), signature(qs))
-    return table(operation, xs[0].device, key, lambda: thin_layout(xs, previous, qs, chunk))
 
 
 def factorize(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..registry import Verdict, implements
 from ._device import divide, root, rounded, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
+from ._thin import COLUMNS, load_tile, multiply, store_tile, thin_table, vector
 from ._tuned import configuration
-from .qr import COLUMNS, load_tile, multiply, store_tile, thin_table, vector
 
 _LARGEST_RANK = 128
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
 from ._launch import TL_DTYPE, device_verdict, launch, on_device
-from .qr import Sizes, _exponent, apply_kernel, factorize, orthonormalize_column, power_of_two, rank_verdict, thin_table, vector
+from ._thin import exponent_of, power_of_two, thin_table, vector
+from .qr import Sizes, apply_kernel, factorize, orthonormalize_column, rank_verdict
 
 _LARGEST_RANK = 64
 _MAX_SWEEPS = 40
@@ -34,7 +35,7 @@ def _load_core(pointer, k, K: tl.constexpr):
     tile = tl.load(pointer + i[:, None] * k + i[None, :], mask=(i[:, None] < k) & (i[None, :] < k), other=0.0)
     size = tl.abs(tile)
     size = tl.where(size < float("inf"), size, float("inf"))
-    return tile, _exponent(tl.max(tl.max(size, axis=1), axis=0))
+    return tile, exponent_of(tl.max(tl.max(size, axis=1), axis=0))
 
 
 @triton.jit
