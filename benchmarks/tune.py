@@ -75,13 +75,13 @@ def problems(rank: int, dtype: torch.dtype, device: torch.device, tokens: int, w
     y, of_a = torch.empty_like(x), torch.empty_like(a)
 
     def expand() -> Tensor:
-        lora_linear._expand(y, x, None, 0.5, hidden, b, hidden, b, False)
+        lora_linear.expand(y, x, None, 0.5, hidden, b, hidden, b, False)
         return y
 
-    yield pure("project", (dtype,), lambda: lora_linear._project(x, None, 1.0, a.mT, q.mT, True))
+    yield pure("project", (dtype,), lambda: lora_linear.project(x, None, 1.0, a.mT, q.mT, True))
     yield pure("expand", (dtype,), expand)
-    yield pure("token_sum", (dtype,), lambda: lora_linear._token_sum(hidden, x, None, 0.5, of_a, 1, width))
-    yield pure("output_grads", (dtype,), lambda: lora_linear._output_grads(x, hidden, b, b, 1.0, 0.5))
+    yield pure("token_sum", (dtype,), lambda: lora_linear.token_sum(hidden, x, None, 0.5, of_a, 1, width))
+    yield pure("output_grads", (dtype,), lambda: lora_linear.output_grads(x, hidden, b, b, 1.0, 0.5))
     factors = [draw(width, rank) for _ in range(layers)]
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     for accumulator in dict.fromkeys((torch.float64, sums)):

@@ -565,8 +565,8 @@ def test_entries_that_32_bits_cannot_reach_are_copied(monkeypatch: pytest.Monkey
     seen: list[Tensor] = []
     monkeypatch.setattr(lora_linear, "launch", lambda kernel, grid, *args, **options: seen.append(args[1 if len(seen) == 1 else 0]))
     far, factor = torch.empty_strided((4, 8), (1, 1 << 29), device="meta"), torch.empty_strided((8, 2), (2, 1), device="meta")
-    lora_linear._project(far, None, 1.0, factor, None, False)
-    lora_linear._token_sum(torch.empty_strided((4, 2), (2, 1), device="meta"), far, None, 1.0, factor.mT, 1, 8)
+    lora_linear.project(far, None, 1.0, factor, None, False)
+    lora_linear.token_sum(torch.empty_strided((4, 2), (2, 1), device="meta"), far, None, 1.0, factor.mT, 1, 8)
     assert [x.stride() for x in seen] == [(8, 1), (8, 1)]
 
 

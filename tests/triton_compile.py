@@ -126,8 +126,8 @@ def mask_case() -> None:
 def core_case(rank: int, dtype: torch.dtype) -> None:
     """The projections that multiply by the core too; what follows them are the kernels of plain LoRA."""
     x, a, core = torch.zeros(1024, 64, dtype=dtype), torch.zeros(rank, 64, dtype=dtype), torch.zeros(rank, rank, dtype=wide(dtype))
-    lora_linear._project(x, None, 1.0, a.mT, None, True, mix=core.mT)
-    lora_linear._project(x, None, 1.0, a.mT.contiguous(), None, False, mix=core)
+    lora_linear.project(x, None, 1.0, a.mT, None, True, mix=core.mT)
+    lora_linear.project(x, None, 1.0, a.mT.contiguous(), None, False, mix=core)
 
 
 def lorsum_case(rank: int, dtype: torch.dtype) -> None:

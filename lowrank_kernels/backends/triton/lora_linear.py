@@ -211,7 +211,7 @@ def _addressable(x: Tensor) -> Tensor:
     return x if x.shape[1] * x.stride(1) < 1 << 31 else x.contiguous()
 
 
-def _project(
+def project(
     x: Tensor, drop: Drop | None, factor: float, first: Tensor, second: Tensor | None, by_rank: bool, mix: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """``P₁ = factor · x̃ F₁`` and P₂ likewise, (tokens, r) each, for factors (d, r) (views of (r, d) ones: ``by_rank``).
@@ -234,8 +234,8 @@ def _project(
     return out, other
 
 
-def _expand(y: Tensor, base: Tensor | None, drop: Drop | None, factor: float, first_h: Tensor, first: Tensor, second_h: Tensor | None,
-            second: Tensor | None, by_rank: bool) -> None:  # fmt: skip
+def expand(y: Tensor, base: Tensor | None, drop: Drop | None, factor: float, first_h: Tensor, first: Tensor, second_h: Tensor | None,
+           second: Tensor | None, by_rank: bool) -> None:  # fmt: skip
     """``y = base + factor · (H₁F₁ᵀ + H₂F₂ᵀ)``, the product less what ``drop`` drops; a base of None is zero, and y itself may be it.
 
     Rows of H are contiguous.
@@ -254,7 +254,7 @@ def _expand(y: Tensor, base: Tensor | None, drop: Drop | None, factor: float, fi
                BY_RANK=by_rank, **kinds.options)  # fmt: skip
 
 
-def _token_sum(hidden: Tensor, x: Tensor, drop: Drop | None, factor: float, out: Tensor, out_d: int, out_k: int) -> Tensor:
+def token_sum(hidden: Tensor, x: Tensor, drop: Drop | None, factor: float, out: Tensor, out_d: int, out_k: int) -> Tensor:
     """``factor · Σ_t H[t, k] x̃[t, d]`` into ``out``, contiguous, whose strides for d and k are given."""
     x = _addressable(x)
     tokens, length = x.shape
@@ -276,7 +276,7 @@ def _add_splits(partials: Tensor, out: Tensor, factor: float) -> Tensor:
     return out
 
 
-def _output_grads(
+def output_grads(
     grad: Tensor, hidden: Tensor, first: Tensor, second: Tensor | None, factor: float, factor_b: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``factor·∂y F₁``, ``factor·∂y F₂`` (tokens, r) and ``factor_b·∂yᵀ H`` (d_out, r).
@@ -290,8 +290,8 @@ def _output_grads(
     columns = kinds.BLOCK_D
     factors = 1 if second is None else 2
     if not tokens or 2 * compute_dtype(grad.dtype).itemsize * kinds.R * factors > 0.75 * columns * grad.dtype.itemsize:
-        through_first, through_second = _project(grad, None, factor, first, second, False)
-        return through_first, through_second, _token_sum(hidden, grad, None, factor_b, grad.new_empty(length, rank), rank, 1)
+        through_first, through_second = project(grad, None, factor, first, second, False)
+        return through_first, through_second, token_sum(hidden, grad, None, factor_b, grad.new_empty(length, rank), rank, 1)
     across = triton.cdiv(length, columns)
     splits = max(1, min(triton.cdiv(_FILL, across), tokens // (4 * kinds.BLOCK_T)))
     per_split = triton.cdiv(triton.cdiv(tokens, splits), kinds.BLOCK_T) * kinds.BLOCK_T
@@ -305,7 +305,7 @@ def _output_grads(
     return through[0], None if second is None else through[1], _add_splits(sums, grad.new_empty(length, rank), factor_b)
 
 
-def _verify(x: Tensor, others: tuple[Tensor | None, ...], rank: int) -> Verdict:
+def call_verdict(x: Tensor, others: tuple[Tensor | None, ...], rank: int) -> Verdict:
     if rank > _LARGEST_RANK:
         return False, f"rank {rank}: the kernels hold at most {_LARGEST_RANK}"
     for other in others:
@@ -329,7 +329,7 @@ def verify(
     seed: Tensor | None = None,
 ) -> Verdict:
     """Refuses ranks above 128, mixed dtypes, and other devices than a GPU."""
-    return _verify(x, (weight, bias, a, b, q_a, q_b), a.shape[0])
+    return call_verdict(x, (weight, bias, a, b, q_a, q_b), a.shape[0])
 
 
 @implements("lora_linear", "triton", verify)
@@ -352,20 +352,20 @@ def lora_linear(
     with on_device(x):
         if decoupled:
             assert q_a is not None and q_b is not None
-            first, hidden = _project(x, drop, 1.0 / keep, a.mT, q_a.mT, True)
+            first, hidden = project(x, drop, 1.0 / keep, a.mT, q_a.mT, True)
             assert hidden is not None
         elif core is not None:
-            hidden, first = _project(x, drop, 1.0 / keep, a.mT, None, True, mix=core.mT)
+            hidden, first = project(x, drop, 1.0 / keep, a.mT, None, True, mix=core.mT)
         else:
-            first, _ = _project(x, drop, 1.0 / keep, a.mT, None, True)
+            first, _ = project(x, drop, 1.0 / keep, a.mT, None, True)
             hidden = first
         base = None if weight is None else F.linear(x, weight, bias).contiguous()
         y = x.new_empty(x.shape[0], b.shape[0]) if base is None else base
         if decoupled:
             assert q_b is not None
-            _expand(y, base, None, scale, first, q_b, hidden, b, False)
+            expand(y, base, None, scale, first, q_b, hidden, b, False)
         else:
-            _expand(y, base, None, scale, first, b, None, None, False)
+            expand(y, base, None, scale, first, b, None, None, False)
     return y, hidden
 
 
@@ -386,7 +386,7 @@ def verify_backward(
     seed: Tensor | None = None,
 ) -> Verdict:
     """Refuses ranks above 128, mixed dtypes, and other devices than a GPU."""
-    return _verify(grad, (x, weight, a, b, q_a, q_b, hidden if core is None else None), a.shape[0])
+    return call_verdict(grad, (x, weight, a, b, q_a, q_b, hidden if core is None else None), a.shape[0])
 
 
 @implements("lora_linear_backward", "triton", verify_backward)
@@ -414,18 +414,18 @@ def lora_linear_backward(
     with on_device(grad):
         if core is None and need_b and (need_x or need_a):
             second = b if need_x and q_b is not None else None
-            through_a, through_b, grad_b = _output_grads(grad, hidden, b if q_b is None else q_b, second, 1.0, scale)
+            through_a, through_b, grad_b = output_grads(grad, hidden, b if q_b is None else q_b, second, 1.0, scale)
         elif need_x and q_a is not None and q_b is not None:
-            through_a, through_b = _project(grad, None, 1.0, q_b, b, False)
+            through_a, through_b = project(grad, None, 1.0, q_b, b, False)
         elif core is not None and (need_x or need_a or need_core):
-            on_b, through_a = _project(grad, None, 1.0, b, None, False, mix=core)
+            on_b, through_a = project(grad, None, 1.0, b, None, False, mix=core)
             through_b = None
         elif need_x or need_a:
-            through_a, through_b = _project(grad, None, 1.0, b if q_b is None else q_b, None, False)
+            through_a, through_b = project(grad, None, 1.0, b if q_b is None else q_b, None, False)
         if need_x:
             base = None if weight is None else (grad @ weight).contiguous()
             grad_x = grad.new_empty(grad.shape[0], a.shape[1]) if base is None else base
-            _expand(grad_x, base, drop, scale / keep, through_a, a.mT, through_b, None if q_a is None else q_a.mT, True)
+            expand(grad_x, base, drop, scale / keep, through_a, a.mT, through_b, None if q_a is None else q_a.mT, True)
             out.append(grad_x)
         if need_weight:
             out.append(grad.mT @ x)
@@ -433,13 +433,13 @@ def lora_linear_backward(
             out.append(grad.sum(dim=0))
         if need_a:
             rank, d_in = a.shape
-            out.append(_token_sum(through_a, x, drop, scale / keep, grad.new_empty(rank, d_in), 1, d_in))
+            out.append(token_sum(through_a, x, drop, scale / keep, grad.new_empty(rank, d_in), 1, d_in))
         if grad_b is not None:
             out.append(grad_b)
         elif need_b:
             d_out, rank = b.shape
             on_a = hidden if core is None else (hidden @ core.mT).to(grad.dtype)
-            out.append(_token_sum(on_a, grad, None, scale, grad.new_empty(d_out, rank), rank, 1))
+            out.append(token_sum(on_a, grad, None, scale, grad.new_empty(d_out, rank), rank, 1))
         if need_core:
-            out.append(_token_sum(on_b, hidden, None, scale, torch.empty_like(core), 1, len(core)))
+            out.append(token_sum(on_b, hidden, None, scale, torch.empty_like(core), 1, len(core)))
     return out
