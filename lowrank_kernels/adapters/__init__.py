@@ -1,7 +1,8 @@
 """Modules that hold low-rank factors, and what turns a model into an adapted one and back."""
 
 from .adapt import adapt
-from .io import adapter_state_dict, export_peft, load_adapter, load_adapter_state_dict, save_adapter
+from .export import export_peft
+from .io import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
 from .layer import LowRankLinear
 from .merge import delta_weights, merge, unmerge
 from .shared import share_inputs

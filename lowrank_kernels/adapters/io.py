@@ -1,26 +1,23 @@
-"""Adapters on disk: our own safetensors files, and export as a PEFT adapter folder."""
+"""Adapters on disk: our own safetensors files."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
 import secrets
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..ops import grouped_svd_product
 from ..optim._shared.shards import is_sharded
 from ._model import adapted_layers, check_model, clean_name
 from .adapt import check_settings, check_unadapted, install
@@ -59,7 +56,7 @@ def _factor_tensors(layer: LowRankLinear) -> dict[str, Tensor]:
     return {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
 
 
-def _trained_modules(root: nn.Module) -> dict[str, nn.Module]:
+def trained_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Modules outside the adapters that own a trainable parameter, by name."""
     return {
         name: module
@@ -68,7 +65,7 @@ def _trained_modules(root: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _bare_name(name: str, layers: Mapping[str, LowRankLinear]) -> str:
+def bare_name(name: str, layers: Mapping[str, LowRankLinear]) -> str:
     """The name that a parameter, buffer or module had before the model was adapted: without ``base_layer`` and wrappers' names."""
     parts = clean_name(name).split(".")
     for i, part in enumerate(parts):
@@ -77,24 +74,24 @@ def _bare_name(name: str, layers: Mapping[str, LowRankLinear]) -> str:
     return ".".join(parts)
 
 
-def _live_tensors(root: nn.Module) -> dict[str, Tensor]:
+def live_tensors(root: nn.Module) -> dict[str, Tensor]:
     """What :func:`adapter_state_dict` saves, as the model's own tensors."""
     layers = adapted_layers(root)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors |= {_join(name, key): tensor for key, tensor in _factor_tensors(layer).items()}
+        tensors |= {joined(name, key): tensor for key, tensor in _factor_tensors(layer).items()}
     seen: set[int] = set()
-    for name, module in _trained_modules(root).items():
+    for name, module in trained_modules(root).items():
         own: dict[str, Tensor] = {key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad}
         own |= {key: b for key, b in module.named_buffers(recurse=False) if key not in module._non_persistent_buffers_set}
         for key, tensor in own.items():
             if id(tensor) not in seen:  # tied parameters are saved under their first name
                 seen.add(id(tensor))
-                tensors[_bare_name(_join(name, key), layers)] = tensor
+                tensors[bare_name(joined(name, key), layers)] = tensor
     return tensors
 
 
-def _join(name: str, key: str) -> str:
+def joined(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
@@ -110,11 +107,11 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: the model has no adapters of :func:`~lowrank_kernels.adapt`.
     """
     root = check_model("adapter_state_dict", model)
-    _require_adapters("adapter_state_dict", root)
-    return {name: tensor.detach() for name, tensor in _live_tensors(root).items()}
+    require_adapters("adapter_state_dict", root)
+    return {name: tensor.detach() for name, tensor in live_tensors(root).items()}
 
 
-def _require_adapters(function: str, root: nn.Module) -> dict[str, LowRankLinear]:
+def require_adapters(function: str, root: nn.Module) -> dict[str, LowRankLinear]:
     layers = adapted_layers(root)
     if not layers:
         raise ValueError(f"{function}: the model has no adapter of `lowrank_kernels.adapt`")
@@ -137,7 +134,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], stric
         TypeError, ValueError: names, shapes or dtypes do not fit; nothing was changed.
     """
     root = check_model("load_adapter_state_dict", model)
-    layers = _require_adapters("load_adapter_state_dict", root)
+    layers = require_adapters("load_adapter_state_dict", root)
     _check_state("load_adapter_state_dict", state)
     state, starts = _split_starts("load_adapter_state_dict", root, layers, state)
     incompatible, copies = _plan("load_adapter_state_dict", root, state, strict)
@@ -160,14 +157,14 @@ def _split_starts(
     rest, starts = dict(state), {}
     for name, layer in layers.items():
         own = [x for x in (layer.start_A, layer.start_B) if x is not None]
-        a, b = (rest.get(_join(name, key)) for key in START)
+        a, b = (rest.get(joined(name, key)) for key in START)
         if not own and a is not None and b is not None:
             if (a.shape, b.shape) != (layer.lora_A.shape, layer.lora_B.shape) or layer.method != "lora":
                 raise ValueError(f"{function}: {name!r} cannot be started by factors of shapes {tuple(a.shape)} and {tuple(b.shape)}")
-            starts[name] = (rest.pop(_join(name, START[0])), rest.pop(_join(name, START[1])))
+            starts[name] = (rest.pop(joined(name, START[0])), rest.pop(joined(name, START[1])))
         elif (
             own
-            and _join(name, "lora_A") in rest
+            and joined(name, "lora_A") in rest
             and not all(x is not None and torch.equal(x.cpu(), mine.cpu()) for x, mine in zip((a, b), own, strict=True))
         ):
             raise ValueError(
@@ -182,9 +179,9 @@ def _plan(
     function: str, root: nn.Module, state: Mapping[str, Tensor], strict: bool
 ) -> tuple[IncompatibleKeys, list[tuple[Tensor, Tensor]]]:
     """Check ``state`` against the model; return what does not fit together and the pairs (of the model, of the file) to copy."""
-    expected = _live_tensors(root)
+    expected = live_tensors(root)
     layers = adapted_layers(root)
-    known = {_bare_name(name, layers): t for name, t in (*root.named_parameters(), *root.named_buffers())} | expected
+    known = {bare_name(name, layers): t for name, t in (*root.named_parameters(), *root.named_buffers())} | expected
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in known or (strict and name not in expected)]
     if strict and (missing or unexpected):
@@ -244,14 +241,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     on_meta = [name for name, tensor in state.items() if tensor.is_meta]
     if on_meta:
         raise ValueError(f"save_adapter: {on_meta[0]} is on the meta device and has no values to save")
-    _refuse_shards("save_adapter", state)
+    refuse_shards("save_adapter", state)
     layers = adapted_layers(check_model("save_adapter", model))
     settings = {name: asdict(LayerSettings(x.rank, x.scale, x.method, x.dropout)) for name, x in layers.items()}
     metadata = json.dumps({"format_version": FORMAT_VERSION, "layers": settings}, ensure_ascii=False)
-    _write_atomically(path, lambda temporary: save_file(_unshared(state), temporary, {"format": "pt", METADATA_KEY: metadata}))
+    write_atomically(path, lambda temporary: save_file(unshared(state), temporary, {"format": "pt", METADATA_KEY: metadata}))
 
 
-def _refuse_shards(function: str, state: Mapping[str, Tensor]) -> None:
+def refuse_shards(function: str, state: Mapping[str, Tensor]) -> None:
     sharded = next((name for name, tensor in state.items() if is_sharded(tensor)), None)
     if sharded is not None:
         raise ValueError(
@@ -261,7 +258,7 @@ def _refuse_shards(function: str, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """safetensors refuses tensors that share memory (views of one flat buffer, say): give each its own."""
     storages = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values() if tensor.numel())
     return {
@@ -270,7 +267,7 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
     """Let ``write`` make a file beside ``path``, put it on the disk, and only then give it its name."""
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -380,7 +377,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     state, starts = _split_starts("load_adapter", root, new, state)
     # The rest of the file is checked against the bare model (the names do not depend on the adapters), so that nothing
     # is changed before everything fits.
-    factors = {_join(name, key): tensor for name, layer in new.items() for key, tensor in _factor_tensors(layer).items()}
+    factors = {joined(name, key): tensor for name, layer in new.items() for key, tensor in _factor_tensors(layer).items()}
     for name, target in factors.items():
         if target.is_meta:
             raise ValueError(f"load_adapter: {name} would be on the meta device; materialize the model first")
@@ -418,181 +415,3 @@ def _check_same_settings(settings: Mapping[str, LayerSettings], layers: Mapping[
     missing = [name for name in layers if name not in settings]
     if missing and strict:
         raise ValueError(f"load_adapter: the model has adapters that the file has not: {_some(missing)}")
-
-
-def export_peft(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    base_model_name_or_path: str | None = None,
-    *,
-    rank: int | None = None,
-) -> dict[str, float]:
-    """Write the adapters as a PEFT adapter folder (``adapter_config.json``, ``adapter_model.safetensors``), which
-    ``peft.PeftModel.from_pretrained(base_model, folder)`` loads.
-
-    A decoupled layer is the LoRA of rank 2r ``lora_A = [A; Q_Aᵀ]``, ``lora_B = [Q_B B]`` with ``lora_alpha = 2·r·s``, exactly;
-    a plain one stays as it is; ``s·B R A`` becomes the plain ``s·(B R) A``, multiplied out in fp32 at least. One that PiSSA or LoRA-GA
-    started becomes the LoRA of rank 2r ``[A; A₀]``, ``[B −B₀]`` over the original W0, exactly: PEFT loads it over the base model as it is
-    published.
-    ``rank`` asks for at most that rank: a larger layer is replaced by its best approximation, the truncated SVD of ΔW through the thin
-    factors. Straight after a refresh of the bases a decoupled layer has rank r, and its rank-r export is exact to rounding.
-
-    Args:
-        model: adapted by :func:`~lowrank_kernels.adapt`; not changed.
-        folder: created if need be; the two files in it are replaced.
-        base_model_name_or_path: noted in the configuration; None takes the model's own ``name_or_path``.
-        rank: the largest rank to write; None writes everything exactly.
-
-    Returns:
-        ``{layer name: ‖ΔW_written − ΔW‖_F / ‖ΔW‖_F}``; 0 where the layer is written exactly.
-
-    Raises:
-        TypeError, ValueError: no adapters, sharded ones (FSDP2), a bad rank, or trained parameters outside the adapters that PEFT's
-            ``modules_to_save`` cannot express. Nothing was written then.
-    """
-    root = check_model("export_peft", model)
-    layers = _require_adapters("export_peft", root)
-    places = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
-    for name, layer in layers.items():
-        if places[id(layer)] > 1:
-            raise ValueError(f"export_peft: {name!r} stands in the model under several names; PEFT would adapt the first only")
-    if rank is not None and (not isinstance(rank, Integral) or isinstance(rank, bool)):
-        raise TypeError(f"export_peft: rank must be an integer or None, got {rank!r}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"export_peft: rank must be at least 1, got {rank}")
-    _refuse_shards("export_peft", _live_tensors(root))
-    saved = _peft_saved_modules(root, layers)
-    factors, errors = _peft_factors(layers, rank)
-    config = _peft_config(root, layers, factors, saved, base_model_name_or_path)
-    prefix = "base_model.model."
-    tensors: dict[str, Tensor] = {}
-    for name, (a, b) in factors.items():
-        tensors |= {f"{prefix}{name}.lora_A.weight": a, f"{prefix}{name}.lora_B.weight": b}
-    for name, module in saved.items():
-        tensors |= {f"{prefix}{name}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
-    tensors = _unshared({name: tensor.contiguous() for name, tensor in tensors.items()})
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    _write_atomically(Path(folder) / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-    def write_config(path: str) -> None:
-        Path(path).write_text(text, encoding="utf-8")
-
-    _write_atomically(Path(folder) / "adapter_config.json", write_config)
-    return errors
-
-
-@torch.no_grad()
-def _peft_factors(layers: Mapping[str, LowRankLinear], rank: int | None) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
-    """``{name: (lora_A, lora_B)}`` with ``ΔW = s·lora_B @ lora_A``, and the relative errors."""
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, layer in layers.items():
-        a, b = layer.lora_A.detach(), layer.lora_B.detach()
-        if layer.decoupled:
-            a, b = torch.cat([a, layer.q_a]), torch.cat([layer.q_b, b], dim=1)
-        elif layer.method == "xs":
-            core = layer.lora_R.detach()
-            a, b = a.to(core.dtype), b.to(core.dtype) @ core
-        elif layer.start_A is not None and layer.start_B is not None:
-            a, b = torch.cat([a, layer.start_A]), torch.cat([b, -layer.start_B], dim=1)
-        factors[name] = (a, b)
-    errors = dict.fromkeys(layers, 0.0)
-    groups: dict[tuple[int, torch.dtype, torch.device], list[str]] = {}
-    for name, (a, _) in factors.items():
-        if rank is not None and a.shape[0] > rank:
-            groups.setdefault((a.shape[0], a.dtype, a.device), []).append(name)
-    for (inner, dtype, _), names in groups.items():
-        assert rank is not None
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        lefts = [factors[name][1].to(compute) for name in names]
-        rights = [factors[name][0].mT.to(compute) for name in names]
-        for name, (u, s, v) in zip(names, _truncated_svds(lefts, rights, inner), strict=True):
-            root = s[:rank].sqrt()
-            factors[name] = ((root[:, None] * v[:, :rank].mT).to(dtype), (u[:, :rank] * root).to(dtype))
-            total = float(s.square().sum())
-            errors[name] = math.sqrt(float(s[rank:].square().sum()) / total) if total else 0.0
-    return factors, errors
-
-
-def _truncated_svds(lefts: list[Tensor], rights: list[Tensor], inner: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """All ``inner`` singular triples of ``left_i @ right_iᵀ`` (fewer where the layer itself is smaller than that)."""
-    tall = [i for i, (left, right) in enumerate(zip(lefts, rights, strict=True)) if min(len(left), len(right)) >= inner]
-    us, ss, vs = grouped_svd_product([lefts[i] for i in tall], [rights[i] for i in tall], inner)
-    found = dict(zip(tall, zip(us, ss, vs, strict=True), strict=True))
-    for i, (left, right) in enumerate(zip(lefts, rights, strict=True)):
-        if i not in found:  # 2r > min(d): the layer is as small as its adapter, and so is the product
-            u, s, vh = torch.linalg.svd(left @ right.mT, full_matrices=False)
-            found[i] = (u, s, vh.mT)
-    return [found[i] for i in range(len(lefts))]
-
-
-def _peft_matches(root: nn.Module, suffixes: list[str]) -> set[str]:
-    """The modules that PEFT will match with a list of names in a model like ours before it was adapted."""
-    return {name for name in _bare_modules(root) if any(name == s or name.endswith(f".{s}") for s in suffixes)}
-
-
-def _bare_modules(root: nn.Module) -> list[str]:
-    """The names of the modules of the model before it was adapted."""
-    layers = adapted_layers(root)
-    return list(dict.fromkeys(_bare_name(name, layers) for name, _ in root.named_modules()))
-
-
-def _peft_targets(root: nn.Module, names: list[str]) -> list[str] | str:
-    """The shortest ``target_modules`` by which PEFT finds these layers and no other module."""
-    by_suffix = sorted({name.rpartition(".")[2] for name in names})
-    for candidate in (by_suffix, sorted(names)):
-        if _peft_matches(root, candidate) == set(names):
-            return candidate
-    return "|".join(re.escape(name) for name in sorted(names))
-
-
-def _peft_saved_modules(root: nn.Module, layers: Mapping[str, LowRankLinear]) -> dict[str, nn.Module]:
-    """The trained modules outside the adapters, as PEFT's ``modules_to_save``: whole modules, found by the end of their names."""
-    saved: dict[str, nn.Module] = {}
-    for raw, module in _trained_modules(root).items():
-        name = clean_name(raw)
-        inside = [layer for layer in layers if layer == name or layer.startswith(_join(name, "")) or name.startswith(f"{layer}.")]
-        if not name or inside:
-            what = "the model itself" if not name else repr(name)
-            raise ValueError(f"export_peft: {what} has trainable parameters beside adapters, which PEFT's modules_to_save cannot express")
-        if not any(name.startswith(f"{other}.") for other in saved):
-            also = [other for other in _bare_modules(root) if other.endswith(name) and other != name]
-            if also:
-                raise ValueError(f"export_peft: PEFT would take {also[0]!r} for the trained module {name!r}: it looks at the ends of names")
-            saved[name] = module
-    return saved
-
-
-def _peft_config(
-    root: nn.Module,
-    layers: Mapping[str, LowRankLinear],
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    saved: Mapping[str, nn.Module],
-    base_model_name_or_path: str | None,
-) -> dict[str, Any]:
-    # PEFT applies s = lora_alpha / r.
-    settings = {name: (len(factors[name][0]), len(factors[name][0]) * layer.scale) for name, layer in layers.items()}
-    (common_rank, common_alpha), _ = Counter(settings.values()).most_common(1)[0]
-    # PEFT looks for `(.*\.)?(key)$`: the `^` makes the key a full name.
-    patterns = {name: (f"^{re.escape(name)}", *value) for name, value in settings.items()}
-    config = getattr(root, "config", None)
-    if base_model_name_or_path is None:
-        base_model_name_or_path = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_model_name_or_path,
-        "inference_mode": True,
-        "r": common_rank,
-        "lora_alpha": common_alpha,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "target_modules": _peft_targets(root, list(layers)),
-        "modules_to_save": sorted(saved) or None,
-        "rank_pattern": {key: r for key, r, _ in patterns.values() if r != common_rank},
-        "alpha_pattern": {key: alpha for key, _, alpha in patterns.values() if alpha != common_alpha},
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..backends.dtypes import compute_dtype
 from ..pairs import Pair, pairs
 from ._model import adapted_layers, check_model, clean_name, replace_modules
 from .layer import LowRankLinear, is_plain
@@ -119,7 +120,7 @@ def _foreign_delta(pair: Pair) -> Tensor:
     if isinstance(variants, dict) and adapter in variants:
         raise ValueError(f"delta_weights: {pair.name!r} uses {type(variants[adapter]).__name__}, its update is not s·B A")
     active = getattr(layer, "active_adapters", None)
-    dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(pair.A.dtype)
     delta = pair.scale * (pair.B.to(dtype) @ pair.A.to(dtype))
     if getattr(layer, "disable_adapters", False) is True or (isinstance(active, list) and adapter not in active):
         delta.zero_()

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -19,13 +18,12 @@ from torch import Tensor, nn
 
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_svd
+from ..optim._shared.shards import is_sharded
+from ._gradients import Gradients, LossFunction, share
 from ._model import adapted_layers, check_model, parallel_wrapper
 from .layer import LowRankLinear, holds_matrix
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
-
 UPDATES = ("adam", "sgd")
-ACCUMULATORS = ("cpu", "device")
 #: The starts of :func:`initialize`, and the adapters that they are for.
 STARTS = {"svd": "xs", "pissa": "lora", "lora-ga": "lora"}
 #: What an adapter's ΔW is, for messages.
@@ -116,7 +114,7 @@ def lora_sb_init(
     if update not in UPDATES:
         raise ValueError(f"lora_sb_init: update must be one of {', '.join(map(repr, UPDATES))}, got {update!r}")
     watch = _Watch(next(iter(layers.values())).lora_A.device)
-    gradients = _Gradients("lora_sb_init", layers, accumulate_on, samples)
+    gradients = Gradients("lora_sb_init", layers, accumulate_on, samples)
     gradients.sum_over(root, batches, loss_fn, training, progress)
 
     def first_step(name: str) -> Tensor:
@@ -180,14 +178,14 @@ def initialize(
         raise TypeError("initialize: 'lora-ga' needs batches= and loss_fn=, the other starts take neither")
     gamma = _positive("initialize", "gamma", gamma)
     watch = _Watch(next(iter(layers.values())).lora_A.device)
-    gradients: _Gradients | None = None
+    gradients: Gradients | None = None
     matrix: Callable[[str], Tensor] = partial(_finite_weight, layers)
     factor = 1
     if batches is not None and loss_fn is not None:
         for name, layer in layers.items():
             if 2 * layer.rank > min(layer.in_features, layer.out_features):
                 raise ValueError(f"initialize: 'lora-ga' takes 2r singular vectors, too many for {name!r} with r = {layer.rank}")
-        gradients = _Gradients("initialize", layers, accumulate_on, samples)
+        gradients = Gradients("initialize", layers, accumulate_on, samples)
         gradients.sum_over(root, batches, loss_fn, training, progress)
         matrix, factor = gradients.take, 2
     started = watch.seconds()
@@ -205,7 +203,7 @@ def initialize(
     return _report(energy, watch, started, gradients)
 
 
-def _report(energy: dict[str, float], watch: _Watch, started: float, gradients: _Gradients | None) -> InitReport:
+def _report(energy: dict[str, float], watch: _Watch, started: float, gradients: Gradients | None) -> InitReport:
     seconds = watch.seconds()
     seen, held, where = (0, 0, str(watch.device)) if gradients is None else (gradients.seen, gradients.bytes, gradients.where)
     return InitReport(energy, seen, seconds, seconds - started, held, where, watch.peak_growth())
@@ -223,7 +221,7 @@ def _layers_of(function: str, model: nn.Module, method: str) -> dict[str, LowRan
     sharded = wrapper if wrapper is not None and "DistributedDataParallel" not in wrapper and wrapper != "DataParallel" else None
     for name, layer in layers.items():
         tensors = [*layer.parameters(), *layer.buffers()]
-        if sharded or any(type(tensor.data).__name__ == "DTensor" or type(tensor).__name__ == "DTensor" for tensor in tensors):
+        if sharded or any(map(is_sharded, tensors)):
             raise ValueError(
                 f"{function}: {name!r} is sharded ({sharded or 'DTensor'}), which is not supported; "
                 "start the model before it is sharded, or load factors that were saved by save_adapter"
@@ -327,181 +325,13 @@ def _truncate(
             energy |= dict(zip(chunk, shares, strict=True))
     for triple in factors.values():
         for tensor in triple:
-            _share(tensor)
+            share(tensor)
     return factors, {name: energy[name] for name in layers}
 
 
 def _wide(layer: LowRankLinear) -> torch.dtype:
     """What sums and decompositions of the layer's matrices are computed in: fp32 at least."""
     return compute_dtype(layer.lora_A.dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------------- gradients
-
-
-class _GradientSum:
-    """The running sum of one layer's gradients: fp32 at least."""
-
-    def __init__(self, layer: LowRankLinear, accumulate_on: str) -> None:
-        device = layer.lora_A.device if accumulate_on == "device" else torch.device("cpu")
-        self.total = torch.zeros(layer.out_features, layer.in_features, dtype=_wide(layer), device=device)
-        self.weight = 1
-        self.calls = 0
-
-    def add(self, grad: Tensor, x: Tensor) -> None:
-        """``∂yᵀ x`` of one backward pass through the layer, times the number of samples that its loss was the mean of."""
-        grad, x = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)
-        self.calls += 1
-        if self.total.dtype == grad.dtype and self.total.device == grad.device:
-            self.total.addmm_(grad.mT, x, alpha=self.weight)  # nothing but the sum itself is ever held
-        else:
-            self.total.add_((grad.mT @ x).to(self.total.device), alpha=self.weight)
-
-
-class _Capture(torch.autograd.Function):
-    """The identity on a layer's output y; its backward pass hands ``∂y`` and x to the layer's sum. The anchor makes y ask for one."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, gradient: _GradientSum) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.gradient = gradient
-        return y.clone()  # a view could not be changed in place, as `ReLU(inplace=True)` does
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.gradient.add(grad, x)
-        return grad, None, None, None
-
-
-def _capturing(gradient: _GradientSum) -> Callable[[Tensor, Tensor], Tensor]:
-    anchors: dict[torch.device, Tensor] = {}
-
-    def capture(x: Tensor, y: Tensor) -> Tensor:
-        anchor = anchors.setdefault(y.device, torch.zeros((), device=y.device, requires_grad=True))
-        return _Capture.apply(y, x.detach() if not x.requires_grad else x, anchor, gradient)
-
-    return capture
-
-
-@contextlib.contextmanager
-def _as_found(root: nn.Module, layers: Mapping[str, LowRankLinear], training: bool) -> Iterator[None]:
-    """What taking gradients switches, put back at the end: capture, training mode, requires_grad, statistics, random state."""
-    modes = [(module, module.training) for module in root.modules()]
-    asking = [(p, p.requires_grad) for p in root.parameters()]
-    norms = [module for module in root.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)] if training else []
-    devices = {p.device for p, _ in asking if p.device.type == "cuda"}
-    with (
-        torch.random.fork_rng(devices=sorted(device.index for device in devices)),
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        try:
-            root.train(training)
-            for p, _ in asking:
-                p.requires_grad_(False)
-            yield
-        finally:
-            for layer in layers.values():
-                layer._gradient_tap = None
-            for module, mode in modes:
-                module.training = mode
-            for p, asked in asking:
-                p.requires_grad_(asked)
-            with torch.no_grad():
-                for buffer, value in statistics:
-                    buffer.copy_(value)
-
-
-class _Gradients:
-    """The summed gradients of W0 for all layers, over all batches and ranks."""
-
-    def __init__(self, function: str, layers: Mapping[str, LowRankLinear], accumulate_on: str, samples: int | None) -> None:
-        if accumulate_on not in ACCUMULATORS:
-            raise ValueError(f"{function}: accumulate_on must be one of {', '.join(map(repr, ACCUMULATORS))}, got {accumulate_on!r}")
-        if samples is not None and not samples > 0:
-            raise ValueError(f"{function}: samples must be positive or None, got {samples}")
-        self.function, self.layers, self.samples, self.seen = function, layers, samples, 0
-        self._accumulate_on = accumulate_on
-        self._device = next(iter(layers.values())).lora_A.device
-        self.where = "cpu" if accumulate_on == "cpu" else str(self._device)
-        self.bytes = 0
-
-    def sum_over(self, root: nn.Module, batches: Iterable[Any], loss_fn: LossFunction, training: bool, progress: bool) -> None:
-        """Run the backward passes."""
-        function = self.function
-        if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
-            raise TypeError(f"{function}: batches must be an iterable of batches, got one {type(batches).__name__}; wrap it in [ ]")
-        self._sums = {name: _GradientSum(layer, self._accumulate_on) for name, layer in self.layers.items()}
-        self.bytes = sum(gradient.total.nbytes for gradient in self._sums.values())
-        with _as_found(root, self.layers, training):
-            for name, layer in self.layers.items():
-                layer._gradient_tap = _capturing(self._sums[name])
-            for index, batch in enumerate(_with_progress(batches, progress)):
-                count = _sample_count(batch)
-                for gradient in self._sums.values():
-                    gradient.weight = count
-                loss = loss_fn(root, batch)
-                _check_loss(function, loss, index)
-                loss.backward()
-                del loss
-                self.seen += count
-                if self.samples is not None and self.seen >= self.samples:
-                    break
-        self.seen = _total(self.seen, self._device)
-        if not self.seen:
-            raise ValueError(f"{function}: batches is empty; pass at least one batch (a fresh iterator, if one was used up)")
-        untouched = [name for name in self.layers if _total(self._sums[name].calls, self._device) == 0]
-        if untouched:
-            raise ValueError(
-                f"{function}: no gradient reached {_some(untouched)}: the loss does not depend on it; leave it out of target_modules"
-            )
-
-    def take(self, name: str) -> Tensor:
-        """One layer's sum, on its device; its memory is the caller's now."""
-        total = _add_up(self._sums.pop(name).total.to(self.layers[name].lora_A.device))
-        if not total.isfinite().all():
-            raise ValueError(f"{self.function}: the gradient of {name!r} is not finite; look at the batches, or compute in a wider dtype")
-        if not total.any():
-            raise ValueError(f"{self.function}: no gradient reached {name!r}: it is zero in every entry; leave it out of target_modules")
-        return total
-
-
-def _check_loss(function: str, loss: Any, index: int) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"{function}: loss_fn must return a scalar tensor, the mean loss of the batch; it returned {what} for batch {index}"
-        )
-    if not loss.isfinite().item():
-        raise ValueError(f"{function}: the loss of batch {index} is {loss.item()}; it must be finite")
-    if not loss.requires_grad:
-        raise ValueError(
-            f"{function}: the loss of batch {index} depends on no adapted layer; "
-            "call the model that loss_fn is given, without torch.no_grad() or detach()"
-        )
-
-
-def _sample_count(batch: Any) -> int:
-    """Rows of the first tensor in a batch of nested sequences and mappings; 1 if there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    parts: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
-    if isinstance(batch, (str, bytes)):
-        return 1
-    return next((_sample_count(part) for part in parts if isinstance(part, (Tensor, Mapping, Sequence))), 1)
-
-
-def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress or not _is_first_rank():
-        return batches
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return batches
-    return tqdm(batches, desc="gradients of W0", unit="batch")
 
 
 def _positive(function: str, name: str, value: float) -> float:
@@ -513,36 +343,7 @@ def _positive(function: str, name: str, value: float) -> float:
     return float(value)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-# --------------------------------------------------------------------------------------------------------------- ranks, costs
-
-
-def _ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
-
-
-def _is_first_rank() -> bool:
-    return _ranks() == 1 or torch.distributed.get_rank() == 0
-
-
-def _total(count: int, device: torch.device) -> int:
-    return count if _ranks() == 1 else int(_add_up(torch.tensor(count, dtype=torch.int64, device=device)))
-
-
-def _add_up(tensor: Tensor) -> Tensor:
-    """The sum over the ranks, in place."""
-    if _ranks() > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def _share(tensor: Tensor) -> None:
-    """Rank 0's values for all ranks."""
-    if _ranks() > 1:
-        torch.distributed.broadcast(tensor, 0)
+# ---------------------------------------------------------------------------------------------------------------------- costs
 
 
 class _Watch:
