@@ -112,7 +112,6 @@ def grouped_lorsum(
     first: str = "u",
     *,
     out: Factors | None = None,
-    begin_writing: Callable[[], object] = do_nothing,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """LoRSum (OPLoRA, Listing 1): ``U_i V_iᵀ ≈ Σ_j c_ji P_ji Q_jiᵀ`` for all layers of a list, the sum itself never formed.
 
@@ -136,7 +135,6 @@ def grouped_lorsum(
         first: which side is solved first, "u" or "v". The other one must have full column rank to tell anything.
         out: where to write the result, ``(us, vs)`` of the targets' shapes and dtype; may be the targets themselves, also when these
             are a term.
-        begin_writing: called when all has been checked, right before anything is written into ``out``.
 
     Returns:
         ``(us, vs)``. r × r systems are accumulated and solved in fp64, all else in fp32 at least. In column j the λ that is used is at
@@ -149,6 +147,24 @@ def grouped_lorsum(
         TypeError, ValueError: shapes, dtypes or devices do not fit, no terms, sweeps < 1; nothing was computed.
 
     The result is a constant for autograd; its backward says so.
+    """
+    return lorsum_in_step(targets, terms, coefficients, sweeps, proximal, first, out=out)
+
+
+def lorsum_in_step(
+    targets: Factors,
+    terms: Sequence[Term],
+    coefficients: Tensor | Sequence[Coefficient],
+    sweeps: int = 2,
+    proximal: float = 0.0,
+    first: str = "u",
+    *,
+    out: Factors | None = None,
+    begin_writing: Callable[[], object] = do_nothing,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`grouped_lorsum` as our optimizers call it.
+
+    ``begin_writing``: called when all has been checked, right before anything is written into ``out``.
     """
     us, vs = _check_factors(NAME, "targets", targets, None)
     if us and (us[0].dtype != vs[0].dtype or us[0].device != vs[0].device):

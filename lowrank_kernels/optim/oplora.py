@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.dtypes import compute_dtype
-from ..ops import grouped_gram, grouped_lorsum, grouped_lorsum_product, grouped_solve
+from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
+from ..ops.lorsum import lorsum_in_step
 from ._shared.arguments import AdamWOptions, ParamsT, pythons_number
 from ._shared.background import Tensors
 from ._shared.distributed import data_parallel_group
@@ -342,7 +343,7 @@ class OPLoRA(OverlappingOptimizer):
         of_gradient, sweeps, proximal = scaled * gradients.coefficients, group["sweeps"], group["proximal"]
         if gradients.local and metrics is None:
             options = {"sweeps": sweeps, "proximal": proximal, "out": targets, "begin_writing": begin_writing}
-            grouped_lorsum(targets, [*terms, gradients.term], [*coefficients, of_gradient], **options)
+            lorsum_in_step(targets, [*terms, gradients.term], [*coefficients, of_gradient], **options)
         else:
             us, vs = composed_lorsum(targets, terms, coefficients, gradients.times, of_gradient, sweeps, proximal, metrics)
             begin_writing()

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...ops import grouped_lorsum, grouped_lorsum_product, grouped_svd_product
+from ...ops import grouped_lorsum_product, grouped_svd_product
+from ...ops.lorsum import lorsum_in_step
 from .full_gradient import Gradients, on_device
 from .lorsum import composed_lorsum
 
@@ -84,7 +85,7 @@ def track(
         kept = torch.full_like(share, decay)
         # No λ: an absolute one would hold D_U, whose size is that of S², where it is.
         if ranks is None:
-            found = grouped_lorsum((old, old), [average, (seen, seen)], [kept, share], sweeps)
+            found = lorsum_in_step((old, old), [average, (seen, seen)], [kept, share], sweeps)
         else:
 
             def gradient(others: list[Tensor], _: bool, seen: list[Tensor] = seen) -> list[Tensor]:
