@@ -4,6 +4,9 @@ Families: ``decoupled`` (SDS-LoRA, OD-LoRA) and ``preconditioned`` (ScaledGD, Sc
 methods share is in ``_shared``.
 """
 
+import sys
+
+from ._shared import capture, full_gradient, pairing
 from ._shared.shards import average_gradients
 from .adamw import AdamW
 from .altlora import AltLoRA, AltLoRAPlus
@@ -14,6 +17,9 @@ from .od_lora import ODLoRA
 from .oplora import OPLoRA
 from .scaled import ScaledAdamW, ScaledGD
 from .sds_lora import SDSLoRA
+
+# Pickles of whole optimizers, and of models that OPLoRA trains, look for these modules where they lay before.
+sys.modules.update({f"{__name__}.{module.__name__.rpartition('.')[2]}": module for module in (capture, full_gradient, pairing)})
 
 __all__ = [
     "AdamW",
