@@ -476,7 +476,7 @@ def test_sharded_models_are_refused() -> None:
     model = lk.adapt(network(), method="xs", rank=2)
 
     class DTensor(Tensor):
-        pass
+        placements = device_mesh = None
 
     model[0].base_layer.weight = nn.Parameter(model[0].base_layer.weight.detach().as_subclass(DTensor), requires_grad=False)
     with pytest.raises(ValueError, match=r"'0' is sharded \(DTensor\)"):
