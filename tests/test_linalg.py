@@ -606,6 +606,43 @@ def test_svd_of_small_matrices_is_exact(backend: str, dtype: torch.dtype) -> Non
     assert torch.equal(ss, again[1]) and all(map(torch.equal, us + vs, again[0] + again[2])), "not deterministic"
 
 
+def mixed(rows: int, columns: int, rank: int) -> Tensor:
+    return torch.randn(rows, rank) @ torch.randn(rank, columns)
+
+
+#: Few distinct singular values or low rank: the Krylov space is exhausted before the iteration stops.
+EXHAUSTED: dict[str, Callable[[int, int], Tensor]] = {
+    "ones": torch.ones,
+    "zeros": torch.zeros,
+    "identity": torch.eye,
+    "blocks": lambda m, n: torch.block_diag(*[torch.ones(m // 8, n // 8)] * 8),
+    "weighted blocks": lambda m, n: torch.block_diag(*[torch.full((m // 4, n // 4), i + 1.0) for i in range(4)]),
+    "few signs": lambda m, n: torch.where(torch.rand(m, 1) < 0.2, torch.randn(m, n).sign(), 0.0),
+    **{f"rank {k}": functools.partial(mixed, rank=k) for k in (1, 3, 12)},
+    **{f"signs of rank {k}": lambda m, n, k=k: mixed(m, n, k).sign() for k in (1, 2)},
+}
+#: Rounding of a product of orthonormal bases.
+ORTHONORMAL = {SINGLE: 2e-6, DOUBLE: 1e-14}
+
+
+@on_every_backend
+@in_both_dtypes
+@pytest.mark.parametrize("kind", EXHAUSTED)
+@pytest.mark.parametrize("shape", [(64, 64), (96, 40), (40, 96)])
+def test_svd_of_exhausted_spectra(backend: str, dtype: torch.dtype, kind: str, shape: tuple[int, int]) -> None:
+    x = EXHAUSTED[kind](*shape).to(dtype)
+    squares = torch.linalg.svdvals(x.double()).square()
+    full = min(shape)
+    for rank, iterations in ((1, None), (3, 16), (8, None), (full // 2, 1), (full, None)):
+        with running("grouped_svd", backend):
+            us, ss, vs = ops.grouped_svd([x, torch.randn_like(x)], rank, iterations=iterations)
+        assert max(map(orthogonality, us + vs)) <= ORTHONORMAL[dtype], (rank, iterations)
+        u, s, v = us[0], ss[0], vs[0]
+        captured = (u.double().mT @ x.double()).square().sum(), (x.double() @ v.double()).square().sum(), s.double().square().sum()
+        for energy in captured:
+            assert 0.995 * squares[:rank].sum() <= energy <= (1 + 1e-5) * squares[:rank].sum(), (rank, iterations)
+
+
 @on_every_backend
 def test_svd_iterations_and_oversampling_help(backend: str) -> None:
     x, squares = dense("signs", 1024, 1024)

@@ -769,3 +769,19 @@ def test_two_ranks_average_gradients_and_have_identical_factors(ranks: Ranks) ->
     together.load_state_dict({name: torch.from_numpy(value) for name, value in first.items()})
     for name, delta in lk.delta_weights(alone).items():
         torch.testing.assert_close(lk.delta_weights(together)[name], delta, rtol=1e-8, atol=1e-12)
+
+
+def test_bert_with_two_labels_starts_from_orthonormal_bases() -> None:
+    """The pooler's gradient is nearly of rank one: its signs have few distinct rows."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100, num_labels=2
+    )
+    model = transformers.BertForSequenceClassification(config)
+    batches = [{"input_ids": torch.randint(0, 100, (8, 12)), "labels": torch.randint(0, 2, (8,))} for _ in range(2)]
+    lk.adapt(model, method="xs", rank=8)
+    init(model, batches, lambda m, b: m(**b).loss)
+    for pair in pairs(model):
+        b = pair.B.detach().double()
+        assert (b.T @ b - torch.eye(8, dtype=torch.float64)).abs().max() <= 1e-5, pair.name

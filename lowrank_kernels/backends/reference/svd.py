@@ -16,6 +16,9 @@ from ._common import always
 START_SEED = 0x5EED
 #: Without a given number of iterations: at least this many, at most that many.
 FEWEST, MOST = 2, 16
+#: What is added to each column of a block, relative to its largest entry and in units of eps: above what the projections round away, far
+#: below what a Krylov space would notice.
+NOISE = 1024
 #: Entries up to 2^±SAFE_EXPONENT have Gram matrices in fp32 that neither over- nor underflow.
 SAFE_EXPONENT = 30
 
@@ -28,13 +31,18 @@ def householder(block: Tensor) -> Tensor:
     return torch.linalg.qr(block)[0]
 
 
-def _orthonormalize(block: Tensor, against: Tensor, thin_qr: ThinQR) -> Tensor:
+def _orthonormalize(block: Tensor, against: Tensor, noise: Tensor, thin_qr: ThinQR) -> Tensor:
     """An orthonormal basis of ``block`` (b, m, p), orthogonal to ``against`` (b, m, k).
 
-    Projected twice, normalized in between: once a spectrum is exhausted, what is left of a block is rounding, which the first
-    normalization blows up to unit vectors that need not be orthogonal to anything.
+    Once a spectrum is exhausted (low rank, few distinct singular values), nothing is left of a block but rounding, or zeros, which a QR
+    completes by the same directions in every step: they are in ``against`` already. A little of ``noise`` (m, p), another in each step,
+    leaves something to normalize. Normalized after each projection, which blows rounding up that is orthogonal to
+    nothing: so a second one, and a third for where few directions are left, of which the noise has little.
     """
-    for _ in range(2):
+    number = torch.finfo(block.dtype)
+    block = block / torch.linalg.vector_norm(block, torch.inf, dim=1, keepdim=True).clamp_min(number.tiny)
+    block = torch.add(block, noise, alpha=NOISE * number.eps)
+    for _ in range(3):
         block = thin_qr(torch.baddbmm(block, against, against.mT @ block, alpha=-1))
     return block
 
@@ -53,20 +61,23 @@ def block_krylov(
         remaining = min(x.shape[1], x.shape[2]) - basis.shape[2]
         if remaining <= 0:
             break
-        block = _orthonormalize((x @ images[:, :, -width:])[:, :, :remaining], basis, thin_qr)
+        block = (x @ images[:, :, -width:])[:, :, :remaining]
+        noise = torch.rand(x.shape[1], block.shape[2], generator=generator).sub_(0.5).to(x)
+        block = _orthonormalize(block, basis, noise, thin_qr)
         image = x.mT @ block
         cross = images.mT @ image
         gram = torch.cat([torch.cat([gram, cross], dim=2), torch.cat([cross.mT, image.mT @ image], dim=2)], dim=1)
         basis, images = torch.cat([basis, block], dim=2), torch.cat([images, image], dim=2)
         if iterations is None:
-            captured.append(torch.linalg.eigvalsh(gram)[:, -rank:].sum(dim=1))
+            captured.append(torch.linalg.eigvalsh(gram.double())[:, -rank:].sum(dim=1))
             if step >= FEWEST and _converged(captured, tolerance):
                 break
+    # The small matrices in fp64: LAPACK squares what is left of exhausted spectra, which underflows in fp32 and ends in NaN or errors.
     # X ≈ basis · imagesᵀ. The Gram matrix picks the leading subspace; within it a QR, which does not square, gives the triples.
-    leading = torch.linalg.eigh(gram)[1][:, :, -width:]
+    leading = torch.linalg.eigh(gram.double())[1][:, :, -width:].to(x.dtype)
     basis, images = basis @ leading, images @ leading
     q = thin_qr(images)
-    u, s, vh = torch.linalg.svd(images.mT @ q)
+    u, s, vh = (part.to(x.dtype) for part in torch.linalg.svd((images.mT @ q).double()))
     return basis @ u[:, :, :rank], s[:, :rank], q @ vh[:, :rank].mT
 
 
