@@ -17,6 +17,7 @@ from _matrix import (
     data,
     feature,
     loss_of,
+    models,
     ours,
     state_copy,
     train,
@@ -65,18 +66,19 @@ def copies(cell: Cell) -> None:
 
 @feature("loop: autocast bf16")
 def autocast_bf16(cell: Cell) -> None:
-    model = ours(cell)
-    optimizer, before, losses = cell.optimizer(model), values(model), []
-    for step in range(3 * STEPS):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(model, step % 3)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert_moved(before, model)
-    assert losses[-1] < losses[0]
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    for make in models(cell):
+        model = make(cell)
+        optimizer, before, losses = cell.optimizer(model), values(model), []
+        for step in range(3 * STEPS):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(model, step % 3)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert_moved(before, model)
+        assert losses[-1] < losses[0]
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 @feature("loop: autocast fp16 with GradScaler: an overflow is skipped, the scale comes down, training goes on")

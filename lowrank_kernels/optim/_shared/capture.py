@@ -86,6 +86,7 @@ class Recorder:
                 "gradients with overlap=False"
             )
         self._task = task
+        x = x.to(s.dtype)  # as the GEMM saw it: under autocast other libraries' layers get a wider x
         rows = (x.reshape(-1, x.shape[-1]), s.reshape(-1, s.shape[-1])) if self.patches is None else self.patches.rows(x, s)
         self.gradient.add(*rows)
         if self.notify is not None:
