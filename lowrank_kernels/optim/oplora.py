@@ -45,7 +45,8 @@ class OPLoRA(OverlappingOptimizer):
     Three choices where the paper is open or cannot be followed. Algorithm 2 prints ``V₁ᵀV`` in the product with the weight for the
     ``V₁ᵀD_V V`` of Equation 10; with that the factors would move at G = 0. The averages start at 0 and are divided by ``1 - βᵗ``, as
     Adam's: a start from 1 would hide ``SᵀS/n``, whose size is that of S², for hundreds of steps. And D is kept symmetric, see
-    :func:`~lowrank_kernels.optim._shared.kfac.track`. S is what belongs to ``.grad``: unscaled and clipped.
+    :func:`~lowrank_kernels.optim._shared.kfac.track`. D's own LoRSum has λ = 0: an absolute λ would hold D_U,
+    of the size of S², where it is. S is what belongs to ``.grad``: unscaled and clipped.
 
     G is not in ``.grad``: the optimizer sees the inputs X and the output gradients S of the layers (``G = SᵀX``) in the backward
     pass, by a slot of our layers or by hooks on other libraries'. A and B keep their ordinary ``.grad``, and what was done to it between
