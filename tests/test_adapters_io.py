@@ -519,6 +519,39 @@ def test_saving_into_a_missing_folder_names_the_folder(tmp_path: Path) -> None:
         lrk.save_adapter(model, tmp_path / "missing" / "adapter.safetensors")
 
 
+@pytest.mark.parametrize("function", [lrk.save_adapter, lrk.export_peft])
+def test_an_empty_path_is_refused(function, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"{function.__name__}: (path|folder) is empty; name"):
+        function(lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2), "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
+    with pytest.raises(IsADirectoryError, match="save_adapter: .* is a folder; name a file in it"):
+        lrk.save_adapter(model, tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="export_peft: folder .* is no folder"):
+        lrk.export_peft(model, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs")
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_fifo_stays_one(linked: bool, tmp_path: Path) -> None:
+    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
+    for name in ("saved", "adapter_config.json"):
+        fifo = tmp_path / f"{name}.fifo" if linked else tmp_path / name
+        os.mkfifo(fifo)
+        if linked:
+            (tmp_path / name).symlink_to(fifo)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(OSError, match=": '.*' is no regular file, and writing would replace it; name another one"):
+            lrk.save_adapter(model, tmp_path / name) if name == "saved" else lrk.export_peft(model, tmp_path)
+        assert fifo.is_fifo() and sorted(tmp_path.iterdir()) == before
+
+
 def files_of_shards(rank: int, world: int, base: nn.Module, file: Path) -> list[list[float]]:
     """Under FSDP2: what is refused, and the way out that the error names; the outputs of the sharded model."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_svd_product
 from ._model import adapted_layers, check_model, clean_name
-from .io import bare_name, joined, live_tensors, refuse_shards, require_adapters, trained_modules, unshared, write_atomically
+from .io import bare_name, check_target, joined, live_tensors, refuse_shards, require_adapters, trained_modules, unshared, write_atomically
 from .layer import LowRankLinear
 
 
@@ -51,9 +51,16 @@ def export_peft(
 
     Raises:
         TypeError, ValueError: no adapters, sharded ones (FSDP2), a bad rank, or trained parameters outside the adapters that PEFT's
-            ``modules_to_save`` cannot express. Nothing was written then.
+            ``modules_to_save`` cannot express; or an empty ``folder``. Nothing was written then.
+        OSError: ``folder`` is none, or one of the two files is no regular one. Nothing was written then either.
     """
     root = check_model("export_peft", model)
+    if not os.fspath(folder):
+        raise ValueError("export_peft: folder is empty; name one, '.' for the current folder")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise NotADirectoryError(f"export_peft: folder {os.fspath(folder)!r} is no folder; name another one")
+    for name in PEFT_FILES:
+        check_target("export_peft", "folder", Path(folder) / name)
     layers = require_adapters("export_peft", root)
     places = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
     for name, layer in layers.items():

@@ -25,6 +25,8 @@ from .layer import LowRankLinear
 from .starts import check_changeable
 
 FORMAT_VERSION = 1
+#: What PEFT reads in an adapter's folder.
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 #: The one metadata key of our files; its value is JSON.
 METADATA_KEY = "lowrank_kernels"
 
@@ -231,9 +233,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     The file is either complete or absent, whatever happens meanwhile: it is written next to ``path`` and renamed.
 
     Raises:
-        ValueError: the model has no adapters, or they are on the meta device or sharded (FSDP2).
-        OSError: the file could not be written; an earlier file of that name is unchanged.
+        ValueError: ``path`` is empty, the model has no adapters, or they are on the meta device or sharded (FSDP2).
+        OSError: the file could not be written; an earlier file of that name is unchanged. So is what is no file (a folder, a FIFO).
     """
+    check_target("save_adapter", "path", path)
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"save_adapter: no folder {str(folder)!r}; create it first")
@@ -265,6 +268,17 @@ def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.clone() if tensor.numel() and storages[tensor.untyped_storage().data_ptr()] > 1 else tensor
         for name, tensor in state.items()
     }
+
+
+def check_target(function: str, argument: str, path: str | os.PathLike[str]) -> None:
+    """Refuse what a rename would not write to but replace: a folder, a device, a pipe."""
+    if not os.fspath(path):
+        raise ValueError(f"{function}: {argument} is empty; name what to write")
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{function}: {os.fspath(path)!r} is a folder; name a file in it")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{function}: {os.fspath(path)!r} is no regular file, and writing would replace it; name another one")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
