@@ -882,3 +882,65 @@ def test_forcing_a_backend_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPat
     used = backends.call_counts().get(("grouped_adamw_", "native"), 0)
     optimizer.step()
     assert backends.call_counts()["grouped_adamw_", "native"] == used + 1
+
+
+@every_optimizer
+@pytest.mark.parametrize("which", ["a layer", "A", "the rest"])
+def test_what_is_frozen_with_a_gradient_left_over_takes_its_step_as_in_torch(build, which: str) -> None:
+    """PEFT's ``set_adapter`` freezes an adapter without a look at ``.grad``, and torch's AdamW steps whatever has one."""
+    chosen = {"a layer": "2.lora", "A": "2.lora_A", "the rest": "bias"}[which]
+    trained, frozen = make_model("ours"), make_model("ours")
+    for model in (trained, frozen):
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad or name.endswith("bias"))
+    optimizers = build(trained), build(frozen)
+    for model in (trained, frozen):
+        loss_of(model, 0).backward()
+    for name, p in frozen.named_parameters():
+        p.requires_grad_(p.requires_grad and not name.startswith(chosen) and not name.endswith(chosen))
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), frozen.parameters(), strict=True))
+    states = [{key: sorted(state) for key, state in optimizer.state_dict()["state"].items()} for optimizer in optimizers]
+    assert states[0] == states[1]
+
+
+def test_a_parameter_in_the_place_of_another_starts_anew() -> None:
+    """As torch's AdamW has it; and one that comes back finds its moments."""
+    here, there = ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))] for _ in range(2))
+    optimizers = lk.AdamW(here, lr=0.1, weight_decay=0.01), torch.optim.AdamW(there, lr=0.1)
+    others = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    firsts = here[1], there[1]
+    for step in range(6):
+        for optimizer, other, first in zip(optimizers, others, firsts, strict=True):
+            params = optimizer.param_groups[0]["params"]
+            params[1] = other if 2 <= step < 4 else first
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + step)
+            optimizer.step()
+        if step == 3:
+            assert len(optimizers[0].state_dict()["state"]) == 2 and len(optimizers[0].state) == 3
+    # What the other one was not there for, it missed; torch counts each parameter's own steps.
+    torch.testing.assert_close(here[0], there[0])
+    torch.testing.assert_close(others[0], others[1])
+
+
+@every_optimizer
+def test_a_factor_in_the_place_of_another_is_refused_by_its_name(build) -> None:
+    model = make_model("ours")
+    optimizer = build(model)
+    run(model, optimizer, 0, 3)
+    optimizer.zero_grad()
+    loss_of(model, 3).backward()
+    params = optimizer.param_groups[0]["params"]
+    before = [p.detach().clone() for p in params]
+    old, params[1] = params[1], nn.Parameter(params[1].detach().clone())
+    params[1].grad = old.grad
+    if isinstance(optimizer, lk.AdamW):
+        optimizer.step()
+        return
+    with pytest.raises(RuntimeError, match=r"0\.lora_B was replaced"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    params[1] = old
+    optimizer.step()

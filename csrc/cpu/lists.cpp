@@ -140,21 +140,28 @@ py::object held(const py::list& references, const py::tuple& wanted) {
   return std::move(result);
 }
 
-// The values of a dictionary, key by key; throws KeyError.
+// The values of a dictionary, key by key.
 class StateReader {
  public:
   explicit StateReader(const py::dict& state) : state_(state) {}
+  // Throws KeyError.
   PyObject* operator()(PyObject* param) {
+    PyObject* const value = find(param);
+    if (value == nullptr) {
+      PyErr_SetObject(PyExc_KeyError, param);
+      throw py::error_already_set();
+    }
+    return value;
+  }
+  // Null if there is none.
+  PyObject* find(PyObject* param) {
     // States are mostly in the order of the parameters, the As and Bs in turn, and hashing a tensor calls Python.
     PyObject *key = nullptr, *value = nullptr;
     for (int tries = 0; tries < 2; ++tries) {
       if (PyDict_Next(state_.ptr(), &position_, &key, &value) && key == param) return value;
     }
     value = PyDict_GetItemWithError(state_.ptr(), param);
-    if (value == nullptr) {
-      if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, param);
-      throw py::error_already_set();
-    }
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
     return value;
   }
 
@@ -168,6 +175,20 @@ py::list states(const py::dict& state, const py::list& params) {
   StateReader state_of(state);
   for (Py_ssize_t i = 0; i < length(params); ++i) found.append(py::handle(state_of(item(params, i))));
   return found;
+}
+
+// Whether each parameter of some groups has a state, and one that is not empty unless that may be.
+bool complete(const py::dict& state, const py::list& groups, bool may_be_empty) {
+  StateReader state_of(state);
+  for (Py_ssize_t g = 0; g < length(groups); ++g) {
+    const py::list params = groups[static_cast<size_t>(g)];
+    if (PyDict_GET_SIZE(state.ptr()) < length(params)) return false;
+    for (Py_ssize_t i = 0; i < length(params); ++i) {
+      PyObject* const found = state_of.find(item(params, i));
+      if (found == nullptr || !PyDict_Check(found) || (!may_be_empty && PyDict_GET_SIZE(found) == 0)) return false;
+    }
+  }
+  return true;
 }
 
 // What stands under a key of a state; null if nothing does.
@@ -304,6 +325,7 @@ void bind_lists(py::module_& m) {
   m.def("gather", &gather,
         "Those of some parameters that have a gradient, the gradients, those that have none, the moments, the layout.");
   m.def("holds", &holds, "Whether the states of some parameters hold these very values under a key.");
+  m.def("complete", &complete, "Whether each parameter of some groups has a state.");
   m.def("states", &states, "The values of a dictionary for a list of parameters.");
   m.def("column", &column, "The values under a key, of those dictionaries of a list that have it.");
 }

@@ -194,6 +194,13 @@ def states(state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> list[di
     return csrc.states(state, params) if _compiled() else [state[p] for p in params]
 
 
+def complete(state: dict[Tensor, dict[str, Any]], groups: list[list[Tensor]], may_be_empty: bool) -> bool:
+    """Whether each parameter of the groups has a state, and one with something in it unless that ``may_be_empty``."""
+    if _compiled():
+        return csrc.complete(state, groups, may_be_empty)
+    return all((found := state.get(p)) is not None and (may_be_empty or bool(found)) for params in groups for p in params)
+
+
 def column(of: list[dict[str, Any]], key: str) -> list[Any]:
     """What stands under ``key``, for those states that have it."""
     return csrc.column(of, key) if _compiled() else [state[key] for state in of if key in state]

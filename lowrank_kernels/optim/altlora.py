@@ -14,7 +14,7 @@ from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import FactorPair, LikePairs, Position
 from ._shared.shards import is_sharded
-from ._shared.state import moments
+from ._shared.state import may_step, moments
 from .preconditioned import DEFAULT_DAMPING, OTHER, RANK_DIM, Active, PreconditionedOptimizer
 
 NO_PAIRS = LikePairs(())
@@ -77,7 +77,7 @@ class AltLoRA(PreconditionedOptimizer):
     def _reads_of_frozen(self) -> frozenset[Position]:
         # What moves a factor is written into its partner's drift.
         partners = {p: q for pair in self._pairs for p, q in ((pair.a, pair.b), (pair.b, pair.a))}
-        return frozenset(q for p, q in partners.items() if self._at(p).requires_grad)
+        return frozenset(q for p, q in partners.items() if may_step(self._at(p)))
 
     def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
         """How the moment step differs from AdamW's."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends.dtypes import compute_dtype
-from ...backends.lists import PLAIN, Gathered, first_sparse_gradient, gather, signature
+from ...backends.lists import PLAIN, Gathered, complete, first_sparse_gradient, gather, signature
 from ...ops.adamw import adamw_as_gathered_
 from ...pairs import core_owners, factors_of, owners
 from .arguments import (
@@ -35,7 +35,7 @@ from .nonfinite import which_nonfinite
 from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
 from .shards import FLATTENED, is_sharded, local_parts
-from .state import check_is_state_dict, check_state_dict, misfit, moments
+from .state import check_is_state_dict, check_state_dict, may_step, misfit, moments
 from .step_entry import entered
 from .undo import Before
 
@@ -461,9 +461,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return True
 
     def _states_due(self) -> Iterable[dict[str, Tensor]]:
-        """The states, as far as there are, of all parameters that have any."""
-        if all(map(self._keeps_state, self.param_groups)):
-            return self.state.values()
+        """The states, as far as there are, of all parameters that have any, where some factors have none."""
         return (
             self.state.get(group["params"][index], {})
             for group, kinds in zip(self.param_groups, self._kinds, strict=True)
@@ -472,10 +470,37 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for index in members
         )
 
+    def _has_state(self) -> bool:
+        """Whether there is nothing to create, as in every step but the first: every parameter of the groups has its state. Their number
+        alone does not tell, since a parameter may have been put in the place of another."""
+        some_have_none = not all(map(self._keeps_state, self.param_groups))
+        if not complete(self.state, [group["params"] for group in self.param_groups], some_have_none):
+            return False
+        return not some_have_none or all(self._states_due())
+
+    def _refuse_replaced_factors(self) -> None:
+        """Refuse a factor that stands in the place of another one, whose state is still here: what the method knows of the pair is of that.
+
+        Other parameters begin anew, as in torch, whose AdamW does so with all.
+        """
+        if not self.adamw_takes_factors or self.requires_pairs:
+            here = {id(p) for group in self.param_groups for p in group["params"]}
+            gone = any(id(p) not in here for p in self.state)
+            for g, factors in enumerate(self._factors):
+                params = self.param_groups[g]["params"]
+                for index in sorted(factors) if gone else ():
+                    if params[index] not in self.state and may_step(params[index]):
+                        raise RuntimeError(
+                            f"{type(self).__name__}: {self._name_at((g, index))} was replaced by another parameter after the first step(), "
+                            "and its state, and what is known of its pair, are of the old one; write the new values into the old parameter "
+                            "(copy_ under torch.no_grad()), or make a new optimizer. Nothing was changed"
+                        )
+
     def _create_state(self) -> bool:
         """Every key of every parameter's state, at once, in its final shape; whether any was missing."""
-        if len(self.state) == sum(len(group["params"]) for group in self.param_groups) and all(self._states_due()):
+        if self._has_state():
             return False
+        self._refuse_replaced_factors()
         created, wanted = False, self._reads_of_frozen()
         for group_index, group in enumerate(self.param_groups):
             if group["capturable"] and not isinstance(group["step"], Tensor):
@@ -483,7 +508,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             parts = None
             for index, p in enumerate(group["params"]):
                 # Asked for what it lacks, torch's defaultdict has an empty state, which is none, unless the method keeps none.
-                if not self.state.get(p) and (p.requires_grad or (group_index, index) in wanted):
+                if (may_step(p) or (group_index, index) in wanted) and not self.state.get(p):
                     parts = self._trained_parts(group_index) if parts is None else parts
                     part = p[parts[index]] if index in parts else p
                     state = self._initial_state(group_index, group, index, part)
@@ -601,7 +626,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             RuntimeError: a step failed half-way; what would be saved is of two different moments.
         """
         self._refuse_if_torn("state_dict()")
-        return super().state_dict()
+        here = {id(p) for group in self.param_groups for p in group["params"]}
+        gone = {p: state for p, state in self.state.items() if isinstance(p, Tensor) and id(p) not in here}
+        for p in gone:  # replaced by others: what has no place in a group has none in a checkpoint
+            del self.state[p]
+        try:
+            return super().state_dict()
+        finally:
+            self.state.update(gone)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps the dtype it was saved in (torch casts it down to the parameter's).

@@ -18,6 +18,11 @@ from .shards import is_sharded
 ExpectedStates: TypeAlias = Callable[[int, dict[str, Any]], Iterable[tuple[Position, dict[str, Tensor]]]]
 
 
+def may_step(p: Tensor) -> bool:
+    """Whether a step may move the parameter: as torch's optimizers have it, also one that was frozen with a ``.grad`` left over."""
+    return p.requires_grad or p.grad is not None
+
+
 def moments(like: Tensor, *names: str) -> dict[str, Tensor]:
     """Zero moments of a parameter, sharded as it is."""
     if type(like) not in PLAIN:  # a DTensor
