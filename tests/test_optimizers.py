@@ -944,3 +944,56 @@ def test_a_factor_in_the_place_of_another_is_refused_by_its_name(build) -> None:
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     params[1] = old
     optimizer.step()
+
+
+DAMAGED = {
+    "step nan": (lambda s: s["param_groups"][0].update(step=math.nan), r"param_groups\[0\] of the checkpoint has step nan"),
+    "step negative": (lambda s: s["param_groups"][0].update(step=-5), r"step -5"),
+    "step two numbers": (lambda s: s["param_groups"][0].update(step=torch.tensor([1.0, 2.0])), r"has step tensor"),
+    "step too small": (lambda s: s["param_groups"][0].update(step=0, missed={}), r"never updated, but its exp_avg|cleared_at"),
+    "missed list": (lambda s: s["param_groups"][0].update(missed=[1]), r"missed \[1\], no dictionary"),
+    "missed huge": (lambda s: s["param_groups"][0].update(missed={0: 10**6}), r"missed\[0\] 1000000"),
+    "missed text": (lambda s: s["param_groups"][0].update(missed={0: "a"}), r"missed\[0\] 'a'"),
+    "missed of none": (lambda s: s["param_groups"][0].update(missed={999: 1}), r"missed\[999\]"),
+    "cleared later": (lambda s: s["param_groups"][0].update(cleared_at=10**6), r"cleared_at 1000000 after only 4 steps"),
+    "cleared text": (lambda s: s["param_groups"][0].update(cleared_at="z"), r"cleared_at 'z'"),
+    "integers": (lambda s: edit_moments(s, torch.Tensor.long), r"exp_avg of .*lora_. is torch.int64"),
+    "complex": (lambda s: edit_moments(s, lambda x: x.to(torch.complex128)), r"is torch.complex128"),
+    "sparse": (lambda s: edit_moments(s, torch.Tensor.to_sparse), r"torch.sparse_coo"),
+    "no state": (lambda s: s.update(state=[]), r"'state' of the checkpoint must be a dictionary, got list"),
+    "no group": (lambda s: s.update(param_groups=[None]), r"param_groups\[0\] of the checkpoint must be a dictionary"),
+}
+
+
+def edit_moments(state_dict, edit) -> None:
+    for state in state_dict["state"].values():
+        state["exp_avg"] = edit(state["exp_avg"])
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AltLoRAPlus", "LoRARITE", "SDSLoRA"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_checkpoints_are_refused_by_what_is_damaged(name: str, damage: str) -> None:
+    model = make_model("ours")
+    optimizer = OPTIMIZERS[name](model)
+    run(model, optimizer, 0, 4)
+    before = copy.deepcopy(optimizer.state_dict())
+    damaged = copy.deepcopy(before)
+    DAMAGED[damage][0](damaged)
+    with pytest.raises(ValueError, match=DAMAGED[damage][1]):
+        optimizer.load_state_dict(damaged)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(x, after["state"][key][k]) for key, state in before["state"].items() for k, x in state.items())
+    edit_moments(before, lambda x: x.mT.contiguous().mT)  # a good one, if it lies otherwise
+    optimizer.load_state_dict(before)
+    run(model, optimizer, 4, 6)
+
+
+def test_oplora_wants_the_state_of_both_factors() -> None:
+    model = make_model("ours")
+    optimizer = lk.OPLoRA(model)
+    run(model, optimizer, 0, 2)
+    state = optimizer.state_dict()
+    del state["state"][1]
+    with pytest.raises(ValueError, match=r"the state of A of 0 only"):
+        optimizer.load_state_dict(state)

@@ -83,8 +83,8 @@ class AltLoRA(PreconditionedOptimizer):
         """How the moment step differs from AdamW's."""
         return {"betas": (group["momentum"], 0.0), "bias_correction": False}
 
-    def _updates_due(self, group_index: int, index: int) -> int | Tensor:
-        group = self.param_groups[group_index]
+    def _updates_due(self, group_index: int, index: int, group: dict[str, Any] | None = None) -> int | Tensor:
+        group = self.param_groups[group_index] if group is None else group
         if index not in self._factors[group_index] or group["order"] == "joint":
             return group["step"]
         side = "B" if index in self._second_factors[group_index] else "A"

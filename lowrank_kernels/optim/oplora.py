@@ -253,6 +253,15 @@ class OPLoRA(OverlappingOptimizer):
                     f"{type(self).__name__}: param_groups[{index}] of the checkpoint was saved with metric={saved['metric']!r}, here it is "
                     f"{group['metric']!r}; make the optimizer as it was"
                 )
+        keys = [saved["params"] for saved in state_dict["param_groups"]]
+        for pair in self._pairs:
+            here = {side: keys[g][index] in state_dict["state"] for side, (g, index) in (("A", pair.a), ("B", pair.b))}
+            if here["A"] != here["B"]:
+                which = "A" if here["A"] else "B"
+                raise ValueError(
+                    f"{type(self).__name__}: the checkpoint has the state of {which} of {pair.name} only, and a step needs both factors'; "
+                    "it is damaged"
+                )
 
     # ---------------------------------------------------------------- the step
 

@@ -528,9 +528,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Factors that get state though they may be frozen, since a step of their partners reads or writes it."""
         return frozenset()
 
-    def _updates_due(self, group_index: int, index: int) -> int | Tensor:
-        """How many updates, counted since its moments were zero, the parameter has had if it always had a gradient."""
-        group = self.param_groups[group_index]
+    def _updates_due(self, group_index: int, index: int, group: dict[str, Any] | None = None) -> int | Tensor:
+        """How many updates, counted since its moments were zero, the parameter has had if it always had a gradient; by the counters of
+        ``group``, a checkpoint's, if given."""
+        group = self.param_groups[group_index] if group is None else group
         return group["step"] - group["cleared_at"] if index in self._factors[group_index] else group["step"]
 
     def _moment_step(self, group_index: int, indices: Iterable[int] | None = None) -> None:
@@ -662,11 +663,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if isinstance(group["step"], Tensor):
                 group["step"] = group["step"].to(group["params"][0].device)
+            else:
+                group["step"] = int(group["step"])
             for p, key in zip(group["params"], saved_group["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
                     if isinstance(value, Tensor):
                         dtype = compute_dtype(p.dtype) if value.is_floating_point() else value.dtype
-                        self.state[p][name] = value.to(p.device, dtype, copy=True)
+                        self.state[p][name] = value.detach().to(p.device, dtype, copy=True).contiguous()
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         """What the state of each parameter holds under the hyperparameters of ``group``, as tensors without memory."""
@@ -680,7 +683,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Refuse what this optimizer cannot go on from; a method may ask for more."""
         # torch puts "differentiable" into the defaults of an optimizer that was unpickled or loaded.
         needed = self.defaults.keys() - {"differentiable"} | {"factor_weight_decay", "step", "cleared_at", "missed"}
-        check_state_dict(type(self).__name__, state_dict, self.param_groups, needed, self._expected_states)
+        check_state_dict(type(self).__name__, state_dict, self.param_groups, needed, self._expected_states, self._updates_due)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             self._check_hyperparameters({**group, **saved})
 
