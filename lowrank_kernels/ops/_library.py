@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -170,6 +172,17 @@ def check_stack_of(operation: str, argument: str, stack: Any, shape: tuple[int, 
             f"{operation}: {argument} must be {dtype} of shape {tuple(shape)} on {device}, "
             f"got {stack.dtype} of shape {tuple(stack.shape)} on {stack.device}"
         )
+
+
+def check_number(operation: str, argument: str, value: Any, least: float = -math.inf) -> None:
+    """Refuse what is no finite number, or one below ``least``."""
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{operation}: {argument} must be a number, got {value!r:.80}")
+    number: Any = value
+    if least > -math.inf and not number >= least:
+        raise ValueError(f"{operation}: {argument} must be ≥ {least:g}, got {value}")
+    if not math.isfinite(number):
+        raise ValueError(f"{operation}: {argument} must be finite, got {value}")
 
 
 def check_same_shapes(operation: str, argument: str, tensors: Sequence[Tensor], other: str, others: Sequence[Tensor]) -> None:

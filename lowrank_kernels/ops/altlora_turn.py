@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import StepNumbers, as_stored, matrix_layout
 from ..backends.registry import Implementation, call, do_nothing, whole
-from ._library import for_eager, is_eager
+from ._library import check_list, check_number, check_same_length, check_stack_of, for_eager, is_eager
 from .adamw import adamw_as_gathered_
 from .gram import grouped_gram
 from .preconditioner import grouped_preconditioner
@@ -48,14 +48,28 @@ def grouped_altlora_turn_(
         params, grads, exp_avgs, exp_avg_sqs, step: as :func:`grouped_adamw_` takes them; contiguous or strided matrices.
         partners: Y as tall matrices (d_i, r), of the dtype and device of ``params``.
         behind: K (N, r, r), what the momentum is behind by, contiguous, in the dtype of the moments; zero afterwards.
-        moved: (N, r, r), likewise: the partners' K, written.
+        moved: (N, r, r), likewise: the partners' K, written; not optional, without it their next turn would carry the wrong momentum.
         damping, own_damping: δ ≥ 0 of YᵀY, and δ_X of XᵀX, absolute.
         weight: w.
         rank_dims: for each of ``params`` the same: 0 for factors A (r, d), 1 for B (d, r).
 
     Raises:
-        TypeError, ValueError: as the operations raise them.
+        TypeError, ValueError: as the operations raise them; nothing was changed.
     """
+    check_list(_NAME, "params", params)
+    check_list(_NAME, "partners", partners, like=params[0] if params else None)
+    check_same_length(_NAME, params=params, partners=partners, rank_dims=rank_dims)
+    if params:
+        if any(dim != rank_dims[0] or dim not in (0, 1) for dim in rank_dims):
+            raise ValueError(f"{_NAME}: rank_dims must be all 0 (factors (r, d)) or all 1 (factors (d, r)), got {list(rank_dims)!r:.80}")
+        rank, dtype = params[0].shape[rank_dims[0]], compute_dtype(params[0].dtype)
+        for name, stack in (("behind", behind), ("moved", moved)):
+            check_stack_of(_NAME, name, stack, (len(params), rank, rank), dtype, params[0].device)
+            if stack.requires_grad and stack.is_leaf and torch.is_grad_enabled():
+                raise RuntimeError(f"{_NAME}: {name} is written, but requires a gradient; detach() it, or call under torch.no_grad()")
+    check_number(_NAME, "damping", damping, 0.0)
+    check_number(_NAME, "own_damping", own_damping, 0.0)
+    check_number(_NAME, "weight", weight)
     altlora_turn_as_gathered_(
         params,
         grads,

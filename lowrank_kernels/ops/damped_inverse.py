@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import check_stack, define, is_plain_eager, no_backward, records_nothing
+from ._library import check_number, check_stack, define, is_plain_eager, no_backward, records_nothing
 
 
 def grouped_damped_inverse(rs: Tensor, damping: float = 0.0) -> Tensor:
@@ -30,8 +30,7 @@ def grouped_damped_inverse(rs: Tensor, damping: float = 0.0) -> Tensor:
     """
     name = "grouped_damped_inverse"
     check_stack(name, "rs", rs)
-    if not damping >= 0:
-        raise ValueError(f"{name}: damping must be ≥ 0, got {damping}")
+    check_number(name, "damping", damping, 0.0)
     eager = records_nothing(rs) and is_plain_eager(rs)
     return (_grouped_damped_inverse if eager else torch.ops.lowrank_kernels.grouped_damped_inverse)(rs, float(damping))
 

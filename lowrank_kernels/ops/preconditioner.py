@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.registry import run
-from ._library import check_stack, check_stack_of, define, is_plain_eager, no_backward, records_nothing, refuse_tangents
+from ._library import check_number, check_stack, check_stack_of, define, is_plain_eager, no_backward, records_nothing, refuse_tangents
 
 _NAME = "grouped_preconditioner"
 
@@ -53,8 +53,8 @@ def grouped_preconditioner(
         raise TypeError(f"{_NAME}: dtype must be torch.float64 or torch.float32, got {dtype}")
     if drifts is not None:
         check_stack_of(_NAME, "drifts", drifts, grams.shape, dtype, grams.device)
-    if not damping >= 0:
-        raise ValueError(f"{_NAME}: damping must be ≥ 0, got {damping}")
+    check_number(_NAME, "damping", damping, 0.0)
+    check_number(_NAME, "weight", weight)
     eager = records_nothing(grams, drifts) and is_plain_eager(grams, drifts)
     call = _grouped_preconditioner if eager else torch.ops.lowrank_kernels.grouped_preconditioner
     maps, realigned = call(grams, drifts, float(damping), float(weight), bool(transposed), dtype)

@@ -15,6 +15,7 @@ from ._library import (
     FLOATING,
     are_plain_eager,
     check_list,
+    check_number,
     check_same_length,
     check_same_shapes,
     check_stack,
@@ -68,8 +69,7 @@ def grouped_solve(
         refuse_tangents(name, "grams or rhs", (grams, rhs))
     if side not in ("left", "right"):
         raise ValueError(f"{name}: side must be 'left' or 'right', got {side!r}")
-    if not damping >= 0:
-        raise ValueError(f"{name}: damping must be ≥ 0, got {damping}")
+    check_number(name, "damping", damping, 0.0)
     left = side == "left"
     if isinstance(rhs, Tensor):
         if rhs.ndim != 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -98,3 +99,18 @@ def test_what_is_written_is_what_was_given() -> None:
             call()
             assert not torch.equal(given, other)
             given.copy_(other)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"moved": None}, {"behind": torch.zeros(1, 4, 3)}, {"own_damping": "x"}, {"damping": None}, {"weight": math.nan}, {"rank_dims": [2]}],
+    ids=lambda bad: next(iter(bad)),
+)
+def test_a_turn_that_is_refused_has_written_nothing(bad) -> None:
+    x, m, v = torch.randn(9, 4), torch.zeros(9, 4), torch.zeros(9, 4)
+    before, stacks = x.clone(), {"behind": torch.zeros(1, 4, 4), "moved": torch.zeros(1, 4, 4)}
+    numbers = {"damping": 1e-3, "own_damping": 1e-3, "weight": 1.0, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    arguments = {"partners": [torch.randn(8, 4)], **stacks, "rank_dims": [1], **numbers, "step": 1, **bad}
+    with pytest.raises((TypeError, ValueError), match=f"grouped_altlora_turn_: {next(iter(bad))}"):
+        ops.grouped_altlora_turn_([x], [torch.randn(9, 4)], [m], [v], **arguments)
+    assert torch.equal(x, before) and not m.any() and not v.any()

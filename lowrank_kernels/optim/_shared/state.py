@@ -73,9 +73,10 @@ def whole_number(value: Any) -> int | None:
         if value.numel() != 1 or value.is_meta or value.is_complex():
             return None
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= MOST_STEPS or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    return int(value)
+    number: Any = value
+    return int(number) if 0 <= number <= MOST_STEPS and number == int(number) else None
 
 
 def check_counters(name: str, which: str, saved: Mapping[str, Any], updates_due: Callable[[int], int]) -> None:
