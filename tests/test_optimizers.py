@@ -997,3 +997,28 @@ def test_oplora_wants_the_state_of_both_factors() -> None:
     del state["state"][1]
     with pytest.raises(ValueError, match=r"the state of A of 0 only"):
         optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lr_ratio": torch.tensor(2.0)},
+        {"betas": (torch.tensor(0.9), 0.99)},
+        {"lr": True},
+        {"lr": math.inf},
+        {"eps": math.inf},
+        {"weight_decay": torch.tensor(0.1)},
+        {"capturable": "x"},
+        {"foreach": "x"},
+        {"atomic": "x"},
+    ],
+)
+def test_what_no_step_takes_the_constructor_refuses(given) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"SDSLoRA: {next(iter(given))} must be"):
+        OPTIMIZERS["SDSLoRA"](make_model("ours"), **given)
+
+
+def test_betas_cannot_be_edited_in_place_unseen() -> None:
+    optimizer = lk.AdamW(model := make_model("ours"), betas=[0.9, 0.99])
+    run(model, optimizer, 0, 1)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99) and isinstance(optimizer.param_groups[0]["betas"], tuple)

@@ -17,8 +17,8 @@ ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tupl
 
 #: The hyperparameters of all methods that are numbers.
 NUMBERS = ("lr", "eps", "weight_decay", "factor_weight_decay", "lr_ratio", "momentum", "damping", "proximal")
-#: Those that may be None, and those that must be finite (AdamW takes an infinite lr or eps, for what it is worth).
-OPTIONAL, FINITE = ("weight_decay", "factor_weight_decay"), ("weight_decay", "factor_weight_decay", "lr_ratio", "damping", "proximal")
+#: Those that may be None.
+OPTIONAL = ("weight_decay", "factor_weight_decay")
 #: How far below zero the lr of a group that is made may be.
 ROUNDING = 1e-9
 #: What may happen when a gradient is infinite or NaN.
@@ -77,6 +77,14 @@ def check_options(
         raise ValueError(f"{name}: amsgrad=True is not supported; leave it out")
     if differentiable:
         raise ValueError(f"{name}: differentiable=True is not supported; step() is not differentiated through")
+    for key, value, optional in (
+        ("foreach", foreach, True),
+        ("fused", fused, True),
+        ("capturable", capturable, False),
+        ("atomic", atomic, False),
+    ):
+        if not (isinstance(value, (bool, int)) or (optional and value is None)):
+            raise TypeError(f"{name}: {key} must be True or False{' or None' if optional else ''}, got {value!r:.80}")
     if fused and foreach:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if scale is not None and not isinstance(scale, Real):
@@ -139,9 +147,11 @@ def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
     for key, value in [*((key, group.get(key, 0.0)) for key in NUMBERS), *(("betas", beta) for beta in betas)]:
         # In a group that is made, weight_decay is a number.
         optional = key in OPTIONAL and (key == "factor_weight_decay" or "factor_weight_decay" not in group)
-        if not (isinstance(value, (Real, Tensor)) or (optional and value is None)):
-            raise TypeError(f"{name}: {key} must be a number, got {value!r}")
-        if key in FINITE and isinstance(value, Real) and math.isinf(value):
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not (number or (key == "lr" and isinstance(value, Tensor)) or (optional and value is None)):
+            hint = "; of the hyperparameters only lr may be a tensor, pass float(…)" if isinstance(value, Tensor) else ""
+            raise TypeError(f"{name}: {key} must be a number, got {value!r}{hint}")
+        if isinstance(value, Real) and math.isinf(value):
             raise ValueError(f"{name}: {key} must be finite, got {value}")
     for key in ("amsgrad", "differentiable"):
         if group.get(key):

@@ -207,7 +207,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if len(values) != len(self._checked) or not all(map(operator.is_, values, self._checked)):
             for group in self.param_groups:
                 self._check_hyperparameters(group)
-            self._checked = values
+                group["betas"] = tuple(group["betas"])  # a list could be edited in place, unseen
+            self._checked = [group.get(key) for group in self.param_groups for key in self._hyperparameters]
 
     # ---------------------------------------------------------------- pairs
 
