@@ -120,13 +120,13 @@ def test_grad_scaler_changes_nothing_and_skips_overflows(kind: dict, library: st
     assert_alike(scaled, plain, 2e-4)
 
 
-@every_road
+@every_library
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("recomputed", [False, True], ids=["plain", "checkpoint"])
-def test_autocast_stays_near_full_precision(recomputed: bool, dtype: torch.dtype, kind: dict, road: str) -> None:
+def test_autocast_stays_near_full_precision(recomputed: bool, dtype: torch.dtype, kind: dict, library: str) -> None:
     """PEFT's layers get an fp32 input, which their GEMM casts: S is narrower than X."""
-    whole, cast = make_model(road, dtype=torch.float32), make_model(road, dtype=torch.float32)
+    whole, cast = make_model(library, dtype=torch.float32), make_model(library, dtype=torch.float32)
     optimizers = [make(model, sketch_width=4, **kind) for model in (whole, cast)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=dtype == torch.float16)
     for step in range(4):

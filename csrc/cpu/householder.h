@@ -1,4 +1,4 @@
-// Householder QR of a matrix in panels, in place: the guarded road. Q is orthonormal to rounding whatever X is, and a
+// Householder QR of a matrix in panels, in place: the guarded path. Q is orthonormal to rounding whatever X is, and a
 // rank-deficient X gives a full Q, always the same one.
 #pragma once
 

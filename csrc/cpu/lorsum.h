@@ -301,21 +301,21 @@ class Lorsum {
 
   // What a term contributes to the factor of `side`: coefficients for P (a row for each column of P), or, of a dense
   // matrix whose rows lie contiguous along the other side, rows of the result itself.
-  enum class Road { kFactors, kDenseColumns, kDenseRows };
-  Road road(int64_t j, int side) const {
+  enum class Path { kFactors, kDenseColumns, kDenseRows };
+  Path path_of(int64_t j, int side) const {
     const LorsumTerm& term = item_.terms[j];
-    if (!term.dense) return Road::kFactors;
+    if (!term.dense) return Path::kFactors;
     const int64_t along = side ? term.left.column_stride : term.left.row_stride;
     const int64_t across = side ? term.left.row_stride : term.left.column_stride;
-    return along != 1 && across == 1 ? Road::kDenseRows : Road::kDenseColumns;
+    return along != 1 && across == 1 ? Path::kDenseRows : Path::kDenseColumns;
   }
   View dense_view(int64_t j, bool transposed) const {
     const View& d = item_.terms[j].left;
     return transposed ? View{d.data, d.column_stride, d.row_stride} : d;
   }
   int64_t coefficient_rows(int64_t j, int side) const {
-    const Road way = road(j, side);
-    return way == Road::kFactors ? item_.terms[j].k : factor_[way == Road::kDenseRows ? side : 1 - side].rows;
+    const Path way = path_of(j, side);
+    return way == Path::kFactors ? item_.terms[j].k : factor_[way == Path::kDenseRows ? side : 1 - side].rows;
   }
 
   bool half_sweep(int side, const T* other) {
@@ -367,13 +367,13 @@ class Lorsum {
   void form_coefficients(int64_t j, int side, int64_t first, const T* other, const double* inverse, int worker) const {
     const LorsumTerm& term = item_.terms[j];
     const Factor<T>& g = factor_[1 - side];
-    const Road way = road(j, side);
+    const Path way = path_of(j, side);
     const int64_t rows = coefficient_rows(j, side);
     const int64_t count = rows - first < kLorsumColumns ? rows - first : kLorsumColumns;
     T* tile = work_.tile + worker * work_.tile_stride;
     double* sums = work_.sums + worker * work_.sums_stride;
     std::memset(sums, 0, static_cast<size_t>(count * pitch_) * sizeof(double));
-    if (way == Road::kDenseColumns) {
+    if (way == Path::kDenseColumns) {
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t i = 0; i < r_; ++i) sums[t * pitch_ + i] = static_cast<double>(other[i * g.pitch + first + t]);
       }
@@ -381,10 +381,10 @@ class Lorsum {
       std::memcpy(sums, g.gram + first * pitch_, static_cast<size_t>(count * pitch_) * sizeof(double));
     } else {
       const Columns<T> dense{dense_view(j, side == 0), term.dtype, g.rows};
-      const Columns<T>& q = way == Road::kFactors ? columns_[1 - side][j] : dense;
+      const Columns<T>& q = way == Path::kFactors ? columns_[1 - side][j] : dense;
       for (int64_t begin = 0; begin < q.rows; begin += kLorsumRows) {
         const auto part = q.part(begin, first, count, tile);
-        if (way == Road::kFactors && is_thin(term)) {
+        if (way == Path::kFactors && is_thin(term)) {
           contract<double>(part.data, part.pitch, count, other + begin, g.pitch, r_, part.rows, sums, pitch_);
         } else {
           contract<T>(part.data, part.pitch, count, other + begin, g.pitch, r_, part.rows, sums, pitch_);
@@ -410,9 +410,9 @@ class Lorsum {
     if (!is_product()) expand(f.start + begin, f.pitch, r_, start_map, r_, out, f.pitch, n);
     for (int64_t j = 0; j < s_.terms; ++j) {
       if (is_start(j, side)) continue;
-      const Road way = road(j, side);
+      const Path way = path_of(j, side);
       const T* c = coefficients_[j];
-      if (way == Road::kDenseRows) {
+      if (way == Path::kDenseRows) {
         const int64_t end = f.rows - begin < n ? f.rows - begin : n;
         for (int64_t i = 0; i < r_; ++i) {
           for (int64_t k = 0; k < end; ++k) out[i * f.pitch + k] += c[(begin + k) * r_ + i];
@@ -420,7 +420,7 @@ class Lorsum {
         continue;
       }
       const Columns<T> dense{dense_view(j, side == 1), item_.terms[j].dtype, f.rows};
-      const Columns<T>& p = way == Road::kFactors ? columns_[side][j] : dense;
+      const Columns<T>& p = way == Path::kFactors ? columns_[side][j] : dense;
       const int64_t columns = coefficient_rows(j, side);
       for (int64_t first = 0; first < columns; first += kLorsumColumns) {
         const int64_t count = columns - first < kLorsumColumns ? columns - first : kLorsumColumns;

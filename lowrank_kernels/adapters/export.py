@@ -22,6 +22,9 @@ from ._model import adapted_layers, check_model, clean_name
 from .io import bare_name, check_target, joined, live_tensors, refuse_shards, require_adapters, trained_modules, unshared, write_atomically
 from .layer import LowRankLinear
 
+#: What PEFT reads in an adapter's folder.
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
 
 def export_peft(
     model: nn.Module,
@@ -59,7 +62,7 @@ def export_peft(
         raise ValueError("export_peft: folder is empty; name one, '.' for the current folder")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise NotADirectoryError(f"export_peft: folder {os.fspath(folder)!r} is no folder; name another one")
-    for name in PEFT_FILES:
+    for name in (WEIGHTS, CONFIG):
         check_target("export_peft", "folder", Path(folder) / name)
     layers = require_adapters("export_peft", root)
     places = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
@@ -82,13 +85,13 @@ def export_peft(
         tensors |= {f"{prefix}{name}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
     tensors = unshared({name: tensor.contiguous() for name, tensor in tensors.items()})
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(folder) / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_atomically(Path(folder) / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
     def write_config(path: str) -> None:
         Path(path).write_text(text, encoding="utf-8")
 
-    write_atomically(Path(folder) / "adapter_config.json", write_config)
+    write_atomically(Path(folder) / CONFIG, write_config)
     return errors
 
 

@@ -25,8 +25,6 @@ from .layer import LowRankLinear
 from .starts import check_changeable
 
 FORMAT_VERSION = 1
-#: What PEFT reads in an adapter's folder.
-PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 #: The one metadata key of our files; its value is JSON.
 METADATA_KEY = "lowrank_kernels"
 
