@@ -695,3 +695,25 @@ def test_rank_0_is_no_pair_and_scale_0_is_refused(method: type[LowRankOptimizer]
     model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)), peft.LoraConfig(r=2, lora_alpha=0, target_modules=["0"]))
     with pytest.raises(ValueError, match=r"\.0\.default has s = 0"):
         method(model)
+
+
+@every_method
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_frozen_partners_are_read_where_the_model_is_given(side: str, method: type) -> None:
+    """LoRA-FA in some layers: a factor's step is the method's own, not AdamW's, when its partner was frozen before."""
+    given, listed = Targets(), Targets()
+    for problem in (given, listed):
+        for layer in problem.model[:2]:
+            getattr(layer, f"lora_{side}").requires_grad_(False)
+    optimizers = method(given.model, lr=1e-2), method(listed.model.named_parameters(), lr=1e-2)
+    factors = [[p for pair in pairs(problem.model) for p in (pair.A, pair.B)] for problem in (given, listed)]
+    before = [p.detach().clone() for p in factors[0]]
+    for _ in range(6):
+        for problem, optimizer in zip((given, listed), optimizers, strict=True):
+            problem.set_gradients()
+            for layer in problem.model[:2]:
+                getattr(layer, f"lora_{side}").grad = None
+            optimizer.step()
+    for p, q, old in zip(*factors, before, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, old) != p.requires_grad

@@ -52,6 +52,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
     """Factors are stepped side by side (all As, or all Bs, of like pairs in one call), each with r×r maps; the rest gets AdamW."""
 
     adamw_takes_factors = False
+    reads_frozen_partners = True
     #: Which r×r matrices the moment step of factors has, by the names of its arguments.
     small_arguments = frozenset({"grad_maps"})
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypedDict
 
 from torch import Tensor, nn
 
+from ...pairs import pairs
 from .shards import FLATTENED
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module
@@ -99,16 +100,23 @@ def check_options(
         raise ValueError(f"{name}: capturable=True takes neither nonfinite_grads={nonfinite_grads!r} nor atomic: both wait for the device")
 
 
-def groups_of(name: str, params: ParamsT) -> list[Any]:
-    """What ``torch.optim.Optimizer`` takes, of what the user gave: of a model its trainable parameters, with names."""
+def groups_of(name: str, params: ParamsT, with_partners: bool) -> list[Any]:
+    """What ``torch.optim.Optimizer`` takes, of what the user gave: of a model its trainable parameters, with names.
+
+    And ``with_partners`` the frozen factors of pairs of which the other is trained.
+    """
     if isinstance(params, nn.Module):
         flat = next((m for m in params.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
         if flat is not None:
             raise ValueError(f"{name}: {FLATTENED}")
-        trainable = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
-        if not trainable:
+        partners = set()
+        for pair in pairs(params) if with_partners else ():
+            if pair.core is None and pair.A.requires_grad != pair.B.requires_grad:
+                partners.add(id(pair.B if pair.A.requires_grad else pair.A))
+        wanted = [(n, p) for n, p in params.named_parameters() if p.requires_grad or id(p) in partners]
+        if not any(p.requires_grad for _, p in wanted):
             raise ValueError(f"{name}: the model has no parameter with requires_grad=True; adapt(model, …) first")
-        return [{"params": trainable}]
+        return [{"params": wanted}]
     if isinstance(params, (Tensor, dict)) or not isinstance(params, Iterable):
         raise TypeError(f"{name}: params must be an iterable of tensors or dicts, or a model, got {type(params).__name__}")
     return list(params)

@@ -51,9 +51,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     Args:
         params: what ``torch.optim.AdamW`` takes (tensors, dicts of groups, named parameters), or the model itself
-            (then its trainable parameters). Factors are paired by our adapters or by name; s is read from the module
-            when the model is given. Adapter parameters that are no pair of matrices (LoRA on embeddings and convolutions,
-            DoRA's magnitudes) and lone factors get AdamW, with the factors' weight decay; one warning names them.
+            (then its trainable parameters, and the frozen factors that a method's step reads). Factors are paired by our adapters or
+            by name; s is read from the module when the model is given. Adapter parameters that are no pair of matrices (LoRA on
+            embeddings and convolutions, DoRA's magnitudes) and lone factors get AdamW, with the factors' weight decay; one warning
+            names them.
         lr, betas, eps, maximize: as ``torch.optim.AdamW``.
         capturable: ``step()`` reads nothing on the host and can be captured in a CUDA graph, after one ordinary step, which makes the
             state and the device tables. The graph keeps what the host knew when it was captured: numbers (an lr to be scheduled must be
@@ -94,6 +95,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     counts: frozenset[str] = frozenset()
     #: Whether factors are stepped by AdamW, as parameters that are none are; else a method steps them itself.
     adamw_takes_factors = True
+    #: Whether the step of a factor reads its partner, also where that is frozen (LoRA-FA).
+    reads_frozen_partners = False
     #: The pairs as :meth:`_alike` has them, and of which parameters.
     _buckets: tuple[object, list[LikePairs]] = (None, [])
     #: What the step found that is under way.
@@ -158,7 +161,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             method=name,
             **(method_defaults or {}),
         )
-        super().__init__(groups_of(name, params), {key: pythons_number(value) for key, value in defaults.items()})
+        super().__init__(
+            groups_of(name, params, self.reads_frozen_partners), {key: pythons_number(value) for key, value in defaults.items()}
+        )
         self._constructed = True
         self._find_pairs(since_group=0)
 
