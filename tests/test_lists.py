@@ -255,3 +255,41 @@ def test_operations_on_lists_compile_without_graph_breaks(name: str) -> None:
     with torch.no_grad():
         found, expected = map(torch.utils._pytree.tree_leaves, (compiled(*arguments), TRACED[name](*arguments)))
     assert all(map(torch.equal, found, expected))
+
+
+class TestSharing:
+    """What is written must have a place of its own, and autograd must see it written."""
+
+    @pytest.mark.parametrize("rows", [False, True])
+    def test_shared_memory_is_refused_by_name_and_columns_of_one_matrix_are_not(self, rows: bool) -> None:
+        lists.csrc or pytest.skip("needs the compiled extension")
+        whole = torch.zeros(40, 8)
+        xs = [torch.randn(12, 4), torch.randn(12, 4)]
+        for out, names in (
+            ([whole[:12, :4].contiguous().as_strided((12, 4), (0, 1)), torch.empty(12, 4)], r"out\[0\] is expanded"),
+            ([whole.view(80, 4)[4:16], whole.view(80, 4)[12:24]], r"out\[0\] and out\[1\] share memory"),
+            ([torch.zeros(4, 12).mT] * 2, r"out\[0\] and out\[1\] share memory"),
+        ):
+            before = [tensor.clone() for tensor in out]
+            for call in (lambda out: ops.grouped_qr(xs, out=out), lambda out: ops.grouped_polar(xs, out=out)):
+                with pytest.raises(ValueError, match=names):
+                    call(out)
+            assert all(map(torch.equal, out, before))
+        interleaved = [whole[:12, :4], whole[:12, 4:]]
+        ops.grouped_qr(xs, out=interleaved)
+        assert torch.equal(interleaved[0], ops.grouped_qr(xs)[0][0])
+
+    def test_moment_step(self) -> None:
+        lists.csrc or pytest.skip("needs the compiled extension")
+        p, g, m, v = (torch.ones(5) for _ in range(4))
+        numbers = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+        for arguments, names in (
+            (([p], [g], [m], [m]), r"exp_avgs\[0\] and exp_avg_sqs\[0\] share memory"),
+            (([p, p], [g, g], [m, m + 1], [v, v + 1]), r"params\[0\] and params\[1\] share memory"),
+            (([p], [g], [p], [v]), r"params\[0\] and exp_avgs\[0\] share memory"),
+        ):
+            with pytest.raises(ValueError, match=names):
+                ops.grouped_adamw_(*arguments, **numbers)
+        with pytest.raises(RuntimeError, match=r"params\[0\] is written, but requires a gradient"):
+            ops.grouped_adamw_([torch.nn.Parameter(p)], [g], [m], [v], **numbers)
+        assert all(bool((t == 1).all()) for t in (p, m, v))

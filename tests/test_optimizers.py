@@ -109,7 +109,7 @@ def test_lone_factors_are_decayed_as_factors(named: bool) -> None:
         if named:
             with pytest.warns(UserWarning, match="lone factors"):
                 optimizer = lk.ScaledAdamW(params, lr=0.1, weight_decay=decay)
-            assert len(optimizer._lone_factors[0]) == 2, "lora_B of the first layer, and the core"
+            assert len(optimizer._lone_factors[0]) == 1, "the core: of the first layer lora_B has a partner, if a frozen one"
 
 
 @every_optimizer
@@ -530,7 +530,7 @@ def test_warnings_name_the_line_that_led_to_them(build) -> None:
             p.grad = torch.full_like(p, torch.inf)
         optimizer.step()
         scheduler.step()
-    ours = [w for w in caught if type(optimizer).__name__ in str(w.message)]
+    ours = [w for w in caught if type(optimizer).__name__ in str(w.message) and "half their rank" not in str(w.message)]
     assert ["infinite" in str(w.message) for w in ours] == [False] * (len(ours) - 1) + [True]
     assert len(ours) == (1 if isinstance(optimizer, (lk.AdamW, lk.OPLoRA)) else 2)
     assert {w.filename for w in ours} == {__file__}

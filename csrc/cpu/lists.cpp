@@ -79,6 +79,35 @@ py::object matrix_layout(const py::list& tensors, int64_t transposed) {
   return py::cast(std::move(layout));
 }
 
+// Which two tensors of a list share memory, as their indices; (i, i): several elements of one tensor are the same (it
+// is expanded). None if there are none. Views with gaps are not held against others: columns of one matrix may
+// interleave.
+py::object sharing(const py::list& tensors) {
+  const TensorReader& reader = TensorReader::get();
+  struct Range {
+    const char *begin, *end;
+    Py_ssize_t index;
+  };
+  std::vector<Range> ranges;
+  ranges.reserve(static_cast<size_t>(length(tensors)));
+  TensorInfo info;
+  for (Py_ssize_t i = 0; i < length(tensors); ++i) {
+    if (!reader.try_read(item(tensors, i), &info) || info.dtype < 0 || info.elements() == 0) continue;
+    for (int d = 0; d < info.ndim; ++d)
+      if (info.strides[d] == 0 && info.sizes[d] > 1) return py::make_tuple(i, i);
+    if (info.address == nullptr || !(info.is_contiguous() || (info.ndim == 2 && info.transposed().is_contiguous())))
+      continue;
+    const char* const begin = static_cast<const char*>(info.address);
+    ranges.push_back({begin, begin + info.elements() * element_size(static_cast<DType>(info.dtype)), i});
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    const auto [first, second] = std::minmax(ranges[i - 1].index, ranges[i].index);
+    if (ranges[i].begin < ranges[i - 1].end) return py::make_tuple(first, second);
+  }
+  return py::none();
+}
+
 // Whether each tensor is contiguous and begins where the one before it ends.
 bool consecutive(const py::list& tensors) {
   const TensorReader& reader = TensorReader::get();
@@ -312,6 +341,7 @@ void bind_lists(py::module_& m) {
   m.def("signature", &signature, py::arg("tensors"), py::arg("transposed") = 0,
         "dtype, device and sizes of all tensors of a list; None if one is not plain and strided.");
   m.def("sizes", &sizes, "One dimension of all matrices of a list; None if one is no plain matrix.");
+  m.def("sharing", &sharing, "Two tensors of a list that share memory, as their indices; None if there are none.");
   m.def("consecutive", &consecutive, "Whether the tensors of a list lie one behind the other, each contiguous.");
   m.def("alike", &alike, "Whether all tensors of a list are plain and of one dtype, device and number of dimensions.");
   m.def("held", &held, "What stands under some keys of some dictionaries of objects known by weak references.");

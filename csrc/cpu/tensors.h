@@ -81,6 +81,13 @@ struct TensorInfo {
     }
     return true;
   }
+  // Of a matrix.
+  TensorInfo transposed() const {
+    TensorInfo other = *this;
+    std::swap(other.sizes[0], other.sizes[1]);
+    std::swap(other.strides[0], other.strides[1]);
+    return other;
+  }
   void* data() const { return memory(nullptr, address, elements()); }
   // As a matrix, or as the transpose of one.
   View matrix(bool transposed) const { return {data(), strides[transposed ? 1 : 0], strides[transposed ? 0 : 1]}; }

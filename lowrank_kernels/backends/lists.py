@@ -194,6 +194,14 @@ def states(state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> list[di
     return csrc.states(state, params) if _compiled() else [state[p] for p in params]
 
 
+def sharing(tensors: list[Tensor]) -> tuple[int, int] | None:
+    """Two tensors that share memory, as their indices; (i, i): tensor i has several elements in one place (it is expanded).
+
+    Views with gaps are not held against others, since columns of one matrix may interleave. Without compiled code nothing is found.
+    """
+    return csrc.sharing(tensors) if _compiled() else None
+
+
 def complete(state: dict[Tensor, dict[str, Any]], groups: list[list[Tensor]], may_be_empty: bool) -> bool:
     """Whether each parameter of the groups has a state, and one with something in it unless that ``may_be_empty``."""
     if _compiled():

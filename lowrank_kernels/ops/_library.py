@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.dtypes import FLOATING
-from ..backends.lists import PLAIN, Tall, alike, as_in_memory, as_stored
+from ..backends.lists import PLAIN, Tall, alike, as_in_memory, as_stored, sharing
 
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -146,6 +146,28 @@ def check_list(
             raise ValueError(f"{operation}: {argument}[{index}] is on {tensor.device}, expected {like.device}; call once per device")
         if written and tensor.is_neg():
             refuse_negated(operation, f"{argument}[{index}]")
+
+
+def check_writable(operation: str, **lists: Sequence[Tensor]) -> None:
+    """Refuse tensors that share memory, or that autograd would not see written."""
+    if not is_eager():
+        return
+    written = [tensor for tensors in lists.values() for tensor in as_stored(tensors)[0]]
+
+    def name_of(index: int) -> str:
+        return [f"{argument}[{i}]" for argument, tensors in lists.items() for i in range(len(tensors))][index]
+
+    if (shared := sharing(written)) is not None:
+        first, second = map(name_of, shared)
+        if first == second:
+            raise ValueError(f"{operation}: {first} is expanded: several of its elements are one; pass a contiguous tensor")
+        raise ValueError(f"{operation}: {first} and {second} share memory, and what is written into one would overwrite the other")
+    if torch.is_grad_enabled():
+        for index, tensor in enumerate(written):
+            if tensor.requires_grad and tensor.is_leaf:
+                raise RuntimeError(
+                    f"{operation}: {name_of(index)} is written, but requires a gradient; detach() it, or call under torch.no_grad()"
+                )
 
 
 def refuse_negated(operation: str, argument: str) -> NoReturn:

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run_in_place
-from ._library import are_plain_eager, check_list, check_same_length, check_same_shapes, check_stack_of, define, is_eager, is_plain_eager
+from ._library import (
+    are_plain_eager,
+    check_list,
+    check_same_length,
+    check_same_shapes,
+    check_stack_of,
+    check_writable,
+    define,
+    is_eager,
+    is_plain_eager,
+)
 
 _NAME = "grouped_adamw_"
 
@@ -88,6 +98,7 @@ def grouped_adamw_(
         direction_maps=direction_maps,
         rank_dims=rank_dims,
         drifts=drifts,
+        begin_writing=lambda: check_writable(_NAME, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs),
     )
 
 

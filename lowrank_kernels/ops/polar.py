@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import check_list, check_same_length, check_same_shapes, define, no_backward
+from ._library import check_list, check_same_length, check_same_shapes, check_writable, define, no_backward
 
 
 def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) -> list[Tensor]:
@@ -38,6 +38,7 @@ def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) 
     check_same_length("grouped_polar", xs=xs, out=out)
     check_list("grouped_polar", "out", out, like=xs[0] if xs else None)
     check_same_shapes("grouped_polar", "out", out, "xs", xs)
+    check_writable("grouped_polar", out=out)
     if xs:
         torch.ops.lowrank_kernels.grouped_polar_out(list(xs), list(out))
         torch.autograd.graph.increment_version(list(out))

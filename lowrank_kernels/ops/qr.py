@@ -17,6 +17,7 @@ from ._library import (
     check_list,
     check_same_length,
     check_same_shapes,
+    check_writable,
     define,
     for_eager,
     is_eager,
@@ -98,6 +99,7 @@ def grouped_qr(
         return (_grouped_qr if eager else _ops.grouped_qr)(xs, previous, *known)
     if not xs:
         return [], torch.empty(0, 0, 0)
+    check_writable("grouped_qr", out=out)
     targets, rs = listed(out), _empty_rs(xs)
     (_grouped_qr_out if eager else _ops.grouped_qr_out)(xs, previous, targets, rs, *known)
     torch.autograd.graph.increment_version(as_stored(targets)[0])

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..backends.dtypes import FLOATING
 from ..backends.lists import signature, sizes
 from ..backends.registry import run
 from ._library import (
-    FLOATING,
     are_plain_eager,
     check_list,
     check_number,
     check_same_length,
     check_same_shapes,
     check_stack,
+    check_writable,
     define,
     is_plain_eager,
     no_backward,
@@ -92,6 +93,7 @@ def grouped_solve(
         raise ValueError(f"{name}: rhs is on {samples[0].device}, grams is on {grams.device}; move both to one device")
     if out is not None:
         _check_out(rhs, out)
+        check_writable(name, out=[out] if isinstance(out, Tensor) else out)
     unrecorded = records_nothing(grams, rhs, out)
     if isinstance(rhs, Tensor):
         eager = unrecorded and is_plain_eager(grams, rhs, out)  # type: ignore[arg-type]
