@@ -131,6 +131,24 @@ def test_qr_follows_its_previous_q_in_place() -> None:
             assert torch.equal(parent[:, 8:], right)
 
 
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("rank", [4, 8, 16])
+@pytest.mark.parametrize("target", ["new", "previous", "x"])
+def test_all_rows_decide_which_columns_of_q_change_their_sign(target: str, rank: int, rows: bool, instruction_set: str) -> None:
+    """Also where the first ones, by which a fast kernel guesses, point the other way."""
+    xs = [matrix(d, rank, torch.float32, "rows" if rows else "transposed") for d in (100, 129, 1024, 2100)]
+    bases = [torch.linalg.qr(x)[0] * torch.where(torch.rand(rank) < 0.5, -1, 1) for x in xs]
+    previous = [x.clone() for x in xs]  # keeps strides
+    for old, basis in zip(previous, bases, strict=True):
+        old.copy_(basis)
+        old[:64] *= -1e-3
+    wanted, before = [old.clone() for old in previous], [x.clone() for x in xs]
+    qs, rs = ops.grouped_qr(xs, previous, out={"new": None, "previous": previous, "x": xs}[target])
+    check_qr(before, qs, rs, wanted)
+    for q, basis in zip(qs, bases, strict=True):
+        torch.testing.assert_close(q, basis, rtol=0, atol=1e-5)
+
+
 def test_qr_matches_the_reference() -> None:
     """Where the QR is unique (full rank, signs fixed), it is the reference's."""
     xs = [matrix(d, 16, torch.float32) for d in (64, 768, 3000)]
