@@ -37,13 +37,16 @@ def _orthonormalize(block: Tensor, against: Tensor, noise: Tensor, thin_qr: Thin
     Once a spectrum is exhausted (low rank, few distinct singular values), nothing is left of a block but rounding, or zeros, which a QR
     completes by the same directions in every step: they are in ``against`` already. A little of ``noise`` (m, p), another in each step,
     leaves something to normalize. Normalized after each projection, which blows rounding up that is orthogonal to
-    nothing: so a second one, and a third for where few directions are left, of which the noise has little.
+    nothing: so a second one, and a third where few directions are left, of which the noise has little.
     """
     number = torch.finfo(block.dtype)
     block = block / torch.linalg.vector_norm(block, torch.inf, dim=1, keepdim=True).clamp_min(number.tiny)
     block = torch.add(block, noise, alpha=NOISE * number.eps)
-    for _ in range(3):
-        block = thin_qr(torch.baddbmm(block, against, against.mT @ block, alpha=-1))
+    for projections in range(3):
+        overlap = against.mT @ block
+        if projections == 2 and bool(overlap.abs().amax() <= 8 * number.eps):
+            break
+        block = thin_qr(torch.baddbmm(block, against, overlap, alpha=-1))
     return block
 
 
