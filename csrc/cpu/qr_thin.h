@@ -1,5 +1,5 @@
-// QR of a thin well-conditioned matrix from where it lies to where Q lies, without panels: XᵀX in one reading, Q = X
-// U⁻¹ with its columns' signs in another. One round of qr.h's CholeskyQR, which mostly is enough.
+// QR of a thin well-conditioned matrix from where it lies to where Q lies, without panels: one reading gives XᵀX,
+// another Q = X U⁻¹ and the signs of its columns. One round of qr.h's CholeskyQR, which mostly is enough.
 #pragma once
 
 #include "cpu/gram_rows.h"

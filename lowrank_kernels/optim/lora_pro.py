@@ -27,8 +27,8 @@ class LoRAPro(PreconditionedOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
-        sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB)⁻¹ ∂A Aᵀ`` (through the eigenvectors of the two Grams); False: X = 0,
-            which ``capturable`` needs.
+        sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB + δI)⁻¹ ∂A Aᵀ`` (δ on the right-hand side alone; through the eigenvectors of
+            the two Grams); False: X = 0, which ``capturable`` needs.
         damping: δ, absolute.
     """
 

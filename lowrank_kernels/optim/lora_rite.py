@@ -30,7 +30,9 @@ class LoRARITE(PreconditionedOptimizer):
         M ← β₁ Π M + (1-β₁) (V̂ + ρ̂ I + eps I)^{-1/2} X               hats: divided by 1-β₂ᵗ
         A ← A - lr (R⁻¹ M + weight_decay·A)
 
-    B is the mirror image (``Aᵀ = QR``); both are taken from the factors as they were.
+    B is the mirror image (``Aᵀ = QR``); both are taken from the factors as they were. With fewer tokens than r in a step, X has
+    directions in which there is nothing but rounding, and an eps as small as Adam's makes steps of them: such a run is no better
+    determined than its rounding, and two backends, or two machines, differ.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
