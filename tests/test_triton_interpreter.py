@@ -520,7 +520,7 @@ def test_lora_linear(device: torch.device, dtype: torch.dtype, rank: int, tokens
         x, grad, a, b = make(d_in, tokens).mT, make(tokens, d_out), make(rank, d_in), make(d_out, rank)
         weight, bias = (make(d_out, d_in), make(d_out)) if base else (None, None)
         q_a, q_b = (make(rank, d_in), make(d_out, rank)) if kind == "decoupled" else (None, None)
-        wide_core = torch.randn(rank, rank, dtype=torch.float64, device=device) if kind == "core" else None
+        wide_core = torch.randn(rank, rank, dtype=torch.float64, device=device).mT if kind == "core" else None
         core = None if wide_core is None else wide_core.to(torch.promote_types(dtype, torch.float32))
         keep = 1.0 if drop == "nothing" else 0.75
         mask = torch.rand(tokens, d_in, device=device) < keep if drop == "mask" else None
@@ -629,7 +629,7 @@ def test_lora_shared(device: torch.device, dtype: torch.dtype, rank: int, tokens
         if arguments[1] is not None or arguments[2] is not None:
             compare("lora_down_backward", *arguments)
     both = make(tokens, 2 * rank + 1)
-    hidden, hidden_q = both[:, :rank], both[:, rank : 2 * rank] if decoupled else None
+    hidden, hidden_q = both[:, : 2 * rank : 2], both[:, rank : 2 * rank] if decoupled else None
     weight, bias, b, q_b = make(d_out, d_in), make(d_out), make(d_out, rank), make(d_out, rank) if decoupled else None
     compare("lora_up", x, weight, bias, hidden, b, hidden_q, q_b, 0.7)
     compare("lora_up", None, None, None, hidden, b, hidden_q, q_b, 0.7)

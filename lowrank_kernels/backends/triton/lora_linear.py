@@ -234,13 +234,16 @@ def project(
     return out, other
 
 
+def _in_rows(hidden: Tensor) -> Tensor:
+    """H (tokens, r) as the kernels read it: by rows without gaps."""
+    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
+
+
 def expand(y: Tensor, base: Tensor | None, drop: Drop | None, factor: float, first_h: Tensor, first: Tensor, second_h: Tensor | None,
            second: Tensor | None, by_rank: bool) -> None:  # fmt: skip
-    """``y = base + factor · (H₁F₁ᵀ + H₂F₂ᵀ)``, the product less what ``drop`` drops; a base of None is zero, and y itself may be it.
-
-    Rows of H are contiguous.
-    """
+    """``y = base + factor · (H₁F₁ᵀ + H₂F₂ᵀ)``, the product less what ``drop`` drops; a base of None is zero, and y itself may be it."""
     tokens, length = y.shape
+    first_h, second_h = _in_rows(first_h), None if second_h is None else _in_rows(second_h)
     kinds = _Kinds("expand", first.shape[1], first.dtype, first.device)
     if second_h is None or second is None:
         second_h, second, two = first_h, first, False
@@ -256,7 +259,7 @@ def expand(y: Tensor, base: Tensor | None, drop: Drop | None, factor: float, fir
 
 def token_sum(hidden: Tensor, x: Tensor, drop: Drop | None, factor: float, out: Tensor, out_d: int, out_k: int) -> Tensor:
     """``factor · Σ_t H[t, k] x̃[t, d]`` into ``out``, contiguous, whose strides for d and k are given."""
-    x = _addressable(x)
+    x, hidden = _addressable(x), _in_rows(hidden)
     tokens, length = x.shape
     rank = hidden.shape[1]
     kinds = _Kinds("token_sum", rank, x.dtype, x.device)
@@ -283,7 +286,7 @@ def output_grads(
 
     In one read of ∂y where the partial sums, written and read in fp32 for every ``columns`` columns, are less than the read that it saves.
     """
-    grad = _addressable(grad)
+    grad, hidden = _addressable(grad), _in_rows(hidden)
     tokens, length = grad.shape
     rank = hidden.shape[1]
     kinds = _Kinds("output_grads", rank, grad.dtype, grad.device)
@@ -441,5 +444,5 @@ def lora_linear_backward(
             on_a = hidden if core is None else (hidden @ core.mT).to(grad.dtype)
             out.append(token_sum(on_a, grad, None, scale, grad.new_empty(d_out, rank), rank, 1))
         if need_core:
-            out.append(token_sum(on_b, hidden, None, scale, torch.empty_like(core), 1, len(core)))
+            out.append(token_sum(on_b, hidden, None, scale, core.new_empty(core.shape), 1, len(core)))
     return out
