@@ -4,8 +4,9 @@ A table is one int64 buffer on the device with two parts: a row for each tensor,
 program. It is cached under what it was made of (addresses, shapes, strides, dtypes, stream) and made anew when any of
 that changes. Uploads come from pinned memory and are asynchronous.
 
-CUDA graphs: a table that is used during a capture is kept for ever, because replays read it. One that has to be made
-during a capture is copied by the graph itself, from a pinned area reserved before, and never serves eager calls.
+CUDA graphs: a table that is used during a capture is kept for ever, because replays read it. Those of eager calls serve
+captures on other streams too, once their upload is known to be done. One that has to be made during a capture (of gradients
+that the graph itself allocates) is copied by the graph, from pinned memory reserved by eager calls, and serves no other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +24,6 @@ from torch import Tensor
 
 #: Tables kept for later calls; a training run has a handful, an evaluation of many models more.
 CAPACITY = 128
-#: Words of pinned memory for tables made during captures: 4 MiB, some 10,000 factors.
-_CAPTURE_WORDS = 1 << 19
 
 
 class Table(NamedTuple):
@@ -43,12 +43,46 @@ class Layout(NamedTuple):
     facts: tuple[int, ...] = ()
 
 
-_cache: OrderedDict[Hashable, Table] = OrderedDict()
+@dataclass(slots=True)
+class _Kept:
+    """A table of eager calls; ``upload`` is None once it is known to be done."""
+
+    table: Table
+    words: int
+    upload: torch.cuda.Event | None
+
+
+class _Pinned:
+    """Memory for what captures copy to the device: always as much as all tables of eager calls take together, and 128 KiB for numbers."""
+
+    def __init__(self) -> None:
+        self.wanted = 1 << 14
+        self._free = torch.empty(0, dtype=torch.int64)
+        self._in_use: list[Tensor] = []
+
+    def reserve(self) -> None:
+        """Not during a capture, which allocates no pinned memory."""
+        if len(self._free) < self.wanted:
+            self._free = _pinned_words(2 * self.wanted)
+
+    def take(self, words: int) -> Tensor:
+        if len(self._free) < words:
+            raise RuntimeError(
+                f"lowrank_kernels: a CUDA graph capture needs a table of {words} words, and {len(self._free)} words of pinned memory are "
+                "reserved; run the step eagerly, with all its tensors, once before each capture"
+            )
+        taken, self._free = self._free[:words], self._free[words:]
+        self._in_use.append(taken)
+        return taken
+
+
+_cache: OrderedDict[tuple[Hashable, int], _Kept] = OrderedDict()
+#: Of those, under their keys without the stream, what every stream may read.
+_uploaded: dict[Hashable, _Kept] = {}
 #: Backward passes run in threads of autograd's, one for each GPU, and may ask for tables there (OPLoRA's overlap).
 _lock = threading.RLock()
 _captured: list[Table] = []
-_capture_area: Tensor | None = None
-_capture_used = 0
+_pinned = _Pinned()
 
 
 def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -57,7 +91,7 @@ def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def signature(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
-    """Addresses, shapes, strides and the (common) dtype of a list, for a table's key."""
+    """Addresses, shapes, strides and the common dtype of a list, for a table's key."""
     if not tensors:
         return ()
     return tensors[0].dtype, addresses(tensors), tuple(map(torch.Tensor.size, tensors)), tuple(map(torch.Tensor.stride, tensors))
@@ -77,47 +111,70 @@ def _assemble(layout: Layout) -> tuple[NDArray[np.int64], int]:
     return np.concatenate([rows.ravel(), np.stack([tensor, chunk], axis=1).ravel()]), programs
 
 
-def _upload(words: NDArray[np.int64], device: torch.device, capturing: bool) -> Tensor:
-    global _capture_area, _capture_used
-    host = torch.from_numpy(words)
-    if device.type != "cuda":
-        return host
-    if not capturing:
-        if _capture_area is None:
-            _capture_area = torch.empty(_CAPTURE_WORDS, dtype=torch.int64, pin_memory=True)
-        return host.pin_memory().to(device, non_blocking=True)
-    if _capture_area is None or _capture_used + len(words) > len(_capture_area):
-        raise RuntimeError(
-            "lowrank_kernels: no pinned memory left for the tables of this CUDA graph capture; run the step once before "
-            "the first capture, and capture fewer graphs over new tensors"
-        )
-    staged = _capture_area[_capture_used : _capture_used + len(words)]
-    _capture_used += len(words)
-    staged.copy_(host)
+def _pinned_words(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, pin_memory=True)
+
+
+def _send(staged: Tensor, device: torch.device) -> Tensor:
     return staged.to(device, non_blocking=True)
+
+
+def _made(layout: Layout, device: torch.device, capturing: bool) -> Table:
+    words, programs = _assemble(layout)
+    data = torch.from_numpy(words)
+    if device.type == "cuda":
+        data = _send((_pinned.take(len(words)) if capturing else _pinned_words(len(words))).copy_(data), device)
+    split = len(words) - 2 * programs
+    return Table(data[:split], data[split:], programs, layout.facts)
+
+
+def _keep(key: tuple[Hashable, int], found: Table, device: torch.device) -> None:
+    upload, words = None, 0
+    if device.type == "cuda":
+        upload, words = torch.cuda.Event(), found.tensors.numel() + found.chunks.numel()
+        upload.record(torch.cuda.current_stream(device))
+    _cache[key] = _Kept(found, words, upload)
+    _pinned.wanted += words
+    if len(_cache) > CAPACITY:
+        (gone, _), old = _cache.popitem(last=False)
+        _pinned.wanted -= old.words
+        if _uploaded.get(gone) is old:
+            del _uploaded[gone]
+
+
+def upload_numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host in fp64 on the device, without waiting for it. A graph's replays find what they are now."""
+    data = torch.tensor(values, dtype=torch.float64)
+    if device.type != "cuda":
+        return data
+    if not torch.cuda.is_current_stream_capturing():
+        return _send(data.pin_memory(), device)
+    with _lock:
+        return _send(_pinned.take(len(data)).view(torch.float64).copy_(data), device)
 
 
 def table(operation: str, device: torch.device, key: Hashable, make: Callable[[], Layout]) -> Table:
     """The table of ``operation`` for ``key``, from the cache or by ``make()``."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    full_key = (operation, device, stream, key)
+    place = (operation, device, key)
     with _lock:
-        found = _cache.get(full_key)
-        if found is None:
-            layout = make()
-            words, programs = _assemble(layout)
-            data = _upload(words, device, capturing)
-            split = len(words) - 2 * programs
-            found = Table(data[:split], data[split:], programs, layout.facts)
-            if capturing:
+        kept = _cache.get((place, stream))
+        if capturing:
+            kept = kept or _uploaded.get(place)
+            found = kept.table if kept else _made(make(), device, capturing)
+            if not any(found is held for held in _captured):
                 _captured.append(found)
-                return found
-            _cache[full_key] = found
-            if len(_cache) > CAPACITY:
-                _cache.popitem(last=False)
+            return found
+        if kept is None:
+            found = _made(make(), device, capturing)
+            _keep((place, stream), found, device)
         else:
-            _cache.move_to_end(full_key)
-        if capturing and not any(found is kept for kept in _captured):
-            _captured.append(found)
+            found = kept.table
+            _cache.move_to_end((place, stream))
+            if kept.upload is not None and kept.upload.query():
+                kept.upload = None
+                _uploaded[place] = kept
+        if device.type == "cuda":
+            _pinned.reserve()
         return found
