@@ -247,6 +247,22 @@ def test_the_result_may_replace_the_start(backend: str) -> None:
     assert all(x._version > before for x, before in zip(problem.start[0], versions, strict=True))
 
 
+@on_every_backend
+def test_memory_that_holds_another_dtype_is_another_term(backend: str) -> None:
+    """As what autocast frees and allocates again may: the same address, shape and strides."""
+    us, vs = [matrix(9, 2, torch.float32)], [matrix(8, 2, torch.float32)]
+    out = [torch.empty(9, 2)], [torch.empty(8, 2)]
+    memory = torch.empty(2, 27)
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (memory[i].view(dtype)[: 3 * rows].view(rows, 3).copy_(matrix(rows, 3, dtype)) for i, rows in enumerate((9, 8)))
+        with running(backend):
+            ops.grouped_lorsum((us, vs), [(us, vs), ([left], [right])], [1.0, 0.5], 1, 0.1, out=out)
+        pairs = [(x.double(), y.double()) for x, y in ((us[0], vs[0]), (left, right))]
+        exact = lorsum(pairs[0], pairs, [1.0, 0.5], 1, 0.1)
+        for found, truth in zip((out[0][0], out[1][0]), exact, strict=True):
+            torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", ["numbers", "tensor", "vector", "tensors"])
 def test_forms_of_coefficients(form: str) -> None:
     us, vs = [matrix(9, 2, torch.float64) for _ in range(3)], [matrix(8, 2, torch.float64) for _ in range(3)]

@@ -29,7 +29,7 @@ from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
 from ._device import rounded, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
-from ._tables import Layout, first_chunks, signature, table
+from ._tables import Layout, first_chunks, signature, table, upload_numbers
 from ._thin import load_tile, store_tile, tile_mode
 from .solve import cholesky_kernel, substitute, substitute_back
 
@@ -385,13 +385,15 @@ def grouped_lorsum(
     compute, dtype = compute_dtype(us[0].dtype), us[0].dtype
     sizes = _Sizes(rank, compute)
     r = sizes.R
-    key = (*map(signature, (us, vs, lefts, [x for x in rights if x is not None], out_us, out_vs)), tuple(x is None for x in rights))
+    # Terms may differ in dtype, which lists have in common elsewhere; a right factor has its left one's.
+    key = (*map(signature, (us, vs, lefts, [x for x in rights if x is not None], out_us, out_vs)),
+           tuple(x is None for x in rights), tuple(x.dtype for x in lefts))  # fmt: skip
     work = table("grouped_lorsum", device, key, lambda: _layout(us, vs, lefts, rights, out_us, out_vs, sizes))
     scratch_size, partial_size, *ends = work.facts
     programs = [work.chunks[2 * start : 2 * end] for start, end in zip((0, *ends), ends, strict=False)]
     per_layer = len(lefts) // count + 2
     if coefficients is None:
-        coefficients = torch.tensor(numbers, dtype=torch.float64, device=device)
+        coefficients = upload_numbers(numbers, device)
     coefficients = coefficients.contiguous()
     scratch = torch.empty(scratch_size, dtype=compute, device=device)
     partials, ridges, inverses = (torch.empty(size, dtype=torch.float64, device=device) for size in (partial_size, count * r, count * r))
