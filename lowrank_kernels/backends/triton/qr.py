@@ -487,6 +487,7 @@ def guarded_kernel(tensors, levels, scratch, rs, rank, tolerance: tl.float64, X:
             d = first + tl.arange(0, BLOCK_D)
             v = tl.load(x + d * x_d + j * x_r, mask=d < rows, other=0.0).to(tl.float64) * down * down_rest
             squares += v * v
+            tl.debug_barrier()  # where Q is X, and threads hold copies of an element, all must have read it
             tl.store(work + d * work_d + j * work_r, v.to(COMPUTE), mask=d < rows)
         tl.debug_barrier()
         norm = tl.sqrt(tl.sum(squares, axis=0))
