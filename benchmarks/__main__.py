@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lowrank_kernels.backends.dtypes import FLOATING
 
 from . import ceilings, compare, kernels, plot, readme, results
-from .harness import Budget, device_name, run_case
+from .harness import Budget, Case, device_name, failures, run_case
 from .shapes import CHOICES, MODELS, TINY, layers
 from .suites import OPERATIONS, SUITES, WITHOUT_MODEL, Setting
 from .suites.scaling import host_time_per_layer
@@ -138,6 +138,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def cases_of(suite: str, setting: Setting) -> Iterator[Case]:
+    """The cases of a suite; one that cannot be made, for want of memory, ends this suite of this setting and not the run."""
+    try:
+        yield from SUITES[suite](setting)
+    except failures() as error:
+        tqdm.write(f"{suite} of {setting.model}, rank {setting.rank}: no more cases, {error}")
+
+
 def main(argv: list[str] | None = None) -> list[results.Row]:
     args = parse_arguments(argv)
     device = torch.device(args.device)
@@ -158,7 +166,7 @@ def main(argv: list[str] | None = None) -> list[results.Row]:
         settings = [Setting(m, c, r, *more) for m in args.model_shapes for c in args.layers for r in args.rank]
         work = [(suite, setting) for suite in args.suite for setting in (settings[:1] if suite in WITHOUT_MODEL else settings)]
         for suite, setting in tqdm(work, desc=f"{dtype_name}, {torch.get_num_threads()} threads", unit="case"):
-            for case in SUITES[suite](setting):
+            for case in cases_of(suite, setting):
                 if args.op and case.op not in args.op:
                     continue
                 new = run_case(case, limits, Budget(seconds=args.seconds), args.provider)

@@ -20,7 +20,8 @@ class Row:
         median_ms, p20_ms, p80_ms: wall time on a CPU; on a GPU device time between events, the queue being full.
         graph_ms: median time of a replayed CUDA graph.
         wall_ms: median wall time of an eager call on a GPU, synchronized.
-        ratio_to_naive: median over the rounds of this provider's time by that of "naive" in the same round.
+        ratio_to_naive: median over the rounds of this provider's time by that of "naive" in the same round; of replayed graphs, if both
+            could be captured.
         ratio_to_rival: the same by the best that one can have without this package (torch-fused, torch-batched).
         bytes: what must move between memory and processor if everything is read and written once.
         flops: floating-point operations of the matrix products that cannot be avoided, in whatever dtype.
