@@ -52,7 +52,9 @@ def test_compiles_without_spills(group: str) -> None:
     for report in reports:
         # Tables of pointers lose their vector loads without a hint; matrices may lose them with a stride of unknown alignment.
         if report["kernel"] == "adamw_kernel":
-            assert "128:" in report["loads"] or "64:" in report["loads"], report
+            # Vectors where all is aligned only: a hint that leaks into the branch for the rest would write beyond the moments.
+            vectors = {"fp32": ("128:4 ", "128:3 "), "bf16 on device": ("128:2 ", "128:2 ")}[report["case"]]
+            assert (report["loads"][:6], report["stores"][:6]) == vectors, report
         if report["kernel"] == "mapped_adamw_kernel" and not any(word in report["case"] for word in ("strided", "fp64")):
             assert "128:" in report["loads"] and "128:" in report["stores"], report
         if group == "lora_linear" and "bf16" in report["case"] and report["kernel"] not in ("add_splits_kernel", "mask_kernel"):

@@ -153,11 +153,13 @@ def adamw_kernel(tensors, chunks, lr_pointer, step_pointer,
         lr, lr_pointer, step, step_pointer, tl.load(row + 10), log2_beta1, log2_beta2, correction1, correction2, weight_decay,
         LR_ON_DEVICE, STEP_ON_DEVICE, BIAS_CORRECTION, COMPUTE)  # fmt: skip
     if rows == 0:
-        # Contiguous, aligned, a multiple of VECTOR long (checked on the host): vector loads and stores.
-        offset = start + tl.arange(0, BLOCK)
-        mask = offset < tl.multiple_of(columns, VECTOR)
-        _step_tile(tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(exp_avg, 16), tl.multiple_of(exp_avg_sq, 16),
-                   offset, offset, offset, mask, beta1, beta2, eps, rate, keep, correction, root_correction, HAS_M, HAS_V, MAXIMIZE, COMPUTE)  # fmt: skip
+        # Contiguous, aligned, a multiple of VECTOR long (checked on the host): vector loads and stores. Hints are of new values: on
+        # `param` itself they would hold in the other branch too, which takes what is not aligned.
+        offset = tl.arange(0, BLOCK)
+        mask = start + offset < columns // VECTOR * VECTOR
+        _step_tile(tl.multiple_of(param + start, 16), tl.multiple_of(grad + start, 16),
+                   tl.multiple_of(exp_avg + start, 16), tl.multiple_of(exp_avg_sq + start, 16), offset, offset, offset, mask,
+                   beta1, beta2, eps, rate, keep, correction, root_correction, HAS_M, HAS_V, MAXIMIZE, COMPUTE)  # fmt: skip
     else:
         # 32-bit division: the host refuses strided tensors that are longer than that.
         flat = start.to(tl.int32) + tl.arange(0, BLOCK)
