@@ -81,8 +81,13 @@ def test_forces_that_end_in_another_order() -> None:
     assert registry._forced_backend("grouped_gram") is None
     left.set()
     thread.join(10)
-    with pytest.raises(registry.BackendError, match="cannot read 'nativ'"), registry.force("nativ"):
+    with pytest.raises(registry.BackendError, match=r"^force\('nativ'\): cannot read 'nativ'"), registry.force("nativ"):
         pass
+    with pytest.raises(TypeError, match="^force: backends must be a string, .* got None"), registry.force(None):
+        pass
+    for call in (registry.implementations, lambda name: registry.select(name, "cpu", ())):
+        with pytest.raises(ValueError, match=r"^there is no operation 'x'; operations\(\) returns"):
+            call("x")
     assert not registry._forced_anywhere
 
 

@@ -74,9 +74,20 @@ def implements(operation: str, backend: str, verify: Callable[..., Verdict]) -> 
 
 
 def implementations(operation: str) -> dict[str, Implementation]:
-    """Every implementation of ``operation``, by backend."""
+    """Every implementation of ``operation``, by backend.
+
+    Raises:
+        ValueError: there is no such operation.
+    """
     _load()
-    return dict(_implementations[operation])
+    return dict(_of(operation))
+
+
+def _of(operation: str) -> dict[str, Implementation]:
+    try:
+        return _implementations[operation]
+    except (KeyError, TypeError):
+        raise ValueError(f"there is no operation {operation!r:.80}; operations() returns the names of all") from None
 
 
 def unavailable() -> dict[str, str]:
@@ -120,14 +131,14 @@ def _load() -> None:
         )
 
 
-def _parse_forced(text: str) -> dict[str, str]:
-    """``"native"`` or ``"native,lora_linear=reference"``: a backend for all operations ("*"), and exceptions."""
+def _parse_forced(text: str, said: str) -> dict[str, str]:
+    """``"native"`` or ``"native,lora_linear=reference"``: a backend for all operations ("*"), and exceptions. ``said``: where it stands."""
     forced: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         operation, _, backend = part.rpartition("=")
         if backend not in BACKENDS or (operation and operation not in _implementations):
             raise BackendError(
-                f"{ENVIRONMENT_VARIABLE}={text!r}: cannot read {part!r}; write one of {', '.join(BACKENDS)}, and for "
+                f"{said}: cannot read {part!r}; write one of {', '.join(BACKENDS)}, and for "
                 f"exceptions operation=backend with an operation of {', '.join(sorted(_implementations))}"
             )
         forced[operation or "*"] = backend
@@ -155,7 +166,7 @@ def _forced_mapping() -> dict[str, str]:
         if not text:
             return {}
         if _environment_cache[0] != text:
-            _environment_cache = (text, _parse_forced(text))
+            _environment_cache = (text, _parse_forced(text, f"{ENVIRONMENT_VARIABLE}={text!r}"))
         mapping = _environment_cache[1]
     return mapping
 
@@ -181,9 +192,15 @@ def force(backends: str) -> Iterator[None]:
     """Within the context, operations run on the named backend (the syntax of ``LOWRANK_KERNELS_BACKEND``).
 
     It holds for the thread that enters it, and for autograd's threads, which run the backward passes of all.
+
+    Raises:
+        TypeError: ``backends`` is no string.
+        BackendError: it cannot be read, or, at a call inside, the backend cannot take that.
     """
+    if not isinstance(backends, str):
+        raise TypeError(f"force: backends must be a string, such as 'reference' or 'native,grouped_qr=reference', got {backends!r:.80}")
     _load()
-    mapping = _parse_forced(backends)
+    mapping = _parse_forced(backends, f"force({backends!r})")
     token = _forced.set(mapping)
     _forced_anywhere.append(mapping)
     try:
@@ -197,11 +214,12 @@ def select(operation: str, device_type: str, args: tuple[Any, ...]) -> Selection
     """Choose the implementation of ``operation`` for a call with ``args`` on ``device_type``.
 
     Raises:
+        ValueError: there is no such operation.
         BackendError: a backend is forced that is not built, does not have the operation, or refuses the call.
     """
     if not _loaded:
         _load()
-    available = _implementations[operation]
+    available = _of(operation)
     forced = _forced_backend(operation)
     if forced is not None:
         if forced not in available:
