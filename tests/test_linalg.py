@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -862,20 +863,21 @@ def adamw(param: Tensor = X, **changed: object) -> None:
         assert torch.equal(own, X)
 
 
+SCALAR, SPARSE = torch.ones(()), EYE.to_sparse()
 MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: adamw(X.to_sparse()), r"grouped_adamw_: params\[1\] is torch.sparse_coo; only strided"),
     (lambda: adamw(step=0), r"grouped_adamw_: step counts from 1, .* got step=0"),
     (lambda: adamw(step=2, missed=[0, 2]), r"must be above missed; got step=2 and missed=2"),
-    (lambda: adamw(missed=[0, 0.5]), r"missed must be whole numbers"),
-    (lambda: adamw(step="1"), r"step must be a whole number or a one-element tensor, got '1'"),
+    (lambda: adamw(missed=[0, 0.5]), r"missed\[1\] must be a whole number, got 0.5"),
+    (lambda: adamw(step="1"), r"step must be a whole number, got '1'"),
     (lambda: adamw(step=torch.ones(2)), r"step must be one number, got a tensor of shape \(2,\)"),
     (lambda: adamw(lr=math.nan), r"lr must be finite, got nan"),
-    (lambda: adamw(lr=None), r"lr must be a number or a one-element tensor, got None"),
+    (lambda: adamw(lr=None), r"lr must be a number, got None"),
     (lambda: adamw(betas=0.9), r"betas must be two numbers, such as \(0.9, 0.999\), got 0.9"),
     (lambda: adamw(betas=(0.9,)), r"betas must be two numbers"),
     (lambda: adamw(betas=(0.9, 1.0)), r"betas must be in \[0, 1\)"),
     (lambda: adamw(eps=None), r"eps must be a number, got None"),
-    (lambda: adamw(eps=-1.0), r"eps must be finite and ≥ 0, got -1.0"),
+    (lambda: adamw(eps=-1.0), r"eps must be ≥ 0, got -1.0"),
     (lambda: ops.grouped_adamw_([X], (x for x in [X]), [], [], **NUMBERS), r"grads must be a list, got generator"),
     (lambda: ops.grouped_gram([X, X.to_sparse()]), r"xs\[1\] is torch.sparse_coo; only strided tensors are taken"),
     (lambda: ops.grouped_solve([EYE[0]], [X.mT]), r"grouped_solve: grams must be one stacked tensor \(N, r, r\), got list"),
@@ -905,7 +907,7 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_solve(EYE, [X.mT], None), r"grouped_solve: damping must be a number, got None"),
     (lambda: ops.grouped_damped_inverse(EYE, torch.ones(2)), r"grouped_damped_inverse: damping must be a number, got tensor"),
     (lambda: ops.grouped_preconditioner(EYE.double(), 0.1, weight=math.nan), r"grouped_preconditioner: weight must be finite, got nan"),
-    (lambda: ops.grouped_solve(EYE, [X.mT, X.mT]), r"got 1 Grams and 2 right-hand sides"),
+    (lambda: ops.grouped_solve(EYE, [X.mT, X.mT]), r"grouped_solve: rhs must be as many matrices as grams, 1, got 2"),
     (lambda: ops.grouped_solve(EYE, [X]), r"rhs\[0\] of shape \(9, 4\) does not fit 4 × 4 Grams from the left"),
     (lambda: ops.grouped_solve(EYE, [X.mT], side="right"), r"rhs\[0\] of shape \(4, 9\) does not fit"),
     (lambda: ops.grouped_solve(EYE, EYE.long()), r"rhs has dtype torch.int64; use one of .*torch.float32"),
@@ -931,7 +933,7 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_svd_product([X, X], [X], 2), r"lefts: 2, rights: 1"),
     (lambda: ops.grouped_svd_product([WIDE], [X], 2), r"lefts\[0\] must be tall"),
     (lambda: ops.grouped_svd_product([X], [X], 5), r"rank must be between 1 and 4"),
-    (lambda: ops.grouped_svd_product([X], [X], 0), r"rank must be between 1 and 4"),
+    (lambda: ops.grouped_svd_product([X], [X], 0), r"rank must be ≥ 1"),
     (lambda: ops.grouped_svd([X, WIDE], 4), r"rank must be between 1 and min\(3, 4\) of xs\[1\]"),
     (lambda: ops.grouped_svd([X], 2, oversample=-1), r"oversample must be ≥ 0"),
     (lambda: ops.grouped_svd([X], 2, iterations=-1), r"iterations must be ≥ 0"),
@@ -967,6 +969,47 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
         lambda: ops.grouped_preconditioner(EYE.double(), drifts=EYE),
         r"drifts must be torch.float64 of shape \(1, 4, 4\)",
     ),
+    (lambda: adamw(lr=10**400), r"grouped_adamw_: lr must be finite in fp64, got a number beyond"),
+    (lambda: adamw(lr=torch.ones(1, dtype=torch.complex64)), r"lr must be a real number, got a tensor of dtype torch.complex64"),
+    (lambda: adamw(step=torch.ones(1, device="meta")), r"step must be a tensor that holds a value, or a number, got one on meta"),
+    (lambda: adamw(step=10**30), r"step must be ≥ .* and below 2³¹"),
+    (lambda: adamw(betas=(0.9, "x")), r"betas\[1\] must be a number, got 'x'"),
+    (lambda: adamw(maximize="x"), r"maximize must be True or False, got 'x'"),
+    (lambda: adamw(bias_correction=None), r"bias_correction must be True or False"),
+    (lambda: adamw(missed=np.zeros(2)), r"missed must be a list, got ndarray"),
+    (lambda: adamw(grad_maps=EYE, rank_dims=torch.ones(2)), r"rank_dims must be a list, got Tensor"),
+    (lambda: adamw(drifts=EYE.repeat(2, 1, 1).to_sparse(), rank_dims=[1, 1]), r"drifts is torch.sparse_coo; only strided"),
+    *[
+        (lambda dims=dims: adamw(grad_maps=EYE.repeat(2, 1, 1), rank_dims=dims), r"rank_dims must be 0 \(a factor \(r, d\)\) or 1")
+        for dims in ([1.0, 1.0], [True, True], [torch.ones(()), 1])
+    ],
+    *[
+        (lambda states=states: ops.grouped_adamw_([X], [X], states, [], **NUMBERS), r"exp_avgs must be a list, got")
+        for states in (None, False, X[None], SCALAR, np.zeros((1, 9, 4)))
+    ],
+    (lambda: ops.grouped_adamw_([X], SCALAR, [], [], **NUMBERS), r"grads must be a list, got Tensor"),
+    (lambda: ops.grouped_adamw_(None, [], [], [], **NUMBERS), r"params must be a list of tensors, got NoneType"),
+    (lambda: ops.grouped_adamw_([], [X], [], [], **NUMBERS), r"equal lengths, got params: 0, grads: 1"),
+    (lambda: ops.grouped_adamw_([], [], [], [], **NUMBERS | {"lr": "x"}), r"lr must be a number, got 'x'"),
+    (lambda: ops.grouped_adamw_([negated(X)], [X], [], [], **NUMBERS), r"params\[0\] is written, but negated lazily"),
+    (lambda: ops.grouped_polar([X], out=[negated(X)]), r"out\[0\] is written, but negated lazily"),
+    *[(lambda ys=ys: ops.grouped_gram([X], ys), r"grouped_gram: ys(\[0\])? must be a") for ys in ("x", [None], 5, SCALAR)],
+    (lambda: ops.grouped_gram([X], [X[0]]), r"ys\[0\] must have 2 dimensions"),
+    (lambda: ops.grouped_qr([X], SCALAR), r"grouped_qr: previous must be a list, got Tensor"),
+    (lambda: ops.grouped_svd_product(SCALAR, [X], 2), r"lefts must be a list, got Tensor"),
+    (lambda: ops.grouped_eigh(SPARSE), r"grouped_eigh: xs is torch.sparse_coo; only strided tensors are taken, call .to_dense"),
+    (lambda: ops.grouped_damped_inverse(SPARSE), r"grouped_damped_inverse: rs is torch.sparse_coo"),
+    (lambda: ops.grouped_solve(SPARSE, [X.mT]), r"grouped_solve: grams is torch.sparse_coo"),
+    (lambda: ops.grouped_solve(EYE, SPARSE), r"grouped_solve: rhs is torch.sparse_coo"),
+    (lambda: ops.grouped_solve(EYE, EYE, out=SPARSE), r"grouped_solve: out is torch.sparse_coo"),
+    (lambda: ops.grouped_solve(EYE, EYE, 10**400), r"grouped_solve: damping must be finite in fp64"),
+    (lambda: ops.grouped_preconditioner(EYE.double(), transposed="x"), r"transposed must be True or False, got 'x'"),
+    *[(lambda rank=rank: ops.grouped_svd_product([X], [X], rank), r"rank must be a whole number") for rank in ("x", 1.5, True, SCALAR)],
+    *[
+        (lambda name=name, value=value: ops.grouped_svd([X], **{"rank": 2, name: value}), rf"grouped_svd: {name} must be (a whole|≥)")
+        for name in ("rank", "oversample", "iterations")
+        for value in ("x", [], SCALAR, True, 1.5, 10**30)
+    ],
 ]
 
 

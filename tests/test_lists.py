@@ -279,6 +279,61 @@ class TestSharing:
         ops.grouped_qr(xs, out=interleaved)
         assert torch.equal(interleaved[0], ops.grouped_qr(xs)[0][0])
 
+    @pytest.mark.parametrize("operation", ["svd", "svd_product", "lorsum"])
+    def test_pairs_of_lists(self, operation: str) -> None:
+        if lists.csrc is None:
+            pytest.skip("needs the compiled extension")
+        xs, q = [torch.randn(9, 9), torch.randn(9, 9)], torch.zeros(9, 9)
+        rank = 9
+        call = {
+            "svd": lambda out: ops.grouped_svd(xs, rank, out=out),
+            "svd_product": lambda out: ops.grouped_svd_product(xs, xs[::-1], rank, out=out),
+            "lorsum": lambda out: ops.grouped_lorsum((xs, xs[::-1]), [(xs, xs), xs], [1.0, 0.5], out=out),
+        }[operation]
+        before = [x.clone() for x in xs]
+        for wrong, names in (
+            (q, r"out\[0\]\[0\] and out\[1\]\[1\] share memory"),
+            (torch.zeros(9, 1).expand(9, 9), r"out\[0\]\[0\] is expanded"),
+            (xs[1], r"out\[0\]\[0\] is written and shares memory with (xs|lefts|targets\[.\]|terms\[.\](\[.\])?)\[.\]"),
+            (torch.nn.Parameter(q.clone()), r"out\[0\]\[0\] is written, but requires a gradient"),
+        ):
+            with pytest.raises((ValueError, RuntimeError), match=names):
+                call(([wrong, q.clone()], [q.clone(), q]))
+        assert not q.any() and all(map(torch.equal, xs, before))
+        spare = [q.clone() for _ in range(4)]
+        found, expected = (torch.utils._pytree.tree_leaves(call(out)) for out in ((spare[:2], spare[2:]), None))
+        assert all(map(torch.equal, found, expected))
+
+    def test_lorsum_into_its_targets(self) -> None:
+        us, vs = ([torch.randn(rows, 2) for rows in (9, 7)] for _ in range(2))
+        expected = ops.grouped_lorsum((us, vs), [(us, vs)], [0.5])
+        for out in ((us, vs), (list(us), list(vs))):
+            start = [x.clone() for x in (*us, *vs)]
+            ops.grouped_lorsum((us, vs), [(us, vs)], [0.5], out=out)
+            assert all(map(torch.equal, (*us, *vs), (*expected[0], *expected[1])))
+            for x, value in zip((*us, *vs), start, strict=True):
+                x.copy_(value)
+
+    @pytest.mark.parametrize(
+        ("wrong", "names"),
+        [
+            (lambda p, maps: {"drifts": p.view(-1)[:16].view(1, 4, 4)}, r"params\[0\] and drifts share memory"),
+            (lambda p, maps: {"drifts": maps}, "drifts is written and shares memory with grad_maps"),
+            (lambda p, maps: {"drifts": torch.zeros(()).expand(1, 4, 4)}, "drifts is expanded"),
+            (lambda p, maps: {"drifts": torch.nn.Parameter(torch.zeros(1, 4, 4))}, "drifts is written, but requires a gradient"),
+        ],
+    )
+    def test_drifts(self, wrong: Callable[..., dict[str, Tensor]], names: str) -> None:
+        if lists.csrc is None:
+            pytest.skip("needs the compiled extension")
+        p, m, v, maps = torch.ones(5, 4), torch.ones(5, 4), torch.ones(5, 4), torch.ones(1, 4, 4)
+        numbers = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+        given = {"grad_maps": maps, "momentum_maps": maps, "rank_dims": [1], **numbers}
+        with pytest.raises((ValueError, RuntimeError), match=f"grouped_adamw_: {names}"):
+            ops.grouped_adamw_([p], [torch.ones(5, 4)], [m], [v], **given, **wrong(p, maps))
+        assert all(bool((t == 1).all()) for t in (p, m, v, maps))
+        ops.grouped_adamw_([p], [torch.ones(5, 4)], [m], [v], **given, drifts=torch.zeros(1, 4, 4))
+
     def test_moment_step(self) -> None:
         if lists.csrc is None:
             pytest.skip("needs the compiled extension")

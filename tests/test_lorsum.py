@@ -360,9 +360,20 @@ def test_misuse_is_named() -> None:
     us, vs = [torch.randn(9, 2)] * 2, [torch.randn(8, 2)] * 2
     good: dict[str, Any] = {"targets": (us, vs), "terms": [(us, vs)], "coefficients": [1.0]}
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"sweeps": 0}, "sweeps must be an integer ≥ 1"),
-        ({"sweeps": -1}, "sweeps must be an integer ≥ 1"),
-        ({"sweeps": True}, "sweeps must be an integer ≥ 1"),
+        ({"sweeps": 0}, "sweeps must be ≥ 1"),
+        ({"sweeps": -1}, "sweeps must be ≥ 1"),
+        ({"sweeps": 2**62}, "sweeps must be ≥ 1 and below"),
+        ({"sweeps": True}, "sweeps must be a whole number, got True"),
+        *[({"proximal": value}, "proximal must be a number") for value in (None, "x", [])],
+        *[({"coefficients": value}, "coefficients must be a list") for value in ("1", {0: 1.0}, {1.0}, 5, None)],
+        *[({"coefficients": [value]}, r"coefficients\[0\] must be a number") for value in ("1.5", None, 1j, True)],
+        ({"coefficients": [["2", 1.0]]}, r"coefficients\[0\]\[0\] must be a number, got '2'"),
+        ({"coefficients": [[1.0, math.nan]]}, r"coefficients\[0\]\[1\] must be finite, got nan"),
+        ({"coefficients": [math.nan]}, r"coefficients\[0\] must be finite, got nan"),
+        ({"coefficients": torch.ones(1, device="meta")}, r"coefficients\[0\] must be real and hold values, got torch.float32 on meta"),
+        *[({"out": value}, "out must be two lists of tensors") for value in (5, {}, [])],
+        ({"out": (torch.ones(()), vs)}, r"out\[0\] must be a list of tensors, got Tensor"),
+        ({"terms": [torch.ones(())]}, r"terms\[0\] must be a list of tensors, got Tensor"),
         ({"proximal": -1.0}, "proximal must be ≥ 0"),
         ({"proximal": math.nan}, "proximal must be ≥ 0"),
         ({"first": "a"}, "first must be 'u' or 'v'"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,10 +12,16 @@ from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run_in_place
 from ._library import (
     are_plain_eager,
+    check_apart,
+    check_flag,
+    check_integer,
     check_list,
+    check_lists,
+    check_number,
     check_same_length,
     check_same_shapes,
     check_stack_of,
+    check_strided,
     check_writable,
     define,
     is_eager,
@@ -63,7 +67,9 @@ def grouped_adamw_(
         exp_avgs, exp_avg_sqs: contiguous moments of the same shapes, fp32 (fp64 for fp64 parameters), updated in place.
             An empty ``exp_avgs`` means no momentum (m = g), an empty ``exp_avg_sqs`` means that the direction is m itself.
         lr, step: numbers, or one-element tensors on the device (then nothing is read on the host, as a CUDA graph needs).
-            ``step`` counts from 1, this step included.
+            ``step`` counts from 1, this step included; a tensor below that is not noticed, and gives NaN.
+        betas: β₁ and β₂, in [0, 1).
+        eps, weight_decay: finite; ``eps`` ≥ 0.
         missed: per parameter, how many of these steps it did not take (its gradient was None); empty means none.
         bias_correction: divide the moments by ``1-βᵗ``, as Adam does.
         maximize: ascend.
@@ -76,8 +82,17 @@ def grouped_adamw_(
             is why fp32 is enough where a cross-Gram matrix in fp32 would not be: the error is eps·‖X‖·‖X - X_old‖, not eps·‖X‖².
 
     Raises:
-        TypeError, ValueError: lists, shapes, dtypes, devices or maps do not fit; nothing was changed.
+        TypeError, ValueError: lists, shapes, dtypes, devices, numbers or maps do not fit, or what is written shares memory; nothing was
+            changed.
+        RuntimeError: something that is written is a leaf that requires a gradient, and autograd is on; nothing was changed.
     """
+    maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
+
+    def begin_writing() -> None:
+        check_writable(_NAME, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, drifts=drifts)
+        if drifts is not None:
+            check_apart(_NAME, {"drifts": drifts}, maps)
+
     adamw_as_gathered_(
         params,
         grads,
@@ -92,13 +107,10 @@ def grouped_adamw_(
         missed=missed,
         bias_correction=bias_correction,
         maximize=maximize,
-        grad_maps=grad_maps,
-        momentum_maps=momentum_maps,
-        param_maps=param_maps,
-        direction_maps=direction_maps,
         rank_dims=rank_dims,
         drifts=drifts,
-        begin_writing=lambda: check_writable(_NAME, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs),
+        begin_writing=begin_writing,
+        **maps,
     )
 
 
@@ -131,12 +143,12 @@ def adamw_as_gathered_(
     and numbers are the caller's, too. With the layout of other lists, what is written are their tensors. None: all is checked.
     ``begin_writing``: called when all has been checked, right before anything is written.
     """
-    if not params:
-        return
     maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
     if layout is None:
         _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, drifts, rank_dims)
-        _check_numbers(lr, betas, eps, weight_decay, step, missed, bias_correction)
+        _check_numbers(lr, betas, eps, weight_decay, step, missed, bias_correction, maximize, any(param.is_meta for param in params[:1]))
+    if not params:
+        return
     arguments: tuple[Any, ...] = (
         *(tensors if isinstance(tensors, list) else list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)),
         grad_maps,
@@ -175,6 +187,10 @@ def _check(
 ) -> None:
     check_list(_NAME, "params", params, ndim=None, written=True)
     check_same_length(_NAME, params=params, grads=grads)
+    check_lists(_NAME, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, missed=missed, rank_dims=rank_dims)
+    if not params:
+        check_same_length(_NAME, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, missed=missed)
+        return
     first = params[0]
     check_list(_NAME, "grads", grads, like=first, ndim=None)
     state_dtype = compute_dtype(first.dtype)
@@ -186,8 +202,7 @@ def _check(
         check_same_length(_NAME, params=params, **{name: states})
         for index, (shape, state) in enumerate(zip(shapes, states, strict=True)):
             if not isinstance(state, Tensor) or state.layout is not torch.strided:
-                got = state.layout if isinstance(state, Tensor) else type(state).__name__
-                raise TypeError(f"{_NAME}: {name}[{index}] must be a strided tensor, got {got}")
+                check_strided(_NAME, f"{name}[{index}]", state)
             if state.dtype is not state_dtype or state.shape != shape or state.device != device:
                 raise ValueError(
                     f"{_NAME}: {name}[{index}] must be {state_dtype} of shape {tuple(shape)} on {device}, "
@@ -201,36 +216,33 @@ def _check(
         _check_maps(params, maps, drifts, rank_dims, state_dtype)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _check_numbers(
-    lr: Any, betas: Any, eps: Any, weight_decay: Any, step: Any, missed: Sequence[Any], bias_correction: bool
+    lr: Any, betas: Any, eps: Any, weight_decay: Any, step: Any, missed: Sequence[Any], bias_correction: Any, maximize: Any, on_meta: bool
 ) -> None:  # fmt: skip
     """Refuse numbers that would write NaN, or that compiled code would not take. Tensors (lr, step) are not read."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_is_number, betas)):
-        raise TypeError(f"{_NAME}: betas must be two numbers, such as (0.9, 0.999), got {betas!r}")
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"{_NAME}: betas must be in [0, 1), got {betas!r}")
-    for name, value, fits in (("lr", lr, _is_number), ("step", step, _is_count)):
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{_NAME}: {name} must be one number, got a tensor of shape {tuple(value.shape)}")
-        if not isinstance(value, Tensor) and not fits(value):
-            kind = "number" if name == "lr" else "whole number"
-            raise TypeError(f"{_NAME}: {name} must be a {kind} or a one-element tensor, got {value!r}")
-    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
-        if not _is_number(value):
-            raise TypeError(f"{_NAME}: {name} must be a number, got {value!r}")
-    for name, value, least in (("lr", lr, -math.inf), ("eps", eps, 0.0), ("weight_decay", weight_decay, -math.inf)):
-        if not isinstance(value, Tensor) and not (math.isfinite(value) and value >= least):
-            raise ValueError(f"{_NAME}: {name} must be finite{' and ≥ 0' if least == 0.0 else ''}, got {value}")
-    if not all(_is_count(count) and count >= 0 for count in missed):
-        raise ValueError(f"{_NAME}: missed must be whole numbers ≥ 0, got {list(missed)!r:.80}")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{_NAME}: betas must be two numbers, such as (0.9, 0.999), got {betas!r:.80}")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= check_number(_NAME, f"betas[{index}]", beta) < 1.0:
+            raise ValueError(f"{_NAME}: betas must be in [0, 1), got {betas!r:.80}")
+    for name, value in (("lr", lr), ("step", step)):
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{_NAME}: {name} must be one number, got a tensor of shape {tuple(value.shape)}")
+            if value.is_complex():
+                raise TypeError(f"{_NAME}: {name} must be a real number, got a tensor of dtype {value.dtype}")
+            if value.is_meta and not on_meta:
+                raise ValueError(f"{_NAME}: {name} must be a tensor that holds a value, or a number, got one on meta")
+    if not isinstance(lr, Tensor):
+        check_number(_NAME, "lr", lr)
+    check_number(_NAME, "eps", eps, 0.0)
+    check_number(_NAME, "weight_decay", weight_decay)
+    check_flag(_NAME, "bias_correction", bias_correction)
+    check_flag(_NAME, "maximize", maximize)
+    for index, count in enumerate(missed):
+        check_integer(_NAME, f"missed[{index}]", count, 0)
+    if not isinstance(step, Tensor):
+        check_integer(_NAME, "step", step, -(2**31))
     if bias_correction and not isinstance(step, Tensor) and step - max(missed, default=0) < 1:
         said = f"step={step}" + (f" and missed={max(missed)}" if missed else "")
         raise ValueError(f"{_NAME}: step counts from 1, this one included, and must be above missed; got {said}")
@@ -240,8 +252,8 @@ def _check_maps(
     params: Sequence[Tensor], maps: dict[str, Tensor | None], drifts: Tensor | None, rank_dims: Sequence[int], dtype: torch.dtype
 ) -> None:
     check_same_length(_NAME, params=params, rank_dims=rank_dims)
-    if any(dim not in (0, 1) for dim in rank_dims):
-        raise ValueError(f"{_NAME}: rank_dims must be 0 (a factor (r, d)) or 1 (a factor (d, r)), got {list(rank_dims)}")
+    if any(type(dim) is not int or dim not in (0, 1) for dim in rank_dims):
+        raise ValueError(f"{_NAME}: rank_dims must be 0 (a factor (r, d)) or 1 (a factor (d, r)), got {list(rank_dims)!r:.80}")
     check_list(_NAME, "params", params)
     rank = params[0].shape[rank_dims[0]]
     for index, (param, dim) in enumerate(zip(params, rank_dims, strict=True)):

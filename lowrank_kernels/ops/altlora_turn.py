@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import StepNumbers, as_stored, matrix_layout
+from ..backends.lists import StepNumbers, as_stored, matrix_layout, sizes
 from ..backends.registry import Implementation, call, do_nothing, whole
-from ._library import check_list, check_number, check_same_length, check_stack_of, for_eager, is_eager
-from .adamw import adamw_as_gathered_
+from ._library import check_list, check_number, check_same_length, check_stack_of, check_writable, for_eager, is_eager
+from .adamw import adamw_as_gathered_, grouped_adamw_
 from .gram import grouped_gram
 from .preconditioner import grouped_preconditioner
 
@@ -54,22 +54,29 @@ def grouped_altlora_turn_(
         rank_dims: for each of ``params`` the same: 0 for factors A (r, d), 1 for B (d, r).
 
     Raises:
-        TypeError, ValueError: as the operations raise them; nothing was changed.
+        TypeError, ValueError: as the operations raise them, or what is written shares memory; nothing was changed.
+        RuntimeError: something that is written is a leaf that requires a gradient, and autograd is on, or an inference tensor; nothing was
+            changed.
     """
-    check_list(_NAME, "params", params)
+    check_list(_NAME, "params", params, written=True)
     check_list(_NAME, "partners", partners, like=params[0] if params else None)
     check_same_length(_NAME, params=params, partners=partners, rank_dims=rank_dims)
-    if params:
-        if any(dim != rank_dims[0] or dim not in (0, 1) for dim in rank_dims):
-            raise ValueError(f"{_NAME}: rank_dims must be all 0 (factors (r, d)) or all 1 (factors (d, r)), got {list(rank_dims)!r:.80}")
-        rank, dtype = params[0].shape[rank_dims[0]], compute_dtype(params[0].dtype)
-        for name, stack in (("behind", behind), ("moved", moved)):
-            check_stack_of(_NAME, name, stack, (len(params), rank, rank), dtype, params[0].device)
-            if stack.requires_grad and stack.is_leaf and torch.is_grad_enabled():
-                raise RuntimeError(f"{_NAME}: {name} is written, but requires a gradient; detach() it, or call under torch.no_grad()")
-    check_number(_NAME, "damping", damping, 0.0)
-    check_number(_NAME, "own_damping", own_damping, 0.0)
-    check_number(_NAME, "weight", weight)
+    damping = check_number(_NAME, "damping", damping, 0.0)
+    own_damping = check_number(_NAME, "own_damping", own_damping, 0.0)
+    weight = check_number(_NAME, "weight", weight)
+    if not params:
+        grouped_adamw_(params, grads, exp_avgs, exp_avg_sqs, **step)  # there is nothing to turn, but to check
+        return
+    if any(type(dim) is not int or dim != rank_dims[0] or dim not in (0, 1) for dim in rank_dims):
+        raise ValueError(f"{_NAME}: rank_dims must be all 0 (factors (r, d)) or all 1 (factors (d, r)), got {list(rank_dims)!r:.80}")
+    rank, dtype, columns = params[0].shape[rank_dims[0]], compute_dtype(params[0].dtype), sizes(partners, 1)
+    if columns.count(rank) < len(columns):
+        index = next(index for index, width in enumerate(columns) if width != rank)
+        raise ValueError(f"{_NAME}: partners[{index}] must have {rank} columns, the rank of params[0], got {columns[index]}")
+    for name, stack in (("behind", behind), ("moved", moved)):
+        check_stack_of(_NAME, name, stack, (len(params), rank, rank), dtype, params[0].device)
+        if stack.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{_NAME}: {name} is written, but an inference tensor; clone() it, or call under torch.inference_mode()")
     altlora_turn_as_gathered_(
         params,
         grads,
@@ -83,6 +90,7 @@ def grouped_altlora_turn_(
         own_damping=own_damping,
         weight=weight,
         rank_dims=rank_dims,
+        begin_writing=lambda: check_writable(_NAME, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, behind=behind, moved=moved),
         **step,
     )
 

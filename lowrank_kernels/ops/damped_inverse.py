@@ -30,9 +30,9 @@ def grouped_damped_inverse(rs: Tensor, damping: float = 0.0) -> Tensor:
     """
     name = "grouped_damped_inverse"
     check_stack(name, "rs", rs)
-    check_number(name, "damping", damping, 0.0)
+    damping = check_number(name, "damping", damping, 0.0)
     eager = records_nothing(rs) and is_plain_eager(rs)
-    return (_grouped_damped_inverse if eager else torch.ops.lowrank_kernels.grouped_damped_inverse)(rs, float(damping))
+    return (_grouped_damped_inverse if eager else torch.ops.lowrank_kernels.grouped_damped_inverse)(rs, damping)
 
 
 def _empty_result(rs: Tensor, damping: float) -> Tensor:

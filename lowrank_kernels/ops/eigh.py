@@ -29,7 +29,11 @@ def grouped_eigh(xs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grouped_eigvalsh(xs: Tensor) -> Tensor:
-    """The eigenvalues (N, r) of :func:`grouped_eigh` alone, to rounding, at a fraction of its cost."""
+    """The eigenvalues (N, r) of :func:`grouped_eigh` alone, to rounding, at a fraction of its cost.
+
+    Raises:
+        TypeError, ValueError: shape or dtype do not fit; nothing was computed.
+    """
     eager = _check("grouped_eigvalsh", xs)
     return (_grouped_eigvalsh if eager else torch.ops.lowrank_kernels.grouped_eigvalsh)(xs)
 

@@ -57,14 +57,15 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
 
 def _check(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> None:
     check_list("grouped_gram", "xs", xs)
-    for name, factors in (("xs", xs), ("ys", ys or ())):
+    if ys is not None:
+        check_same_length("grouped_gram", xs=xs, ys=ys)
+        check_list("grouped_gram", "ys", ys, like=xs[0] if xs else None)
+    for name, factors in (("xs", xs), ("ys", () if ys is None else ys)):
         columns = sizes(factors, 1)
         if columns and columns.count(columns[0]) < len(columns):
             index = next(i for i, width in enumerate(columns) if width != columns[0])
             raise ValueError(f"grouped_gram: {name}[{index}] has {columns[index]} columns, {name}[0] has {columns[0]}")
     if ys is not None:
-        check_same_length("grouped_gram", xs=xs, ys=ys)
-        check_list("grouped_gram", "ys", ys, like=xs[0] if xs else None)
         heights, others = sizes(xs, 0), sizes(ys, 0)
         if heights != others:
             index = next(i for i, (height, other) in enumerate(zip(heights, others, strict=True)) if height != other)

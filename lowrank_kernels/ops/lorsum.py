@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run, run_in_place
-from ._library import check_list, check_same_length, define, is_plain_eager, no_backward, records_nothing
+from ._library import (
+    check_apart,
+    check_integer,
+    check_list,
+    check_number,
+    check_same_length,
+    check_writable,
+    define,
+    is_eager,
+    is_plain_eager,
+    no_backward,
+    records_nothing,
+)
 
 NAME = "grouped_lorsum"
 #: Two lists over the layers: left factors (d_out, ·) and right factors (d_in, ·).
@@ -69,10 +82,19 @@ def _check_term(
     return matrices, [None] * count
 
 
+def _numbers(operation: str, name: str, values: Sequence[Any]) -> list[float]:
+    """The values as numbers; each is looked at only where they are not all Python's and finite."""
+    if {float}.issuperset(map(type, values)) and all(map(math.isfinite, values)):
+        return list(values)
+    return [check_number(operation, f"{name}[{index}]", value) for index, value in enumerate(values)]
+
+
 def _check_coefficients(
     operation: str, coefficients: Tensor | Sequence[Coefficient], terms: int, layers: int, device: torch.device
 ) -> tuple[list[float], Tensor | None]:
     """Numbers, term by term for every layer, or, if there is a tensor among them, one (J, N) tensor in fp64 on the device."""
+    if not isinstance(coefficients, (Tensor, list, tuple)):
+        raise TypeError(f"{operation}: coefficients must be a list, for each term its own, or a tensor, got {coefficients!r:.80}")
     if isinstance(coefficients, Tensor) and coefficients.ndim not in (1, 2):
         raise ValueError(f"{operation}: coefficients must be (terms,) or (terms, layers), got shape {tuple(coefficients.shape)}")
     if len(coefficients) != terms:
@@ -80,15 +102,17 @@ def _check_coefficients(
     rows: list[list[float] | Tensor] = []
     for index, value in enumerate(coefficients):
         if isinstance(value, Tensor):
+            if value.is_complex() or (value.is_meta and device.type != "meta"):
+                raise TypeError(f"{operation}: coefficients[{index}] must be real and hold values, got {value.dtype} on {value.device}")
             if value.shape not in ((), (layers,)):
                 raise ValueError(f"{operation}: coefficients[{index}] has shape {tuple(value.shape)}, expected () or ({layers},)")
             rows.append(value.detach().to(device, torch.float64).expand(layers))
         elif isinstance(value, (list, tuple)):
             if len(value) != layers:
                 raise ValueError(f"{operation}: coefficients[{index}] has {len(value)} numbers for {layers} layers")
-            rows.append([float(number) for number in value])
+            rows.append(_numbers(operation, f"coefficients[{index}]", value))
         else:
-            rows.append([float(value)] * layers)
+            rows.append([check_number(operation, f"coefficients[{index}]", value)] * layers)
     if not any(isinstance(row, Tensor) for row in rows):
         return [number for row in rows for number in row], None
     # Numbers of one value are filled in on the device: nothing is copied there, which a graph capture would refuse.
@@ -144,11 +168,31 @@ def grouped_lorsum(
         others are not touched by it.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, no terms, sweeps < 1; nothing was computed.
+        TypeError, ValueError: shapes, dtypes, devices or numbers do not fit, no terms, or ``out`` shares memory with anything but the
+            targets that it is; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
 
     The result is a constant for autograd; its backward says so.
     """
-    return lorsum_in_step(targets, terms, coefficients, sweeps, proximal, first, out=out)
+    begin_writing = do_nothing if out is None else lambda: _check_out(targets, terms, out)
+    return lorsum_in_step(targets, terms, coefficients, sweeps, proximal, first, out=out, begin_writing=begin_writing)
+
+
+def _check_out(targets: Factors, terms: Sequence[Term], out: Factors) -> None:
+    """Refuse an ``out`` that shares memory, with itself or with what is read: of that it may only be the targets, also as a term."""
+    check_writable(NAME, **{"out[0]": out[0], "out[1]": out[1]})
+    if is_eager():
+        pairs = zip((*targets[0], *targets[1]), (*out[0], *out[1]), strict=True)
+        own = {new.data_ptr() for start, new in pairs if new.data_ptr() == start.data_ptr()}
+        parts = {f"terms[{j}]{side}": part for j, term in enumerate(terms) for side, part in _sides(term)}
+        read = {"targets[0]": targets[0], "targets[1]": targets[1], **parts}
+        others = {f"{name}[{i}]": x for name, part in read.items() for i, x in enumerate(part) if x.data_ptr() not in own}
+        check_apart(NAME, {"out[0]": out[0], "out[1]": out[1]}, others)
+
+
+def _sides(term: Term) -> list[tuple[str, Sequence[Tensor]]]:
+    """The lists of tensors of a term, by what they are called in it."""
+    return [("[0]", term[0]), ("[1]", term[1])] if _is_pair(term) else [("", term)]  # type: ignore[list-item]
 
 
 def lorsum_in_step(
@@ -174,10 +218,8 @@ def lorsum_in_step(
             raise ValueError(f"{NAME}: targets[0][{index}] has rank {u.shape[1]}, targets[0][0] has {us[0].shape[1]}; call once per rank")
     if isinstance(terms, Tensor) or not isinstance(terms, (list, tuple)) or not terms:
         raise ValueError(f"{NAME}: terms must be a non-empty list of (lefts, rights) or of lists of dense matrices, got {terms!r:.80}")
-    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 1:
-        raise ValueError(f"{NAME}: sweeps must be an integer ≥ 1, got {sweeps!r}: without a sweep nothing would be summed")
-    if not 0 <= proximal < float("inf"):
-        raise ValueError(f"{NAME}: proximal must be ≥ 0 and finite, got {proximal}")
+    sweeps = check_integer(NAME, "sweeps", sweeps, 1)
+    proximal = check_number(NAME, "proximal", proximal, 0.0)
     if first not in ("u", "v"):
         raise ValueError(f"{NAME}: first must be 'u' or 'v', got {first!r}")
     lefts: list[Tensor] = []
@@ -190,17 +232,19 @@ def lorsum_in_step(
     numbers, tensor = _check_coefficients(NAME, coefficients, len(terms), len(us), us[0].device if us else torch.device("cpu"))
     if out is None:
         out_us, out_vs = ([torch.empty_like(x) for x in xs] for xs in (us, vs))
-    elif out[0] is targets[0] and out[1] is targets[1]:
+    elif _is_pair(out) and out[0] is targets[0] and out[1] is targets[1]:
         out_us, out_vs = us, vs
     else:
         out_us, out_vs = _check_factors(NAME, "out", out, (us, vs))
         check_same_length(NAME, targets=us, out=out_us)
-        for index, (x, o) in enumerate(zip([*us, *vs], [*out_us, *out_vs], strict=True)):
-            if x.shape != o.shape or x.dtype != o.dtype:
-                raise ValueError(f"{NAME}: out {index} is {tuple(o.shape)} {o.dtype}, its target is {tuple(x.shape)} {x.dtype}")
+        for side, pairs in enumerate((zip(us, out_us, strict=True), zip(vs, out_vs, strict=True))):
+            for index, (x, o) in enumerate(pairs):
+                if x.shape != o.shape or x.dtype != o.dtype:
+                    got, wanted = f"{tuple(o.shape)} {o.dtype}", f"{tuple(x.shape)} {x.dtype}"
+                    raise ValueError(f"{NAME}: out[{side}][{index}] is {got}, its target is {wanted}")
     if not us:
         return out_us, out_vs
-    arguments = (us, vs, lefts, rights, numbers, tensor, sweeps, float(proximal), first == "u", out_us, out_vs)
+    arguments = (us, vs, lefts, rights, numbers, tensor, sweeps, proximal, first == "u", out_us, out_vs)
     if records_nothing(us, vs, lefts, rights, out_us, out_vs) and is_plain_eager(*us, *vs, *lefts, *rights, *out_us, *out_vs):
         run_in_place(begin_writing, NAME, us[0].device.type, *arguments)
     elif out is None:

@@ -25,7 +25,8 @@ def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) 
         Inf gives NaN in its own result only.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit; nothing was computed.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or the tensors of ``out`` share memory; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
 
     The result is a constant for autograd; its backward says so.
     """
@@ -36,7 +37,7 @@ def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) 
     if out is None:
         return torch.ops.lowrank_kernels.grouped_polar(list(xs))
     check_same_length("grouped_polar", xs=xs, out=out)
-    check_list("grouped_polar", "out", out, like=xs[0] if xs else None)
+    check_list("grouped_polar", "out", out, like=xs[0] if xs else None, written=True)
     check_same_shapes("grouped_polar", "out", out, "xs", xs)
     check_writable("grouped_polar", out=out)
     if xs:

@@ -84,7 +84,8 @@ def grouped_qr(
         Q and R; the others are unaffected.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit; nothing was computed.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or the tensors of ``out`` share memory; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
 
     The result is a constant for autograd (Q is one in every method): its backward raises an error that says so.
     """

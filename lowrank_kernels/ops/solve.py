@@ -19,6 +19,7 @@ from ._library import (
     check_same_length,
     check_same_shapes,
     check_stack,
+    check_strided,
     check_writable,
     define,
     is_plain_eager,
@@ -60,7 +61,9 @@ def grouped_solve(
         of its dtype (or not finite) gives NaN in its own result; the others are not touched by it.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit; nothing was computed.
+        TypeError, ValueError: shapes, dtypes, devices or ``damping`` do not fit, or the tensors of ``out`` share memory; nothing was
+            computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
 
     The result is a constant for autograd: its backward raises an error that says so.
     """
@@ -70,9 +73,10 @@ def grouped_solve(
         refuse_tangents(name, "grams or rhs", (grams, rhs))
     if side not in ("left", "right"):
         raise ValueError(f"{name}: side must be 'left' or 'right', got {side!r}")
-    check_number(name, "damping", damping, 0.0)
+    damping = check_number(name, "damping", damping, 0.0)
     left = side == "left"
     if isinstance(rhs, Tensor):
+        check_strided(name, "rhs", rhs)
         if rhs.ndim != 3:
             raise ValueError(f"{name}: a stacked rhs must have 3 dimensions, got {tuple(rhs.shape)}")
         samples: Sequence[Tensor] = [rhs[0]] if len(rhs) else []  # all are like the first
@@ -80,7 +84,7 @@ def grouped_solve(
         check_list(name, "rhs", rhs)
         samples = rhs
     if len(rhs) != len(grams):
-        raise ValueError(f"{name}: got {len(grams)} Grams and {len(rhs)} right-hand sides")
+        raise ValueError(f"{name}: rhs must be as many matrices as grams, {len(grams)}, got {len(rhs)}")
     rank, dim = grams.shape[1], 0 if left else 1
     for index, width in enumerate(sizes(samples, dim)):
         if width != rank:
@@ -93,19 +97,19 @@ def grouped_solve(
         raise ValueError(f"{name}: rhs is on {samples[0].device}, grams is on {grams.device}; move both to one device")
     if out is not None:
         _check_out(rhs, out)
-        check_writable(name, out=[out] if isinstance(out, Tensor) else out)
+        check_writable(name, out=out)
     unrecorded = records_nothing(grams, rhs, out)
     if isinstance(rhs, Tensor):
         eager = unrecorded and is_plain_eager(grams, rhs, out)  # type: ignore[arg-type]
         if out is None:
-            return (_grouped_solve_stacked if eager else _ops.grouped_solve_stacked)(grams, rhs, float(damping), left)
-        (_into if eager else _ops.grouped_solve_stacked_out)(grams, rhs, float(damping), left, out)  # type: ignore[arg-type]
+            return (_grouped_solve_stacked if eager else _ops.grouped_solve_stacked)(grams, rhs, damping, left)
+        (_into if eager else _ops.grouped_solve_stacked_out)(grams, rhs, damping, left, out)  # type: ignore[arg-type]
     else:
         eager = unrecorded and are_plain_eager([grams], rhs, out)  # type: ignore[arg-type]
         if out is None:
-            return (_grouped_solve if eager else _ops.grouped_solve)(grams, list(rhs), float(damping), left)
+            return (_grouped_solve if eager else _ops.grouped_solve)(grams, list(rhs), damping, left)
         out = list(out)
-        (_into if eager else _ops.grouped_solve_out)(grams, list(rhs), float(damping), left, out)
+        (_into if eager else _ops.grouped_solve_out)(grams, list(rhs), damping, left, out)
     torch.autograd.graph.increment_version(out)
     return out  # type: ignore[return-value]
 
@@ -116,6 +120,7 @@ def _check_out(rhs: Sequence[Tensor] | Tensor, out: Any) -> None:
         if not fits:
             got = f"{tuple(out.shape)} {out.dtype} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"grouped_solve: out must be {tuple(rhs.shape)} {rhs.dtype} on {rhs.device}, like rhs; got {got}")
+        check_strided("grouped_solve", "out", out)
         if out.is_neg():
             refuse_negated("grouped_solve", "out")
         return

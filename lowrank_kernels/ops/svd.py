@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import check_list, define, no_backward
+from ._library import check_integer, check_list, define, no_backward
 from ._triples import check_out, empty_values
 
 #: Estimated share of the best rank-r approximation's energy that may be missing when the iteration stops by itself.
@@ -42,21 +42,21 @@ def grouped_svd(
         in its own results only.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or numbers do not fit; nothing was computed.
+        TypeError, ValueError: shapes, dtypes, devices or numbers do not fit, or ``out`` shares memory; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
 
     The result is a constant for autograd; its backward says so.
     """
     check_list("grouped_svd", "xs", xs)
+    rank = check_integer("grouped_svd", "rank", rank, 1)
     for index, x in enumerate(xs):
-        if not 1 <= rank <= min(x.shape):
+        if rank > min(x.shape):
             raise ValueError(f"grouped_svd: rank must be between 1 and min{tuple(x.shape)} of xs[{index}], got {rank}")
-    if oversample < 0:
-        raise ValueError(f"grouped_svd: oversample must be ≥ 0, got {oversample}")
-    if iterations is not None and iterations < 0:
-        raise ValueError(f"grouped_svd: iterations must be ≥ 0 or None, got {iterations}")
+    oversample = check_integer("grouped_svd", "oversample", oversample, 0)
+    iterations = None if iterations is None else check_integer("grouped_svd", "iterations", iterations, 0)
     if out is None:
         return torch.ops.lowrank_kernels.grouped_svd(list(xs), rank, oversample, iterations)
-    check_out("grouped_svd", out, ([(x.shape[0], rank) for x in xs], [(x.shape[1], rank) for x in xs]), xs[0] if xs else None)
+    check_out("grouped_svd", out, ([(x.shape[0], rank) for x in xs], [(x.shape[1], rank) for x in xs]), xs[0] if xs else None, xs=xs)
     us, vs = list(out[0]), list(out[1])
     ss = empty_values(xs, rank)
     if xs:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import check_list, check_same_length, define, no_backward
+from ._library import check_integer, check_list, check_same_length, define, no_backward
 from ._triples import check_out, empty_values
 
 
@@ -33,7 +33,8 @@ def grouped_svd_product(
         A pair with NaN or Inf gives NaN in its own results only.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit; nothing was computed.
+        TypeError, ValueError: shapes, dtypes, devices or ``rank`` do not fit, or ``out`` shares memory; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
 
     Two thin QRs and a k × k SVD per pair. The result is a constant for autograd; its backward says so.
     """
@@ -49,12 +50,13 @@ def grouped_svd_product(
                 )
             if factor.shape[0] < factor.shape[1]:
                 raise ValueError(f"grouped_svd_product: {name}[{index}] must be tall, got {tuple(factor.shape)}")
-    if lefts and not 1 <= rank <= lefts[0].shape[1]:
+    rank = check_integer("grouped_svd_product", "rank", rank, 1)
+    if lefts and rank > lefts[0].shape[1]:
         raise ValueError(f"grouped_svd_product: rank must be between 1 and {lefts[0].shape[1]} (the factors' columns), got {rank}")
     if out is None:
         return torch.ops.lowrank_kernels.grouped_svd_product(list(lefts), list(rights), rank)
-    first = lefts[0] if lefts else None
-    check_out("grouped_svd_product", out, ([(len(x), rank) for x in lefts], [(len(x), rank) for x in rights]), first)
+    first, shapes = lefts[0] if lefts else None, ([(len(x), rank) for x in lefts], [(len(x), rank) for x in rights])
+    check_out("grouped_svd_product", out, shapes, first, lefts=lefts, rights=rights)
     us, vs = list(out[0]), list(out[1])
     ss = empty_values(lefts, rank)
     if lefts:

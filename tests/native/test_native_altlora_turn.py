@@ -101,16 +101,60 @@ def test_what_is_written_is_what_was_given() -> None:
             given.copy_(other)
 
 
+def inference_stack() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.zeros(1, 4, 4)
+
+
+STACK = torch.zeros(1, 4, 4)
+
+
 @pytest.mark.parametrize(
-    "bad",
-    [{"moved": None}, {"behind": torch.zeros(1, 4, 3)}, {"own_damping": "x"}, {"damping": None}, {"weight": math.nan}, {"rank_dims": [2]}],
-    ids=lambda bad: next(iter(bad)),
+    ("bad", "named"),
+    [
+        ({"moved": None}, "moved"),
+        ({"moved": STACK.to_sparse()}, "moved is torch.sparse_coo"),
+        ({"moved": torch.zeros(()).expand(1, 4, 4)}, "moved is expanded"),
+        ({"moved": STACK, "behind": STACK}, "behind and moved share memory"),
+        ({"moved": inference_stack()}, "moved is written, but an inference tensor"),
+        ({"behind": inference_stack()}, "behind is written, but an inference tensor"),
+        ({"behind": torch.nn.Parameter(STACK)}, "behind is written, but requires a gradient"),
+        ({"behind": torch.zeros(1, 4, 3)}, "behind"),
+        ({"own_damping": "x"}, "own_damping"),
+        ({"own_damping": 10**400}, "own_damping must be finite in fp64"),
+        ({"damping": None}, "damping"),
+        ({"weight": math.nan}, "weight"),
+        ({"rank_dims": [2]}, "rank_dims"),
+        ({"rank_dims": [1.0]}, "rank_dims"),
+        ({"partners": [torch.zeros(8, 3)]}, r"partners\[0\] must have 4 columns, the rank of params\[0\], got 3"),
+        ({"params": lambda x, m, v: ([x, x], [m, m + 1], [v, v + 1])}, r"params\[0\] and params\[1\] share memory"),
+        ({"params": lambda x, m, v: ([x[:, :1].expand(9, 4)], [m], [v])}, r"params\[0\] is expanded"),
+        ({"params": lambda x, m, v: ([torch.nn.Parameter(x)], [m], [v])}, r"params\[0\] is written, but requires a gradient"),
+        ({"params": lambda x, m, v: ([x], [m], [m])}, r"exp_avgs\[0\] and exp_avg_sqs\[0\] share memory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_turn_that_is_refused_has_written_nothing(bad) -> None:
+def test_a_turn_that_is_refused_has_written_nothing(bad, named) -> None:
     x, m, v = torch.randn(9, 4), torch.zeros(9, 4), torch.zeros(9, 4)
-    before, stacks = x.clone(), {"behind": torch.zeros(1, 4, 4), "moved": torch.zeros(1, 4, 4)}
+    before = x.clone()
+    params, exp_avgs, exp_avg_sqs = bad.get("params", lambda *one: tuple([tensor] for tensor in one))(x, m, v)
+    n = len(params)
+    stacks = {"behind": torch.zeros(n, 4, 4), "moved": torch.zeros(n, 4, 4)}
     numbers = {"damping": 1e-3, "own_damping": 1e-3, "weight": 1.0, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
-    arguments = {"partners": [torch.randn(8, 4)], **stacks, "rank_dims": [1], **numbers, "step": 1, **bad}
-    with pytest.raises((TypeError, ValueError), match=f"grouped_altlora_turn_: {next(iter(bad))}"):
-        ops.grouped_altlora_turn_([x], [torch.randn(9, 4)], [m], [v], **arguments)
+    arguments = {"partners": [torch.randn(8, 4)] * n, **stacks, "rank_dims": [1] * n, **numbers, "step": 1}
+    arguments |= {name: value for name, value in bad.items() if name != "params"}
+    # By the reference, which writes the moments before anything else.
+    refused = pytest.raises((TypeError, ValueError, RuntimeError), match=f"grouped_altlora_turn_: {named}")
+    with refused, registry.force("native,grouped_adamw_=reference"):
+        ops.grouped_altlora_turn_(params, [torch.randn(9, 4)] * n, exp_avgs, exp_avg_sqs, **arguments)
     assert torch.equal(x, before) and not m.any() and not v.any()
+
+
+def test_an_empty_turn_is_checked_too() -> None:
+    numbers = {"damping": 0.1, "own_damping": 0.1, "weight": 1.0, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    given = {"partners": [], "behind": STACK[:0], "moved": STACK[:0], "rank_dims": [], **numbers, "step": 1}
+    ops.grouped_altlora_turn_([], [], [], [], **given)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
+        ops.grouped_altlora_turn_([], [], [], [], **given, foo=1)
+    with pytest.raises(ValueError, match="weight must be finite"):
+        ops.grouped_altlora_turn_([], [], [], [], **given | {"weight": math.inf})
