@@ -508,6 +508,12 @@ def test_meta_tensors_give_shapes() -> None:
         ({"weight": None}, ValueError, "bias without a weight"),
         ({"dropout": 1.0}, ValueError, "dropout must be"),
         ({"dropout": -0.1}, ValueError, "dropout must be"),
+        *[({"dropout": value}, TypeError, "dropout must be a number") for value in ("x", None, [1], torch.ones(()))],
+        *[({"scale": value}, TypeError, "scale must be a number") for value in (None, "x", [1], 1j, torch.ones((), requires_grad=True))],
+        *[({"scale": value}, ValueError, "scale must be finite") for value in (math.nan, math.inf, 10**400)],
+        ({"training": "x"}, TypeError, "training must be True or False"),
+        ({"capture": "x"}, TypeError, "capture must be a function"),
+        *[({name: torch.zeros(5, 6).to_sparse()}, TypeError, f"{name} is torch.sparse_coo") for name in ("x", "weight", "b", "core")],
     ],
 )
 def test_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:

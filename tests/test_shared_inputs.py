@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
@@ -203,17 +204,48 @@ def test_operations_give_what_lora_linear_gives() -> None:
     torch.testing.assert_close(ops.lora_up(passed, weight, bias, hidden, b, 0.3), ops.lora_linear(X, weight, bias, a, b, 0.3))
 
 
+A = torch.zeros(2, 8)
+
+
+def test_up_casts_what_came_through_the_bases() -> None:
+    hidden, b = torch.randn(3, 2), torch.randn(6, 2)
+    expected = ops.lora_up(None, None, None, hidden, b, hidden_q=hidden, q_b=b)
+    torch.testing.assert_close(ops.lora_up(None, None, None, hidden, b, hidden_q=hidden.double(), q_b=b.double()), expected)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: ops.lora_down(X, []), "one factor at least"),
         (lambda: ops.lora_down(X, [torch.zeros(2, 7)]), r"factors\[0\] must be \(r, 8\)"),
         (lambda: ops.lora_down(X, [torch.zeros(2, 8)], [torch.zeros(3, 8)]), r"bases\[0\] must be \(2, 8\)"),
-        (lambda: ops.lora_down(X.long(), [torch.zeros(2, 8)]), "x must be"),
+        (lambda: ops.lora_down(X.long(), [torch.zeros(2, 8)]), "lora_down: x has dtype torch.int64"),
         (lambda: ops.lora_up(X, None, None, torch.zeros(3, 5, 2), torch.zeros(6, 2)), "x and weight come together"),
         (lambda: ops.lora_up(X, torch.zeros(6, 8), None, torch.zeros(3, 4, 2), torch.zeros(6, 2)), r"x must be \(3, 4, 8\)"),
         (lambda: ops.lora_up(None, None, None, torch.zeros(3, 2), torch.zeros(6, 3)), r"hidden must be \(3, 3\)"),
-        (lambda: ops.lora_up(None, None, None, torch.zeros(3, 2), torch.zeros(6, 2, dtype=torch.int32)), "b is torch.int32"),
+        (
+            lambda: ops.lora_up(None, None, None, torch.zeros(3, 2), torch.zeros(6, 2, dtype=torch.int32)),
+            "lora_up: b has dtype torch.int32",
+        ),
+        (lambda: ops.lora_down(None, [A]), "lora_down: x must be a tensor, got NoneType"),
+        (lambda: ops.lora_down(X[0, 0, 0], [A]), r"lora_down: x must be \(..., d_in\)"),
+        (lambda: ops.lora_down(X, None), "lora_down: factors must be a list, got NoneType"),
+        (lambda: ops.lora_down(X, A), "lora_down: factors must be a list, got Tensor"),
+        (lambda: ops.lora_down(X, [A], A), "lora_down: bases must be a list, got Tensor"),
+        (lambda: ops.lora_down(X, [None]), r"lora_down: factors\[0\] must be a tensor, got NoneType"),
+        (lambda: ops.lora_down(X, [A.to_sparse()]), r"lora_down: factors\[0\] is torch.sparse_coo"),
+        (lambda: ops.lora_down(X, [A.to("meta")]), r"lora_down: factors\[0\] is on meta, x on cpu"),
+        (
+            lambda: ops.lora_up(None, None, None, torch.zeros(3, 2, dtype=torch.complex64), A.mT),
+            "lora_up: hidden has dtype torch.complex64",
+        ),
+        (lambda: ops.lora_up(None, None, None, torch.zeros(3, 2).long(), A.mT), "lora_up: hidden has dtype torch.int64"),
+        (lambda: ops.lora_up(None, None, None, [1], A.mT), "lora_up: hidden must be a tensor, got list"),
+        (lambda: ops.lora_up(None, None, None, torch.zeros(3, 2), None), "lora_up: b must be a tensor, got NoneType"),
+        (lambda: ops.lora_up(None, None, None, torch.zeros(3, 2), A.to("meta").mT), "lora_up: b is on meta, hidden on cpu"),
+        (lambda: ops.lora_up(torch.zeros(()), A, None, torch.zeros(2), A[:, :2]), r"lora_up: x must be"),
+        (lambda: ops.lora_up(None, None, None, torch.zeros(3, 2), A.mT, math.nan), "lora_up: scale must be finite, got nan"),
+        (lambda: ops.lora_up(None, None, None, torch.zeros(3, 2), A.mT, torch.ones(())), "lora_up: scale must be a number"),
         (lambda: lrk.share_inputs(nn.Sequential(), "q_proj"), "groups of child names"),
         (lambda: lrk.share_inputs(nn.Sequential(), ["q_proj"]), "groups of child names"),
     ],

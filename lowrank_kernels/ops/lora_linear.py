@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..backends.dtypes import FLOATING, compute_dtype
 from ..backends.registry import implementations, run, select
-from ._library import LIBRARY, NAMESPACE, define, is_plain_eager, is_transformed, no_backward
+from ._library import LIBRARY, NAMESPACE, check_flag, check_number, check_tensor, define, is_plain_eager, is_transformed, no_backward
 
 
 def lora_linear(
@@ -61,14 +61,15 @@ def lora_linear(
     Under ``torch.func`` transforms (grad, vmap, jvp, …) and in forward mode the formula is computed by torch's own operations.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, only one of q_a and q_b is given, or a core with them.
+        TypeError, ValueError: shapes, dtypes, devices or numbers do not fit, only one of q_a and q_b is given, or a core with them.
     """
     try:
-        fits = _fits(x, weight, bias, a, b, q_a, q_b, core) and 0.0 <= dropout < 1.0
+        fits = _fits(x, weight, bias, a, b, q_a, q_b, core) and _are_ordinary(scale, dropout, training, capture)
     except AttributeError:  # something is no tensor
         fits = False
     if not fits:
-        _check(x, weight, bias, a, b, q_a, q_b, core, dropout)
+        _check(x, weight, bias, a, b, q_a, q_b, core)
+        scale, dropout = _check_options(scale, dropout, training, capture)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -177,6 +178,9 @@ def _fits(
     """The quick form of :func:`_check`, for every call: True for ordinary arguments, False for what deserves a closer look."""
     if x.ndim == 0 or a.ndim != 2 or b.ndim != 2 or (q_a is None) != (q_b is None):
         return False
+    for tensor in (x, weight, bias, a, b, q_a, q_b, core):
+        if tensor is not None and tensor.layout is not torch.strided:
+            return False
     device, dtype, a_shape, b_shape = x.device, x.dtype, a.shape, b.shape
     if x.shape[-1] != a_shape[1] or b_shape[1] != a_shape[0] or not (dtype in FLOATING and a.dtype in FLOATING and b.dtype in FLOATING):
         return False
@@ -206,16 +210,12 @@ def _check(
     q_a: Tensor | None,
     q_b: Tensor | None,
     core: Tensor | None,
-    dropout: float,
 ) -> None:
-    given = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b, "q_a": q_a, "q_b": q_b, "core": core}
+    given: dict[str, Any] = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b, "q_a": q_a, "q_b": q_b, "core": core}
     for name, tensor in given.items():
         if tensor is None and name not in ("x", "a", "b"):
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"lora_linear: {name} has dtype {tensor.dtype}; use one of {', '.join(map(str, FLOATING))}")
+        check_tensor("lora_linear", name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"lora_linear: {name} is on {tensor.device}, x on {x.device}; move them together")
     if x.ndim == 0 or a.ndim != 2 or b.ndim != 2:
@@ -236,8 +236,24 @@ def _check(
             raise TypeError(f"lora_linear: {name} is {tensor.dtype}, x is {x.dtype}; cast one, or use torch.autocast")
     if weight is None and bias is not None:
         raise ValueError("lora_linear: a bias without a weight; add it to the base layer's output instead")
+
+
+def _are_ordinary(scale: Any, dropout: Any, training: object, capture: object) -> bool:
+    """The quick form of :func:`_check_options`; NaN and Inf differ from themselves."""
+    if type(scale) is not float or scale - scale != 0.0 or type(dropout) not in (float, int) or not 0.0 <= dropout < 1.0:
+        return False
+    return (training is True or training is False) and (capture is None or callable(capture))
+
+
+def _check_options(scale: Any, dropout: Any, training: Any, capture: Any) -> tuple[float, float]:
+    """``scale`` and ``dropout`` as numbers."""
+    scale, dropout = check_number("lora_linear", "scale", scale), check_number("lora_linear", "dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora_linear: dropout must be in [0, 1), got {dropout}")
+    check_flag("lora_linear", "training", training)
+    if capture is not None and not callable(capture):
+        raise TypeError(f"lora_linear: capture must be a function of x̃ and ∂L/∂y, or None, got {capture!r:.80}")
+    return scale, dropout
 
 
 def _forward(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..backends.dtypes import FLOATING
 from ..backends.registry import run
-from ._library import LIBRARY, NAMESPACE, define, is_plain_eager, is_plain_node, no_backward
+from ._library import LIBRARY, NAMESPACE, check_lists, check_number, check_tensor, define, is_plain_eager, is_plain_node, no_backward
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -86,10 +86,17 @@ def lora_up(
         b: (d_out, r), trainable; another dtype than H's is cast.
         scale: s.
         hidden_q: H_Q (..., r); with ``q_b``, the constant Q_B (d_out, r), of a decoupled layer.
+
+    Everything is cast to the dtype of ``hidden``.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or ``scale`` do not fit, or one of two that come together is missing.
     """
     _check_up(x, weight, bias, hidden, b, hidden_q, q_b)
+    scale = check_number("lora_up", "scale", scale)
     dtype = hidden.dtype
     b = b.to(dtype)
+    hidden_q = None if hidden_q is None else hidden_q.to(dtype)
     q_b = None if q_b is None else q_b.detach().to(dtype)
     if x is not None:
         x = x.to(dtype)
@@ -112,18 +119,35 @@ def lora_up(
 
 
 def _check_down(x: Tensor, factors: Sequence[Tensor], bases: Sequence[Tensor] | None) -> None:
+    name = "lora_down"
+    if not isinstance(factors, (list, tuple)) or not (bases is None or isinstance(bases, (list, tuple))):
+        check_lists(name, factors=factors, bases=() if bases is None else bases)
     if not factors or (bases is not None and len(bases) != len(factors)):
         given = "" if bases is None else f" with {len(bases)} bases"
-        raise ValueError(f"lora_down: need one factor at least, and as many bases or none; got {len(factors)} factors{given}")
-    if x.ndim == 0 or x.dtype not in FLOATING:
-        raise TypeError(f"lora_down: x must be (..., d_in) in one of {', '.join(map(str, FLOATING))}, got {tuple(x.shape)} in {x.dtype}")
-    for name, tensors in (("factors", factors), ("bases", bases or ())):
+        raise ValueError(f"{name}: need one factor at least, and as many bases or none; got {len(factors)} factors{given}")
+    check_tensor(name, "x", x)
+    if x.ndim == 0:
+        raise ValueError(f"{name}: x must be (..., d_in), got a tensor without dimensions")
+    device, width = x.device, x.shape[-1]
+    for argument, tensors in (("factors", factors), ("bases", bases or ())):
         for index, (tensor, factor) in enumerate(zip(tensors, factors, strict=True) if tensors else ()):
-            if tensor.ndim != 2 or tensor.shape != (factor.shape[0], x.shape[-1]):
-                expected = f"(r, {x.shape[-1]})" if tensor is factor else f"({factor.shape[0]}, {x.shape[-1]})"
-                raise ValueError(f"lora_down: {name}[{index}] must be {expected}, got {tuple(tensor.shape)}")
-            if tensor.dtype not in FLOATING or tensor.device != x.device:
-                raise TypeError(f"lora_down: {name}[{index}] is {tensor.dtype} on {tensor.device}; x is {x.dtype} on {x.device}")
+            if not _is_ordinary(tensor, device):
+                _check_tensor(name, f"{argument}[{index}]", tensor, "x", device)
+            if tensor.ndim != 2 or tensor.shape != (factor.shape[0], width):
+                expected = f"(r, {width})" if tensor is factor else f"({factor.shape[0]}, {width})"
+                raise ValueError(f"{name}: {argument}[{index}] must be {expected}, got {tuple(tensor.shape)}")
+
+
+def _is_ordinary(tensor: Any, device: torch.device) -> bool:
+    """The quick form of :func:`_check_tensor`, for every call."""
+    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.dtype in FLOATING and tensor.device == device
+
+
+def _check_tensor(operation: str, argument: str, tensor: Any, other: str, device: torch.device) -> None:
+    """Refuse what is no strided, floating tensor on the device of another argument."""
+    check_tensor(operation, argument, tensor)
+    if tensor.device != device:
+        raise ValueError(f"{operation}: {argument} is on {tensor.device}, {other} on {device}; move them together")
 
 
 def _check_up(
@@ -131,6 +155,11 @@ def _check_up(
 ) -> None:
     if (x is None) != (weight is None) or (hidden_q is None) != (q_b is None) or (weight is None and bias is not None):
         raise ValueError("lora_up: x and weight come together, hidden_q and q_b too, and a bias only with a weight")
+    check_tensor("lora_up", "hidden", hidden)
+    device = hidden.device
+    for name, tensor in (("b", b), ("x", x), ("weight", weight), ("bias", bias), ("hidden_q", hidden_q), ("q_b", q_b)):
+        if not (tensor is None and name != "b") and not _is_ordinary(tensor, device):
+            _check_tensor("lora_up", name, tensor, "hidden", device)
     if hidden.ndim == 0 or b.ndim != 2:
         raise ValueError(f"lora_up: need hidden (..., r) and b (d_out, r), got {tuple(hidden.shape)} and {tuple(b.shape)}")
     leading, (d_out, rank) = tuple(hidden.shape[:-1]), b.shape
@@ -140,13 +169,11 @@ def _check_up(
     }
     expected |= {"q_b": (q_b, (d_out, rank)), "bias": (bias, (d_out,))}
     if x is not None:
-        expected |= {"x": (x, (*leading, x.shape[-1])), "weight": (weight, (d_out, x.shape[-1]))}
+        d_in = x.shape[-1] if x.ndim else 0
+        expected |= {"x": (x, (*leading, d_in)), "weight": (weight, (d_out, d_in))}
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"lora_up: {name} must be {shape} (b has r={rank}, d_out={d_out}), got {tuple(tensor.shape)}")
-    for name, tensor in {"x": x, "weight": weight, "bias": bias, "b": b, "hidden_q": hidden_q, "q_b": q_b}.items():
-        if tensor is not None and (tensor.dtype not in FLOATING or tensor.device != hidden.device):
-            raise TypeError(f"lora_up: {name} is {tensor.dtype} on {tensor.device}; hidden is {hidden.dtype} on {hidden.device}")
 
 
 def _down(x: Tensor, a: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
