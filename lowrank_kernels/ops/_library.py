@@ -258,8 +258,8 @@ def check_integer(operation: str, argument: str, value: Any, least: int) -> int:
 
 
 def check_flag(operation: str, argument: str, value: Any) -> None:
-    """Refuse what is neither True nor False."""
-    if not isinstance(value, bool):
+    """Refuse what is neither True nor False, nor 1 or 0, as torch's optimizers take them."""
+    if not isinstance(value, int) or value not in (0, 1):
         raise TypeError(f"{operation}: {argument} must be True or False, got {value!r:.80}")
 
 

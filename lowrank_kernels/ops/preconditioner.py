@@ -67,7 +67,7 @@ def grouped_preconditioner(
     check_flag(_NAME, "transposed", transposed)
     eager = records_nothing(grams, drifts) and is_plain_eager(grams, drifts)
     call = _grouped_preconditioner if eager else torch.ops.lowrank_kernels.grouped_preconditioner
-    maps, realigned = call(grams, drifts, damping, weight, transposed, dtype)
+    maps, realigned = call(grams, drifts, damping, weight, bool(transposed), dtype)
     return maps, None if drifts is None else realigned
 
 
