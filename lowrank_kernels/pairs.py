@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from ._checks import check_flag, check_module
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -182,7 +184,12 @@ def pairs(model: nn.Module, convolutions: bool = False) -> list[Pair]:
     With ``convolutions`` also those of 1-d and 2-d convolutions, of which A is one and B a pointwise one, neither in groups.
     The scale is read from the module that applies it. A pair that two names share (a tied layer) is listed once. Factors of which ΔW is
     not the product sBA (PEFT's block-diagonal ones, experts of one parameter, KaSA, MonteCLoRA) are no pair.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``convolutions`` neither true nor false.
     """
+    check_module("pairs", model)
+    check_flag("pairs", "convolutions", convolutions)
     return factors_of(model, convolutions)[0]
 
 
@@ -205,7 +212,11 @@ def shard_placement(model: nn.Module) -> Callable[[nn.Parameter], Any]:
 
     ``placement = shard_placement(model)``, and then ``fully_shard(block, shard_placement_fn=placement)`` for every block and the model.
     Gram matrices then cost one all-reduce of r×r sums. FSDP2 asks that d_in be divisible by the number of ranks.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    check_module("shard_placement", model)
     from torch.distributed.tensor import Shard
 
     found = [weakref.ref(pair.A) for pair in pairs(model)]

@@ -335,6 +335,14 @@ def change_layers(model: nn.Module, optimizer: SDSLoRA, change: str) -> None:
             twin.lora_A, twin.lora_B = layer.lora_A, layer.lora_B
 
 
+def test_no_warmup_over_plain_layers_names_the_warmup() -> None:
+    model = make_model("ours")
+    optimizer = SDSLoRA(model, lr=1e-2, refresh_every=100, warmup_steps=0)
+    with pytest.raises(RuntimeError, match="SDSLoRA: warmup_steps=0 continues with layers that are decoupled already, and 0 is plain"):
+        train(model, optimizer, 0, 1)
+    assert not optimizer.state
+
+
 def test_a_model_of_another_step_is_refused_at_the_next_one() -> None:
     model = make_model("ours")
     optimizer = SDSLoRA(model, lr=1e-2, refresh_every=100, warmup_steps=3)

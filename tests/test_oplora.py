@@ -340,9 +340,15 @@ def test_refusals() -> None:
         ({**KFAC, "metric_rank": 0}, "metric_rank must be an integer ≥ 1"),
         ({**KFAC, "metric_decay": 1.0}, "metric_decay must be in"),
         ({**KFAC, "metric_damping": 0.0}, "metric_damping must be positive"),
+        ({**KFAC, "metric_damping": 1e-300}, "metric_damping must be positive"),
+        ({**KFAC, "metric_damping": 1e300}, "metric_damping must be finite"),
+        ({"sweeps": 10**30}, "sweeps must be at most"),
         ({**KFAC, "gradient": "dense"}, "made of X and S, which gradient='dense' does not keep"),
     ):
         with pytest.raises(ValueError, match=message):
+            make(model, **bad)
+    for bad in ({"metric_damping": True}, {"metric_decay": None}, {"metric_decay": []}, {"overlap": "False"}):
+        with pytest.raises(TypeError, match=f"OPLoRA: {next(iter(bad))} must be"):
             make(model, **bad)
     with pytest.raises(ValueError, match="no pair of low-rank factors"):
         make(nn.Linear(3, 3))

@@ -1014,11 +1014,50 @@ def test_oplora_wants_the_state_of_both_factors() -> None:
         {"capturable": "x"},
         {"foreach": "x"},
         {"atomic": "x"},
+        {"amsgrad": "x"},
+        {"differentiable": "x"},
+        {"split_work": "False"},
+        {"scale": True},
+        {"scale": 10**400},
+        {"lr": 10**400},
+        {"eps": 1e300},
+        {"lr": torch.tensor(math.inf)},
+        {"lr": torch.tensor(True)},
+        {"lr": torch.tensor(1j)},
+        {"lr": torch.tensor(1.0, device="meta")},
     ],
 )
 def test_what_no_step_takes_the_constructor_refuses(given) -> None:
     with pytest.raises((TypeError, ValueError), match=f"SDSLoRA: {next(iter(given))} must be"):
         OPTIMIZERS["SDSLoRA"](make_model("ours"), **given)
+
+
+def test_integers_that_no_tensor_takes_do_not_tear_a_step() -> None:
+    optimizer = lk.LoRARITE(model := make_model("ours"), eps=10**30)
+    run(model, optimizer, 0, 1)
+    assert isinstance(optimizer.param_groups[0]["eps"], float) and optimizer.state_dict()["state"]
+    optimizer.param_groups[0]["eps"] = 10**30
+    loss_of(model, 1).backward()
+    with pytest.raises(ValueError, match="LoRARITE: eps must be finite, and within the range of fp32"):
+        optimizer.step()
+    assert optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("groups", [[{}], [{"lr": 1.0}]])
+def test_a_group_without_parameters_says_so(groups) -> None:
+    with pytest.raises(ValueError, match="AdamW: a parameter group must have 'params'"):
+        lk.AdamW(groups)
+    with pytest.raises(ValueError, match="AdamW: a parameter group must have 'params'"):
+        lk.AdamW(make_model("ours")).add_param_group(groups[0])
+
+
+@pytest.mark.parametrize("given", [None, "x", 5, torch.ones(1), [1]])
+def test_what_holds_no_parameters_is_refused(given) -> None:
+    with pytest.raises(TypeError, match="average_gradients: params must be"):
+        lk.average_gradients(given)
+    for function in (lk.pairs, lk.shard_placement):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: model must be a torch\.nn\.Module"):
+            function(given)
 
 
 def test_betas_cannot_be_edited_in_place_unseen() -> None:

@@ -1,4 +1,4 @@
-"""Imports go down only, and in no circle (README, "The house")."""
+"""Imports go down only, and in no circle (README, "Layout of the repository")."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ ROOMS = (
     "backends.native",
     "backends.triton",
     "ops",
+    "_checks",
     "pairs",
     "optim._shared",
     "optim",

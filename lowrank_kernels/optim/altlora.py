@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from .._checks import check_flag
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import matrix_layout
 from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
@@ -174,6 +175,7 @@ class AltLoRA(PreconditionedOptimizer):
         super()._check_hyperparameters(group)
         if group["order"] not in tuple(ORDERS):
             raise ValueError(f"{type(self).__name__}: order must be 'B' (first), 'A' (first) or 'joint', got {group['order']!r}")
+        check_flag(type(self).__name__, "freeze_idle", group["freeze_idle"])
         if not 0.0 <= group.get("momentum", 0.0) < 1.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if group["capturable"] and group["order"] != "joint":
@@ -260,4 +262,4 @@ class AltLoRAPlus(AltLoRA):
 
 def _alternation(order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:
     # The turn is the host's, apart from the step counter, which is the device's when capturable: one CUDA graph for each turn.
-    return {"order": order, "damping": damping, "freeze_idle": bool(freeze_idle), "turn": 0, "late": []}
+    return {"order": order, "damping": damping, "freeze_idle": freeze_idle, "turn": 0, "late": []}

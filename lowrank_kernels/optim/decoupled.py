@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias, Unpack
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_flag
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, held
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
@@ -131,6 +132,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         method_defaults: dict[str, Any] | None = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        check_flag(type(self).__name__, "split_work", split_work)
         self._split_work, self._process_group = bool(split_work), process_group
         self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
         #: ``switch_count()`` when model and optimizer were last found to come from one step, unless one was loaded since then.
@@ -360,6 +362,11 @@ class DecoupledOptimizer(LowRankOptimizer):
             decoupled = self._is_decoupled(group, group["step"])
             if pair.holds_bases:
                 if self._layer(pair, layers).decoupled != decoupled:
+                    if decoupled and not group["step"]:
+                        raise RuntimeError(
+                            f"{name}: warmup_steps=0 continues with layers that are decoupled already, and {pair.name} is plain LoRA; "
+                            "give it warm-up steps (1 or more), or load the model that it is to continue with"
+                        )
                     states = ("plain LoRA", "decoupled")
                     raise RuntimeError(
                         f"{name}: after {group['step']} steps {pair.name} should be {states[decoupled]}, but it is "

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from .._checks import check_flag
 from ..ops import grouped_eigh, grouped_gram, grouped_preconditioner, grouped_solve
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import LikePairs
@@ -47,11 +48,12 @@ class LoRAPro(PreconditionedOptimizer):
         damping: float = DEFAULT_DAMPING,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        method = {"sylvester": bool(sylvester), "damping": damping}
+        method = {"sylvester": sylvester, "damping": damping}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
+        check_flag(type(self).__name__, "sylvester", group["sylvester"])
         if group["capturable"] and group["sylvester"]:
             raise ValueError(
                 f"{type(self).__name__}: capturable=True needs sylvester=False: X comes from torch.linalg.eigh, "

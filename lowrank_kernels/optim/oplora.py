@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 from ..ops.lorsum import lorsum_in_step
-from ._shared.arguments import AdamWOptions, ParamsT, pythons_number
+from ._shared.arguments import LARGEST, AdamWOptions, ParamsT, pythons_number
 from ._shared.background import Tensors
 from ._shared.distributed import data_parallel_group
 from ._shared.full_gradient import KINDS, Gradients, on_device, random_matrix, widened
@@ -25,6 +25,8 @@ from ._shared.shards import KEEP_WHOLE
 
 MOMENTUM_MODES = ("lowrank", "projected", "naive")
 METRICS = (None, "kfac")
+#: More would take an age, and no backend counts as far as Python does.
+MOST_SWEEPS = 1_000_000
 
 
 class OPLoRA(OverlappingOptimizer):
@@ -165,6 +167,8 @@ class OPLoRA(OverlappingOptimizer):
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if isinstance(group["sweeps"], bool) or not isinstance(group["sweeps"], int) or group["sweeps"] < 1:
             raise ValueError(f"{name}: sweeps must be an integer ≥ 1, got {group['sweeps']!r}: without a sweep nothing would be trained")
+        if group["sweeps"] > MOST_SWEEPS:
+            raise ValueError(f"{name}: sweeps must be at most {MOST_SWEEPS}, got {group['sweeps']}; one or two are enough")
         if not group["proximal"] >= 0:
             raise ValueError(f"{name}: proximal must be ≥ 0, got {group['proximal']}")
         for key, allowed in (("momentum_mode", MOMENTUM_MODES), ("gradient", KINDS), ("metric", METRICS)):
@@ -178,9 +182,10 @@ class OPLoRA(OverlappingOptimizer):
             raise ValueError(f"{name}: momentum_rank is for momentum_mode='lowrank'; {group['momentum_mode']!r} has the factors' rank")
         if not 0.0 <= group["metric_decay"] < 1.0:
             raise ValueError(f"{name}: metric_decay must be in [0, 1), got {group['metric_decay']}")
-        if not 0.0 < group["metric_damping"] < float("inf"):
+        if not group["metric_damping"] >= 1 / LARGEST:
             raise ValueError(
-                f"{name}: metric_damping must be positive and finite, got {group['metric_damping']}; metrics of rank k are singular without"
+                f"{name}: metric_damping must be positive, and not so small that its inverse is not finite, got {group['metric_damping']}; "
+                "metrics of rank k are singular without"
             )
         if group["metric"] is None and group["metric_rank"] is not None:
             raise ValueError(f"{name}: metric_rank is for metric='kfac'; without a metric there is nothing of this rank")

@@ -129,7 +129,10 @@ def bad_hyperparameters(cell: Cell) -> None:
     ):
         if cell.name not in ("AltLoRA", "ScaledGD", "OPLoRA"):  # these have no betas and eps for the factors
             bad[key] = values_of
-    for key in ("momentum", "damping", "proximal"):
+    for key in ("sylvester", "freeze_idle"):
+        if key in own:
+            bad[key] = ["False", None]
+    for key in ("momentum", "damping", "proximal", "metric_decay", "metric_damping"):
         if key in own:
             bad[key] = [-1.0, NAN, None, "x"]
     for key in ("total_steps", "phases", "refresh_every", "basis", "order", "update", "sweeps", "gradient", "momentum_mode"):

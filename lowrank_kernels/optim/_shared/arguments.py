@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, TypeAlias, TypedDict
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from ..._checks import as_number, check_flag
 from ...pairs import pairs
 from .shards import FLATTENED
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module
 
 #: The hyperparameters of all methods that are numbers.
-NUMBERS = ("lr", "eps", "weight_decay", "factor_weight_decay", "lr_ratio", "momentum", "damping", "proximal")
+NUMBERS: tuple[str, ...] = ("lr", "eps", "weight_decay", "factor_weight_decay", "lr_ratio", "momentum", "damping", "proximal")
+NUMBERS += ("metric_decay", "metric_damping")
+#: The largest that one may be, a float and an integer: more, torch multiplies no fp32 tensor by, and adds to none.
+LARGEST, LARGEST_INTEGER = torch.finfo(torch.float32).max, torch.iinfo(torch.int64).max
 #: Those that may be None.
 OPTIONAL = ("weight_decay", "factor_weight_decay")
 #: How far below zero the lr of a group that is made may be.
@@ -46,9 +51,17 @@ def pythons_number(value: Any) -> Any:
         return value
     if type(value) in (tuple, list):
         return type(value)(map(pythons_number, value))
+    if isinstance(value, np.bool_):
+        return bool(value)
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value
+
+
+def pythons_hyperparameter(key: str, value: Any) -> Any:
+    """:func:`pythons_number`, and an integer among the :data:`NUMBERS` as a float."""
+    value = pythons_number(value)
+    return float(value) if key in NUMBERS and type(value) is int and abs(value) <= LARGEST else value
 
 
 def refuse_unknown(method: type, unknown: Mapping[str, Any]) -> None:
@@ -74,24 +87,23 @@ def check_options(
     atomic: bool,
 ) -> None:
     """Refuse what no optimizer here does, and options that exclude each other. (Hyperparameters are checked group by group.)"""
-    if amsgrad:
-        raise ValueError(f"{name}: amsgrad=True is not supported; leave it out")
-    if differentiable:
-        raise ValueError(f"{name}: differentiable=True is not supported; step() is not differentiated through")
     for key, value, optional in (
+        ("amsgrad", amsgrad, False),
+        ("differentiable", differentiable, False),
         ("foreach", foreach, True),
         ("fused", fused, True),
         ("capturable", capturable, False),
         ("atomic", atomic, False),
     ):
-        if not (isinstance(value, (bool, int)) or (optional and value is None)):
-            raise TypeError(f"{name}: {key} must be True or False{' or None' if optional else ''}, got {value!r:.80}")
+        check_flag(name, key, value, optional)
+    if amsgrad:
+        raise ValueError(f"{name}: amsgrad=True is not supported; leave it out")
+    if differentiable:
+        raise ValueError(f"{name}: differentiable=True is not supported; step() is not differentiated through")
     if fused and foreach:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if scale is not None and not isinstance(scale, Real):
-        raise TypeError(f"{name}: scale must be a number, got {scale!r}")
-    if scale is not None and not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"{name}: scale must be positive and finite, got {scale!r}")
+    if scale is not None:
+        as_number(name, "scale", scale, positive=True)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
     if nonfinite_grads not in NONFINITE_GRADS:
@@ -124,10 +136,10 @@ def groups_of(name: str, params: ParamsT, with_partners: bool) -> list[Any]:
 
 def named_as_the_others(groups: Sequence[dict[str, Any]], new: dict[str, Any]) -> dict[str, Any]:
     """The new group, its parameters with names if those of the others have names, which torch wants of all or none."""
-    params = new.get("params")
+    params = new["params"]
     if not (groups and "param_names" in groups[0]) or "param_names" in new or isinstance(params, set):
         return new
-    params = [params] if isinstance(params, Tensor) else list(params or ())
+    params = [params] if isinstance(params, Tensor) else list(params)
     if not all(isinstance(p, Tensor) for p in params):
         return {**new, "params": params}
     return {**new, "params": [(f"param_groups[{len(groups)}][{index}]", p) for index, p in enumerate(params)]}
@@ -153,14 +165,16 @@ def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
         raise ValueError(f"{name}: betas must be two numbers, got {betas!r}")
     for key, value in [*((key, group.get(key, 0.0)) for key in NUMBERS), *(("betas", beta) for beta in betas)]:
+        if type(value) is float and abs(value) <= LARGEST:
+            continue
         # In a group that is made, weight_decay is a number.
         optional = key in OPTIONAL and (key == "factor_weight_decay" or "factor_weight_decay" not in group)
         number = isinstance(value, Real) and not isinstance(value, bool)
         if not (number or (key == "lr" and isinstance(value, Tensor)) or (optional and value is None)):
             hint = "; of the hyperparameters only lr may be a tensor, pass float(…)" if isinstance(value, Tensor) else ""
             raise TypeError(f"{name}: {key} must be a number, got {value!r}{hint}")
-        if isinstance(value, Real) and math.isinf(value):
-            raise ValueError(f"{name}: {key} must be finite, got {value}")
+        if number and abs(value) > (LARGEST_INTEGER if isinstance(value, Integral) else LARGEST):
+            raise ValueError(f"{name}: {key} must be finite, and within the range of fp32, got {value!r:.80}")
     for key in ("amsgrad", "differentiable"):
         if group.get(key):
             raise ValueError(f"{name}: {key}=True is not supported; leave it out")
@@ -168,8 +182,13 @@ def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
         raise TypeError(f"{name}: maximize must be True or False, got {group['maximize']!r}")
     if not group["lr_ratio"] > 0:
         raise ValueError(f"{name}: lr_ratio must be positive, got {group['lr_ratio']}")
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if lr.dtype is torch.bool or lr.is_complex() or lr.is_meta:
+            raise TypeError(f"{name}: lr must be a number or a real tensor that has a value, got {lr.dtype} on {lr.device}")
+        if lr.isinf():
+            raise ValueError(f"{name}: lr must be finite, got {lr.item()}")
     # A schedule may end a rounding error below zero.
     if not lr >= (-ROUNDING if "factor_weight_decay" in group else 0.0):
         raise ValueError(f"Invalid learning rate: {float(lr)}")

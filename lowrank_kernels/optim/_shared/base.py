@@ -28,7 +28,7 @@ from .arguments import (
     check_parameters,
     groups_of,
     named_as_the_others,
-    pythons_number,
+    pythons_hyperparameter,
     refuse_unknown,
 )
 from .nonfinite import which_nonfinite
@@ -162,7 +162,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             **(method_defaults or {}),
         )
         super().__init__(
-            groups_of(name, params, self.reads_frozen_partners), {key: pythons_number(value) for key, value in defaults.items()}
+            groups_of(name, params, self.reads_frozen_partners),
+            {key: pythons_hyperparameter(key, value) for key, value in defaults.items()},
         )
         self._constructed = True
         self._find_pairs(since_group=0)
@@ -175,8 +176,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Parameters without names are taken beside named ones (a model's have names), and are named by their positions.
         """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
+            if "params" not in param_group:
+                raise ValueError(f"{type(self).__name__}: a parameter group must have 'params', got the keys {list(param_group)}")
             for key, value in param_group.items():
-                param_group[key] = value if key == "params" else pythons_number(value)
+                param_group[key] = value if key == "params" else pythons_hyperparameter(key, value)
             self._check_hyperparameters({**self.defaults, **param_group})
             if isinstance(param_group.get("params"), nn.Module):
                 raise TypeError(f"{type(self).__name__}: params of a group must be tensors, got a module; pass its parameters()")

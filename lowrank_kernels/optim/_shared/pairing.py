@@ -260,9 +260,15 @@ def _why_no_pair(
             f"{found}: of {', '.join(names[:4])}{', …' if len(names) > 4 else ''} ΔW is not the product sBA (a variant of LoRA: factors in "
             "blocks, the experts of one parameter, KaSA, …); train them with AdamW"
         )
-    if left := [n for n, _ in named if is_adapter_parameter(n)]:
+    if left := [(n, p) for n, p in named if is_adapter_parameter(n)]:
+        names = [n for n, _ in left]
+        if all(p.ndim > 2 or "lora_embedding" in n for n, p in left):
+            return (
+                f"{found}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} belong to convolutions or embeddings and are no pair of "
+                "matrices. Adapt Linear layers; or train them with AdamW, or, 1-d and 2-d convolutions that are not in groups, with OPLoRA"
+            )
         return (
-            f"{found}: {', '.join(left[:4])}{', …' if len(left) > 4 else ''} have no partner among them that fits. Pass the adapted "
+            f"{found}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} have no partner among them that fits. Pass the adapted "
             "model itself, or all of model.named_parameters(), frozen factors too; train variants whose ΔW is not sBA (AdaLoRA) with AdamW"
         )
     return (

@@ -142,12 +142,19 @@ def average_gradients(params: nn.Module | Iterable[Tensor], process_group: Any =
         params: a model, or parameters; the same ones in the same order on every rank. One without gradient on this rank counts as zero,
             one without gradient on any rank stays so.
         process_group: None is the default group. Without ``torch.distributed``, or alone in the group, nothing happens.
+
+    Raises:
+        TypeError: ``params`` is neither a model nor parameters.
     """
+    given = params.parameters() if isinstance(params, nn.Module) else params
+    found: list[Any] = [None] if isinstance(given, Tensor) or not isinstance(given, Iterable) else list(given)
+    if not all(isinstance(p, Tensor) for p in found):
+        raise TypeError(f"average_gradients: params must be a model or an iterable of parameters, got {type(params).__name__}")
     ranks = data_parallel_group(process_group)
     if ranks is None:
         return
     alike: defaultdict[Any, list[Tensor]] = defaultdict(list)
-    for p in params.parameters() if isinstance(params, nn.Module) else params:
+    for p in found:
         if p.requires_grad and not is_sharded(p):
             alike[p.dtype, p.device].append(p)
     for members in alike.values():
