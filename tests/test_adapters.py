@@ -196,6 +196,9 @@ def test_a_module_with_two_names_is_adapted_once_and_stays_tied() -> None:
         ({"alpha": 0.0}, ValueError, "alpha must be positive"),
         ({"alpha": float("nan")}, ValueError, "alpha must be positive"),
         ({"alpha": "8"}, TypeError, "alpha must be a number"),
+        ({"alpha": 10**400}, ValueError, "alpha must be positive and finite"),
+        ({"alpha": 5e-324}, ValueError, "alpha must be larger"),
+        ({"target_modules": torch.tensor(1)}, TypeError, "target_modules must be a list"),
         ({"rank_scaling": "sqrt"}, ValueError, "rank_scaling must be"),
         ({"dropout": 1.0}, ValueError, "dropout must be in"),
         ({"dropout": "0"}, TypeError, "dropout must be a number"),
@@ -614,9 +617,23 @@ def test_reset_and_bad_layers() -> None:
     assert layer.lora_A.abs().max() <= bound
     with pytest.raises(ValueError, match="cannot be decoupled"):
         lrk.LowRankLinear(nn.Linear(8, 6), 3, 0.7).decoupled = True
-    for kwargs in ({"rank": 7}, {"rank": 0}, {"method": "x"}, {"dropout": 1.0}):
-        with pytest.raises(ValueError):
-            lrk.LowRankLinear(nn.Linear(8, 6), **{"rank": 3, "scale": 1.0} | kwargs)
+    for bad in (
+        *({"rank": rank} for rank in (7, 0, "2", 2.0, True)),
+        *({"scale": scale} for scale in (float("nan"), float("inf"), "x", None, True, 10**400)),
+        *({"dropout": dropout} for dropout in (1.0, "x", None)),
+        *({"dtype": dtype} for dtype in (torch.int32, "float32")),
+        *({"base_layer": base} for base in (None, nn.Conv2d(8, 6, 1), nn.Bilinear(8, 8, 6), Net())),
+        *({"method": method} for method in ("x", ["lora"], None)),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"LowRankLinear: {next(iter(bad))} must be"):
+            lrk.LowRankLinear(**{"base_layer": nn.Linear(8, 6), "rank": 3, "scale": 1.0} | bad)
+    layer = lrk.LowRankLinear(nn.Linear(8, 6), 3, 0.7)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    a, b = torch.ones(3, 8), torch.ones(6, 3)
+    for factors in ((None, None), (a, None), (a[:1], b), (a, b[:, :1])):
+        with pytest.raises((TypeError, ValueError), match="LowRankLinear: .*start_from"):
+            layer.start_from(*factors)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
 def test_bare_attention_projections_are_named() -> None:

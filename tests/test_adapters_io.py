@@ -527,6 +527,43 @@ def test_an_empty_path_is_refused(function, tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("path", [None, 5, [], b"x", "a\0b"])
+@pytest.mark.parametrize("function", [lrk.save_adapter, lrk.load_adapter, lrk.export_peft])
+def test_what_is_no_path_is_refused(function, path) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{function.__name__}: (path|folder) (must be a path|holds a NUL)"):
+        function(lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2), path)
+
+
+@pytest.mark.parametrize("name", [object(), 1j, b"x", float("nan"), True, {}, [1], "\ud800"])
+def test_an_export_that_cannot_be_written_leaves_the_old_one(name: object, tmp_path: Path) -> None:
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    lrk.export_peft(trained(Net()), tmp_path)
+    before, other = files(), randomize(lrk.adapt(Net(), rank=2))
+    with pytest.raises((TypeError, ValueError), match="base_model_name_or_path must be a str|surrogates"):
+        lrk.export_peft(other, tmp_path, name)
+    assert files() == before
+
+
+def test_an_export_without_values_or_place_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="export_peft: .* is on the meta device and has no values to save"):
+        lrk.export_peft(lrk.adapt(Net(), rank=2).to("meta"), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="export_peft: folder '.*' cannot be made"):
+        lrk.export_peft(trained(Net()), tmp_path / "file" / "x")
+
+
+def test_states_and_flags_of_a_wrong_kind_are_refused() -> None:
+    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
+    with pytest.raises(TypeError, match="load_adapter_state_dict: state must map names to tensors"):
+        lrk.load_adapter_state_dict(model, {0: torch.ones(1)})
+    for call, flag in ((lrk.load_adapter_state_dict, "strict"), (lrk.load_adapter, "strict"), (lrk.merge, "unload")):
+        with pytest.raises(TypeError, match=f"{call.__name__}: {flag} must be True or False, got 'False'"):
+            call(model, **({} if call is lrk.merge else {"path" if call is lrk.load_adapter else "state": {}}), **{flag: "False"})
+
+
 def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
     with pytest.raises(IsADirectoryError, match="save_adapter: .* is a folder; name a file in it"):

@@ -453,6 +453,27 @@ def test_errors_change_nothing_and_say_what_to_do() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             init(lk.adapt(network(), method="xs", rank=2), batches, **option)
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("a backward pass was begun")
+
+    for option in (
+        {"loss_fn": None},
+        {"batches": "ab"},
+        {"training": "x"},
+        {"progress": "x"},
+        {"lr": 10**400},
+        {"update": ["adam"]},
+        *({"samples": samples} for samples in ("x", True, 1.5, float("inf"))),
+        *({"oversample": oversample} for oversample in (-1, "x", 1.5)),
+        {"iterations": "x"},
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"lora_sb_init: {next(iter(option))} must be"):
+            lk.lora_sb_init(lk.adapt(network(), method="xs", rank=2), **{"batches": batches, "loss_fn": never, "lr": 0.1, **option})
+    with pytest.raises(ValueError, match=r"must return a real number; it returned torch\.complex128 for batch 0"):
+        init(lk.adapt(network(), method="xs", rank=2), batches, lambda m, b: m(b[0]).sum() * 1j)
+    with pytest.raises(ValueError, match=r"start must be one of .*got \['svd'\]"):
+        lk.initialize(model, ["svd"])
     with pytest.raises(ValueError, match=r"rank 10 is too large for '4' \(9 × 15\)"):
         lk.adapt(network(), method="xs", rank=10)
     with pytest.raises(ValueError, match="start must be"):

@@ -248,11 +248,22 @@ def test_up_casts_what_came_through_the_bases() -> None:
         (lambda: ops.lora_up(None, None, None, torch.zeros(3, 2), A.mT, torch.ones(())), "lora_up: scale must be a number"),
         (lambda: lrk.share_inputs(nn.Sequential(), "q_proj"), "groups of child names"),
         (lambda: lrk.share_inputs(nn.Sequential(), ["q_proj"]), "groups of child names"),
+        (lambda: lrk.share_inputs(nn.Sequential(), None), "groups of child names"),
+        (lambda: lrk.share_inputs(nn.Sequential(), [None]), "groups of child names"),
+        (lambda: lrk.share_inputs(nn.Sequential(), [("q", 1)]), "groups of child names"),
     ],
 )
 def test_bad_input(call: Callable[[], object], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_groups_may_be_generators() -> None:
+    layers = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q", "k")})
+    model = lrk.adapt(nn.Sequential(layers, copy.deepcopy(layers)), rank=2)
+    assert lrk.share_inputs(model, (group for group in [("q", "k")])) == 2
+    assert lrk.share_inputs(model, [(name for name in ("q", "k"))]) == 2
+    assert all(layer.shared_input is not None for layer in model.modules() if isinstance(layer, lrk.LowRankLinear))
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import as_integer, check_choice, check_flag
 from ..backends.dtypes import compute_dtype
 from ..optim._shared.distributed import data_parallel_group
 from .layer import LowRankLinear
@@ -78,7 +79,7 @@ def _as_found(root: nn.Module, layers: Mapping[str, LowRankLinear], training: bo
         torch.compiler.set_stance("force_eager"),
     ):
         try:
-            root.train(training)
+            root.train(bool(training))
             for p, _ in asking:
                 p.requires_grad_(False)
             yield
@@ -98,10 +99,9 @@ class Gradients:
     """The summed gradients of W0 for all layers, over all batches and ranks."""
 
     def __init__(self, function: str, layers: Mapping[str, LowRankLinear], accumulate_on: str, samples: int | None) -> None:
-        if accumulate_on not in ACCUMULATORS:
-            raise ValueError(f"{function}: accumulate_on must be one of {', '.join(map(repr, ACCUMULATORS))}, got {accumulate_on!r}")
-        if samples is not None and not samples > 0:
-            raise ValueError(f"{function}: samples must be positive or None, got {samples}")
+        check_choice(function, "accumulate_on", accumulate_on, ACCUMULATORS)
+        if samples is not None:
+            as_integer(function, "samples", samples)
         self.function, self.layers, self.samples, self.seen = function, layers, samples, 0
         self._accumulate_on = accumulate_on
         self._device = next(iter(layers.values())).lora_A.device
@@ -111,8 +111,12 @@ class Gradients:
     def sum_over(self, root: nn.Module, batches: Iterable[Any], loss_fn: LossFunction, training: bool, progress: bool) -> None:
         """Run the backward passes."""
         function = self.function
-        if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        if isinstance(batches, (Tensor, Mapping, str, bytes)) or not isinstance(batches, Iterable):
             raise TypeError(f"{function}: batches must be an iterable of batches, got one {type(batches).__name__}; wrap it in [ ]")
+        if not callable(loss_fn):
+            raise TypeError(f"{function}: loss_fn must be a function of the model and a batch, got {type(loss_fn).__name__}")
+        for argument, flag in (("training", training), ("progress", progress)):
+            check_flag(function, argument, flag)
         self._sums = {name: _GradientSum(layer, self._accumulate_on) for name, layer in self.layers.items()}
         self.bytes = sum(gradient.total.nbytes for gradient in self._sums.values())
         with _as_found(root, self.layers, training):
@@ -154,6 +158,8 @@ def _check_loss(function: str, loss: Any, index: int) -> None:
         raise ValueError(
             f"{function}: loss_fn must return a scalar tensor, the mean loss of the batch; it returned {what} for batch {index}"
         )
+    if not loss.is_floating_point():
+        raise ValueError(f"{function}: loss_fn must return a real number; it returned {loss.dtype} for batch {index}")
     if not loss.isfinite().item():
         raise ValueError(f"{function}: the loss of batch {index} is {loss.item()}; it must be finite")
     if not loss.requires_grad:

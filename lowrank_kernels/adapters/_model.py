@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .._checks import check_module
 from .layer import LowRankLinear
 
 #: What ``torch.compile`` and checkpoint wrappers put into module names.
@@ -48,9 +49,8 @@ def check_model(function: str, model: object) -> nn.Module:
     Raises:
         TypeError: it is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
-    return unwrap(model)
+    check_module(function, model)
+    return unwrap(model)  # type: ignore[arg-type]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:

@@ -7,15 +7,14 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
 
 import torch
 from torch import nn
 
-from ..backends.dtypes import FLOATING
+from .._checks import as_number
 from ..pairs import pairs
 from ._model import check_model, clean_name, compiled_modules, parallel_wrapper, replace_modules
-from .layer import METHODS, LowRankLinear
+from .layer import LowRankLinear, check_settings
 
 ALL_LINEAR = "all-linear"
 #: Top-level names of classification heads in ``transformers``: a head starts at random and wants full training, not an adapter.
@@ -65,7 +64,7 @@ def adapt(
             too large for a layer, or the model has adapters already. Nothing was changed then.
     """
     root = check_model("adapt", model)
-    check_settings(method, rank, dropout, dtype)
+    check_settings("adapt", method, rank, dropout, dtype)
     scale = _scale(method, rank, alpha, rank_scaling)
     check_unadapted("adapt", model)
     # Names as of the bare model; a module that has two (tied modules) has two entries.
@@ -122,35 +121,19 @@ def check_unadapted(function: str, model: nn.Module) -> None:
         raise ValueError(f"{function}: the model is itself a Linear and cannot be replaced in place; wrap it, `nn.Sequential(layer)`")
 
 
-def check_settings(method: str, rank: int, dropout: float, dtype: torch.dtype | None) -> None:
-    """Refuse adapter settings of a wrong type or out of range."""
-    if method not in METHODS:
-        raise ValueError(f"adapt: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    if not isinstance(rank, Integral) or isinstance(rank, bool):
-        raise TypeError(f"adapt: rank must be an integer, got {rank!r}")
-    if rank < 1:
-        raise ValueError(f"adapt: rank must be at least 1, got {rank}")
-    if not isinstance(dropout, Real) or isinstance(dropout, bool):
-        raise TypeError(f"adapt: dropout must be a number, got {dropout!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"adapt: dropout must be in [0, 1), got {dropout}")
-    if dtype is not None and dtype not in FLOATING:
-        raise TypeError(f"adapt: dtype must be one of {', '.join(map(str, FLOATING))} or None, got {dtype!r}")
-
-
 def _scale(method: str, rank: int, alpha: float | None, rank_scaling: str | None) -> float:
     scale_is_one = method == "xs" and alpha is None
     if alpha is None:
         alpha = 4.0 if method == "sds" else 8.0
     if rank_scaling is None:
         rank_scaling = "rslora" if method == "sds" else "lora"
-    if not isinstance(alpha, Real) or isinstance(alpha, bool):
-        raise TypeError(f"adapt: alpha must be a number, got {alpha!r}")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"adapt: alpha must be positive and finite, got {alpha}")
+    alpha = as_number("adapt", "alpha", alpha, positive=True)
     if rank_scaling not in _RANK_SCALINGS:
         raise ValueError(f"adapt: rank_scaling must be 'lora' (s = α/r) or 'rslora' (s = α/√r), got {rank_scaling!r}")
-    return 1.0 if scale_is_one else float(alpha) / (rank if rank_scaling == "lora" else math.sqrt(rank))
+    scale = 1.0 if scale_is_one else alpha / (rank if rank_scaling == "lora" else math.sqrt(rank))
+    if not scale:
+        raise ValueError(f"adapt: alpha must be larger, got {alpha}: the scale s would be rounded to zero, and ΔW with it")
+    return scale
 
 
 def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
@@ -162,7 +145,7 @@ def _inside(name: str, parents: Iterable[str]) -> bool:
 
 
 def _check_names(argument: str, names: object) -> list[str]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
+    if isinstance(names, (str, torch.Tensor)) or not isinstance(names, Iterable):
         raise TypeError(f"adapt: {argument} must be a list of module names, got {names!r}")
     found = list(names)
     if not all(isinstance(name, str) and name for name in found):

@@ -8,7 +8,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._checks import as_integer, check_path
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_svd_product
 from ._model import adapted_layers, check_model, clean_name
-from .io import bare_name, check_target, joined, live_tensors, refuse_shards, require_adapters, trained_modules, unshared, write_atomically
+from .io import (
+    bare_name,
+    check_target,
+    joined,
+    live_tensors,
+    refuse_unsavable,
+    require_adapters,
+    trained_modules,
+    unshared,
+    write_atomically,
+)
 from .layer import LowRankLinear
 
 #: What PEFT reads in an adapter's folder.
@@ -53,13 +63,14 @@ def export_peft(
         ``{layer name: ‖ΔW_written − ΔW‖_F / ‖ΔW‖_F}``; 0 where the layer is written exactly.
 
     Raises:
-        TypeError, ValueError: no adapters, sharded ones (FSDP2), a bad rank, or trained parameters outside the adapters that PEFT's
-            ``modules_to_save`` cannot express; or an empty ``folder``. Nothing was written then.
-        OSError: ``folder`` is none, or one of the two files is no regular one. Nothing was written then either.
+        TypeError, ValueError: no adapters, ones on the meta device or sharded (FSDP2), a bad rank, folder or base model's name, or
+            trained parameters outside the adapters that PEFT's ``modules_to_save`` cannot express. Nothing was written then.
+        OSError: ``folder`` is none and cannot be made one, or one of the two files is no regular one. Nothing was written then either.
     """
     root = check_model("export_peft", model)
-    if not os.fspath(folder):
-        raise ValueError("export_peft: folder is empty; name one, '.' for the current folder")
+    check_path("export_peft", "folder", folder)
+    if base_model_name_or_path is not None and not isinstance(base_model_name_or_path, str):
+        raise TypeError(f"export_peft: base_model_name_or_path must be a str or None, got {base_model_name_or_path!r:.80}")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise NotADirectoryError(f"export_peft: folder {os.fspath(folder)!r} is no folder; name another one")
     for name in (WEIGHTS, CONFIG):
@@ -69,11 +80,8 @@ def export_peft(
     for name, layer in layers.items():
         if places[id(layer)] > 1:
             raise ValueError(f"export_peft: {name!r} stands in the model under several names; PEFT would adapt the first only")
-    if rank is not None and (not isinstance(rank, Integral) or isinstance(rank, bool)):
-        raise TypeError(f"export_peft: rank must be an integer or None, got {rank!r}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"export_peft: rank must be at least 1, got {rank}")
-    refuse_shards("export_peft", live_tensors(root))
+    rank = None if rank is None else as_integer("export_peft", "rank", rank)
+    refuse_unsavable("export_peft", live_tensors(root))
     saved = _peft_saved_modules(root, layers)
     factors, errors = _peft_factors(layers, rank)
     config = _peft_config(root, layers, factors, saved, base_model_name_or_path)
@@ -84,12 +92,16 @@ def export_peft(
     for name, module in saved.items():
         tensors |= {f"{prefix}{name}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
     tensors = unshared({name: tensor.contiguous() for name, tensor in tensors.items()})
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    # Before anything is written: a text that cannot be made would leave new weights beside an old configuration.
+    text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"export_peft: folder {os.fspath(folder)!r} cannot be made: {error.strerror}") from None
     write_atomically(Path(folder) / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
     def write_config(path: str) -> None:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_bytes(text)
 
     write_atomically(Path(folder) / CONFIG, write_config)
     return errors
@@ -190,7 +202,8 @@ def _peft_config(
     patterns = {name: (f"^{re.escape(name)}", *value) for name, value in settings.items()}
     config = getattr(root, "config", None)
     if base_model_name_or_path is None:
-        base_model_name_or_path = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
+        own = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
+        base_model_name_or_path = own if isinstance(own, str) else None
     return {
         "peft_type": "LORA",
         "task_type": None,

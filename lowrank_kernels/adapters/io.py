@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._checks import check_flag, check_path
 from ..optim._shared.shards import is_sharded
 from ._model import adapted_layers, check_model, clean_name
-from .adapt import check_settings, check_unadapted, install
-from .layer import LowRankLinear
+from .adapt import check_unadapted, install
+from .layer import LowRankLinear, check_settings
 from .starts import check_changeable
 
 FORMAT_VERSION = 1
@@ -134,6 +135,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], stric
         TypeError, ValueError: names, shapes or dtypes do not fit; nothing was changed.
     """
     root = check_model("load_adapter_state_dict", model)
+    check_flag("load_adapter_state_dict", "strict", strict)
     layers = require_adapters("load_adapter_state_dict", root)
     _check_state("load_adapter_state_dict", state)
     state, starts = _split_starts("load_adapter_state_dict", root, layers, state)
@@ -143,7 +145,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], stric
 
 
 def _check_state(function: str, state: object) -> None:
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
         raise TypeError(f"{function}: state must map names to tensors, as adapter_state_dict returns it")
 
 
@@ -231,7 +233,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     The file is either complete or absent, whatever happens meanwhile: it is written next to ``path`` and renamed.
 
     Raises:
-        ValueError: ``path`` is empty, the model has no adapters, or they are on the meta device or sharded (FSDP2).
+        TypeError, ValueError: ``path`` is none or empty, the model has no adapters, or they are on the meta device or sharded (FSDP2).
         OSError: the file could not be written; an earlier file of that name is unchanged. So is what is no file (a folder, a FIFO).
     """
     check_target("save_adapter", "path", path)
@@ -239,17 +241,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"save_adapter: no folder {str(folder)!r}; create it first")
     state = {name: tensor.contiguous() for name, tensor in adapter_state_dict(model).items()}
-    on_meta = [name for name, tensor in state.items() if tensor.is_meta]
-    if on_meta:
-        raise ValueError(f"save_adapter: {on_meta[0]} is on the meta device and has no values to save")
-    refuse_shards("save_adapter", state)
+    refuse_unsavable("save_adapter", state)
     layers = adapted_layers(check_model("save_adapter", model))
     settings = {name: asdict(LayerSettings(x.rank, x.scale, x.method, x.dropout)) for name, x in layers.items()}
     metadata = json.dumps({"format_version": FORMAT_VERSION, "layers": settings}, ensure_ascii=False)
     write_atomically(path, lambda temporary: save_file(unshared(state), temporary, {"format": "pt", METADATA_KEY: metadata}))
 
 
-def refuse_shards(function: str, state: Mapping[str, Tensor]) -> None:
+def refuse_unsavable(function: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors without values, and those of which this rank holds a part."""
+    on_meta = next((name for name, tensor in state.items() if tensor.is_meta), None)
+    if on_meta is not None:
+        raise ValueError(f"{function}: {on_meta} is on the meta device and has no values to save")
     sharded = next((name for name, tensor in state.items() if is_sharded(tensor)), None)
     if sharded is not None:
         raise ValueError(
@@ -270,8 +273,7 @@ def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_target(function: str, argument: str, path: str | os.PathLike[str]) -> None:
     """Refuse what a rename would not write to but replace: a folder, a device, a pipe."""
-    if not os.fspath(path):
-        raise ValueError(f"{function}: {argument} is empty; name what to write")
+    check_path(function, argument, path)
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{function}: {os.fspath(path)!r} is a folder; name a file in it")
@@ -307,6 +309,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerSettings], dict[
     Raises:
         OSError, ValueError: it cannot be read, is damaged, or is another program's.
     """
+    check_path("load_adapter", "path", path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_adapter: no file {os.fspath(path)!r}")
     try:
@@ -331,7 +334,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerSettings], dict[
 
 
 def _check_layer(name: str, layer: LayerSettings, state: Mapping[str, Tensor]) -> None:
-    check_settings(layer.method, layer.rank, layer.dropout, None)
+    check_settings(name, layer.method, layer.rank, layer.dropout, None)
     if not isinstance(layer.scale, float) or not math.isfinite(layer.scale):
         raise ValueError(f"{name} has the scale {layer.scale!r}")
     kinds = ("lora_A", "lora_B", *{"sds": ("q_a", "q_b", "is_decoupled"), "xs": ("lora_R",)}.get(layer.method, ()))
@@ -363,6 +366,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
             model. Nothing was changed then.
     """
     root = check_model("load_adapter", model)
+    check_flag("load_adapter", "strict", strict)
     settings, state = _read(path)
     layers = adapted_layers(root)
     if layers:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..backends.dtypes import compute_dtype
+from .._checks import as_integer, as_number, check_choice
+from ..backends.dtypes import FLOATING, compute_dtype
 from ..ops import lora_linear, lora_up
 from ..ops.lora_shared import autocast_dtype
 from ..pairs import count_switch, register_layer
@@ -53,6 +54,17 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def check_settings(function: str, method: str, rank: int, dropout: float, dtype: torch.dtype | None) -> None:
+    """Refuse adapter settings of a wrong type or out of range."""
+    check_choice(function, "method", method, METHODS)
+    as_integer(function, "rank", rank)
+    as_number(function, "dropout", dropout)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{function}: dropout must be in [0, 1), got {dropout}")
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"{function}: dtype must be one of {', '.join(map(str, FLOATING))} or None, got {dtype!r}")
+
+
 class LowRankLinear(nn.Module):
     """``y = base(x) + x̃ ΔWᵀ`` with ``ΔW = s·B A`` (LoRA), ``s(Q_B A + B Q_Aᵀ)`` (SDS-LoRA Eq. 5,
     after its warm-up) or ``s·B R A`` (LoRA-XS).
@@ -75,6 +87,9 @@ class LowRankLinear(nn.Module):
         dropout: probability of dropping an entry of the adapter's input.
         dtype: of the factors; None means the base weight's, but fp32 for bf16, fp16 and quantized weights. Constant factors
             ("xs") need no precision to be trained in: None is the base weight's dtype for them, and fp32 for quantized weights.
+
+    Raises:
+        TypeError, ValueError: ``base_layer`` is no ``nn.Linear``, or another argument of a wrong kind or out of range.
     """
 
     lora_A: nn.Parameter
@@ -108,13 +123,13 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if method not in METHODS:
-            raise ValueError(f"LowRankLinear: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+        if not isinstance(base_layer, nn.Linear):
+            raise TypeError(f"LowRankLinear: base_layer must be a torch.nn.Linear, got {type(base_layer).__name__}")
+        check_settings("LowRankLinear", method, rank, dropout, dtype)
+        scale = as_number("LowRankLinear", "scale", scale)
         d_in, d_out = base_layer.in_features, base_layer.out_features
-        if not 1 <= rank <= min(d_in, d_out):
+        if rank > min(d_in, d_out):
             raise ValueError(f"LowRankLinear: rank must be between 1 and {min(d_in, d_out)} for a {d_out} × {d_in} layer, got {rank}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"LowRankLinear: dropout must be in [0, 1), got {dropout}")
         weight = base_layer.weight
         if dtype is None:
             dtype = compute_dtype(weight.dtype)
@@ -123,7 +138,7 @@ class LowRankLinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = d_in, d_out
         # Python's numbers: files hold these, and NumPy's they could not.
-        self.rank, self.scale, self.method, self.dropout = int(rank), float(scale), method, float(dropout)
+        self.rank, self.scale, self.method, self.dropout = int(rank), scale, method, float(dropout)
         a, b = (torch.empty(shape, dtype=dtype, device=weight.device) for shape in ((rank, d_in), (d_out, rank)))
         if method == "xs":
             self.register_buffer("lora_A", a)
@@ -170,10 +185,15 @@ class LowRankLinear(nn.Module):
         same factors give the same weight again when an adapter is loaded over W0.
 
         Raises:
-            ValueError: not a plain LoRA over a floating-point matrix, or one that was started before.
+            TypeError, ValueError: not a plain LoRA over a floating-point matrix, or one that was started before; factors of other shapes.
         """
         if self.method != "lora" or not holds_matrix(self.base_layer) or self.start_A is not None:
             raise ValueError("LowRankLinear: start_from needs plain LoRA over a floating-point weight that no start has changed yet")
+        for argument, factor, like in (("a", a, self.lora_A), ("b", b, self.lora_B)):
+            if not isinstance(factor, Tensor):
+                raise TypeError(f"LowRankLinear: start_from takes tensors, got {argument}={factor!r:.80}")
+            if factor.shape != like.shape:
+                raise ValueError(f"LowRankLinear: {argument} of start_from must be {tuple(like.shape)}, got {tuple(factor.shape)}")
         self.lora_A.copy_(a)
         self.lora_B.copy_(b)
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
@@ -307,6 +327,8 @@ class LowRankLinear(nn.Module):
         return same and all(held is x and version == version_of(x) for (held, version), x in zip(seen, tensors, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``base(x) + x̃ ΔWᵀ`` (…, d_out) of x (…, d_in), x̃ being x with dropout; one product with ``W0 + ΔW`` where the merged weight
+        serves (:attr:`merged`)."""
         base = self.base_layer
         if self._gradient_tap is not None:
             return self._gradient_tap(x, base(x))

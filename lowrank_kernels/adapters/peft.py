@@ -14,6 +14,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .._checks import as_number
 from ..ops import lora_linear
 from .layer import is_plain, runs_forward_of
 
@@ -65,7 +66,12 @@ def with_kernels(config: LoraConfig) -> LoraConfig:
     """Let the layers that ``config`` makes over plain ``nn.Linear`` layers compute with our kernels; returns ``config``.
 
     ``get_peft_model(model, with_kernels(LoraConfig(r=16)))``; with ``PeftModel.from_pretrained`` pass the configuration as ``config=``.
+
+    Raises:
+        TypeError: ``config`` is no ``LoraConfig``.
     """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"with_kernels: config must be a peft.LoraConfig, got {type(config).__name__}")
     config._register_custom_module({nn.Linear: _kernel_linear})  # type: ignore[dict-item]
     return config
 
@@ -83,7 +89,7 @@ class DecoupledLoraConfig(LoraConfig):
         options: everything else of ``LoraConfig``, except ``r``, ``lora_alpha``, ``use_rslora``, ``use_dora`` and ``init_lora_weights``.
 
     Raises:
-        TypeError, ValueError: an argument that this configuration decides itself, or a bad rank or rule.
+        TypeError, ValueError: an argument that this configuration decides itself, or a bad rank, α or rule.
     """
 
     of_twice_the_rank = True  # whoever writes rank=r here knows that r is trained: the optimizers need not say so
@@ -96,6 +102,7 @@ class DecoupledLoraConfig(LoraConfig):
             raise ValueError(f"DecoupledLoraConfig: rank must be a positive integer, got {rank!r}")
         if rank_scaling not in ("lora", "rslora"):
             raise ValueError(f"DecoupledLoraConfig: rank_scaling must be 'lora' (s = α/r) or 'rslora' (s = α/√r), got {rank_scaling!r}")
+        alpha = as_number("DecoupledLoraConfig", "alpha", alpha, positive=True)
         scale = alpha / (rank if rank_scaling == "lora" else math.sqrt(rank))
         super().__init__(r=2 * rank, lora_alpha=2 * rank * scale, **options)  # type: ignore[arg-type]
         with_kernels(self)

@@ -104,7 +104,18 @@ class SharedInput:
         SharedInput.__init__(self, state["layers"])
 
 
-def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] = SHARED_NAMES) -> int:
+def _groups_of(names: Any) -> list[list[str]]:
+    """The groups as lists, which may be read again for every module."""
+    if isinstance(names, (str, Tensor)) or not isinstance(names, Iterable):
+        groups: list[Any] = [None]
+    else:
+        groups = [list(group) if isinstance(group, Iterable) and not isinstance(group, (str, Tensor)) else None for group in names]
+    if any(group is None or not all(isinstance(name, str) for name in group) for group in groups):
+        raise TypeError(f"share_inputs: names must be groups of child names, such as [('q_proj', 'k_proj', 'v_proj')], got {names!r:.80}")
+    return groups
+
+
+def share_inputs(model: nn.Module, names: Iterable[Iterable[str]] = SHARED_NAMES) -> int:
     """Let adapted layers of one module that get the same input project it together: one read of it in the forward pass, one for ∂A.
 
     Outputs and gradients are those of separate layers, up to rounding. The layers still compute separately under ``torch.compile`` and
@@ -125,8 +136,7 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] = SHARED_NAMES
         TypeError: ``model`` is not a module, or ``names`` are not groups of names.
     """
     root = check_model("share_inputs", model)
-    if isinstance(names, str) or any(isinstance(group, str) or not all(isinstance(name, str) for name in group) for group in names):
-        raise TypeError(f"share_inputs: names must be groups of child names, such as [('q_proj', 'k_proj', 'v_proj')], got {names!r}")
+    groups = _groups_of(names)
     for layer in adapted_layers(root).values():
         layer.shared_input = None
     count = 0
@@ -135,7 +145,7 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] = SHARED_NAMES
             del parent._forward_hooks[key]
             parent._forward_hooks_always_called.pop(key, None)
         children = dict(parent.named_children())
-        for group in names:
+        for group in groups:
             layers = [child for name in group if isinstance(child := children.get(name), LowRankLinear) and child.shared_input is None]
             if len(layers) < 2 or len({layer.in_features for layer in layers}) > 1:
                 continue

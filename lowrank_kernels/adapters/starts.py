@@ -10,12 +10,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_svd
 from ..optim._shared.shards import is_sharded
@@ -110,9 +110,9 @@ def lora_sb_init(
     """
     root = check_model("lora_sb_init", model)
     layers = _layers_of("lora_sb_init", model, "xs")
-    lr = _positive("lora_sb_init", "lr", lr)
-    if update not in UPDATES:
-        raise ValueError(f"lora_sb_init: update must be one of {', '.join(map(repr, UPDATES))}, got {update!r}")
+    lr = as_number("lora_sb_init", "lr", lr, positive=True)
+    check_choice("lora_sb_init", "update", update, UPDATES)
+    _check_svd("lora_sb_init", oversample, iterations)
     watch = _Watch(next(iter(layers.values())).lora_A.device)
     gradients = Gradients("lora_sb_init", layers, accumulate_on, samples)
     gradients.sum_over(root, batches, loss_fn, training, progress)
@@ -169,14 +169,14 @@ def initialize(
             were changed by an earlier start, gradients as in :func:`lora_sb_init`, a rank too large. Nothing was changed then.
     """
     root = check_model("initialize", model)
-    if start not in STARTS:
-        raise ValueError(f"initialize: start must be one of {', '.join(map(repr, STARTS))}, got {start!r}; LoRA-SB's is lora_sb_init")
+    check_choice("initialize", "start", start, STARTS, hint="; LoRA-SB's is lora_sb_init")
     layers = _layers_of("initialize", model, STARTS[start])
     if start != "svd":
         check_changeable("initialize", root, layers)
     if {batches is not None, loss_fn is not None} != {start == "lora-ga"}:
         raise TypeError("initialize: 'lora-ga' needs batches= and loss_fn=, the other starts take neither")
-    gamma = _positive("initialize", "gamma", gamma)
+    gamma = as_number("initialize", "gamma", gamma, positive=True)
+    _check_svd("initialize", oversample, iterations)
     watch = _Watch(next(iter(layers.values())).lora_A.device)
     gradients: Gradients | None = None
     matrix: Callable[[str], Tensor] = partial(_finite_weight, layers)
@@ -303,10 +303,6 @@ def _truncate(
 
     Same-shaped layers go in one batch, but no batch is larger than the largest layer: that is the memory which the gradients needed.
     """
-    if oversample < 0:
-        raise ValueError(f"{function}: oversample must be ≥ 0, got {oversample}")
-    if iterations is not None and iterations < 0:
-        raise ValueError(f"{function}: iterations must be ≥ 0 or None, got {iterations}")
     largest = max(layer.in_features * layer.out_features for layer in layers.values())
     alike: defaultdict[Any, list[str]] = defaultdict(list)
     for name, layer in layers.items():
@@ -334,13 +330,11 @@ def _wide(layer: LowRankLinear) -> torch.dtype:
     return compute_dtype(layer.lora_A.dtype)
 
 
-def _positive(function: str, name: str, value: float) -> float:
-    """A number, NumPy's too, as Python's; what is none, or not positive and finite, is refused."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{function}: {name} must be a number, got {value!r}")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
-    return float(value)
+def _check_svd(function: str, oversample: int, iterations: int | None) -> None:
+    """Refuse, before the backward passes, what :func:`_truncate` could not take after them."""
+    as_integer(function, "oversample", oversample, least=0)
+    if iterations is not None:
+        as_integer(function, "iterations", iterations, least=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- costs
