@@ -339,6 +339,96 @@ def test_records_and_figures(tmp_path: Path, tensorboard: bool) -> None:
         FullGradientProbe(model, csv=tmp_path / "other.csv")
 
 
+P = Projections.of(random(6, 5, seed=0), random(6, 2, seed=1), random(5, 2, seed=2))
+SIGMA = torch.ones(1, 2, dtype=torch.float64)
+TALL = [random(6, 2, seed=3), random(6, 2, seed=4)]
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        *(("frames", (factors,)) for factors in (None, [], ["x"], [torch.ones(3, dtype=torch.float64)], [TALL[0], torch.ones(6, 1)])),
+        *(("stable_ranks", (factors,)) for factors in ([], None, [TALL[0].to(torch.complex64)])),
+        *(("delta_spectrum", factors) for factors in (([], []), (TALL, TALL[:1]), (TALL, [x[:, :1] for x in TALL]))),
+        *(
+            ("subspace_drift", factors)
+            for factors in (([], []), (TALL[:1], [TALL[0][:, :1]]), (TALL, TALL[:1]), (TALL, [x[:3] for x in TALL]))
+        ),
+        *((rank, (x,)) for rank in ("effective_rank", "stable_rank") for x in (None, torch.ones(0), torch.ones(()), torch.ones(2) * 1j)),
+        *(
+            (measure, given)
+            for measure in ("alignment", "gradient_ranks")
+            for given in (
+                (None, SIGMA, SIGMA),
+                (P, None, SIGMA),
+                (P, SIGMA, torch.ones(1, 1)),
+                (P, SIGMA.expand(4, 2), SIGMA),
+                (P, SIGMA, SIGMA * 1j),
+                (P, SIGMA > 0, SIGMA),
+                (P, SIGMA, SIGMA.long()),
+                *((P, SIGMA, SIGMA, "lora", damping) for damping in (-1, float("nan"), "x", True)),
+            )
+        ),
+        *(("alignment", (P, SIGMA, SIGMA, "lora", 0.0, ratio)) for ratio in (0, -1, float("nan"), True, [])),
+        *(("plot", given) for given in (("run.csv", "o"), (None, "o"), ([], None), ([], "o", 1, ["a"]))),
+        *(("plot", ([], "o", window)) for window in (float("nan"), float("inf"), 1.5, "x", True)),
+        ("read", (None,)),
+    ],
+)
+def test_misuse_is_named(call: str, arguments: tuple) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"^{call}: \w+(\[\d\])? (must|is|has)|lists must"):
+        getattr(diagnostics, call)(*arguments)
+
+
+def test_imaginary_parts_are_not_dropped() -> None:
+    with pytest.raises(TypeError, match=r"Projections: gradient\[0\] has dtype torch.complex128"):
+        Projections.of(random(6, 5, seed=0) * 1j, TALL[0], random(5, 2, seed=2))
+    with pytest.raises(ValueError, match="Projections: gradient must be"):
+        Projections.of(random(6, 5, seed=0), TALL[0], TALL[1])
+
+
+def test_a_probe_that_cannot_be_made_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("ours")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="needs the package tensorboard"):
+        FullGradientProbe(model, csv=tmp_path / "new" / "x.csv", tensorboard=tmp_path / "t")
+    for bad in (
+        *({"damping": damping} for damping in (-1, float("nan"), "x")),
+        *({"ratio": ratio} for ratio in (0, -1, float("nan"), True)),
+        *({"csv": path} for path in (5, b"x", "")),
+        {"method": ["lora"]},
+        {"method": "lora-xs"},
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"(FullGradientProbe|diagnostics): {next(iter(bad))}(=| must| is)"):
+            FullGradientProbe(model, **{"csv": tmp_path / "new" / "x.csv", **bad})
+    for nothing in (None, type(model)):
+        with pytest.raises(TypeError, match=r"FullGradientProbe: model must be a torch\.nn\.Module"):
+            FullGradientProbe(nothing)
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got NoneType"):
+        FullGradientProbe(model).attach(None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_others_are_named_with_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.csv"
+    for content, message in (
+        (b"\xff\xfe\x00", "can't decode"),
+        (b"run,step,layer,loss\nr,1,,0.5\nr,x,,0.5\n", "line 3: invalid literal"),
+        (b"run,step,layer,loss\nr,1,,zero\n", "line 2: could not convert"),
+        (b"run,step,layer,loss\nr,1\n", "line 2 has too many or too few cells"),
+        (b"run,step,layer,loss\nr,1,,1,2\n", "line 2 has too many or too few cells"),
+        (b"run,step,layer,loss\nr,,,1\n", "line 2 .*no step"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"run.csv was not written by FullGradientProbe: .*{message}"):
+            diagnostics.read(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="FullGradientProbe: csv=.* is no CSV file"):
+        FullGradientProbe(make_model("ours"), csv=file)
+    with pytest.raises(NotADirectoryError, match="plot: output is no folder"):
+        diagnostics.plot([file], file)
+
+
 def test_probe_refuses() -> None:
     with pytest.raises(ValueError, match="no pair of low-rank factors"):
         FullGradientProbe(nn.Linear(3, 3))

@@ -25,7 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._checks import as_number, check_choice
 from ..ops import grouped_gram, grouped_qr, grouped_svd_product
+from ..ops._library import check_list, check_same_length, check_same_shapes
 
 Weights = Callable[[Tensor, float], Tensor]
 
@@ -107,9 +109,38 @@ def rule(method: str) -> Rule:
     Raises:
         ValueError: there is none.
     """
-    if method not in RULES:
-        raise ValueError(f"diagnostics: method must be one of {', '.join(map(repr, RULES))}, got {method!r}")
+    check_choice("diagnostics", "method", method, RULES)
     return RULES[method]
+
+
+def _check_factors(function: str, **lists: Sequence[Tensor]) -> None:
+    """Refuse lists of matrices that are empty, of different lengths, or not of one width, dtype and device."""
+    (_, first), *_ = lists.items()
+    for argument, factors in lists.items():
+        check_list(function, argument, factors)
+        if not len(factors):
+            raise ValueError(f"{function}: {argument} is empty; pass one factor at least")
+        for index, factor in enumerate(factors):
+            if factor.shape[1] != first[0].shape[1]:
+                raise ValueError(f"{function}: {argument}[{index}] must have {first[0].shape[1]} columns, got {tuple(factor.shape)}")
+    check_same_length(function, **lists)
+
+
+def _check_values(function: str, argument: str, values: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Refuse what are no singular values (…, k), or not of this shape."""
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        what = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{function}: {argument} must be a floating-point tensor of singular values, got {what}")
+    if values.ndim == 0 or not values.shape[-1] or (shape is not None and values.shape != shape):
+        raise ValueError(f"{function}: {argument} must be {shape or '(…, k) with k ≥ 1'}, got {tuple(values.shape)}")
+
+
+def _check_measured(function: str, p: Projections, sigma_b: Tensor, sigma_a: Tensor, damping: float) -> None:
+    if not isinstance(p, Projections):
+        raise TypeError(f"{function}: p must be Projections, got {type(p).__name__}")
+    for argument, values in (("sigma_b", sigma_b), ("sigma_a", sigma_a)):
+        _check_values(function, argument, values, tuple(p.core.shape[:2]))
+    as_number(function, "damping", damping, 0.0)
 
 
 @dataclass(frozen=True)
@@ -127,7 +158,18 @@ class Projections:
     @staticmethod
     @torch.no_grad()
     def of(gradient: Tensor, basis_b: Tensor, basis_a: Tensor) -> Projections:
-        """Of one G (d_out, d_in), U_B (d_out, r) and U_A (d_in, r); N = 1. Two thin GEMMs and no wait for the device."""
+        """Of one G (d_out, d_in), U_B (d_out, r) and U_A (d_in, r); N = 1. Two thin GEMMs and no wait for the device.
+
+        Raises:
+            TypeError, ValueError: they are not real matrices of these shapes.
+        """
+        for argument, matrix in (("gradient", gradient), ("basis_b", basis_b), ("basis_a", basis_a)):
+            check_list("Projections", argument, [matrix])
+        if gradient.shape != (len(basis_b), len(basis_a)) or basis_b.shape[1] != basis_a.shape[1]:
+            raise ValueError(
+                f"Projections: gradient must be (d_out, d_in), basis_b (d_out, r) and basis_a (d_in, r), got {tuple(gradient.shape)}, "
+                f"{tuple(basis_b.shape)} and {tuple(basis_a.shape)}"
+            )
         gradient = gradient if gradient.dtype == torch.float64 else gradient.float()
         c, d = basis_b.to(gradient.dtype).mT @ gradient, gradient @ basis_a.to(gradient.dtype)
         core = c @ basis_a.to(gradient.dtype)
@@ -154,7 +196,12 @@ class Frames:
 
 @torch.no_grad()
 def frames(factors: Sequence[Tensor]) -> Frames:
-    """Of tall factors (d_i, r) of one rank, dtype and device: one grouped QR and one batched r × r SVD for all."""
+    """Of tall factors (d_i, r) of one rank, dtype and device: one grouped QR and one batched r × r SVD for all.
+
+    Raises:
+        TypeError, ValueError: there are none, or they are something else.
+    """
+    _check_factors("frames", factors=factors)
     qs, rs = grouped_qr(list(factors))
     u, sigma, _ = torch.linalg.svd(rs.double())
     return Frames([q @ rotation.to(q.dtype) for q, rotation in zip(qs, u, strict=True)], sigma)
@@ -169,8 +216,13 @@ def alignment(p: Projections, sigma_b: Tensor, sigma_a: Tensor, method: str = "l
         method: a key of :data:`RULES`.
         damping: δ of the preconditioned family.
         ratio: the learning rate of B over that of A (LoRA+).
+
+    Raises:
+        TypeError, ValueError: an unknown method, singular values that do not fit ``p``, a negative δ or a ratio that is not positive.
     """
     chosen = rule(method)
+    _check_measured("alignment", p, sigma_b, sigma_a, damping)
+    as_number("alignment", "ratio", ratio, positive=True)
     left, right = chosen.equivalent(sigma_b, damping), chosen.equivalent(sigma_a, damping)
     return _cosine(p, left, right * ratio if chosen.terms == SUM else right, chosen.terms)
 
@@ -197,8 +249,12 @@ def gradient_ranks(
         scaled: False leaves the singular values out: ``U_BᵀG`` and ``GU_A`` for every method.
 
     With an r × r core in place of A and B (LoRA-XS, LoRA-SB) both are the rank of its gradient.
+
+    Raises:
+        TypeError, ValueError: an unknown method, singular values that do not fit ``p``, a negative δ.
     """
     chosen = rule(method)
+    _check_measured("gradient_ranks", p, sigma_b, sigma_a, damping)
     weights = chosen.gradient if scaled else _isometric
     h_b, h_a = weights(sigma_b, damping), weights(sigma_a, damping)
     if chosen.terms == CORE:
@@ -216,31 +272,57 @@ def gradient_ranks(
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
-    """``exp`` of the entropy of the normalized singular values (…, k) → (…); between 1 and k, NaN for a zero matrix."""
+    """``exp`` of the entropy of the normalized singular values (…, k) → (…); between 1 and k, NaN for a zero matrix.
+
+    Raises:
+        TypeError, ValueError: they are no singular values.
+    """
+    _check_values("effective_rank", "singular_values", singular_values)
     shares = singular_values / singular_values.sum(-1, keepdim=True)
     return torch.special.entr(shares).sum(-1).exp()
 
 
 def stable_rank(singular_values: Tensor) -> Tensor:
-    """``‖·‖_F² / ‖·‖₂²`` from the singular values (…, k) → (…); NaN for a zero matrix."""
+    """``‖·‖_F² / ‖·‖₂²`` from the singular values (…, k) → (…); NaN for a zero matrix.
+
+    Raises:
+        TypeError, ValueError: they are no singular values.
+    """
+    _check_values("stable_rank", "singular_values", singular_values)
     return (singular_values**2).sum(-1) / singular_values.amax(-1) ** 2
 
 
 @torch.no_grad()
 def stable_ranks(factors: Sequence[Tensor]) -> Tensor:
-    """``‖X‖_F² / ‖X‖₂²`` (N,) of tall factors (d_i, r) of one rank (SDS-LoRA Figure 5), from one grouped Gram."""
+    """``‖X‖_F² / ‖X‖₂²`` (N,) of tall factors (d_i, r) of one rank (SDS-LoRA Figure 5), from one grouped Gram.
+
+    Raises:
+        TypeError, ValueError: there are none, or they are something else.
+    """
+    _check_factors("stable_ranks", factors=factors)
     grams = grouped_gram([factor.detach() for factor in factors], dtype=torch.float64)
     return grams.diagonal(dim1=-2, dim2=-1).sum(-1) / torch.linalg.eigvalsh(grams)[..., -1]
 
 
 def subspace_drift(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
-    """Cosine ``⟨Q_new, Q_old⟩ / r`` (N,) of bases (d_i, r) with orthonormal columns (SDS-LoRA Figure 4): 1 where nothing moved."""
+    """Cosine ``⟨Q_new, Q_old⟩ / r`` (N,) of bases (d_i, r) with orthonormal columns (SDS-LoRA Figure 4): 1 where nothing moved.
+
+    Raises:
+        TypeError, ValueError: there are none, or they do not have the same shapes one by one.
+    """
+    _check_factors("subspace_drift", new=new, old=old)
+    check_same_shapes("subspace_drift", "new", new, "old", old)
     return torch.stack([(n * o).sum() / n.shape[1] for n, o in zip(new, old, strict=True)]).double()
 
 
 @torch.no_grad()
 def delta_spectrum(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    """Singular values (N, k), descending, of ``left_i @ right_iᵀ`` for factors (m_i, k) and (n_i, k); the product is never formed."""
+    """Singular values (N, k), descending, of ``left_i @ right_iᵀ`` for factors (m_i, k) and (n_i, k); the product is never formed.
+
+    Raises:
+        TypeError, ValueError: there are none, or they are not of one k.
+    """
+    _check_factors("delta_spectrum", lefts=lefts, rights=rights)
     width = lefts[0].shape[1]
     if all(factor.shape[0] >= width for factor in (*lefts, *rights)):
         return grouped_svd_product(list(lefts), list(rights), width)[1].double()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._checks import check_path
 from .record import Row, layer_means, read
 
 #: File name → title, and panels: (title, label of the y axis, [(measure, style, note)]).
@@ -58,9 +61,20 @@ def plot(paths: Sequence[str | Path], output: str | Path, window: int = 5, label
 
     Returns:
         The files; a figure of which nothing was recorded is left out.
+
+    Raises:
+        OSError, TypeError, ValueError: a file cannot be read or was not written by a probe, ``output`` is no folder, or another argument is
+            of a wrong kind. Nothing was written then.
     """
-    if window < 1:
-        raise ValueError(f"diagnostics: window must be a positive number of steps, got {window}")
+    if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
+        raise TypeError(f"plot: paths must be a list of files, got {paths!r:.80}; wrap it in [ ]")
+    check_path("plot", "output", output)
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"plot: window must be a positive number of steps, got {window!r:.80}")
+    if labels is not None and not isinstance(labels, Mapping):
+        raise TypeError(f"plot: labels must map names of runs to labels, got {labels!r:.80}")
+    if Path(output).exists() and not Path(output).is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "plot: output is no folder; name another one", os.fspath(output))
     try:
         import matplotlib
 

@@ -10,8 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from .._checks import as_number, check_module
 from ..pairs import Pair, pairs
 from .measures import (
+    CORE,
     RULE_OF,
     Projections,
     alignment,
@@ -73,7 +75,8 @@ class FullGradientProbe:
         rows: what was measured, one dictionary a layer and step.
 
     Raises:
-        ValueError: no adapted layer, an unknown method, or a base weight that has no gradient (quantized).
+        TypeError, ValueError: no adapted layer, an unknown method, one of a core R over layers without, a base weight that has no gradient
+            (quantized), or another argument out of range. Nothing was written then.
     """
 
     def __init__(
@@ -88,18 +91,22 @@ class FullGradientProbe:
         run: str = "run",
         tensorboard: str | Path | None = None,
     ) -> None:
-        if method is not None:
-            rule(method)
+        check_module("FullGradientProbe", model)
+        cored = method is not None and rule(method).terms == CORE
+        as_number("FullGradientProbe", "damping", damping, 0.0)
+        as_number("FullGradientProbe", "ratio", ratio, positive=True)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"FullGradientProbe: every must be a positive integer, got {every!r}")
         if not pairs(model):
             raise ValueError("FullGradientProbe: found no pair of low-rank factors in the model; adapt(model, …) first")
+        for pair in pairs(model):
+            _base_weight(pair)
+            if cored and pair.core is None:
+                raise ValueError(f"FullGradientProbe: method={method!r} is of layers with a core R (method='xs'), and {pair.name} has none")
         self.model, self.method, self.damping, self.ratio, self.every = model, method, float(damping), float(ratio), every
         self.step = 0
         self._recorder = Recorder(csv, run, tensorboard)
         self._armed: _Measurement | None = None
-        for pair in pairs(model):
-            _base_weight(pair)
 
     @property
     def rows(self) -> list[Row]:
@@ -119,7 +126,13 @@ class FullGradientProbe:
         self._recorder.write([{"step": self.step, "layer": "", **values}])
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> FullGradientProbe:
-        """Take the method, δ and LoRA+'s ratio from an optimizer, unless they were given."""
+        """Take the method, δ and LoRA+'s ratio from an optimizer, unless they were given.
+
+        Raises:
+            TypeError: it is none.
+        """
+        if not isinstance(getattr(optimizer, "param_groups", None), list):
+            raise TypeError(f"FullGradientProbe: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         group = optimizer.param_groups[0]
         if self.method is None:
             self.method = RULE_OF.get(type(optimizer).__name__)

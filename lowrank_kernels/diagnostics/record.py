@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from .._checks import check_path
 
 Row = dict[str, Any]
 
@@ -23,10 +26,18 @@ class Recorder:
     """Keeps rows, appends them to a CSV, and sends the means over the layers to TensorBoard."""
 
     def __init__(self, path: str | Path | None, run: str, tensorboard: str | Path | None) -> None:
+        for argument, place in (("csv", path), ("tensorboard", tensorboard)):
+            if place is not None:
+                check_path("FullGradientProbe", argument, place)
         self.rows: list[Row] = []
         self.run = run
         self.path = None if path is None else Path(path)
         self.writer: Any = None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError("FullGradientProbe: tensorboard=… needs the package tensorboard: pip install tensorboard") from error
         if self.path is not None:
             try:  # now, and not in the first step that is measured
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,15 +46,14 @@ class Recorder:
             except OSError as error:
                 raise type(error)(f"FullGradientProbe: csv={str(self.path)!r} cannot be written: {error.strerror}") from None
         if self.path is not None and self.path.stat().st_size:
-            with open(self.path, newline="", encoding="utf-8") as file:
-                header = tuple(next(csv.reader(file)))
+            try:
+                with open(self.path, newline="", encoding="utf-8") as file:
+                    header = tuple(next(csv.reader(file)))
+            except (csv.Error, UnicodeDecodeError):
+                raise ValueError(f"FullGradientProbe: csv={str(self.path)!r} is no CSV file; name another file") from None
             if header != COLUMNS:
                 raise ValueError(f"FullGradientProbe: csv={str(self.path)!r} holds other columns; name another file")
         if tensorboard is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError("FullGradientProbe: tensorboard=… needs the package tensorboard: pip install tensorboard") from error
             self.writer = SummaryWriter(Path(tensorboard) / run)
 
     def write(self, rows: list[Row]) -> None:
@@ -85,7 +95,13 @@ def layer_means(rows: list[Row]) -> dict[str, float]:
 
 
 def read(path: str | Path) -> list[Row]:
-    """The rows of a CSV: numbers as floats, empty cells None, the spectrum a list."""
+    """The rows of a CSV: numbers as floats, empty cells None, the spectrum a list.
+
+    Raises:
+        OSError: ``path`` cannot be read.
+        TypeError, ValueError: it is no path, or the file holds something else; the line is named.
+    """
+    check_path("read", "path", path)
     csv.field_size_limit(10**9)
 
     def parse(key: str, text: str) -> Any:
@@ -99,6 +115,17 @@ def read(path: str | Path) -> list[Row]:
 
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames is None or not {"run", "step", "layer"} <= set(reader.fieldnames):
-            raise ValueError(f"{path} was not written by FullGradientProbe: it has no columns run, step and layer")
-        return [{key: parse(key, text) for key, text in row.items()} for row in reader]
+        try:
+            if reader.fieldnames is None or not {"run", "step", "layer"} <= set(reader.fieldnames):
+                raise ValueError("it has no columns run, step and layer")
+            rows = []
+            for row in reader:
+                if None in row or None in row.values() or not row["step"]:
+                    raise ValueError(f"line {reader.line_num} has too many or too few cells, or no step")
+                try:
+                    rows.append({key: parse(key, text) for key, text in row.items()})
+                except ValueError as error:
+                    raise ValueError(f"line {reader.line_num}: {error}") from None
+        except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+            raise ValueError(f"{os.fspath(path)} was not written by FullGradientProbe: {error}") from None
+        return rows
