@@ -1,7 +1,7 @@
 """Optimizers: ``torch.optim.Optimizer`` subclasses, one file per method, named as in its paper.
 
 Families: ``decoupled`` (SDS-LoRA, OD-LoRA) and ``preconditioned`` (ScaledGD, ScaledAdamW, AltLoRA, LoRA-Pro, LoRA-RITE). The rest of what
-methods share is in ``_shared``.
+methods share is in ``_shared``; what all of them take is described in ``_shared.base.LowRankOptimizer``.
 """
 
 import sys

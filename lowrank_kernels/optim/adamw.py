@@ -10,7 +10,15 @@ class AdamW(LowRankOptimizer):
 
     A drop-in for ``torch.optim.AdamW`` with fp32 state for bf16 and fp16 parameters. The default weight decay is 0 for
     the low-rank factors it finds and AdamW's 0.01 for everything else.
-    On a model adapted with ``method="xs"`` this is LoRA-XS. See :class:`LowRankOptimizer` for the arguments.
+    On a model adapted with ``method="xs"`` this is LoRA-XS.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, …: as ``torch.optim.AdamW``; what all optimizers here take beside them (``scale``,
+            ``lr_ratio``, ``nonfinite_grads``, ``atomic``, …) is described where they share it, in the base class
+            :class:`~lowrank_kernels.optim._shared.base.LowRankOptimizer`.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind or out of range.
     """
 
     requires_pairs = False

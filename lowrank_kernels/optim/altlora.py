@@ -50,6 +50,9 @@ class AltLoRA(PreconditionedOptimizer):
 
     State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. A frozen factor has
     it too if its partner is trained. ``group["late"]`` holds the positions of factors that missed their last turn.
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
     factors_share_steps = True
@@ -234,6 +237,9 @@ class AltLoRAPlus(AltLoRA):
         order, damping, freeze_idle: see :class:`AltLoRA`.
 
     State of a factor: ``exp_avg``, ``exp_avg_sq`` and ``drift`` (r, r).
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
     def __init__(

@@ -31,6 +31,9 @@ class LoRAPro(PreconditionedOptimizer):
         sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB + δI)⁻¹ ∂A Aᵀ`` (δ on the right-hand side alone; through the eigenvectors of
             the two Grams); False: X = 0, which ``capturable`` needs.
         damping: δ, absolute.
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
     small_arguments = frozenset({"grad_maps", "param_maps"})

@@ -41,6 +41,9 @@ class LoRARITE(PreconditionedOptimizer):
         capturable: not supported; True is an error.
 
     State of a factor: ``exp_avg``, ``basis`` (the partner's Q, of the partner's shape), ``second`` (r, r), ``escaped`` ().
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
     small_arguments = frozenset({"grad_maps", "momentum_maps", "direction_maps"})

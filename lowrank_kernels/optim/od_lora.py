@@ -28,6 +28,9 @@ class ODLoRA(DecoupledOptimizer):
         rounds: N.
         round_steps: T.
         phases, refresh_every, basis, split_work, process_group: see :class:`SDSLoRA`.
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
     def __init__(

@@ -99,6 +99,9 @@ class OPLoRA(OverlappingOptimizer):
     State: of B ``momentum_u`` (d_out, momentum_rank), of A ``momentum_v`` (d_in, momentum_rank; not with "naive"): the factors' size, half
     of Adam's. The metrics ``D = W diag(σ) Wᵀ`` add as much: W as ``metric_basis`` (d_out, k) of B, (d_in, k) of A, and σ as
     ``metric_values`` (k,). Beside it, what ``gradient`` holds from backward to ``step()``.
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
     trains_convolutions = True

@@ -14,11 +14,14 @@ from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
 
 class ScaledAdamW(PreconditionedOptimizer):
     """AdamW on the Riemannian gradients ``ĝ_A = (BᵀB + δI)⁻¹ ∂A`` and ``ĝ_B = ∂B (AAᵀ + δI)⁻¹``, both from the factors as they
-    were (Jacobi, the paper's formula; its authors' code is Gauss-Seidel).
+    were (Jacobi, the formula of Zhang & Pilanci 2024; their code is Gauss-Seidel).
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
         damping: δ, absolute.
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
     def __init__(
@@ -57,6 +60,9 @@ class ScaledGD(ScaledAdamW):
             those of the parameters that are no factors: pass them ``cycle_momentum=False``.
         weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
         damping: δ, absolute.
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
     def __init__(

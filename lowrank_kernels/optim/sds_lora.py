@@ -35,6 +35,9 @@ class SDSLoRA(DecoupledOptimizer):
             all-gather each time; see :class:`DecoupledOptimizer` for when it pays.
 
     The paper's setting: ``alpha=4, rank_scaling="rslora"`` (s = α/√r), cosine schedule, all linear layers.
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
     def __init__(
