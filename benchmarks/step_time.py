@@ -52,13 +52,13 @@ def record(path: Path, args: argparse.Namespace, figures: dict[str, dict[str, An
 
 def main(argv: list[str] | None = None) -> None:
     parser = task_parser(__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["peft", "sds", "od"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["peft", "sds", "od"], help="whose steps to time")
     parser.add_argument("--timed", type=int, default=6, help="steps")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the adapters")
     parser.add_argument("--memory", action="store_true", help="peak RSS too, each method in a process of its own")
     parser.add_argument("--probe", choices=list(METHODS), help="also time one of the methods with a FullGradientProbe on every step")
-    parser.add_argument("--no-time", dest="time", action="store_false")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step_time.csv")
+    parser.add_argument("--no-time", dest="time", action="store_false", help="measure the memory only")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step_time.csv", help="the rows")
     parser.set_defaults(task="smollm2")
     args = parse(parser, argv)
     if args.probe and args.probe not in args.methods:

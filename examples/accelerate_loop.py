@@ -23,11 +23,13 @@ ACCUMULATE = 2
 def main(arguments: list[str] | None = None) -> nn.Module:
     """Train; returns the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("examples/output/accelerate"))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--folder", type=Path, default=Path("examples/output/accelerate"), help="where the state goes")
+    parser.add_argument("--steps", type=int, default=40, help="train up to this step")
     parser.add_argument("--total-steps", type=int, default=1000, help="of the whole run, which SDS-LoRA's schedule is a function of")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --folder")
     args = parser.parse_args(arguments)
+    if args.resume and not (args.folder / "step").is_file():
+        parser.error(f"--resume: no state in {str(args.folder)!r}; run without it first, or name another --folder")
     torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE)
     model = load_classifier()

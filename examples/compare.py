@@ -293,8 +293,8 @@ def write_means(probes: list[Path], path: Path) -> None:
 def main(argv: list[str] | None = None, *, methods: dict[str, Method] = METHODS, **defaults: Any) -> Comparison:
     """The comparison; ``defaults`` replace those of the options (``compared=``, ``probed=``, ``name=``)."""
     parser = task_parser(__doc__.split("\n")[0])
-    parser.add_argument("--compared", nargs="*", choices=list(methods), default=list(COMPARED))
-    parser.add_argument("--probed", nargs="*", choices=list(methods), default=list(PROBED))
+    parser.add_argument("--compared", nargs="*", choices=list(methods), default=list(COMPARED), help="methods to tune")
+    parser.add_argument("--probed", nargs="*", choices=list(methods), default=list(PROBED), help="methods whose gradients are measured")
     parser.add_argument("--lrs", type=float, nargs="+", help="the grid to begin with (default: the method's own)")
     parser.add_argument("--no-extend", dest="extend", action="store_false", help="keep to the grid (MiniLM; others always do)")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 for minilm, else 0")

@@ -397,17 +397,17 @@ def task_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="minilm", help="decides the other defaults")
     parser.add_argument("--layers", choices=("ours", "peft"), default="ours", help="whose adapter layers: this package's or PEFT's")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--head-lr", type=float, default=5e-3)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="of every run")
+    parser.add_argument("--head-lr", type=float, default=5e-3, help="learning rate of what is trained in full")
+    parser.add_argument("--rank", type=int, default=8, help="r of every adapter")
     parser.add_argument("--alpha", type=float, default=4.0, help="s = alpha / √rank")
-    parser.add_argument("--target-modules", nargs="+")
-    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--target-modules", nargs="+", help="names of the layers to adapt")
+    parser.add_argument("--batch-size", type=int, help="sentences or windows a step")
     parser.add_argument("--max-length", type=int, help="tokens")
     parser.add_argument("--held-out", type=int, help="sentences or windows for validation, and as many for the test")
     parser.add_argument("--train-examples", "--train-sentences", type=int, default=None, help="how many to train on (default: all others)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder of figures and rows")
     return parser
 
 
@@ -416,8 +416,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**TASKS[known.task].defaults)
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, got {args.steps}")
+    for key in ("steps", "rank", "batch_size", "max_length", "held_out", "train_examples"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            parser.error(f"--{key.replace('_', '-')} must be at least 1, got {getattr(args, key)}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device must be one that torch has here, got {args.device!r}: {str(error).splitlines()[0]}")
     # The optimizer reads s from our layers; PEFT's parameters, given by name, do not tell it.
     args.named_scale = scale_of(args) if args.layers == "peft" else None
     return args
@@ -425,8 +430,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = task_parser(__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=list(DEFAULT_METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=list(DEFAULT_METHODS), help="what to compare")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every method and rate each")
     parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3], help="learning rates of the adapters")
     parser.add_argument("--sweep", action="store_true", help="the same as --lrs 1.5e-3 3e-3 6e-3")
     parser.add_argument("--no-memory", action="store_true", help="do not measure the peak memory")

@@ -42,11 +42,11 @@ class StopAfter(TrainerCallback):
 def main(arguments: list[str] | None = None) -> nn.Module:
     """Train; returns the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default="examples/output/hf")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--stop-after", type=int)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--folder", default="examples/output/hf", help="where checkpoints go")
+    parser.add_argument("--steps", type=int, default=40, help="of the whole run")
+    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--stop-after", type=int, help="stop after this step, as an interrupted run would")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --folder")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     classifier = load_classifier()

@@ -47,11 +47,14 @@ class Classification(lightning.LightningModule):
 def main(arguments: list[str] | None = None) -> nn.Module:
     """Train; returns the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("examples/output/lightning"))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--manual", action="store_true")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("examples/output/lightning"), help="where the state goes")
+    parser.add_argument("--steps", type=int, default=40, help="train up to this step")
+    parser.add_argument("--manual", action="store_true", help="manual optimization in place of automatic")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --folder")
     args = parser.parse_args(arguments)
+    checkpoint = args.folder / "last.ckpt"
+    if args.resume and not checkpoint.is_file():
+        parser.error(f"--resume: no state {str(checkpoint)!r}; run without it first, or name another --folder")
     torch.manual_seed(0)
     model = load_classifier()
     lrk.adapt(model.backbone, rank=8, target_modules=["query", "value"])
@@ -59,7 +62,6 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
     clip = {} if args.manual else {"gradient_clip_val": 1.0}
     trainer = lightning.Trainer(max_steps=args.steps, max_epochs=-1, accelerator="cpu", **quiet, **clip)
-    checkpoint = args.folder / "last.ckpt"
     trainer.fit(Classification(model, batches, args.manual), ckpt_path=checkpoint if args.resume else None, weights_only=True)
     trainer.save_checkpoint(checkpoint)
     return model

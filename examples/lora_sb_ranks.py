@@ -153,16 +153,16 @@ def summary(found: dict[tuple[str, int], list[Row]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(MIDDLE_LR), default=list(MIDDLE_LR))
+    parser.add_argument("--methods", nargs="+", choices=list(MIDDLE_LR), default=list(MIDDLE_LR), help="what to compare")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 21, 32, 48], help="of LoRA-SB and LoRA-XS; LoRA has 8")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each at the best learning rate")
+    parser.add_argument("--steps", type=int, default=60, help="of every run")
+    parser.add_argument("--batch", type=int, default=16, help="sentences a step")
     parser.add_argument("--head-lr", type=float, default=5e-3, help="of the classifier, which all methods train in full")
     parser.add_argument("--start-lr", type=float, default=1e-4, help="of the full fine-tuning whose first step LoRA-SB starts from")
     parser.add_argument("--test", action="store_true", help="evaluate on the test sentences too")
     results_folder = Path(__file__).parent.parent / "benchmarks" / "results"
-    parser.add_argument("--out", type=Path, default=results_folder / "lora_sb.csv")
+    parser.add_argument("--out", type=Path, default=results_folder / "lora_sb.csv", help="the rows; those it has are not run again")
     args = parser.parse_args()
     results = Results(args.out)
     work = [(method, rank) for method in args.methods for rank in ([8] if method == "lora" else args.ranks)]

@@ -20,16 +20,18 @@ import lowrank_kernels as lrk
 def main(arguments: list[str] | None = None) -> nn.Module:
     """Train; returns the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("examples/output/preference"))
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--folder", type=Path, default=Path("examples/output/preference"), help="where the state goes")
+    parser.add_argument("--rounds", type=int, default=10, help="train up to this batch")
     parser.add_argument("--epochs", type=int, default=3, help="steps on each batch")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --folder")
     args = parser.parse_args(arguments)
+    state = args.folder / "state.pt"
+    if args.resume and not state.is_file():
+        parser.error(f"--resume: no state {str(state)!r}; run without it first, or name another --folder")
     torch.manual_seed(0)
     model = load_classifier()
     model.backbone = get_peft_model(model.backbone, LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"]))
     optimizer, first = lrk.ScaledAdamW(model, lr=1e-3, nonfinite_grads="skip"), 0
-    state = args.folder / "state.pt"
     if args.resume:
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])

@@ -45,6 +45,16 @@ def test_lora_and_sds_side_by_side(tmp_path):
         assert word in printed
 
 
+@pytest.mark.parametrize("option", [["--rank", "0"], ["--device", "foo"], ["--held-out", "-1"], ["--steps", "0"], ["--batch-size", "0"]])
+def test_wrong_arguments_are_named_before_anything_runs(option, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import finetune_text
+
+    with pytest.raises(SystemExit):
+        finetune_text.parse_arguments(option)
+    assert f"{option[0]} must be" in capsys.readouterr().err
+
+
 def test_unmodified_peft_layers(tmp_path):
     results, _ = run_example(tmp_path, "--layers", "peft", "--quiet", "--methods", "sds")
     (run,) = results["runs"]
