@@ -9,11 +9,14 @@ import io
 import math
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from _models import loss_of, make_model, pair_delta, trainable
+import torch.distributed.checkpoint.state_dict as dcp
+from _models import batch, loss_of, make_model, pair_delta, trainable
+from _ranks import Ranks
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +25,7 @@ import lowrank_kernels as lk
 from lowrank_kernels import backends, ops, pairs
 from lowrank_kernels.backends import registry
 from lowrank_kernels.optim._shared.arguments import AdamWOptions
+from lowrank_kernels.optim._shared.shards import local_parts
 
 OPTIMIZERS = {
     "AdamW": lambda params, **k: lk.AdamW(params, **{"lr": 1e-2, **k}),
@@ -241,6 +245,118 @@ def test_checkpoint_probe_moves_nothing(build) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
 
 
+def run_with_an_idle_layer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, rank: int = 0, world: int = 1
+) -> None:
+    """In two steps of three the last layer has no gradient, as an expert that was not chosen: it is counted who missed how many."""
+    for step in range(first, last):
+        optimizer.zero_grad()
+        x, y = batch(step)
+        if step % 3 != 1:
+            model[-1].forward = lambda x: x[..., :9]
+        (model(x[rank::world]) - y[rank::world]).square().mean().backward()
+        vars(model[-1]).pop("forward", None)
+        optimizer.step()
+
+
+def in_two_groups(model: nn.Module, named: bool) -> list[dict]:
+    """The layer that is idle in :func:`run_with_an_idle_layer` in a second group, behind one that is not."""
+    found = [(n, p) if named else p for n, p in model.named_parameters() if p.requires_grad]
+    return [{"params": found[:2]}, {"params": found[2:], "lr": 5e-3}]
+
+
+def assert_same(model: nn.Module, optimizer: torch.optim.Optimizer, twin: nn.Module, resumed: torch.optim.Optimizer) -> None:
+    """To the bit, with all that the optimizers know."""
+    for group, other in zip(optimizer.param_groups, resumed.param_groups, strict=True):
+        assert all(group[key] == other[key] for key in ("step", "cleared_at", "missed", "late", "turn") if key in group)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(*local_parts([p.detach(), q.detach()]))
+        state, other = optimizer.state.get(p, {}), resumed.state.get(q, {})
+        assert state.keys() == other.keys() and all(torch.equal(*local_parts([state[key], other[key]])) for key in state)
+
+
+@every_optimizer
+@pytest.mark.parametrize("way", ["memory", "disk", "disk, flattened", "full"])
+def test_resume_by_distributed_checkpoints_is_bit_for_bit(build, way: str, tmp_path: Path) -> None:
+    """What was counted arrives at a new optimizer, which has counted nothing."""
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict="flattened" in way, full_state_dict=way == "full")
+    for index, given in enumerate((lambda m: m, lambda m: in_two_groups(m, way != "memory"))):
+        model, twin = make_model("ours"), make_model("ours")
+        optimizer, resumed = build(given(model)), build(given(twin))
+        run_with_an_idle_layer(model, optimizer, 0, 7)
+        assert optimizer.param_groups[-1]["missed"]
+        if way == "full" and not any(optimizer.state.values()):
+            pytest.skip("torch wants a state with a tensor in it, of its SGD too")
+        saved = dcp.get_state_dict(model, optimizer, options=options)
+        if "disk" in way:
+            folder, target = tmp_path / str(index), dcp.get_state_dict(twin, resumed, options=options)
+            torch.distributed.checkpoint.save(dict(zip("mo", saved, strict=True)), checkpoint_id=folder, no_dist=True)
+            torch.distributed.checkpoint.load(read := dict(zip("mo", target, strict=True)), checkpoint_id=folder, no_dist=True)
+            saved = read["m"], read["o"]
+        saved = copy.deepcopy(saved)
+        dcp.set_state_dict(twin, resumed, model_state_dict=saved[0], optim_state_dict=saved[1], options=options)
+        assert_same(model, optimizer, twin, resumed)
+        for either, its in ((model, optimizer), (twin, resumed)):
+            run_with_an_idle_layer(either, its, 7, 11)
+        assert_same(model, optimizer, twin, resumed)
+
+
+def resume_from_full(rank: int, world: int, name: str) -> None:
+    """On every rank, of parameters that FSDP2 shards where the method takes shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = name not in ("LoRARITE", "OPLoRA")
+    share = (rank, world) if sharded else (0, 1)
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = make_model("ours", shapes=[(20, 12), (16, 20), (9, 16)])
+        if sharded:
+            options = {"mesh": init_device_mesh("cpu", (world,)), "shard_placement_fn": lk.shard_placement(model)}
+            for layer in (*model[::2], model):
+                fully_shard(layer, **options)
+        return model, OPTIMIZERS[name](in_two_groups(model, True))
+
+    for broadcast in (False, True):
+        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+        (model, optimizer), (twin, resumed) = made(), made()
+        run_with_an_idle_layer(model, optimizer, 0, 7, *share)
+        assert optimizer.param_groups[-1]["missed"]
+        saved = copy.deepcopy(dcp.get_state_dict(model, optimizer, options=dcp.StateDictOptions(full_state_dict=True)))
+        of_model, of_optimizer = ({}, {}) if broadcast and rank else saved
+        dcp.set_model_state_dict(twin, of_model, options=options)
+        dcp.set_optimizer_state_dict(twin, resumed, of_optimizer, options=options)
+        assert_same(model, optimizer, twin, resumed)
+        for either, its in ((model, optimizer), (twin, resumed)):
+            run_with_an_idle_layer(either, its, 7, 11, *share)
+        assert_same(model, optimizer, twin, resumed)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SDSLoRA", "AltLoRA", "AltLoRAPlus", "ScaledAdamW", "LoRAPro", "LoRARITE", "OPLoRA"])
+def test_ranks_resume_from_full_state_dicts_bit_for_bit(name: str, ranks: Ranks) -> None:
+    ranks(resume_from_full, name, world=1)
+    ranks(resume_from_full, name)
+
+
+@every_optimizer
+def test_checkpoints_with_positions_load(build) -> None:
+    """Older versions saved ``missed`` as it is in memory, a dictionary by position, and ``late`` as the positions."""
+    model, twin = make_model("ours"), make_model("ours")
+    optimizer, resumed = build(in_two_groups(model, False)), build(in_two_groups(twin, False))
+    run_with_an_idle_layer(model, optimizer, 0, 7)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group, here in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        assert isinstance(group["missed"], list) and isinstance(here["missed"], dict)
+        group.update({key: copy.deepcopy(here[key]) for key in ("missed", "late") if key in here})
+    twin.load_state_dict(model.state_dict())
+    for state_dict in (optimizer.state_dict(), saved):
+        resumed.load_state_dict(state_dict)
+        assert_same(model, optimizer, twin, resumed)
+    for either, its in ((model, optimizer), (twin, resumed)):
+        run_with_an_idle_layer(either, its, 7, 11)
+    assert_same(model, optimizer, twin, resumed)
+
+
 @every_optimizer
 def test_low_precision_parameters_keep_float32_state_through_a_checkpoint(build) -> None:
     def bf16_model() -> nn.Module:
@@ -301,7 +417,7 @@ def test_hooks_may_change_what_is_loaded(build) -> None:
         (group,), (here,) = state_dict["param_groups"], optimizer.param_groups
         places = [group["param_names"].index(name) for name in here["param_names"]]
         moved = {**group, "params": [group["params"][i] for i in places], "param_names": here["param_names"]}
-        moved["missed"] = {places.index(i): count for i, count in group["missed"].items()}
+        moved |= {key: [group[key][i] for i in places] for key in ("missed", "late") if key in group}
         return {**state_dict, "param_groups": [moved]}
 
     seen = []
@@ -954,7 +1070,10 @@ DAMAGED = {
     "step negative": (lambda s: s["param_groups"][0].update(step=-5), r"step -5"),
     "step two numbers": (lambda s: s["param_groups"][0].update(step=torch.tensor([1.0, 2.0])), r"has step tensor"),
     "step too small": (lambda s: s["param_groups"][0].update(step=0, missed={}), r"never updated, but its exp_avg|cleared_at"),
-    "missed list": (lambda s: s["param_groups"][0].update(missed=[1]), r"missed \[1\], no dictionary"),
+    "missed number": (lambda s: s["param_groups"][0].update(missed=1), r"missed 1, no list"),
+    "missed short": (lambda s: s["param_groups"][0].update(missed=[1]), r"missed of 1 parameters, and 6 parameters"),
+    "missed negative": (lambda s: s["param_groups"][0]["missed"].__setitem__(1, -1), r"missed\[1\] -1"),
+    "missed a tensor": (lambda s: s["param_groups"][0]["missed"].__setitem__(1, torch.tensor([0, 1])), r"missed\[1\] tensor"),
     "missed huge": (lambda s: s["param_groups"][0].update(missed={0: 10**6}), r"missed\[0\] 1000000"),
     "missed text": (lambda s: s["param_groups"][0].update(missed={0: "a"}), r"missed\[0\] 'a'"),
     "missed of none": (lambda s: s["param_groups"][0].update(missed={999: 1}), r"missed\[999\]"),
@@ -990,6 +1109,23 @@ def test_damaged_checkpoints_are_refused_by_what_is_damaged(name: str, damage: s
     edit_moments(before, lambda x: x.mT.contiguous().mT)  # a good one, if it lies otherwise
     optimizer.load_state_dict(before)
     run(model, optimizer, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("late", "message"),
+    [
+        (3, "late 3, no list"),
+        ([6], "late with 6, no position"),
+        ([0, True], "late with True, no position"),
+        ([True] * 5, "late of 5 parameters, and 6 parameters"),
+    ],
+)
+def test_a_damaged_note_of_who_is_late_is_refused(late: object, message: str) -> None:
+    optimizer = lk.AltLoRA(make_model("ours"))
+    state = optimizer.state_dict()
+    state["param_groups"][0]["late"] = late
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
 
 
 def test_oplora_wants_the_state_of_both_factors() -> None:

@@ -253,8 +253,8 @@ class OPLoRA(OverlappingOptimizer):
                 state[name] = torch.empty(shape, dtype=compute_dtype(self._at(position).dtype), device="meta")
             yield position, state
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super()._check_state_dict(state_dict)
+    def _checked_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = super()._checked_state_dict(state_dict)
         for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
             if saved["metric"] != group["metric"]:
                 raise ValueError(
@@ -270,6 +270,7 @@ class OPLoRA(OverlappingOptimizer):
                     f"{type(self).__name__}: the checkpoint has the state of {which} of {pair.name} only, and a step needs both factors'; "
                     "it is damaged"
                 )
+        return state_dict
 
     # ---------------------------------------------------------------- the step
 

@@ -35,7 +35,7 @@ from .nonfinite import which_nonfinite
 from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
 from .shards import FLATTENED, is_sharded, local_parts
-from .state import check_is_state_dict, check_state_dict, may_step, misfit, moments
+from .state import as_saved, check_is_state_dict, checked_state_dict, may_step, misfit, moments
 from .step_entry import entered
 from .undo import Before
 
@@ -77,7 +77,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     State, one dictionary per parameter, tensors only, created by the first ``step()``: ``exp_avg`` and ``exp_avg_sq``
     in fp32 (fp64 for fp64 parameters). The step counter is one per group, ``group["step"]`` (a device tensor when
-    ``capturable``); ``group["missed"]`` counts, by position, the steps in which a parameter had no gradient.
+    ``capturable``); ``group["missed"]`` counts, by position, the steps in which a parameter had no gradient. In a ``state_dict()`` it is a
+    list, one count per parameter of the group: ``torch.distributed.checkpoint`` keeps no empty containers and no keys but strings.
     """
 
     #: A method that makes no sense without pairs refuses parameters in which there are none.
@@ -93,6 +94,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     #: The hyperparameters of all groups that were checked last, and what of ``defaults`` is none but the method's own count.
     _checked: Sequence[Any] = ()
     counts: frozenset[str] = frozenset()
+    #: What of a group is a list of positions of its parameters; in a ``state_dict()`` it is a list of one bool per parameter.
+    positions: frozenset[str] = frozenset()
     #: Whether factors are stepped by AdamW, as parameters that are none are; else a method steps them itself.
     adamw_takes_factors = True
     #: Whether the step of a factor reads its partner, also where that is frozen (LoRA-FA).
@@ -640,8 +643,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
         gone = {p: state for p, state in self.state.items() if isinstance(p, Tensor) and id(p) not in here}
         for p in gone:  # replaced by others: what has no place in a group has none in a checkpoint
             del self.state[p]
+
+        def save(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:  # before the user's hooks
+            for index, group in enumerate(state_dict["param_groups"]):
+                due = [0 if key in state_dict["state"] else int(self._updates_due(index, i)) for i, key in enumerate(group["params"])]
+                group.update(as_saved(group, self.positions, due))
+
         try:
-            return super().state_dict()
+            with self.register_state_dict_post_hook(save, prepend=True):
+                return super().state_dict()
         finally:
             self.state.update(gone)
 
@@ -656,9 +666,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_is_state_dict(type(self).__name__, state_dict)
         loaded: list[dict[str, Any]] = []
 
-        def check(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> None:  # after the user's hooks
-            self._check_state_dict(hooked)
-            loaded.append(hooked)
+        def check(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:  # after the user's hooks
+            loaded.append(self._checked_state_dict(hooked))
+            return loaded[-1]
 
         def take(_: torch.optim.Optimizer) -> None:  # before the user's hooks
             self._take_state(*loaded)
@@ -688,13 +698,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
             like = torch.empty(shape, dtype=p.dtype, device="meta")
             yield (group_index, index), self._initial_state(group_index, group, index, like)
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse what this optimizer cannot go on from; a method may ask for more."""
+    def _checked_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint with its groups as they are here, not as they are saved. Refuses what this optimizer cannot go on from; a method may
+        ask for more."""
         # torch puts "differentiable" into the defaults of an optimizer that was unpickled or loaded.
         needed = self.defaults.keys() - {"differentiable"} | {"factor_weight_decay", "step", "cleared_at", "missed"}
-        check_state_dict(type(self).__name__, state_dict, self.param_groups, needed, self._expected_states, self._updates_due)
+        name, here = type(self).__name__, (self._expected_states, self._updates_due)
+        state_dict = checked_state_dict(name, state_dict, self.param_groups, needed, self.positions, *here)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             self._check_hyperparameters({**group, **saved})
+        return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_pairing", "_scale", "_constructed", "_nonfinite_grads", "_atomic", "skipped_steps", "_torn")

@@ -63,6 +63,54 @@ def check_is_state_dict(name: str, state_dict: Any) -> None:
             raise ValueError(f"{name}: param_groups[{index}] of the checkpoint must be a dictionary with a list of params, got {found}")
 
 
+def as_saved(group: Mapping[str, Any], positions: Iterable[str], due: Sequence[int]) -> dict[str, Any]:
+    """What a group counts by position, as a checkpoint has it: lists with an entry for every parameter.
+
+    ``torch.distributed.checkpoint`` flattens groups to keys. An empty list or dictionary leaves none there, keys become strings, and what
+    is on disk is read under the keys alone that a new optimizer has; so these must not depend on what was counted.
+
+    Args:
+        positions: the entries that are lists of positions; saved are bools.
+        due: of each parameter that has no state, how many updates it might have had, all of which it missed; of the others 0.
+    """
+    count = len(group["params"])
+    marked = {key: set(group[key]) for key in positions}
+    return {
+        "missed": [due[i] or group["missed"].get(i, 0) for i in range(count)],
+        **{key: [i in marked[key] for i in range(count)] for key in marked},
+    }
+
+
+def _by_position(name: str, which: str, saved: Mapping[str, Any], positions: Iterable[str]) -> dict[str, Any]:
+    """A group of a checkpoint, with what :func:`as_saved` did undone; older versions saved the dictionary and the positions."""
+    count, found = len(saved["params"]), dict(saved)
+    for key in ("missed", *positions):
+        value = saved[key]
+        if isinstance(value, Mapping) and key == "missed":
+            continue
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}: {which} of the checkpoint has {key} {value!r:.80}, no list; it is damaged")
+        if key == "missed":
+            entries = {i: number for i, number in enumerate(value) if not (type(number) is int and number == 0)}
+        elif all(isinstance(mark, bool) for mark in value):
+            entries = {i: mark for i, mark in enumerate(value) if mark}
+        else:
+            wrong = [i for i in value if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count]
+            if wrong:
+                raise ValueError(
+                    f"{name}: {which} of the checkpoint has {key} with {wrong[0]!r:.80}, no position of its parameters; it is damaged"
+                )
+            continue
+        # Of a group that torch has put together anew (flattened, on other ranks), the list is that of one it was made of.
+        if len(value) != count and entries:
+            raise ValueError(
+                f"{name}: {which} of the checkpoint has {key} of {len(value)} parameters, and {count} parameters; it is damaged, or its "
+                "parameters were in other groups when it was saved"
+            )
+        found[key] = entries if key == "missed" else list(entries)
+    return found
+
+
 #: No run takes more steps, and what compiled code counts with has room for it.
 MOST_STEPS = 2**53
 
@@ -89,10 +137,7 @@ def check_counters(name: str, which: str, saved: Mapping[str, Any], updates_due:
     assert step is not None and cleared_at is not None
     if cleared_at > step:
         raise ValueError(f"{name}: {which} of the checkpoint has cleared_at {cleared_at} after only {step} steps; it is damaged")
-    missed = saved["missed"]
-    if not isinstance(missed, Mapping):
-        raise ValueError(f"{name}: {which} of the checkpoint has missed {missed!r:.80}, no dictionary; it is damaged")
-    for position, count in missed.items():
+    for position, count in saved["missed"].items():
         if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(saved["params"]):
             raise ValueError(
                 f"{name}: {which} of the checkpoint has missed[{position!r:.80}], no position of its parameters; it is damaged"
@@ -105,18 +150,24 @@ def check_counters(name: str, which: str, saved: Mapping[str, Any], updates_due:
             )
 
 
-def check_state_dict(
+def checked_state_dict(
     name: str,
-    state_dict: dict[str, Any],
+    state_dict: Mapping[str, Any],
     groups: Sequence[dict[str, Any]],
     needed: Iterable[str],
+    positions: Iterable[str],
     expected_states: ExpectedStates,
     updates_due: Callable[[int, int, dict[str, Any]], int | Tensor],
-) -> None:
-    """Refuse a checkpoint of another method, or of parameters of other numbers or shapes; ``needed``: what each of its groups must hold;
-    ``updates_due``: from a group's index, a position in it and its hyperparameters to how many updates a parameter may have had."""
+) -> dict[str, Any]:
+    """A checkpoint with its groups as an optimizer has them. Refuses one of another method, or of parameters of other numbers or shapes.
+
+    Args:
+        needed: what each of its groups must hold.
+        positions: which entries of a group are lists of positions.
+        updates_due: from a group's index, a position in it and its hyperparameters to how many updates a parameter may have had.
+    """
     check_is_state_dict(name, state_dict)
-    saved_groups = state_dict["param_groups"]
+    saved_groups, state, taken = state_dict["param_groups"], dict(state_dict["state"]), []
     if len(saved_groups) != len(groups):
         raise ValueError(f"{name}: the checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
@@ -136,6 +187,8 @@ def check_state_dict(
                 f"{name}: param_groups[{index}] of the checkpoint holds the same parameters in another order ({first[1]} where {first[0]} "
                 "stands here), and state is matched by order; make the optimizer with the parameters in the checkpoint's order"
             )
+        if not saved["params"]:  # lists of which torch.distributed.checkpoint has left nothing
+            saved = {**dict.fromkeys(("missed", *positions), ()), **saved}
         missing = sorted(set(needed) - saved.keys())
         if missing:
             raise ValueError(
@@ -143,6 +196,9 @@ def check_state_dict(
             )
         if len(set(saved["params"])) != len(saved["params"]):
             raise ValueError(f"{name}: param_groups[{index}] of the checkpoint names a parameter twice; it is damaged")
+        in_lists = not isinstance(saved["missed"], Mapping)
+        saved = _by_position(name, f"param_groups[{index}]", saved, positions)
+        taken.append(saved)
         merged = {**group, **saved}
 
         def due(position: int, index: int = index, merged: dict[str, Any] = merged) -> int:
@@ -150,16 +206,22 @@ def check_state_dict(
 
         check_counters(name, f"param_groups[{index}]", saved, due)
         for key, (position, expected) in zip(saved["params"], expected_states(index, merged), strict=True):
-            if key in state_dict["state"]:
-                which, of_parameter = name_at(groups, position), state_dict["state"][key]
+            never = due(position[1]) == saved["missed"].get(position[1], 0)
+            if key not in state and in_lists:
+                if not expected and not never:
+                    state[key] = {}  # torch.distributed.checkpoint keeps nothing of it
+                else:  # it gets its state, and the count that this takes, by a step
+                    saved["missed"].pop(position[1], None)
+            elif key in state:
+                which, of_parameter = name_at(groups, position), state[key]
                 _check_saved_state(name, which, group["params"][position[1]], of_parameter, expected)
-                never = due(position[1]) == saved["missed"].get(position[1], 0)
                 moved = [k for k in expected if never and k.startswith("exp_avg") and bool((of_parameter[k] != 0).any())]
                 if moved:
                     raise ValueError(
                         f"{name}: by the counters of the checkpoint {which} was never updated, but its {moved[0]} is not zero; "
                         "it is damaged"
                     )
+    return {**state_dict, "state": state, "param_groups": taken}
 
 
 def _check_saved_state(name: str, which: str, p: Tensor, saved: dict[str, Any], expected_state: dict[str, Tensor]) -> None:
