@@ -252,10 +252,13 @@ def run_with_an_idle_layer(
     for step in range(first, last):
         optimizer.zero_grad()
         x, y = batch(step)
-        if step % 3 != 1:
+        if step % 3 != 1 and world == 1:
             model[-1].forward = lambda x: x[..., :9]
         (model(x[rank::world]) - y[rank::world]).square().mean().backward()
         vars(model[-1]).pop("forward", None)
+        if step % 3 != 1 and world > 1:  # FSDP2 gathers what is not used, and waits for it only where it is
+            for p in model[-1].parameters():
+                p.grad = None
         optimizer.step()
 
 
@@ -306,7 +309,7 @@ def resume_from_full(rank: int, world: int, name: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    sharded = name not in ("LoRARITE", "OPLoRA")
+    sharded = name != "LoRARITE"
     share = (rank, world) if sharded else (0, 1)
 
     def made() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -332,7 +335,7 @@ def resume_from_full(rank: int, world: int, name: str) -> None:
         assert_same(model, optimizer, twin, resumed)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SDSLoRA", "AltLoRA", "AltLoRAPlus", "ScaledAdamW", "LoRAPro", "LoRARITE", "OPLoRA"])
+@pytest.mark.parametrize("name", ["AdamW", "LoRARITE"])
 def test_ranks_resume_from_full_state_dicts_bit_for_bit(name: str, ranks: Ranks) -> None:
     ranks(resume_from_full, name, world=1)
     ranks(resume_from_full, name)

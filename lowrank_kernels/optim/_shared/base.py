@@ -680,6 +680,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """What torch has loaded, as it was saved."""
         self._torn = None
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group["betas"] = tuple(group["betas"])  # a list, of a full state dict
             if isinstance(group["step"], Tensor):
                 group["step"] = group["step"].to(group["params"][0].device)
             else:
