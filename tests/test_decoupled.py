@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.naive.od_lora import ODLoRALayer
 from benchmarks.naive.sds_lora import SDSLoRALayer
-from lowrank_kernels import LowRankLinear, ODLoRA, SDSLoRA, adapt, pairs
+from lowrank_kernels import AltLoRAPlus, LowRankLinear, ODLoRA, SDSLoRA, adapt, pairs
 from lowrank_kernels.optim.decoupled import refresh_due
 from lowrank_kernels.pairs import owners
 
@@ -245,6 +245,42 @@ def test_peft_gradients_of_untrained_halves_are_zero() -> None:
     model.zero_grad()
     loss_of(model, 0).backward()
     assert pairs(model)[0].B.grad[:, :3].any(), "the hooks must go with the optimizer"
+
+
+@pytest.mark.parametrize("successor", [SDSLoRA, AltLoRAPlus, torch.optim.AdamW])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_optimizer_that_is_kept_alive_holds_nothing_back_from_the_next(successor: type, steps: int) -> None:
+    """A cell of a notebook run twice, whose scheduler keeps the first optimizer."""
+    model, twin = make_model("peft"), make_model("peft")
+    kept = SDSLoRA(model, lr=1e-2, total_steps=60)
+    if steps and successor is not SDSLoRA:  # which would refuse a second half that is not zero
+        train(model, kept, 0, steps)
+    twin.load_state_dict(model.state_dict())
+    options = {"total_steps": 60} if successor is SDSLoRA else {}
+    optimizers = [successor(trainable(m) if successor is torch.optim.AdamW else m, lr=1e-2, **options) for m in (model, twin)]
+    free = 1 if successor is torch.optim.AdamW else 0  # torch's is noticed by what its first step writes
+    for step in range(12):
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            for micro in range(2):
+                (loss_of(m, 2 * step + micro) / 2).backward()
+        if step < free:
+            continue_as(twin, model)
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(trainable(model), trainable(twin), strict=True)), step
+        for optimizer in optimizers:
+            optimizer.step()
+    assert pairs(model)[0].B.grad[:, 3:].any()
+    if steps and successor is not SDSLoRA:  # one that steps again has its parameters back
+        kept.step()
+        model.zero_grad()
+        loss_of(model, 0).backward()
+        assert not pairs(model)[0].B.grad[:, 3:].any()
+
+
+def continue_as(twin: nn.Module, model: nn.Module) -> None:
+    """Give the twin the model's gradients."""
+    for p, q in zip(trainable(twin), trainable(model), strict=True):
+        p.grad.copy_(q.grad)
 
 
 @pytest.mark.parametrize("copier", [None, copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["same", "deepcopy", "pickle"])

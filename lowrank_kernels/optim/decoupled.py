@@ -23,6 +23,7 @@ from ..pairs import owners, switch_count
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.base import LowRankOptimizer
 from ._shared.distributed import DataParallelGroup, data_parallel_group
+from ._shared.idle_halves import IdleHalf, owner, remove_all
 from ._shared.notices import warn
 from ._shared.pairing import FactorPair, LikePairs, Position
 from ._shared.shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
@@ -134,7 +135,7 @@ class DecoupledOptimizer(LowRankOptimizer):
     ) -> None:
         check_flag(type(self).__name__, "split_work", split_work)
         self._split_work, self._process_group = bool(split_work), process_group
-        self._idle_hooks: dict[Position, tuple[weakref.ref[Tensor], Any]] = {}
+        self._begin_hooking()
         #: ``switch_count()`` when model and optimizer were last found to come from one step, unless one was loaded since then.
         self._agreed_at: int | None = None
         self._told_of_halves = False
@@ -453,30 +454,29 @@ class DecoupledOptimizer(LowRankOptimizer):
             f"adapt(model, method='sds', rank={2 * rank})"
         )
 
+    def _begin_hooking(self) -> None:
+        self._idle_hooks: dict[Position, IdleHalf] = {}
+        weakref.finalize(self, remove_all, self._idle_hooks).atexit = False
+
     def _hook_idle_halves(self) -> None:
-        """Zero the gradients of untrained halves of foreign layers as they arrive, so that clipping sees what it sees with ours."""
-        optimizer = weakref.ref(self)
+        """Zero the gradients of untrained halves of foreign layers as they arrive, so that clipping sees what it sees with ours.
+
+        Called when pairs are found and in every step: the parameters are those of the optimizer that was made, or has stepped, last.
+        """
         for pair in self._sorted().foreign:
             for position in (pair.a, pair.b):
-                parameter = self._at(position)
-                hooked = self._idle_hooks.get(position)
-                if hooked is not None and hooked[0]() is parameter:
+                parameter, hooked = self._at(position), self._idle_hooks.get(position)
+                if hooked is not None and hooked.active and hooked.parameter() is parameter:
                     continue
+                if not parameter.requires_grad and owner(parameter) is not None:
+                    continue  # another adapter's optimizer, which rests as the adapter does
 
-                def zero_idle_half(grad: Tensor, pair: FactorPair = pair, position: Position = position) -> Tensor | None:
-                    self = optimizer()
-                    if self is None:
-                        return None
-                    grad = grad.clone()
-                    grad[self._half_of(pair, position, self.param_groups[position[0]]["step"], idle=True)] = 0
-                    return grad
+                def idle(self: DecoupledOptimizer, pair: FactorPair = pair, position: Position = position) -> tuple[slice, ...]:
+                    return self._half_of(pair, position, self.param_groups[position[0]]["step"], idle=True)
 
-                # torch hooks only what is trained at the moment, and the hook stays when that changes: a frozen one may be thawed.
-                trained = parameter.requires_grad
-                handle = parameter.requires_grad_(True).register_hook(zero_idle_half)
-                parameter.requires_grad_(trained)
-                weakref.finalize(self, handle.remove)
-                self._idle_hooks[position] = (weakref.ref(parameter), handle)
+                if hooked is not None:
+                    hooked.remove()
+                self._idle_hooks[position] = IdleHalf(parameter, self, position[0], idle)
 
     def _written(self) -> list[Tensor]:
         layers = owners()
@@ -497,10 +497,13 @@ class DecoupledOptimizer(LowRankOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_idle_hooks", {})
+        if "_idle_hooks" not in self.__dict__:  # a copy
+            self._begin_hooking()
         self.__dict__.setdefault("_told_of_halves", True)
         self._agreed_at = None
         self._hook_idle_halves()
+        for hook in self._idle_hooks.values():
+            hook.forget()
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()

@@ -31,6 +31,7 @@ from .arguments import (
     pythons_hyperparameter,
     refuse_unknown,
 )
+from .idle_halves import take_over
 from .nonfinite import which_nonfinite
 from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
@@ -230,6 +231,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._pairing, notices = find_pairs(self, self.param_groups, self._pairing, known, never, self._scale, since_group)
         self._buckets = (None, [])
         self._accept_pairs()
+        take_over(self, (p for group in self.param_groups for p in group["params"]))
         for notice in notices:
             warn(notice)
 
