@@ -76,6 +76,11 @@ def _factor_a(layer: nn.Module) -> Tensor:
     return layer.lora_A if found is None else found  # type: ignore[return-value]
 
 
+def live_layers() -> list[nn.Module]:
+    """Every live layer of ours; unlike :func:`owners` also those that share their A."""
+    return list(_live_layers)
+
+
 def core_owners() -> dict[int, nn.Module]:
     """``id(lora_R) → layer`` of every live layer of ours that has a core; as :func:`owners`."""
     return {id(layer.lora_R): layer for layer in _live_layers if "lora_R" in layer._parameters}
@@ -108,17 +113,22 @@ def is_adapter_parameter(name: str) -> bool:
 def pairs_by_name(named: Iterable[tuple[str, Tensor]]) -> list[Pair]:
     """Pair named parameters: ``….lora_A[.adapter].weight`` with ``….lora_B[.adapter].weight`` (PEFT), ``lora_a`` /
     ``lora_b`` (torchtune), ``….lora_A`` / ``….lora_B`` (ours). Only matrices that fit together make a pair."""
+    found = []
+    for name, factors in halves_by_name(named).items():
+        a, b = factors.get("A"), factors.get("B")
+        if a is not None and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]:
+            found.append(Pair(name, a, b, None))
+    return found
+
+
+def halves_by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """What is named like factors, by the layer's name (with the adapter's behind it) and side: "A", "B"."""
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in named:
         split = _split_name(name)
         if split is not None:
             halves.setdefault(split[0], {})[split[1]] = tensor
-    found = []
-    for (stem, adapter), factors in halves.items():
-        a, b = factors.get("A"), factors.get("B")
-        if a is not None and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]:
-            found.append(Pair(".".join(filter(None, (stem, adapter))), a, b, None))
-    return found
+    return {".".join(filter(None, names)): factors for names, factors in halves.items()}
 
 
 def _module_scale(layer: nn.Module, adapter: str) -> float | None:

@@ -430,6 +430,32 @@ class TestBadInput:
         with pytest.raises(ValueError, match="no pair of low-rank factors"):
             SDSLoRA(make_model("peft").parameters(), lr=1e-2, total_steps=100)
 
+    @pytest.mark.parametrize("method", [SDSLoRA, ODLoRA])
+    @pytest.mark.parametrize("library", LIBRARIES)
+    @pytest.mark.parametrize("how", ["plain", "named", "model"])
+    def test_half_a_layer(self, method: type, library: str, how: str) -> None:
+        """Left out, frozen before, or another layer's half as well: new bases would change what is not trained, or nobody's partner."""
+        if (library, how) == ("peft", "plain"):
+            return  # nothing tells that there are layers
+
+        def refused(model: nn.Module, given: list[tuple[str, nn.Parameter]], message: str) -> None:
+            params = given if how == "named" else [p for _, p in given]
+            with pytest.raises(ValueError, match=f"{method.__name__}: .*{message}.*pass and train both or neither"):
+                method(params, total_steps=100, **({"model": model} if how == "model" else {}))
+
+        model = make_model(library)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        refused(model, [x for x in named if x[1] is not pairs(model)[1].B], "2.*(only A is given|is the A of a layer)")
+        pairs(model)[1].A.requires_grad_(False)
+        refused(model, [x for x in named if x[1].requires_grad], "2.*(only B is given|is the B of a layer)")
+        model = make_model(library, shapes=[(20, 12), (9, 12)])
+        first, second = (pair.layer for pair in pairs(model))
+        if library == "ours":
+            second.lora_A = first.lora_A
+        else:
+            second.lora_A["default"].weight = first.lora_A["default"].weight
+        refused(model, [(n, p) for n, p in model.named_parameters() if p.requires_grad], "A of .* is also that of|only B is given")
+
     def test_odd_rank(self) -> None:
         import peft
 

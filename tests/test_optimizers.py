@@ -116,6 +116,19 @@ def test_lone_factors_are_decayed_as_factors(named: bool) -> None:
             assert len(optimizer._lone_factors[0]) == 1, "the core: of the first layer lora_B has a partner, if a frozen one"
 
 
+def test_lone_factors_are_told_of_without_names_too() -> None:
+    model = lk.adapt(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=2)
+    given = [p for name, p in model.named_parameters() if p.requires_grad and name != "1.lora_B"]
+    for options, which in (({}, r"param_groups\[0\]\[2\] is the A of a layer"), ({"model": model}, "of 1 only A is given")):
+        with pytest.warns(UserWarning, match=rf"1 adapter .* get AdamW: param_groups\[0\]\[2\].*{which}.*left out; pass both") as caught:
+            optimizer = lk.AltLoRAPlus(given, lr=1e-3, **options)
+        assert len(caught) == len(optimizer._pairs) == 1
+        with pytest.warns(UserWarning, match="train at half|left out") as caught:  # a later group's notice is of that group
+            optimizer = lk.AltLoRAPlus(trainable(model[0]), lr=1e-3)
+            optimizer.add_param_group({"params": [model[1].lora_B]})
+        assert len(caught) == 1 and "param_groups[1][0]" in str(caught[0].message)
+
+
 @every_optimizer
 def test_edited_groups_are_checked_before_anything_changes(build) -> None:
     model = make_model("ours")

@@ -424,6 +424,11 @@ class DecoupledOptimizer(LowRankOptimizer):
     def _accept_pairs(self) -> None:
         self._agreed_at = None
         name = type(self).__name__
+        for half in self._pairing.halves:
+            raise ValueError(
+                f"{name}: {half.why}. New bases set both factors of a layer anew: pass and train both or neither (frozen, or AdamW's), and "
+                "untie shared ones"
+            )
         for pair in self._pairs:
             a, b = self._at(pair.a), self._at(pair.b)
             if not pair.holds_bases and a.shape[0] % 2:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _matrix import RANK, TARGETS, Cell, data, feature, net, of_peft, ours, train, values, with_peft
+from _matrix import RANK, TARGETS, Cell, Method, data, feature, net, of_peft, ours, train, values, with_peft
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,6 +126,47 @@ def ddp(cell: Cell) -> None:
 @feature("DDP: PEFT's layers", of_peft)
 def ddp_peft(cell: Cell) -> None:
     assert_ddp(cell, "peft")
+
+
+def zero_run(rank: int, world: int, name: str) -> dict[str, Any] | None:
+    """Train within a ZeroRedundancyOptimizer; None where that is refused, on every rank and before it has changed anything."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    cell = Cell(name, Path(), None)
+    model = ours(cell, dtype=DOUBLE)
+    ddp = DistributedDataParallel(model)
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def make(**options: Any) -> ZeroRedundancyOptimizer:
+        return ZeroRedundancyOptimizer(params, optimizer_class=cell.method.optimizer, lr=1e-2, **{**cell.method.options, **options})
+
+    if not takes_parts(cell.method):
+        with pytest.raises(ValueError, match=f"{name}: .*ZeroRedundancyOptimizer gives each rank some of the parameters"):
+            make()
+        return None
+    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer .* AdamW with lr_ratio=1"):
+        make(lr_ratio=2.0)
+    optimizer = make()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = share(step, rank, world)
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    return arrays(model)
+
+
+def takes_parts(method: Method) -> bool:
+    """Whether a step needs neither partners nor, on every rank, any factor at all."""
+    return method.optimizer is lk.AdamW
+
+
+@feature("DDP: torch's ZeroRedundancyOptimizer, whose ranks hold A here and B there", takes_parts)
+def ddp_zero(cell: Cell) -> None:
+    first, second = cell.ranks(zero_run, cell.name)
+    assert (first is None) == (not takes_parts(cell.method))
+    if first is not None:
+        assert_close(first, second, 0.0)
+        assert_close(first, alone(cell, "plain"), 1e-6)
 
 
 @feature("DDP: no_sync and accumulation")

@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
-from ...pairs import Pair, is_adapter_parameter, own_pair, owners, pairs_by_name
-from .shards import FLATTENED
+from ...pairs import Pair, halves_by_name, is_adapter_parameter, live_layers, own_pair, pairs_by_name
+from .shards import FLATTENED, PARTITIONED, made_by_zero
 
 #: (group index, index within the group).
 Position: TypeAlias = tuple[int, int]
@@ -60,6 +60,21 @@ class Core:
     position: Position
 
 
+@dataclass(frozen=True)
+class Half:
+    """A trained factor without its partner: a layer that no method of pairs can train as its paper says.
+
+    Attributes:
+        position: where the factor stands in ``param_groups``.
+        left_out: whether the partner is trained, too, and merely was not given.
+        why: "of … only A is given, …".
+    """
+
+    position: Position
+    left_out: bool
+    why: str
+
+
 def factor_positions(pairs: Iterable[FactorPair], cores: Iterable[Core]) -> set[Position]:
     """Where all these factors stand."""
     return {position for pair in pairs for position in (pair.a, pair.b)} | {core.position for core in cores}
@@ -72,6 +87,7 @@ class Pairing:
         lone: positions of what belongs to an adapter and is no factor here: weight decay is the factors', the rest AdamW's.
         sizes: how many parameters each group has.
         never: positions of what is no factor of a pair although it is named like one.
+        halves: see :class:`Half`.
 
     Attributes:
         pairs, cores: the factors.
@@ -86,8 +102,9 @@ class Pairing:
         lone: Iterable[Position] = (),
         sizes: Sequence[int] = (),
         never: Iterable[Position] = (),
+        halves: Iterable[Half] = (),
     ) -> None:
-        self.pairs, self.cores, self.never = list(pairs), list(cores), frozenset(never)
+        self.pairs, self.cores, self.never, self.halves = list(pairs), list(cores), frozenset(never), list(halves)
         self.factors, self.second_factors, self.lone_factors = (
             [frozenset(i for g, i in positions if g == index) for index in range(len(sizes))]
             for positions in (factor_positions(self.pairs, self.cores), {pair.b for pair in self.pairs}, set(lone))
@@ -147,7 +164,11 @@ def find_pairs(
     named: list[tuple[str, Tensor]] = []
     for group in groups:
         named += zip(group.get("param_names", ()), group["params"], strict=False)
-    ours = [own_pair("", layer) for layer in owners().values()]  # type: ignore[arg-type]
+    ours = [own_pair("", layer) for layer in live_layers()]  # type: ignore[arg-type]
+    lr_ratio = next((group["lr_ratio"] for group in groups if group["lr_ratio"] != 1.0), None)
+    if (method.requires_pairs or lr_ratio is not None) and made_by_zero():
+        raise ValueError(f"{name}: {PARTITIONED}")
+    given = {id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
     notices = _match(method, groups, [*known, *ours, *pairs_by_name(named)], free, pairs, cores, scale)
     _refuse_flattened(name, groups, named)
     if method.requires_pairs and not (pairs or cores):
@@ -157,22 +178,25 @@ def find_pairs(
                 "adapt the model with method='xs', and pass it or its parameters"
             )
         raise ValueError(f"{name}: {_why_no_pair(groups, known, ours, named, unpairable)}")
-    ratio = next((group["lr_ratio"] for group in groups if group["lr_ratio"] != 1.0), None)
-    if ratio is not None and method.trains_pairs and not pairs:
+    if lr_ratio is not None and method.trains_pairs and not pairs:
         raise ValueError(
-            f"{name}: lr_ratio={ratio} is the lr of B over that of A, but {_why_no_pair(groups, known, ours, named, unpairable)}"
+            f"{name}: lr_ratio={lr_ratio} is the lr of B over that of A, but {_why_no_pair(groups, known, ours, named, unpairable)}"
         )
     taken = factor_positions(pairs, cores)
     names = [((g, i), n) for g, group in enumerate(groups) for i, n in enumerate(group.get("param_names", ()))]
     left = {position: n for position, n in names if is_adapter_parameter(n) and position not in taken}
     lone = {p for pair in (*known, *ours) for tensor in (pair.A, pair.B, pair.core) if (p := free.get(id(tensor))) is not None}
-    found = Pairing(pairs, cores, lone.union(left), [len(group["params"]) for group in groups], unpairable)
-    if new := [n for (group_index, _), n in left.items() if group_index >= since_group]:
+    halves = _halves(groups, [*known, *ours], named, given, pairs, unpairable) if method.trains_pairs else []
+    found = Pairing(pairs, cores, lone.union(left), [len(group["params"]) for group in groups], unpairable, halves)
+    if new := [position for position in sorted(lone.union(left)) if position[0] >= since_group]:
         kinds = f"convolutions{' in groups, transposed or 3-d' if method.trains_convolutions else ''}"
+        names_of_new = [left.get(position) or name_at(groups, position) for position in new[:4]]
+        left_out = [half.why for half in halves if half.left_out and half.position in new]
         notices.append(
             f"{name}: {len(new)} adapter parameter(s) are no {'pair of matrices' if method.trains_pairs else 'cores'} "
             f"(embeddings, {kinds}, DoRA's magnitudes, lone factors, variants whose ΔW is not sBA) and get AdamW: "
-            f"{', '.join(new[:4])}{', …' if len(new) > 4 else ''}"
+            f"{', '.join(names_of_new)}{', …' if len(new) > 4 else ''}"
+            f"{f'. {len(left_out)} of them for want of the other factor: {left_out[0]}; pass both' if left_out else ''}"
         )
     return found, notices if method.requires_pairs else []
 
@@ -222,6 +246,46 @@ def _match(
     if unlike:
         notices.append(f"{name}: scale={scale} is for pairs whose layer is not known and goes unused where it is: {unlike}, from its layer")
     return notices
+
+
+def _halves(
+    groups: Sequence[dict[str, Any]],
+    layers: Iterable[Pair],
+    named: list[tuple[str, Tensor]],
+    given: dict[int, Position],
+    pairs: Iterable[FactorPair],
+    unpairable: frozenset[Position],
+) -> list[Half]:
+    """The trained factors that stand without a partner of their own: it was not given, or it is another layer's partner already."""
+    at = [tuple(id(groups[g]["params"][i]) for g, i in (pair.a, pair.b)) for pair in pairs]
+    matched, taken = set(at), {factor: pair.name for both, pair in zip(at, pairs, strict=True) for factor in both}
+    found: dict[Position, Half] = {}
+    seen: set[int] = set()
+    for pair in layers:
+        seen |= {id(pair.A), id(pair.B)}
+        sides = {side: (p, given.get(id(p))) for side, p in (("A", pair.A), ("B", pair.B))}
+        here = {side: position for side, (_, position) in sides.items() if position is not None and position not in unpairable}
+        trained = any(p.requires_grad for side, (p, _) in sides.items() if side in here)
+        if pair.core is not None or (id(pair.A), id(pair.B)) in matched or not here or not trained or not len(pair.A):
+            continue
+        shared = {side: taken[id(p)] for side, (p, _) in sides.items() if id(p) in taken}
+        for side, others in shared.items():
+            which = f"of {pair.name}" if pair.name else "of another layer"
+            rest = next((position for other, position in here.items() if other != side), here[side])
+            found.setdefault(rest, Half(rest, False, f"{side} {which} is also that of {others}: what is made of the one changes the other"))
+        if len(here) == 1 and not shared:
+            ((side, position),) = here.items()
+            partner = sides["B" if side == "A" else "A"][0]
+            state = "was left out" if partner.requires_grad else "is frozen and was left out"
+            what = f"of {pair.name} only {side} is given" if pair.name else f"{name_at(groups, position)} is the {side} of a layer"
+            found.setdefault(position, Half(position, partner.requires_grad, f"{what}, its partner {state}"))
+    for name, factors in halves_by_name((n, p) for n, p in named if id(p) not in seen).items():
+        if len(factors) == 1:
+            ((side, factor),) = factors.items()
+            position = given[id(factor)]
+            if factor.ndim == 2 and len(factor) and factor.requires_grad and position not in unpairable:
+                found.setdefault(position, Half(position, False, f"of {name} only {side} is given"))
+    return list(found.values())
 
 
 def _refuse_flattened(name: str, groups: Sequence[dict[str, Any]], named: list[tuple[str, Tensor]]) -> None:

@@ -3,8 +3,10 @@ beside sharded ones. And work that ranks with equal factors divide among them in
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +26,22 @@ FLATTENED = (
     "FSDP1 (FullyShardedDataParallel) and DeepSpeed ZeRO flatten parameters, and a factor that is no matrix cannot be paired; "
     "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
 )
+
+#: Why a ZeroRedundancyOptimizer cannot hold them.
+PARTITIONED = (
+    "torch's ZeroRedundancyOptimizer gives each rank some of the parameters, here A and there B of one layer, and a step needs both; use "
+    "DDP with the optimizer itself (its state is that of the adapters alone), or shard by FSDP2. Within it works AdamW with lr_ratio=1"
+)
+
+
+def made_by_zero() -> bool:
+    """Whether an optimizer that is being made belongs to a ZeroRedundancyOptimizer, which shows nowhere but among the callers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_sharded(tensor: Tensor) -> bool:
