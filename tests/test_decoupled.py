@@ -302,6 +302,46 @@ def test_peft_adapters_that_are_frozen_are_hooked_for_when_they_are_thawed(copie
     optimizer.step()
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_layers_are_left_alone_and_take_their_turn_when_thawed(method: str, library: str, resumed: bool) -> None:
+    """Frozen after some steps, past every switch; what was trained stays, and goes on from there, once ΔW = s(Q_B A + B Q_Aᵀ)."""
+    build, options = METHODS[method][0], SHORT[method]
+    model = make_model(library)
+    optimizer = build(model.named_parameters(), lr=1e-2, scale=0.7, **options)
+    train(model, optimizer, 0, 4)
+    frozen = pairs(model)[1]
+    before, delta = [p.requires_grad_(False).detach().clone() for p in (frozen.A, frozen.B)], pair_delta(frozen)
+    train(model, optimizer, 4, 31)
+    assert torch.equal(frozen.A, before[0]) and torch.equal(frozen.B, before[1]) and torch.equal(pair_delta(frozen), delta)
+    if resumed:
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer = build(model.named_parameters(), lr=1e-2, scale=0.7, **options)
+        damaged = copy.deepcopy(saved)
+        damaged["param_groups"][0]["still_plain"] = [1000]
+        with pytest.raises(ValueError, match="still_plain .* it is damaged"):
+            optimizer.load_state_dict(damaged)
+        optimizer.load_state_dict(saved)
+    twin = make_model(library)
+    twin.load_state_dict(model.state_dict())
+    frozen.A.requires_grad_(True), frozen.B.requires_grad_(True)
+    for p in trainable(twin):
+        p.requires_grad_(p is pairs(twin)[1].A or p is pairs(twin)[1].B)
+    optimizer.zero_grad()
+    loss_of(model, 31).backward()
+    plain = torch.autograd.grad(loss_of(twin, 31), [pairs(twin)[1].A, pairs(twin)[1].B])
+    for p, grad, part in zip((frozen.A, frozen.B), plain, (slice(3), (slice(None), slice(3))), strict=True):
+        assert torch.equal(p.grad[part], grad[part])
+    optimizer.step()
+    q = pair_q(frozen).detach()
+    torch.testing.assert_close(q.mT @ q, torch.eye(3, dtype=q.dtype), rtol=0, atol=1e-12)
+    moved = pair_delta(frozen) - delta
+    assert 0 < moved.norm() < 0.5 * delta.norm() and optimizer.param_groups[0]["still_plain"] == []
+    train(model, optimizer, 32, 60)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 def test_refresh_schedule() -> None:
     assert [t for t in range(1, 301) if refresh_due(t, 300, 5)][:61] == [*range(1, 61), 62]
     for t in range(1, 400):
@@ -455,6 +495,27 @@ class TestBadInput:
         else:
             second.lora_A["default"].weight = first.lora_A["default"].weight
         refused(model, [(n, p) for n, p in model.named_parameters() if p.requires_grad], "A of .* is also that of|only B is given")
+
+    @pytest.mark.parametrize("library", LIBRARIES)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_one_factor_frozen(self, method: str, library: str) -> None:
+        build, model = METHODS[method][0], make_model(library)
+        pairs(model)[1].A.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"of .*2.* only B is trained and A is frozen.*train both or freeze both"):
+            build(model.named_parameters(), scale=0.7, total_steps=100)
+        pairs(model)[1].A.requires_grad_(True)
+        optimizer = build(model, lr=1e-2, **SHORT[method])
+        train(model, optimizer, 0, 6)
+        pairs(model)[1].B.requires_grad_(False)
+        last = {"SDSLoRA": 9, "ODLoRA": 6}[method]
+        train(model, optimizer, 6, last)
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+        with pytest.raises(RuntimeError, match="only A is trained and B is frozen.*Nothing was changed"):
+            train(model, optimizer, last, last + 1)
+        assert all(torch.equal(before[0][n], value) for n, value in model.state_dict().items())
+        assert all(torch.equal(before[1][i][k], v) for i, state in optimizer.state_dict()["state"].items() for k, v in state.items())
+        pairs(model)[1].B.requires_grad_(True)
+        train(model, optimizer, last, 30)
 
     def test_odd_rank(self) -> None:
         import peft

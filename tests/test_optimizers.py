@@ -692,6 +692,13 @@ def test_the_partner_of_a_frozen_factor_goes_on(build, side: str) -> None:
     if isinstance(optimizer, lk.OPLoRA) or optimizer.defaults.get("freeze_idle"):
         pytest.skip("moves both factors or none, or freezes and thaws them itself")
     halves = [getattr(pair, side).requires_grad_(False) for pair in pairs(model)]
+    if isinstance(optimizer, lk.SDSLoRA):  # which would overwrite both when it makes bases
+        run(model, optimizer, 0, 9)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match=f"only {'BA'['AB'.index(side)]} is trained and {side} is frozen.*Nothing was changed"):
+            run(model, optimizer, 9, 10)
+        assert all(map(torch.equal, model.parameters(), before)) and optimizer.param_groups[0]["step"] == 9
+        return
     before = [p.detach().clone() for p in halves]
     for step in range(12):
         run(model, optimizer, step, step + 1)
@@ -700,8 +707,7 @@ def test_the_partner_of_a_frozen_factor_goes_on(build, side: str) -> None:
         for pair in pairs(twin):
             getattr(pair, side).grad = None
         other.step()
-    if not isinstance(optimizer, lk.SDSLoRA):  # which balances both factors after the tenth step
-        assert all(torch.equal(p, q) for p, q in zip(halves, before, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(halves, before, strict=True))
     for p in halves:
         p.requires_grad_(True)
     run(model, optimizer, 12, 15)
@@ -960,8 +966,8 @@ EXPLAINED = {
 @pytest.mark.parametrize("rank", [8, 130])
 @pytest.mark.parametrize("name", EXPLAINED)
 def test_explain_says_what_a_step_then_calls(name: str, rank: int, trained: str) -> None:
-    # There is no B; freeze_idle says itself what is trained; OPLoRA moves both or none.
-    if trained == "B" and (name in ("LoRASB", "AltLoRAPlus-A-freeze") or name.startswith("OPLoRA")):
+    # There is no B; freeze_idle says itself what is trained; the others move both or none.
+    if trained == "B" and (name in ("LoRASB", "AltLoRAPlus-A-freeze", "SDSLoRA", "ODLoRA") or name.startswith("OPLoRA")):
         return
     torch.manual_seed(0)
     method = "xs" if name == "LoRASB" else "sds" if name in ("SDSLoRA", "ODLoRA") else "lora"

@@ -32,6 +32,9 @@ Action: TypeAlias = Callable[[list[FactorPair]], None]
 
 _requires_grad = attrgetter("requires_grad")
 
+#: What a group calls the places of the As of pairs that were frozen when the others were decoupled; it has none before that.
+STILL_PLAIN = "still_plain"
+
 #: Where a layer of ours holds its A, Q_Aᵀ and Q_B.
 _HELD = (("_parameters", "lora_A"), ("_buffers", "q_a"), ("_buffers", "q_b"))
 
@@ -88,13 +91,13 @@ def _renew(factors: Sequence[Tensor], bases: Sequence[Tensor], polar: bool) -> N
 class _Sorted(NamedTuple):
     """The first ``known`` of ``pairs``, sorted by what every step asks of them.
 
-    foreign: those of foreign layers; firsts: of each group, the indices of its As.
+    foreign: those of foreign layers; factors: of each group, the indices of its As, and of the Bs of foreign layers.
     """
 
     pairs: list[FactorPair]
     known: int
     foreign: list[FactorPair]
-    firsts: list[list[int]]
+    factors: list[list[int]]
 
 
 class DecoupledOptimizer(LowRankOptimizer):
@@ -139,6 +142,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         #: ``switch_count()`` when model and optimizer were last found to come from one step, unless one was loaded since then.
         self._agreed_at: int | None = None
         self._told_of_halves = False
+        self._due: tuple[dict[Action, list[FactorPair]], list[FactorPair]] = {}, []
         schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
         method = {**schedule, "basis": basis, **(method_defaults or {})}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
@@ -184,42 +188,87 @@ class DecoupledOptimizer(LowRankOptimizer):
     # ---------------------------------------------------------------- the step
 
     def _update(self) -> None:
+        (due, passed_over), self._due = self._due, ({}, [])  # actions are methods of this optimizer, which is not to hold itself
         super()._update()
-        actions = []
-        for group in self.param_groups:
-            t = group["step"] - group["start_steps"]
-            actions.append(self._start_action(group, group["step"]) if t <= 0 else self._main_action(group, t))
-        if not any(actions):
-            return
-        if all(action == self._refresh for action in actions) and self._all_train():
-            self._refresh(self._pairs)
-            return
-        due: defaultdict[Action, list[FactorPair]] = defaultdict(list)
-        for pair in self._pairs:
-            action = actions[pair.a[0]]
-            frozen = not (self._at(pair.a).requires_grad or self._at(pair.b).requires_grad)
-            # New bases would change the ΔW of a frozen layer. What ends a phase of the start is for all layers.
-            if action is not None and not (frozen and action == self._refresh):
-                due[action].append(pair)
         for action, affected in due.items():
             action(affected)
             if action != self._refresh:
                 self._agreed_at = None
+                self._mark_plain(affected, False)
+        self._mark_plain(passed_over, True)
+
+    def _actions_due(self) -> tuple[dict[Action, list[FactorPair]], list[FactorPair]]:
+        """What follows the coming step's update, and for which pairs; and the frozen ones that stay plain while others are decoupled.
+
+        A frozen layer is left alone. One that is thawed when it has missed its turn takes it at the end of the next step.
+
+        Raises:
+            RuntimeError: only one factor of a pair trains, and new bases would change both.
+        """
+        actions = []
+        for group in self.param_groups:
+            step = group["step"] + 1
+            t = step - group["start_steps"]
+            actions.append(self._start_action(group, step) if t <= 0 else self._main_action(group, t))
+        late = any(group.get(STILL_PLAIN) for group in self.param_groups)
+        if not (late or any(actions)):
+            return {}, []
+        if not late and all(action == self._refresh for action in actions) and self._all_train():
+            return {self._refresh: self._pairs}, []
+        due: defaultdict[Action, list[FactorPair]] = defaultdict(list)
+        passed_over, layers = [], owners()
+        for pair in self._pairs:
+            action, group = actions[pair.a[0]], self.param_groups[pair.a[0]]
+            trained = self._at(pair.a).requires_grad, self._at(pair.b).requires_grad
+            if not any(trained):
+                plain = not self._layer(pair, layers).decoupled if pair.holds_bases else not self._decoupled_after(pair, group["step"])
+                if plain and self._is_decoupled(group, group["step"] + 1):
+                    passed_over.append(pair)
+                continue
+            if pair.a[1] in group.get(STILL_PLAIN, ()) and action in (None, self._refresh):
+                action = self._catch_up
+            if action is not None:
+                # A refresh of our layers writes the bases alone, which are buffers.
+                if not (all(trained) or (pair.holds_bases and action == self._refresh)):
+                    raise RuntimeError(f"{type(self).__name__}: {self._half_frozen(pair)}. Nothing was changed")
+                due[action].append(pair)
+        return due, passed_over
+
+    def _half_frozen(self, pair: FactorPair) -> str:
+        side, frozen = ("B", "A") if self._at(pair.b).requires_grad else ("A", "B")
+        return (
+            f"of {pair.name} only {side} is trained and {frozen} is frozen, but new bases set both anew: train both or freeze both "
+            "(requires_grad_), or train it with AdamW"
+        )
+
+    def _decoupled_after(self, pair: FactorPair, step: int) -> bool:
+        """Whether a pair is decoupled after ``step`` steps."""
+        group = self.param_groups[pair.a[0]]
+        return self._is_decoupled(group, step) and pair.a[1] not in group.get(STILL_PLAIN, ())
+
+    def _mark_plain(self, some: list[FactorPair], plain: bool) -> None:
+        """Note in the groups, and so in checkpoints, which pairs stayed plain when the others were decoupled: the places of their As."""
+        for group_index in {pair.a[0] for pair in some}:
+            group, indices = self.param_groups[group_index], {pair.a[1] for pair in some if pair.a[0] == group_index}
+            marked = set(group.get(STILL_PLAIN, ()))
+            if plain or marked:
+                group[STILL_PLAIN] = sorted(marked | indices if plain else marked - indices)  # a new list: a step may be undone
 
     def _sorted(self) -> _Sorted:
         """The pairs as they are sorted now; done anew where pairs were added, or taken back after an error."""
         found: _Sorted | None = self.__dict__.get("_last_sorted")
         if found is None or found.pairs is not self._pairs or found.known != len(self._pairs):
-            firsts: list[list[int]] = [[] for _ in self.param_groups]
+            factors: list[list[int]] = [[] for _ in self.param_groups]
             for pair in self._pairs:
-                firsts[pair.a[0]].append(pair.a[1])
+                for group_index, index in (pair.a,) if pair.holds_bases else (pair.a, pair.b):
+                    factors[group_index].append(index)
             foreign = [pair for pair in self._pairs if not pair.holds_bases]
-            found = self._last_sorted = _Sorted(self._pairs, len(self._pairs), foreign, firsts)
+            found = self._last_sorted = _Sorted(self._pairs, len(self._pairs), foreign, factors)
         return found
 
     def _all_train(self) -> bool:
-        """Whether every A is trained, so that no layer is frozen."""
-        groups = zip(self.param_groups, self._sorted().firsts, strict=False)
+        """Whether no layer is frozen, and of foreign ones no factor is, which hold the bases."""
+        groups = zip(self.param_groups, self._sorted().factors, strict=False)
         return all(all(map(_requires_grad, map(group["params"].__getitem__, indices))) for group, indices in groups)
 
     def _refresh(self, due: list[FactorPair]) -> None:
@@ -285,10 +334,22 @@ class DecoupledOptimizer(LowRankOptimizer):
 
         (The papers take the SVD of ΔW itself and divide by 2s: s cancels.) Exact where ΔW has rank r, as after plain LoRA.
         """
+        self._balance(due)
+        self._clear_factor_state(due)
+
+    def _catch_up(self, due: list[FactorPair]) -> None:
+        """:meth:`_reparametrize` of single layers, that were frozen when it was the others' turn."""
+        self._balance(due)
+        for group_index, index in (position for pair in due for position in (pair.a, pair.b)):
+            group = self.param_groups[group_index]
+            for value in self.state.get(group["params"][index], {}).values():
+                value.zero_()
+            group["missed"][index] = int(self._updates_due(group_index, index))
+
+    def _balance(self, due: list[FactorPair]) -> None:
         for new, u, sigma, v in self._truncated_svds(due):
             assign(new.a, sigma[:, None] / 2 * v.mT)
             assign(new.b, u * (sigma / 2))
-        self._clear_factor_state(due)
 
     def _restart(self, due: list[FactorPair]) -> None:
         """Back at W0 with the bases that ΔW has found: ``Q_A = V_r``, ``Q_B = U_r``, ``A = B = 0`` (Algorithm 1 of OD-LoRA)."""
@@ -304,9 +365,10 @@ class DecoupledOptimizer(LowRankOptimizer):
         All in the dtype of the state: what is written into 16-bit factors and bases is rounded then, and once.
         """
         layers = owners()
-        for pairs in self._alike(due):
-            group = self.param_groups[pairs[0].a[0]]
-            decoupled = self._is_decoupled(group, group["step"] - 1)
+        by_form: defaultdict[bool, list[FactorPair]] = defaultdict(list)
+        for pair in due:
+            by_form[self._decoupled_after(pair, self.param_groups[pair.a[0]]["step"] - 1)].append(pair)
+        for decoupled, pairs in [(form, alike) for form, some in by_form.items() for alike in self._alike(some)]:
             old = [self._views(pair, layers, decoupled) for pair in pairs]
             whole = gathered([v.a for v in old] + [v.b for v in old])
             lefts, rights = whole[len(old) :], [a.mT for a in whole[: len(old)]]
@@ -353,6 +415,9 @@ class DecoupledOptimizer(LowRankOptimizer):
         if self._agreed_at != switch_count():
             self._check_agreement()
             self._agreed_at = switch_count()  # the check may find that a layer has switched
+        self._due = self._actions_due()
+        for pair in self._due[1]:
+            self.param_groups[pair.a[0]].setdefault(STILL_PLAIN, [])  # what a step that raises goes back to
 
     def _check_agreement(self) -> None:
         """Refuse a model that is not as the optimizer's counters say."""
@@ -360,9 +425,10 @@ class DecoupledOptimizer(LowRankOptimizer):
         layers = owners()
         for pair in self._pairs:
             group = self.param_groups[pair.a[0]]
-            decoupled = self._is_decoupled(group, group["step"])
+            decoupled = self._decoupled_after(pair, group["step"])
+            frozen = not (self._at(pair.a).requires_grad or self._at(pair.b).requires_grad)
             if pair.holds_bases:
-                if self._layer(pair, layers).decoupled != decoupled:
+                if self._layer(pair, layers).decoupled != decoupled and not frozen:
                     if decoupled and not group["step"]:
                         raise RuntimeError(
                             f"{name}: warmup_steps=0 continues with layers that are decoupled already, and {pair.name} is plain LoRA; "
@@ -377,6 +443,7 @@ class DecoupledOptimizer(LowRankOptimizer):
                 raise RuntimeError(
                     f"{name}: {pair.name}: the second half of lora_B must be zero at the start (half of a rank-2r LoRA layer becomes "
                     "the frozen basis). Start from LoRA's default initialization (B = 0), or load the optimizer's state as well"
+                    f"{'; or, since it is frozen, leave it out of the parameters' if frozen else ''}"
                 )
 
     # ---------------------------------------------------------------- the two kinds of layers
@@ -395,18 +462,21 @@ class DecoupledOptimizer(LowRankOptimizer):
         return DecoupledFactors(a[:rank], b[trained], a[rank:], b[:, :rank])
 
     def _half_of(self, pair: FactorPair, position: Position, step: int, *, idle: bool) -> tuple[slice, ...]:
-        decoupled = self._is_decoupled(self.param_groups[position[0]], step)
-        return _half(position == pair.a, self._rank(pair), decoupled, idle)
+        return _half(position == pair.a, self._rank(pair), self._decoupled_after(pair, step), idle)
 
     def _trained_parts(self, group_index: int) -> dict[int, tuple[slice, ...]]:
         # The gradients at hand were computed before this step's counter moved.
         step = max(self.param_groups[group_index]["step"] - 1, 0)
-        return {
-            position[1]: self._half_of(pair, position, step, idle=False)
-            for pair in self._sorted().foreign
-            for position in (pair.a, pair.b)
-            if position[0] == group_index
-        }
+        parts: dict[int, tuple[slice, ...]] = {}
+        for pair in self._sorted().foreign:
+            (group_a, index_a), (group_b, index_b) = pair.a, pair.b
+            if group_index in (group_a, group_b):
+                decoupled, rank = self._decoupled_after(pair, step), self._rank(pair)
+                if group_a == group_index:
+                    parts[index_a] = _half(True, rank, decoupled, False)
+                if group_b == group_index:
+                    parts[index_b] = _half(False, rank, decoupled, False)
+        return parts
 
     def _accept_sharded(self, pair: FactorPair) -> None:
         # The bases are whole on every rank, and are made from factors that are gathered when that is due, as FSDP2 itself does in every
@@ -431,6 +501,8 @@ class DecoupledOptimizer(LowRankOptimizer):
             )
         for pair in self._pairs:
             a, b = self._at(pair.a), self._at(pair.b)
+            if a.requires_grad != b.requires_grad:
+                raise ValueError(f"{name}: {self._half_frozen(pair)}")
             if not pair.holds_bases and a.shape[0] % 2:
                 raise ValueError(
                     f"{name}: {pair.name} is a plain LoRA layer of rank {a.shape[0]}; half of each factor becomes the frozen basis, so "
@@ -509,6 +581,18 @@ class DecoupledOptimizer(LowRankOptimizer):
         self._hook_idle_halves()
         for hook in self._idle_hooks.values():
             hook.forget()
+
+    def _checked_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = super()._checked_state_dict(state_dict)
+        places = [pair.a for pair in self._pairs]
+        for index, saved in enumerate(state_dict["param_groups"]):
+            marked = saved.get(STILL_PLAIN, [])
+            if not (isinstance(marked, list) and all((index, i) in places for i in marked)):
+                raise ValueError(
+                    f"{type(self).__name__}: param_groups[{index}] of the checkpoint has {STILL_PLAIN} {marked!r:.80}, no list of places "
+                    "of As; it is damaged"
+                )
+        return state_dict
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
