@@ -873,7 +873,8 @@ def test_why_there_is_no_pair(build) -> None:
         if type(build(make_model("ours"))).reads_frozen_partners:
             build(model, **ratio)
         else:
-            with pytest.raises(ValueError, match=r"no pair .* of .*0.* and 2 more only B is among them, its partner is frozen"):
+            hint = "Train both, or freeze both, or" if type(build(make_model("ours"))).moves_both_factors else "Pass both, .*, or"
+            with pytest.raises(ValueError, match=rf"no pair .* of .*0.* and 2 more only B is among them, its partner is frozen.* {hint}"):
                 build(model, **ratio)
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         with pytest.raises(ValueError, match="no pair .* only B is among|no pair .*lora_B.* have no partner"):
@@ -882,8 +883,20 @@ def test_why_there_is_no_pair(build) -> None:
             pair.B.requires_grad_(False)
         with pytest.raises(ValueError, match="no pair .* the model's 3 pairs are frozen"):
             build(nn.ModuleList([model, nn.Linear(2, 2)]), **ratio)
-    with pytest.raises(ValueError, match=r"no pair .*Pass the adapted model itself"):
+    with pytest.raises(ValueError, match=r"no pair .*Pass the adapted model itself.* model=model beside it"):
         build(make_model("peft").parameters(), **ratio)
+    import peft
+
+    for config in (peft.LoHaConfig, peft.VeraConfig, peft.IA3Config):
+        options = {"feedforward_modules": ["0"]} if config is peft.IA3Config else {}
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config(target_modules=["0"], **options))
+        with pytest.raises(ValueError, match="no pair .*(hada|vera|ia3)_.* of a method other than LoRA .* this package's AdamW"):
+            build(model, **ratio)
+    if not ratio:  # as PEFT's create_loraplus_optimizer calls it
+        model = make_model("peft")
+        groups = [{"params": [getattr(pair, side) for pair in pairs(model)]} for side in "AB"]
+        with pytest.raises(ValueError, match="no pair .*in place of PEFT's create_loraplus_optimizer .* lr_ratio="):
+            build([groups[0], {"params": []}, groups[1], {"params": []}])
 
 
 def takes(build, *names: str) -> bool:

@@ -116,6 +116,7 @@ class DecoupledOptimizer(LowRankOptimizer):
     """
 
     factors_share_steps = True
+    moves_both_factors = True
 
     def __init__(
         self,

@@ -105,6 +105,7 @@ class OPLoRA(OverlappingOptimizer):
     """
 
     trains_convolutions = True
+    moves_both_factors = True
     adamw_takes_factors = False
     early_reads = ("lr", "momentum", "maximize", "sweeps", "proximal", "momentum_mode", "metric", "metric_decay", "metric_damping")
 

@@ -90,6 +90,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     trains_pairs, trains_cores = True, False
     #: Whether it takes the factors of convolutions, as matrices (r, d_in·k·k) and (d_out, r). Else AdamW trains them with the rest.
     trains_convolutions = False
+    #: Whether a step moves both factors of a pair, so that both are trained or both frozen.
+    moves_both_factors = False
     #: The model, where it was given, for what is added later; it is not kept alive, nor part of a copy.
     _model: weakref.ref[nn.Module] | None = None
     #: The hyperparameters of all groups that were checked last, and what of ``defaults`` is none but the method's own count.

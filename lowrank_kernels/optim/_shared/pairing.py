@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,18 @@ from .shards import FLATTENED, PARTITIONED, made_by_zero
 Position: TypeAlias = tuple[int, int]
 #: ``(factors?, Bs with an lr of their own?, indices)`` of parameters of a group that agree in both and in weight decay.
 Kind: TypeAlias = tuple[bool, bool, list[int]]
+
+
+#: What to do about lone factors where a step reads a partner that it does not move.
+AS_THEY_ARE = "Pass both, as model.named_parameters() does (frozen ones stay as they are)"
+#: Said of four groups without names, which PEFT's ``create_loraplus_optimizer`` makes.
+LORA_PLUS = "; in place of PEFT's create_loraplus_optimizer pass the model with lr_ratio=, which is LoRA+ here"
+
+
+#: How PEFT names what its other tuners train.
+_OTHER_TUNERS = re.compile(
+    r"(^|\.)(vera|hada|lokr|ia3|oft|boft|hra|fourierft|randlora|vblora|delora|shira|prompt_encoder|prompt_embeddings)(_|\.)"
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,7 @@ class Method(Protocol):
     trains_pairs: bool
     trains_cores: bool
     trains_convolutions: bool
+    moves_both_factors: bool
 
 
 def name_at(groups: Sequence[dict[str, Any]], position: Position) -> str:
@@ -177,10 +191,10 @@ def find_pairs(
                 f"{name}: found no core lora_R among the {sum(len(g['params']) for g in groups)} parameters; "
                 "adapt the model with method='xs', and pass it or its parameters"
             )
-        raise ValueError(f"{name}: {_why_no_pair(groups, known, ours, named, unpairable)}")
+        raise ValueError(f"{name}: {_why_no_pair(method, groups, known, ours, named, unpairable)}")
     if lr_ratio is not None and method.trains_pairs and not pairs:
         raise ValueError(
-            f"{name}: lr_ratio={lr_ratio} is the lr of B over that of A, but {_why_no_pair(groups, known, ours, named, unpairable)}"
+            f"{name}: lr_ratio={lr_ratio} is the lr of B over that of A, but {_why_no_pair(method, groups, known, ours, named, unpairable)}"
         )
     taken = factor_positions(pairs, cores)
     names = [((g, i), n) for g, group in enumerate(groups) for i, n in enumerate(group.get("param_names", ()))]
@@ -297,7 +311,12 @@ def _refuse_flattened(name: str, groups: Sequence[dict[str, Any]], named: list[t
 
 
 def _why_no_pair(
-    groups: Sequence[dict[str, Any]], known: list[Pair], ours: list[Pair], named: list[tuple[str, Tensor]], unpairable: Iterable[Position]
+    method: Method,
+    groups: Sequence[dict[str, Any]],
+    known: list[Pair],
+    ours: list[Pair],
+    named: list[tuple[str, Tensor]],
+    unpairable: Iterable[Position],
 ) -> str:
     """What to say when there is none: where cores, frozen or lone factors are the reason, that."""
     held = {id(p) for group in groups for p in group["params"]}
@@ -315,7 +334,7 @@ def _why_no_pair(
         side, partner = ("A", first.B) if id(first.A) in held else ("B", first.A)
         return (
             f"{found}: of {which} only {side} is among them, its partner {'was left out' if partner.requires_grad else 'is frozen'}. "
-            "Pass both, as model.named_parameters() does (frozen ones stay as they are), or train lone factors with AdamW"
+            f"{'Train both, or freeze both' if method.moves_both_factors else AS_THEY_ARE}, or train lone factors with AdamW"
         )
     if known and not any(p.requires_grad for pair in known for p in (pair.A, pair.B, pair.core) if p is not None):
         return f"{found}: the model's {len(known)} pairs are frozen; call requires_grad_(True) on their factors first"
@@ -335,7 +354,14 @@ def _why_no_pair(
             f"{found}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} have no partner among them that fits. Pass the adapted "
             "model itself, or all of model.named_parameters(), frozen factors too; train variants whose ΔW is not sBA (AdaLoRA) with AdamW"
         )
+    if others := [n for n, _ in named if _OTHER_TUNERS.search(n)]:
+        return (
+            f"{found}, but {', '.join(others[:4])}{', …' if len(others) > 4 else ''}, of a method other than LoRA (VeRA, LoHa, IA3, OFT, "
+            "prompt tuning, …); train them with this package's AdamW"
+        )
     return (
         f"{found}. Pass the adapted model itself, or model.named_parameters() with names such as '….lora_A[.adapter].weight' and "
-        "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt"
+        "'….lora_B[.adapter].weight'; plain model.parameters() works for models adapted by lowrank_kernels.adapt, and for others with "
+        "model=model beside it (in the Trainer's optimizer_cls_and_kwargs, too)"
+        f"{LORA_PLUS if not known and len(groups) == 4 and not named else ''}"
     )
