@@ -81,17 +81,17 @@ void gram(const Panels<T>& x, const QrWork<T>& work, int threads) {
 }
 
 // X becomes Q with orthonormal columns and work.r becomes R, upper triangular, with Q R = X. False, with the contents
-// undefined, if X is not finite. The rest of `work` is scratch.
+// undefined, if X is not finite. `has_gram`: work.gram is XᵀX already. The rest of `work` is scratch.
 template <class T>
-bool orthogonalize(const Panels<T>& x, const QrWork<T>& work, int threads) {
+bool orthogonalize(const Panels<T>& x, const QrWork<T>& work, int threads, bool has_gram = false) {
   // Up to here a second round corrects what the first one leaves to rounding; beyond, the Gram's own error is too
   // large.
-  constexpr double kCorrectable = 0.02 / kUnit<T>;
+  constexpr double kCorrectable = 0.005 / kUnit<T>;
 
   const int64_t r = x.r, pitch = small_pitch(r), groups = group_count(x.rows);
   double diagonal[kMaxRank];
   int exponents[kMaxRank] = {};
-  gram(x, work, threads);
+  if (!has_gram) gram(x, work, threads);
   bool scaled = !has_safe_squares<T>(work.gram, r);
   if (scaled) {
     if (!column_exponents(x, exponents)) return false;
@@ -192,13 +192,15 @@ void fill_nan(DType dtype, const View& view, int64_t rows, int64_t columns) {
 
 template <class T>
 void qr(DType dtype, const QrItem& item, int64_t r, const QrWork<T>& work, int threads) {
+  bool thin = false;
   if constexpr (sizeof(T) == 4) {
-    if (is_thin_qr<T>(dtype, item, r) && thin_qr(dtype, item, r, work, threads)) return;
+    thin = dtype == kDTypeOf<T> && is_thin_upper(item.x, item.previous, item.q, r);
+    if (thin && thin_qr(dtype, item, r, work, threads)) return;
   }
   const Panels<T> x{work.panels, item.rows, r};
   const int64_t pitch = small_pitch(r), groups = group_count(item.rows);
   load_panels(dtype, item.x, x, work, threads);
-  if (!orthogonalize(x, work, threads)) {
+  if (!orthogonalize(x, work, threads, thin)) {
     fill_nan<T>(dtype, item.q, item.rows, r);
     std::fill_n(static_cast<T*>(item.r), r * r, std::numeric_limits<T>::quiet_NaN());
     return;

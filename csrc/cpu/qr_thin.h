@@ -30,8 +30,9 @@ inline bool has_safe_squares(const double* gram, int64_t r) {
   return true;
 }
 
-// How far the Q of a CholeskyQR round with this U and this Gram diagonal may be from orthonormal, in units of the
-// rounding error of the Gram's entries: √r · max_j ‖D U⁻¹ e_j‖², D = diag(‖x_i‖). U⁻¹ is left in `inverse`.
+// How far an entry of QᵀQ of a CholeskyQR round with this U and this Gram diagonal may be from the identity, in units
+// of the rounding error of the Gram's entries, whose signs are random: max_j ‖D U⁻¹ e_j‖², D = diag(‖x_i‖). U⁻¹ is left
+// in `inverse`.
 inline double sensitivity(const double* upper, const double* diagonal, int64_t r, double* inverse) {
   const int64_t pitch = small_pitch(r);
   invert_upper(upper, r, inverse);
@@ -43,11 +44,11 @@ inline double sensitivity(const double* upper, const double* diagonal, int64_t r
   }
   double largest = 0;
   for (int64_t j = 0; j < r; ++j) largest = squares[j] > largest ? squares[j] : largest;
-  return std::sqrt(static_cast<double>(r)) * largest;
+  return largest;
 }
 
-// A round leaves ‖QᵀQ - I‖ at about sensitivity · kUnit: accepted up to here (1e-6 in float, 2e-15 in double).
-constexpr double kAcceptedSensitivity = 16;
+// A round leaves ‖QᵀQ - I‖_max at some 4 · sensitivity · kUnit: accepted up to here (1e-6 in float, 2e-15 in double).
+constexpr double kAcceptedSensitivity = 4;
 
 // R, of which `upper` has the upper triangle, goes to where it is wanted. A column of Q keeps the direction of the
 // previous one; without one, or on a tie, R's diagonal is not negative: flip[i] tells whether row i changes its sign.
@@ -63,13 +64,6 @@ void write_r(const QrItem& item, int64_t r, const double* upper, const bool* fli
   }
 }
 
-template <class T>
-inline bool is_thin_qr(DType dtype, const QrItem& item, int64_t r) {
-  if (dtype != kDTypeOf<T> || !is_thin(item.x, item.q, r)) return false;
-  return !item.previous.data ||
-         (item.x.column_stride == 1 ? item.previous.column_stride : item.previous.row_stride) == 1;
-}
-
 // Changes the sign of rows [first, first + rows) of the columns of Q that `flip` names.
 template <class T>
 void flip_columns(const View& q, int64_t first, int64_t rows, int64_t r, const bool* flip) {
@@ -80,7 +74,7 @@ void flip_columns(const View& q, int64_t first, int64_t rows, int64_t r, const b
   }
 }
 
-// False, with nothing written but `work`, if X asks for more than one round.
+// False, with XᵀX in work.gram (its upper triangle) and nothing written but `work`, if X asks for more than one round.
 template <class T>
 bool thin_qr(DType dtype, const QrItem& item, int64_t r, const QrWork<T>& work, int threads) {
   const int64_t pitch = small_pitch(r), area = r * r, groups = group_count(item.rows);
@@ -93,16 +87,18 @@ bool thin_qr(DType dtype, const QrItem& item, int64_t r, const QrWork<T>& work, 
     gram_rows_in<T, T>(dtype, own, r, r, g * kGroupRows, end_of(g) - g * kGroupRows,
                        work.lanes + worker * gram_scratch(r, r), sums);
   });
-  double* const gram = work.partial;
+  double* const total = work.partial;
   for (int64_t g = 1; g < groups; ++g) {
-    for (int64_t e = 0; e < area; ++e) gram[e] += work.partial[g * area + e];
+    for (int64_t e = 0; e < area; ++e) total[e] += work.partial[g * area + e];
   }
   double diagonal[kMaxRank];
   for (int64_t i = 0; i < r; ++i) {
-    diagonal[i] = gram[i * r + i];
-    for (int64_t j = 0; j < pitch; ++j) work.r[i * pitch + j] = j < i || j >= r ? 0 : gram[i * r + j];
+    diagonal[i] = total[i * r + i];
+    for (int64_t j = 0; j < pitch; ++j) work.gram[i * pitch + j] = j < i || j >= r ? 0 : total[i * r + j];
   }
-  if (!has_safe_squares<T>(work.r, r) || !cholesky_upper(work.r, r, 16 * kUnit<T>)) return false;
+  if (!has_safe_squares<T>(work.gram, r)) return false;
+  std::memcpy(work.r, work.gram, static_cast<size_t>(r * pitch) * sizeof(double));
+  if (!cholesky_upper(work.r, r, 16 * kUnit<T>)) return false;
   if (!(sensitivity(work.r, diagonal, r, work.inverse) <= kAcceptedSensitivity)) return false;
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j < r; ++j) work.factor[i * r + j] = j < i ? T(0) : static_cast<T>(work.inverse[i * pitch + j]);

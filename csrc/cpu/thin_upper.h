@@ -1,11 +1,15 @@
-// Q = X W for a tall X of r ≤ 16 columns and an upper triangular W, straight from memory to memory, and on the way how
-// far each column of Q goes along that of a previous Q, which Q may be written over: the second reading of qr_thin.h.
+// Q = X W for a tall X and an upper triangular W, straight from memory to memory, and on the way how far each column of
+// Q goes along that of a previous Q, which Q may be written over: the second reading of qr_thin.h.
 #pragma once
 
 #include "cpu/in_place.h"
 #include "cpu/thin_product.h"
 
 namespace lowrank::LOWRANK_ISA {
+
+// Rows of X that are worked on at a time: they stay in the first-level cache while block after block of W's columns is
+// applied to them, from the last on: where Q is X, those before them are not overwritten yet.
+constexpr int64_t upper_strip(int64_t r) { return r <= 32 ? 128 : r <= 64 ? 64 : 32; }
 
 #if defined(__GNUC__)
 // Columns [j0, j0 + J) of Q, V vectors of rows at a time, of columns that are so far apart; dots[j], lane by lane, +=
@@ -61,62 +65,68 @@ LOWRANK_INLINE void upper_columns_block(const T* x, int64_t x_stride, int64_t ro
   for (int j = 0; j < J; ++j) dots[j] = dot[j];
 }
 
-// Dense columns, in strips whose X stays in the first-level cache.
-template <class T, int R, bool kStreams, bool kAligns>
-inline void upper_columns(const T* x, int64_t x_stride, int64_t rows, const T* upper, const T* previous,
+// Dense columns: `rank` of them, or R, if that is not 0, which saves address registers.
+template <class T, int J, int R, bool kStreams, bool kAligns>
+inline void upper_columns(const T* x, int64_t x_stride, int64_t rows, int64_t rank, const T* upper, const T* previous,
                           int64_t previous_stride, T* q, int64_t q_stride, double* along) {
-  constexpr int L = kLanes<T>, kWidest = kManyRegisters ? 8 : 4, J = R < kWidest ? R : kWidest, V = 2;
-  constexpr int64_t kStrip = 128;
-  const int64_t whole = rows / (V * L) * (V * L);
-  Vec<T> dots[R] = {};
-  for (int64_t k = 0; k < whole; k += kStrip) {
-    const int64_t count = whole - k < kStrip ? whole - k : kStrip;
-    // From the last columns on: where Q is X, those before them are not overwritten yet.
-    for (int64_t j0 = R - J; j0 >= 0; j0 -= J) {
-      upper_columns_block<T, J, V, kStreams, kAligns>(x + k, x_stride, count, R, j0, upper, previous + k,
+  constexpr int L = kLanes<T>, V = 2;
+  const int64_t r = R > 0 ? R : rank;
+  const int64_t whole = rows / (V * L) * (V * L), strip = upper_strip(r);
+  Vec<T> dots[kMaxRank];
+  for (int64_t j = 0; j < r; ++j) dots[j] = Vec<T>{};
+  for (int64_t k = 0; k < whole; k += strip) {
+    const int64_t count = whole - k < strip ? whole - k : strip;
+    for (int64_t j0 = r - J; j0 >= 0; j0 -= J) {
+      upper_columns_block<T, J, V, kStreams, kAligns>(x + k, x_stride, count, r, j0, upper, previous + k,
                                                       previous_stride, q + k, q_stride, dots + j0,
                                                       [&](int64_t j, int64_t at) {
                                                         if (kAligns)
-                                                          prefetch(previous + j * previous_stride + k + kStrip + at);
+                                                          prefetch(previous + j * previous_stride + k + strip + at);
                                                       });
     }
   }
-  if constexpr (kAligns) {
-    for (int j = 0; j < R; ++j) along[j] += static_cast<double>(sum_lanes<T>(dots[j]));
-  }
+  for (int64_t j = 0; kAligns && j < r; ++j) along[j] += static_cast<double>(sum_lanes<T>(dots[j]));
   for (int64_t k = whole; k < rows; ++k) {
-    for (int j = R - 1; j >= 0; --j) {
+    for (int64_t j = r - 1; j >= 0; --j) {
       T sum = 0;
-      for (int i = 0; i <= j; ++i) sum += x[i * x_stride + k] * upper[i * R + j];
+      for (int64_t i = 0; i <= j; ++i) sum += x[i * x_stride + k] * upper[i * r + j];
       if constexpr (kAligns) along[j] += static_cast<double>(sum * previous[j * previous_stride + k]);
       q[j * q_stride + k] = sum;
     }
   }
 }
 
-// Rows of R elements next to each other, in parts of W: K rows at a time.
-template <class T, int R, int W, int K, bool kStreams, bool kAligns>
-LOWRANK_INLINE void upper_rows_block(const T* x, int64_t x_stride, const T* upper, const T* previous,
-                                     int64_t previous_stride, T* q, int64_t q_stride,
+// Columns [j0, j0 + J) of K rows of Q, in parts of W; the elements of a row are next to each other.
+template <class T, int J, int W, int K, bool kStreams, bool kAligns>
+LOWRANK_INLINE void upper_rows_block(const T* x, int64_t x_stride, int64_t r, int64_t j0, const T* upper,
+                                     const T* previous, int64_t previous_stride, T* q, int64_t q_stride,
                                      typename Part<T, W>::Vector* dots) {
   using P = Part<T, W>;
-  constexpr int kParts = R / W;
+  constexpr int kParts = J / W;
   typename P::Vector sum[kParts][K] = {};
-  LOWRANK_UNROLL
-  for (int i = 0; i < R; ++i) {
+  for (int64_t i = 0; i < j0; ++i) {
     LOWRANK_UNROLL
-    for (int p = i / W; p < kParts; ++p) {
-      const typename P::Vector row = P::load(upper + i * R + p * W);
+    for (int p = 0; p < kParts; ++p) {
+      const typename P::Vector row = P::load(upper + i * r + j0 + p * W);
       LOWRANK_UNROLL
       for (int n = 0; n < K; ++n) sum[p][n] += P::splat(x[n * x_stride + i]) * row;
+    }
+  }
+  LOWRANK_UNROLL
+  for (int i = 0; i < J; ++i) {
+    LOWRANK_UNROLL
+    for (int p = i / W; p < kParts; ++p) {
+      const typename P::Vector row = P::load(upper + (j0 + i) * r + j0 + p * W);
+      LOWRANK_UNROLL
+      for (int n = 0; n < K; ++n) sum[p][n] += P::splat(x[n * x_stride + j0 + i]) * row;
     }
   }
   LOWRANK_UNROLL
   for (int p = 0; p < kParts; ++p) {
     LOWRANK_UNROLL
     for (int n = 0; n < K; ++n) {
-      if constexpr (kAligns) dots[p] += sum[p][n] * P::load(previous + n * previous_stride + p * W);
-      T* const to = q + n * q_stride + p * W;
+      if constexpr (kAligns) dots[p] += sum[p][n] * P::load(previous + n * previous_stride + j0 + p * W);
+      T* const to = q + n * q_stride + j0 + p * W;
       if constexpr (kStreams) {
         stream(to, sum[p][n]);
       } else {
@@ -126,48 +136,76 @@ LOWRANK_INLINE void upper_rows_block(const T* x, int64_t x_stride, const T* uppe
   }
 }
 
-template <class T, int R, bool kStreams, bool kAligns>
-inline void upper_rows(const T* x, int64_t x_stride, int64_t rows, const T* upper, const T* previous,
+template <class T, int J, int R, bool kStreams, bool kAligns>
+inline void upper_rows(const T* x, int64_t x_stride, int64_t rows, int64_t rank, const T* upper, const T* previous,
                        int64_t previous_stride, T* q, int64_t q_stride, double* along) {
-  constexpr int W = R < 8 ? R : 8, K = W == R ? 8 : 4;
+  constexpr int W = J < 8 ? J : 8, K = W == J ? 8 : 4;
   constexpr int64_t kRowsAhead = 64;
-  typename Part<T, W>::Vector dots[R / W] = {};
-  int64_t k = 0;
-  for (; k + K <= rows; k += K) {
-    for (int n = 0; kAligns && n < K; ++n) prefetch(previous + (k + kRowsAhead + n) * previous_stride);
-    upper_rows_block<T, R, W, K, kStreams, kAligns>(x + k * x_stride, x_stride, upper, previous + k * previous_stride,
-                                                    previous_stride, q + k * q_stride, q_stride, dots);
+  const int64_t r = R > 0 ? R : rank;
+  const int64_t strip = R == J ? rows : upper_strip(r);  // of one block all rows are one strip
+  for (int64_t first = 0; first < rows; first += strip) {
+    const int64_t end = rows - first < strip ? rows : first + strip;
+    for (int64_t j0 = r - J; j0 >= 0; j0 -= J) {
+      typename Part<T, W>::Vector dots[J / W] = {};
+      int64_t k = first;
+      for (; k + K <= end; k += K) {
+        for (int n = 0; kAligns && n < K; ++n) prefetch(previous + (k + kRowsAhead + n) * previous_stride + j0);
+        upper_rows_block<T, J, W, K, kStreams, kAligns>(x + k * x_stride, x_stride, r, j0, upper,
+                                                        previous + k * previous_stride, previous_stride,
+                                                        q + k * q_stride, q_stride, dots);
+      }
+      for (; k < end; ++k) {
+        upper_rows_block<T, J, W, 1, false, kAligns>(x + k * x_stride, x_stride, r, j0, upper,
+                                                     previous + k * previous_stride, previous_stride, q + k * q_stride,
+                                                     q_stride, dots);
+      }
+      for (int j = 0; kAligns && j < J; ++j) along[j0 + j] += static_cast<double>(dots[j / W][j % W]);
+    }
   }
-  for (; k < rows; ++k) {
-    upper_rows_block<T, R, W, 1, false, kAligns>(x + k * x_stride, x_stride, upper, previous + k * previous_stride,
-                                                 previous_stride, q + k * q_stride, q_stride, dots);
-  }
-  for (int j = 0; kAligns && j < R; ++j) along[j] += static_cast<double>(dots[j / W][j % W]);
 }
 #endif
+
+// Whether multiply_thin_upper takes X, Q and a previous Q, if there is one, of these strides.
+inline bool is_thin_upper(const View& x, const View& previous, const View& q, int64_t r) {
+#if defined(__GNUC__)
+  const auto all = [&](int64_t View::* stride) {
+    return x.*stride == 1 && q.*stride == 1 && (!previous.data || previous.*stride == 1);
+  };
+  return r % 4 == 0 && (all(&View::column_stride) || all(&View::row_stride));
+#else
+  (void)x, (void)previous, (void)q, (void)r;
+  return false;
+#endif
+}
 
 // Rows [first, first + rows) of Q = X W, W (r, r) dense; along[j] += ⟨q_j, previous_j⟩ if there is a previous Q.
 template <class T, bool kStreams>
 inline void multiply_thin_upper(const View& x, const View& previous, const View& q, int64_t first, int64_t rows,
                                 int64_t r, const T* upper, double* along) {
 #if defined(__GNUC__)
-  const auto multiply = [&](auto rank, auto aligns) {
-    constexpr int R = decltype(rank)::value;
+  const bool in_rows = x.column_stride == 1 && q.column_stride == 1;
+  const auto multiply = [&](auto block, auto known, auto aligns) {
+    constexpr int J = decltype(block)::value, R = decltype(known)::value;
     constexpr bool kAligns = decltype(aligns)::value;
     const auto* const from = static_cast<const T*>(x.data) + first * x.row_stride;
     const auto* const old = kAligns ? static_cast<const T*>(previous.data) + first * previous.row_stride : nullptr;
     T* const to = static_cast<T*>(q.data) + first * q.row_stride;
-    if (x.column_stride == 1 && q.column_stride == 1) {
-      upper_rows<T, R, kStreams, kAligns>(from, x.row_stride, rows, upper, old, previous.row_stride, to, q.row_stride,
-                                          along);
+    if (in_rows) {
+      upper_rows<T, J, R, kStreams, kAligns>(from, x.row_stride, rows, r, upper, old, previous.row_stride, to,
+                                             q.row_stride, along);
     } else {
-      upper_columns<T, R, kStreams, kAligns>(from, x.column_stride, rows, upper, old, previous.column_stride, to,
-                                             q.column_stride, along);
+      constexpr int kColumns = kManyRegisters && J >= 8 ? 8 : 4;
+      upper_columns<T, kColumns, R, kStreams, kAligns>(from, x.column_stride, rows, r, upper, old,
+                                                       previous.column_stride, to, q.column_stride, along);
     }
   };
   const auto of_rank = [&](auto aligns) {
-    if (r == 16) return multiply(std::integral_constant<int, 16>(), aligns);
-    r == 8 ? multiply(std::integral_constant<int, 8>(), aligns) : multiply(std::integral_constant<int, 4>(), aligns);
+    const auto in_blocks = [&](auto block) {
+      r == decltype(block)::value ? multiply(block, block, aligns)
+                                  : multiply(block, std::integral_constant<int, 0>(), aligns);
+    };
+    if (r % 16 == 0) return in_blocks(std::integral_constant<int, 16>());
+    r % 8 == 0 ? in_blocks(std::integral_constant<int, 8>()) : in_blocks(std::integral_constant<int, 4>());
   };
   previous.data ? of_rank(std::true_type()) : of_rank(std::false_type());
   if constexpr (kStreams) stream_fence();

@@ -132,7 +132,7 @@ def test_qr_follows_its_previous_q_in_place() -> None:
 
 
 @pytest.mark.parametrize("rows", [True, False])
-@pytest.mark.parametrize("rank", [4, 8, 16])
+@pytest.mark.parametrize("rank", [4, 8, 12, 16, 24, 48])
 @pytest.mark.parametrize("target", ["new", "previous", "x"])
 def test_all_rows_decide_which_columns_of_q_change_their_sign(target: str, rank: int, rows: bool, instruction_set: str) -> None:
     """Also where the first ones, by which a fast kernel guesses, point the other way."""
@@ -161,7 +161,7 @@ def test_qr_matches_the_reference() -> None:
         assert_close_to_fp64(ours, theirs, truth)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 128])
+@pytest.mark.parametrize("rank", [1, 16, 64, 128])
 def test_qr_does_not_depend_on_threads(rank: int, threads: None) -> None:
     """One matrix that is split among threads, beside small ones: the same bits as on one thread."""
     xs = [matrix(d, rank, torch.float32, layout) for d, layout in ((200000 // rank, "rows"), (150, "rows"), (300, "transposed"))]
@@ -180,10 +180,10 @@ def test_qr_does_not_depend_on_threads(rank: int, threads: None) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("layout", ["rows", "transposed"])
-@pytest.mark.parametrize("rank", [4, 8, 16])
+@pytest.mark.parametrize("rank", [4, 8, 16, 24, 64])
 def test_qr_past_the_caches_is_what_it_is_in_them(rank: int, layout: str, offset: int, instruction_set: str) -> None:
     """Some 34 MB in one call, and one matrix after the other; ``offset`` elements past a vector's boundary nothing can be streamed."""
-    xs = [matrix(d, rank, torch.float32, layout) for d in ((1 << 21) // rank, 37, (1 << 21) // rank + 5, 4099)]
+    xs = [matrix(d, rank, torch.float32, layout) for d in ((1 << 21) // rank, max(37, rank + 1), (1 << 21) // rank + 5, 4099)]
     previous = [torch.randn_like(x) for x in xs]
     memory = [torch.full((x.numel() + offset,), torch.nan)[offset:] for x in xs]
     out = [m.view(x.mT.shape).mT if layout == "transposed" else m.view(x.shape) for m, x in zip(memory, xs, strict=True)]
