@@ -12,6 +12,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,10 @@ def fail_at(call: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
+def counters_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return copy.deepcopy([{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups])
+
+
 @feature("faults: out of memory in step(): undone with atomic=True; else untouched, or refused until a checkpoint is loaded")
 def out_of_memory(cell: Cell) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -113,14 +118,13 @@ def out_of_memory(cell: Cell) -> None:
         for atomic in (False, True):
             # Step 3 of SDSLoRA and steps 2 and 4 of ODLoRA change the parametrization: the failure falls into it, too.
             model, optimizer = trained(cell, steps=2, atomic=atomic)
-            before, state = values(model), state_copy(optimizer)
+            before, state, counters = values(model), state_copy(optimizer), counters_of(optimizer)
             checkpoint = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
             with pytest.MonkeyPatch.context() as patch:
                 fail_at(call, patch)
                 with pytest.raises(OutOfMemory):
                     optimizer.step()
-            counters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-            assert counters == [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
+            assert counters_of(optimizer) == counters
             torn = optimizer._torn is not None
             if torn:
                 assert not atomic
