@@ -156,7 +156,7 @@ def adamw_kernel(tensors, chunks, lr_pointer, step_pointer,
         # Contiguous, aligned, a multiple of VECTOR long (checked on the host): vector loads and stores. Hints are of new values: on
         # `param` itself they would hold in the other branch too, which takes what is not aligned.
         offset = tl.arange(0, BLOCK)
-        mask = start + offset < columns // VECTOR * VECTOR
+        mask = offset < tl.minimum(columns - start, BLOCK).to(tl.int32) // VECTOR * VECTOR
         _step_tile(tl.multiple_of(param + start, 16), tl.multiple_of(grad + start, 16),
                    tl.multiple_of(exp_avg + start, 16), tl.multiple_of(exp_avg_sq + start, 16), offset, offset, offset, mask,
                    beta1, beta2, eps, rate, keep, correction, root_correction, HAS_M, HAS_V, MAXIMIZE, COMPUTE)  # fmt: skip
