@@ -67,6 +67,9 @@ def with_kernels(config: LoraConfig) -> LoraConfig:
 
     ``get_peft_model(model, with_kernels(LoraConfig(r=16)))``; with ``PeftModel.from_pretrained`` pass the configuration as ``config=``.
 
+    Factors of another dtype than the input are cast to it: over a bf16 or fp16 base PEFT keeps them in fp32, and computes in fp32; ours
+    computes in the base's dtype (sums in fp32), as under autocast.
+
     Raises:
         TypeError: ``config`` is no ``LoraConfig``.
     """
