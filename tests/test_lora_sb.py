@@ -7,9 +7,15 @@ import sys
 
 import numpy as np
 import pytest
-import test_optimizers as contract
+import test_optimizers_arguments
+import test_optimizers_checkpoints
+import test_optimizers_checkpoints_refused
+import test_optimizers_frozen
+import test_optimizers_groups
+import test_optimizers_step
 import torch
 from _models import SHAPES, loss_of, make_model, pair_delta
+from _optimizers import run
 from _ranks import Ranks
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -70,26 +76,26 @@ def init(model: nn.Module, batches, loss=mse, **options) -> lk.InitReport:
 @pytest.mark.parametrize(
     ("test", "arguments"),
     [
-        (contract.test_state_is_created_by_the_first_step, {}),
-        (contract.test_checkpoint_probe_moves_nothing, {}),
-        (contract.test_low_precision_parameters_keep_float32_state_through_a_checkpoint, {}),
-        (contract.test_checkpoints_that_do_not_fit_are_refused_before_anything_changes, {}),
-        (contract.test_copies_of_model_and_optimizer_go_on_alike, {"copier": copy.deepcopy}),
-        (contract.test_add_param_group, {}),
-        (contract.test_activation_checkpointing_and_accumulation_change_nothing, {"reentrant": False}),
-        (contract.test_activation_checkpointing_and_accumulation_change_nothing, {"reentrant": True}),
-        (contract.test_resume_in_the_middle_bit_for_bit, {}),
-        (contract.test_capturable_and_tensor_lr_change_nothing, {}),
-        (contract.test_a_parameter_that_is_unfrozen_late_starts_anew, {}),
-        (contract.test_launches_do_not_depend_on_the_number_of_layers, {}),
-        (contract.test_adamws_checks, {}),
+        (test_optimizers_checkpoints.test_state_is_created_by_the_first_step, {}),
+        (test_optimizers_checkpoints.test_checkpoint_probe_moves_nothing, {}),
+        (test_optimizers_checkpoints.test_low_precision_parameters_keep_float32_state_through_a_checkpoint, {}),
+        (test_optimizers_checkpoints_refused.test_checkpoints_that_do_not_fit_are_refused_before_anything_changes, {}),
+        (test_optimizers_checkpoints.test_copies_of_model_and_optimizer_go_on_alike, {"copier": copy.deepcopy}),
+        (test_optimizers_groups.test_add_param_group, {}),
+        (test_optimizers_step.test_activation_checkpointing_and_accumulation_change_nothing, {"reentrant": False}),
+        (test_optimizers_step.test_activation_checkpointing_and_accumulation_change_nothing, {"reentrant": True}),
+        (test_optimizers_checkpoints.test_resume_in_the_middle_bit_for_bit, {}),
+        (test_optimizers_step.test_capturable_and_tensor_lr_change_nothing, {}),
+        (test_optimizers_frozen.test_a_parameter_that_is_unfrozen_late_starts_anew, {}),
+        (test_optimizers_step.test_launches_do_not_depend_on_the_number_of_layers, {}),
+        (test_optimizers_arguments.test_adamws_checks, {}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_every_optimizer_promises(test, arguments, update: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "make_model", xs_model)
+    monkeypatch.setattr(sys.modules[test.__module__], "make_model", xs_model)
     method = {"update": update[:4].rstrip("-")} | ({"momentum": 0.5} if update == "sgd-momentum" else {})
-    if test is contract.test_adamws_checks and update == "adam":
+    if test is test_optimizers_arguments.test_adamws_checks and update == "adam":
         method = {"update": "sgd"}  # with which a momentum out of range is what is wrong
     test(lambda params, **k: lk.LoRASB(params, **{"lr": 1e-2, **method, **k}), **arguments)
 
@@ -109,7 +115,7 @@ def test_groups_closures_and_schedulers() -> None:
             return loss
 
         assert optimizer.step(closure).item() > 0
-        contract.run(twin, plain, step, step + 1)
+        run(twin, plain, step, step + 1)
         for scheduler in schedulers:
             scheduler.step()
     for p, q in zip(pairs(model), pairs(twin), strict=True):
@@ -595,7 +601,7 @@ def test_reset_parameters_goes_back_to_the_start() -> None:
     model, _ = started("pissa")
     x = make_batches(1)[0][0]
     y = model(x)
-    contract.run(model, lk.AdamW(model, lr=1e-2), 0, 3)
+    run(model, lk.AdamW(model, lr=1e-2), 0, 3)
     for layer in model[::2]:
         layer.reset_parameters()
     assert torch.equal(model(x), y)
@@ -690,7 +696,7 @@ def test_theorem_4_the_trajectory_does_not_depend_on_s(momentum: float) -> None:
         model = lk.adapt(network(), method="xs", rank=3, alpha=3 * scale)
         init(model, make_batches(), lr=1e-2)
         optimizer = lk.LoRASB(model, lr=0.05, update="sgd", momentum=momentum)
-        contract.run(model, optimizer, 0, 40)
+        run(model, optimizer, 0, 40)
         deltas.append(lk.delta_weights(model))
     for name, delta in deltas[1].items():
         for other in (deltas[0], deltas[2]):

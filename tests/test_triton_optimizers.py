@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from _models import batch, make_model, pair_delta
-from test_optimizers import OPTIMIZERS
+from _optimizers import OPTIMIZERS
 from torch import nn
 
 pytest.importorskip("triton")

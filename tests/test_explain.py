@@ -1,0 +1,99 @@
+"""``explain``: which backend runs every operation of a model and an optimizer, and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _models import make_model, trainable
+from _optimizers import OPTIMIZERS, every_optimizer
+from torch import nn
+
+import lowrank_kernels as lk
+from lowrank_kernels import backends, pairs
+
+
+@every_optimizer
+def test_explain_names_a_backend_and_a_reason_for_every_operation(build, capsys) -> None:
+    model = make_model("ours", dtype=torch.float32)
+    explanation = lk.explain(model, build(model))
+    assert {c.operation for c in explanation.choices} >= {"lora_linear", "lora_linear_backward"}
+    assert all(c.backend in c.reasons and all(c.reasons.values()) for c in explanation.choices)
+    assert (
+        torch.version.cuda is None
+        or "native" in explanation.unavailable
+        or any(line.startswith("cusolver") for line in explanation.libraries)
+    )
+    assert all(line in str(explanation) for line in explanation.libraries)
+    assert str(explanation) in capsys.readouterr().out
+    with pytest.raises(TypeError, match="one of lowrank_kernels"):
+        lk.explain(model, torch.optim.AdamW(trainable(model)))
+
+
+#: What steps call now and then only: refreshes, the inverses of constant factors.
+OCCASIONAL = {"SDSLoRA": {"grouped_qr", "grouped_svd_product"}, "ODLoRA": {"grouped_qr", "grouped_svd_product"}, "LoRASB": {"grouped_gram"}}
+EXPLAINED = {
+    **OPTIMIZERS,
+    "ODLoRA": lambda params, **k: lk.ODLoRA(params, lr=1e-2, total_steps=400, **k),
+    "LoRAPro-no-sylvester": lambda params, **k: lk.LoRAPro(params, lr=1e-2, sylvester=False, **k),
+    "LoRASB": lambda params, **k: lk.LoRASB(params, lr=1e-2, **k),
+    "ScaledAdamW-lora-plus": lambda params, **k: lk.ScaledAdamW(params, lr=1e-2, lr_ratio=4.0, **k),
+    **{
+        f"OPLoRA-{'-'.join(map(str, options.values()))}": lambda params, options=options, **k: lk.OPLoRA(params, lr=1e-2, **options, **k)
+        for options in (
+            {"momentum_mode": "naive"},
+            {"momentum": 0.0},
+            {"gradient": "sketch", "sketch_width": 140, "momentum_mode": "projected"},
+            {"metric": "kfac"},
+            {"metric": "kfac", "metric_rank": 4, "momentum_rank": 4},
+            {"metric": "kfac", "momentum": 0.0, "momentum_rank": 140},
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("trained", ["both", "B"])
+@pytest.mark.parametrize("rank", [8, 130])
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explain_says_what_a_step_then_calls(name: str, rank: int, trained: str) -> None:
+    # There is no B; freeze_idle says itself what is trained; the others move both or none.
+    if trained == "B" and (name in ("LoRASB", "AltLoRAPlus-A-freeze", "SDSLoRA", "ODLoRA") or name.startswith("OPLoRA")):
+        return
+    torch.manual_seed(0)
+    method = "xs" if name == "LoRASB" else "sds" if name in ("SDSLoRA", "ODLoRA") else "lora"
+    layers = [lk.adapt(nn.Sequential(nn.Linear(width, 140), nn.Linear(140, 150)), method, rank=rank) for width in (131, 160)]
+    model = nn.ModuleList([*layers, nn.LayerNorm(150)])
+    if method == "xs":
+        lk.initialize(model, "svd")
+    if trained == "B":
+        for pair in pairs(model):
+            pair.A.requires_grad_(False)
+    optimizer = EXPLAINED[name]([*model.named_parameters()] if trained == "B" else model)
+
+    def step() -> dict[tuple[str, str], int]:
+        optimizer.zero_grad()
+        sum(model[2](layer(torch.randn(3, layer[0].in_features))).square().sum() for layer in layers).backward()
+        before = backends.call_counts()
+        optimizer.step()
+        return {call: count for call, count in backends.call_counts().items() if count > before.get(call, 0)}
+
+    step()
+    said = {(choice.operation, choice.backend) for choice in lk.explain(optimizer).choices}
+    # Where A is frozen, AltLoRA has nothing to do every other time.
+    called = {call for _ in range(2 if trained == "B" else 1) for call in step()}
+    assert called <= said
+    assert {operation for operation, _ in said - called} <= OCCASIONAL.get(name, set())
+
+
+def test_explain_is_short_and_takes_either_order(capsys) -> None:
+    model = lk.adapt(torch.nn.Sequential(*(torch.nn.Linear(4 + i, 5 + i) for i in range(6))), rank=2)
+    optimizer = lk.AdamW(model)
+    explanation = lk.explain(model, optimizer)
+    text = capsys.readouterr().out
+    assert text.count("lora_linear, lora_linear_backward on cpu (5 × 4, r = 2; 6 × 5, r = 2; ") == 1 and "; and 2 more): " in text
+    assert len(explanation.choices) > 12 and text.count("reference PyTorch takes every call") <= 2
+    assert "\n" not in repr(explanation)
+    assert torch.version.cuda is not None or "CUDA libraries" not in text
+    assert lk.explain(optimizer, model).choices == explanation.choices
+    for wrong in ((optimizer, optimizer), (model, model), ("model",)):
+        with pytest.raises(TypeError, match="explain: "):
+            lk.explain(*wrong)
