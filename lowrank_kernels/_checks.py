@@ -1,4 +1,7 @@
-"""What arguments must be, for the rooms above ``ops``: an error names the function, the argument, what came and what is taken."""
+"""What arguments must be that are no tensors: an error names the function, the argument, what came and what is taken.
+
+Numbers, integers, flags and choices are checked in operations, too, so that ``torch.compile`` must be able to trace it.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,13 @@ def check_module(function: str, model: object) -> None:
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def check_flag(function: str, argument: str, value: object, optional: bool = False) -> None:
-    """Refuse what is neither true nor false: of "False" and other objects nobody knows."""
-    if not (isinstance(value, (bool, int, np.bool_)) or (optional and value is None)):
+def as_flag(function: str, argument: str, value: Any, optional: bool = False) -> bool:
+    """True or False, or 1 or 0, NumPy's too, as Python's; or None, as False, where it is ``optional``. Of "False" nobody knows."""
+    if isinstance(value, (int, np.bool_)) and value in (0, 1):
+        return bool(value)
+    if not (optional and value is None):
         raise TypeError(f"{function}: {argument} must be True or False{' or None' if optional else ''}, got {value!r:.80}")
+    return False
 
 
 def check_choice(function: str, argument: str, value: object, choices: Iterable[object], hint: str = "") -> None:
@@ -31,26 +37,30 @@ def check_choice(function: str, argument: str, value: object, choices: Iterable[
         raise ValueError(f"{function}: {argument} must be one of {', '.join(map(repr, taken))}, got {value!r:.80}{hint}")
 
 
-def as_integer(function: str, argument: str, value: Any, least: int = 1) -> int:
-    """An integer, NumPy's too, as Python's; what is none, or is below ``least``, is refused."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+def as_integer(function: str, argument: str, value: Any, least: float = 1, most: float = 2**31 - 1) -> int:
+    """An integer, NumPy's too, as Python's; what is none, or is out of bounds, is refused. Compiled code counts with 32 bits."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{function}: {argument} must be an integer, got {value!r:.80}")
-    if value < least:
-        raise ValueError(f"{function}: {argument} must be at least {least}, got {value}")
-    return int(value)
+    number = int(value)
+    if not least <= number <= most:
+        raise ValueError(f"{function}: {argument} must be {f'≥ {least}' if number < least else f'≤ {most}'}, got {value}")
+    return number
 
 
 def as_number(function: str, argument: str, value: Any, least: float = -math.inf, *, positive: bool = False) -> float:
-    """A number, NumPy's too, as Python's float; what is none, or is not finite, or is below ``least`` or not positive, is refused."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+    """A number, NumPy's too, as Python's float; what is none, or not finite in fp64, or below ``least`` or not positive, is refused."""
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{function}: {argument} must be a number, got {value!r:.80}")
     try:
         number = float(value)
     except OverflowError:
-        number = math.inf
-    if not (math.isfinite(number) and number >= least and (number > 0 or not positive)):
-        bound = "positive and " if positive else f"≥ {least:g} and " if least > -math.inf else ""
-        raise ValueError(f"{function}: {argument} must be {bound}finite, got {number:g}")
+        number, value = math.inf, "a number beyond 1.8e308"
+    if positive and not number > 0:
+        raise ValueError(f"{function}: {argument} must be positive, got {value}")
+    if least > -math.inf and not number >= least:
+        raise ValueError(f"{function}: {argument} must be ≥ {least:g}, got {value}")
+    if not -math.inf < number < math.inf:  # math.isfinite() does not take what a compiler traces
+        raise ValueError(f"{function}: {argument} must be finite, got {value}")
     return number
 
 

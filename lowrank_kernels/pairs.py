@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from ._checks import check_flag, check_module
+from ._checks import as_flag, check_module
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ def pairs(model: nn.Module, convolutions: bool = False) -> list[Pair]:
         TypeError: ``model`` is no module, or ``convolutions`` neither true nor false.
     """
     check_module("pairs", model)
-    check_flag("pairs", "convolutions", convolutions)
+    as_flag("pairs", "convolutions", convolutions)
     return factors_of(model, convolutions)[0]
 
 

@@ -459,7 +459,7 @@ class TestBadInput:
             SDSLoRA(model, lr=1e-2)
         with pytest.raises(ValueError, match="total_steps must be larger than the 10 steps"):
             SDSLoRA(model, lr=1e-2, total_steps=10)
-        with pytest.raises(ValueError, match="total_steps must be a positive integer, got 1.5"):
+        with pytest.raises(TypeError, match="total_steps must be an integer, got 1.5"):
             SDSLoRA(model, lr=1e-2, total_steps=1.5)
         with pytest.raises(ValueError, match="warmup_steps"):
             SDSLoRA(model, lr=1e-2, total_steps=10, warmup_steps=-1)
@@ -573,7 +573,7 @@ class TestBadInput:
             ODLoRA(make_model("peft", shapes=[(20, 12), (2, 20)]), total_steps=100)
         with pytest.raises(ValueError, match="larger than the 50 steps"):
             ODLoRA(make_model("ours"), total_steps=50)
-        with pytest.raises(ValueError, match="rounds must be a positive integer"):
+        with pytest.raises(ValueError, match="rounds must be ≥ 1, got 0"):
             ODLoRA(make_model("ours"), total_steps=50, rounds=0)
         with pytest.raises(ValueError, match="basis must be"):
             ODLoRA(make_model("ours"), total_steps=100, basis="svd")

@@ -434,7 +434,7 @@ def test_probe_refuses() -> None:
         FullGradientProbe(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="method must be one of"):
         FullGradientProbe(make_model("ours"), method="adam")
-    with pytest.raises(ValueError, match="every must be a positive integer"):
+    with pytest.raises(ValueError, match="every must be ≥ 1, got 0"):
         FullGradientProbe(make_model("ours"), every=0)
     model = make_model("ours")
     lrk.pairs(model)[0].layer.base_layer.weight = nn.Parameter(torch.zeros(20, 12, dtype=torch.uint8), requires_grad=False)
@@ -590,5 +590,5 @@ def test_a_window_that_holds_no_step_is_refused(window: int, tmp_path: Path, cap
     with pytest.raises(SystemExit):
         main(["plot", str(tmp_path / "run.csv"), "--window", str(window)])
     assert f"argument --window: must be a positive number of steps, got {window}" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="window must be a positive number of steps"):
+    with pytest.raises(ValueError, match="window must be ≥ 1"):
         diagnostics.plot([tmp_path / "run.csv"], tmp_path, window)

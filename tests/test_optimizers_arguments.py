@@ -111,7 +111,7 @@ def test_numbers_of_numpy_are_taken_and_become_pythons() -> None:
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    with pytest.raises(ValueError, match="total_steps must be a positive integer, got 5.0"):
+    with pytest.raises(TypeError, match="total_steps must be an integer, got 5.0"):
         lk.SDSLoRA(model, total_steps=np.float64(5))
 
 

@@ -12,12 +12,12 @@ import lowrank_kernels
 
 #: The rooms of the package, the lowest first; a module belongs to the longest name that it begins with.
 ROOMS = (
+    "_checks",
     "backends",
     "backends.reference",
     "backends.native",
     "backends.triton",
     "ops",
-    "_checks",
     "pairs",
     "optim._shared",
     "optim",
@@ -27,7 +27,7 @@ ROOMS = (
     "",
 )
 #: Each imports the reference, and neither the other.
-FLOOR = {room: height for height, room in enumerate(ROOMS)} | {"backends.native": 2, "backends.triton": 2}
+FLOOR = {room: height for height, room in enumerate(ROOMS)} | {"backends.native": 3, "backends.triton": 3}
 
 ROOT = Path(lowrank_kernels.__file__).parent
 #: The package's modules by name, without its own name.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_integer, check_choice, check_flag
+from .._checks import as_flag, as_integer, check_choice
 from ..backends.dtypes import compute_dtype
 from ..optim._shared.distributed import data_parallel_group
 from .layer import LowRankLinear
@@ -116,7 +116,7 @@ class Gradients:
         if not callable(loss_fn):
             raise TypeError(f"{function}: loss_fn must be a function of the model and a batch, got {type(loss_fn).__name__}")
         for argument, flag in (("training", training), ("progress", progress)):
-            check_flag(function, argument, flag)
+            as_flag(function, argument, flag)
         self._sums = {name: _GradientSum(layer, self._accumulate_on) for name, layer in self.layers.items()}
         self.bytes = sum(gradient.total.nbytes for gradient in self._sums.values())
         with _as_found(root, self.layers, training):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._checks import check_flag, check_path
+from .._checks import as_flag, check_path
 from ..optim._shared.shards import is_sharded
 from ._model import adapted_layers, check_model, clean_name
 from .adapt import check_unadapted, install
@@ -135,7 +135,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], stric
         TypeError, ValueError: names, shapes or dtypes do not fit; nothing was changed.
     """
     root = check_model("load_adapter_state_dict", model)
-    check_flag("load_adapter_state_dict", "strict", strict)
+    as_flag("load_adapter_state_dict", "strict", strict)
     layers = require_adapters("load_adapter_state_dict", root)
     _check_state("load_adapter_state_dict", state)
     state, starts = _split_starts("load_adapter_state_dict", root, layers, state)
@@ -366,7 +366,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
             model. Nothing was changed then.
     """
     root = check_model("load_adapter", model)
-    check_flag("load_adapter", "strict", strict)
+    as_flag("load_adapter", "strict", strict)
     settings, state = _read(path)
     layers = adapted_layers(root)
     if layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_flag
+from .._checks import as_flag
 from ..backends.dtypes import compute_dtype
 from ..pairs import Pair, pairs
 from ._model import adapted_layers, check_model, clean_name, replace_modules
@@ -43,7 +43,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
         TypeError, ValueError: no adapters, or a layer that cannot be merged (quantized, with hooks, …); ``unload`` is neither true nor
             false. Nothing was changed.
     """
-    check_flag("merge", "unload", unload)
+    as_flag("merge", "unload", unload)
     layers = _own_layers("merge", model)
     for name, layer in layers.items():
         if not is_plain(layer.base_layer):

@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .._checks import as_number
+from .._checks import as_integer, as_number
 from ..ops import lora_linear
 from .layer import is_plain, runs_forward_of
 
@@ -101,8 +101,7 @@ class DecoupledLoraConfig(LoraConfig):
         decided = {"r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"} & set(options)
         if decided:
             raise TypeError(f"DecoupledLoraConfig: {', '.join(sorted(decided))} follow from rank, alpha and rank_scaling; leave them out")
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"DecoupledLoraConfig: rank must be a positive integer, got {rank!r}")
+        rank = as_integer("DecoupledLoraConfig", "rank", rank)
         if rank_scaling not in ("lora", "rslora"):
             raise ValueError(f"DecoupledLoraConfig: rank_scaling must be 'lora' (s = α/r) or 'rslora' (s = α/√r), got {rank_scaling!r}")
         alpha = as_number("DecoupledLoraConfig", "alpha", alpha, positive=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .._checks import as_number, check_choice
 from ..ops import grouped_gram, grouped_qr, grouped_svd_product
-from ..ops._library import check_list, check_same_length, check_same_shapes
+from ..ops._tensor_checks import check_list, check_same_length, check_same_shapes
 
 Weights = Callable[[Tensor, float], Tensor]
 

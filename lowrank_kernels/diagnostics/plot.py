@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._checks import check_path
+from .._checks import as_integer, check_path
 from .record import Row, layer_means, read
 
 #: File name → title, and panels: (title, label of the y axis, [(measure, style, note)]).
@@ -69,8 +69,7 @@ def plot(paths: Sequence[str | Path], output: str | Path, window: int = 5, label
     if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
         raise TypeError(f"plot: paths must be a list of files, got {paths!r:.80}; wrap it in [ ]")
     check_path("plot", "output", output)
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"plot: window must be a positive number of steps, got {window!r:.80}")
+    window = as_integer("plot", "window", window)
     if labels is not None and not isinstance(labels, Mapping):
         raise TypeError(f"plot: labels must map names of runs to labels, got {labels!r:.80}")
     if Path(output).exists() and not Path(output).is_dir():

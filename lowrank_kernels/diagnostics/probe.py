@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_number, check_module
+from .._checks import as_integer, as_number, check_module
 from ..pairs import Pair, pairs
 from .measures import (
     CORE,
@@ -93,17 +93,16 @@ class FullGradientProbe:
     ) -> None:
         check_module("FullGradientProbe", model)
         cored = method is not None and rule(method).terms == CORE
-        as_number("FullGradientProbe", "damping", damping, 0.0)
-        as_number("FullGradientProbe", "ratio", ratio, positive=True)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"FullGradientProbe: every must be a positive integer, got {every!r}")
+        self.damping = as_number("FullGradientProbe", "damping", damping, 0.0)
+        self.ratio = as_number("FullGradientProbe", "ratio", ratio, positive=True)
+        self.every = as_integer("FullGradientProbe", "every", every)
         if not pairs(model):
             raise ValueError("FullGradientProbe: found no pair of low-rank factors in the model; adapt(model, …) first")
         for pair in pairs(model):
             _base_weight(pair)
             if cored and pair.core is None:
                 raise ValueError(f"FullGradientProbe: method={method!r} is of layers with a core R (method='xs'), and {pair.name} has none")
-        self.model, self.method, self.damping, self.ratio, self.every = model, method, float(damping), float(ratio), every
+        self.model, self.method = model, method
         self.step = 0
         self._recorder = Recorder(csv, run, tensorboard)
         self._armed: _Measurement | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.dtypes import compute_dtype
-from ._library import Given, check_apart, check_list, check_writable
+from ._tensor_checks import Given, check_apart, check_list, check_writable
 
 
 def check_out(

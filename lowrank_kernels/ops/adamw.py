@@ -8,24 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import as_flag, as_integer, as_number
 from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run_in_place
-from ._library import (
-    are_plain_eager,
+from ._library import are_plain_eager, define, is_eager, is_plain_eager
+from ._tensor_checks import (
     check_apart,
-    check_flag,
-    check_integer,
     check_list,
     check_lists,
-    check_number,
     check_same_length,
     check_same_shapes,
     check_stack_of,
     check_strided,
     check_writable,
-    define,
-    is_eager,
-    is_plain_eager,
 )
 
 _NAME = "grouped_adamw_"
@@ -165,8 +160,8 @@ def adamw_as_gathered_(
         step if not isinstance(step, Tensor) else 0,
         step if isinstance(step, Tensor) else None,
         list(missed),
-        bias_correction,
-        maximize,
+        bool(bias_correction),
+        bool(maximize),
     )
     if is_eager() if layout is not None else are_plain_eager(params, grads) and is_plain_eager(params[0], *maps.values()):
         _grouped_adamw_(*(*arguments, layout, begin_writing))
@@ -223,7 +218,7 @@ def _check_numbers(
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"{_NAME}: betas must be two numbers, such as (0.9, 0.999), got {betas!r:.80}")
     for index, beta in enumerate(betas):
-        if not 0.0 <= check_number(_NAME, f"betas[{index}]", beta) < 1.0:
+        if not 0.0 <= as_number(_NAME, f"betas[{index}]", beta) < 1.0:
             raise ValueError(f"{_NAME}: betas must be in [0, 1), got {betas!r:.80}")
     for name, value in (("lr", lr), ("step", step)):
         if isinstance(value, Tensor):
@@ -234,15 +229,15 @@ def _check_numbers(
             if value.is_meta and not on_meta:
                 raise ValueError(f"{_NAME}: {name} must be a tensor that holds a value, or a number, got one on meta")
     if not isinstance(lr, Tensor):
-        check_number(_NAME, "lr", lr)
-    check_number(_NAME, "eps", eps, 0.0)
-    check_number(_NAME, "weight_decay", weight_decay)
-    check_flag(_NAME, "bias_correction", bias_correction)
-    check_flag(_NAME, "maximize", maximize)
+        as_number(_NAME, "lr", lr)
+    as_number(_NAME, "eps", eps, 0.0)
+    as_number(_NAME, "weight_decay", weight_decay)
+    as_flag(_NAME, "bias_correction", bias_correction)
+    as_flag(_NAME, "maximize", maximize)
     for index, count in enumerate(missed):
-        check_integer(_NAME, f"missed[{index}]", count, 0)
+        as_integer(_NAME, f"missed[{index}]", count, 0)
     if not isinstance(step, Tensor):
-        check_integer(_NAME, "step", step, -(2**31))
+        as_integer(_NAME, "step", step, -(2**31))
     if bias_correction and not isinstance(step, Tensor) and step - max(missed, default=0) < 1:
         said = f"step={step}" + (f" and missed={max(missed)}" if missed else "")
         raise ValueError(f"{_NAME}: step counts from 1, this one included, and must be above missed; got {said}")

@@ -8,10 +8,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from .._checks import as_number
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import StepNumbers, as_stored, matrix_layout, sizes
 from ..backends.registry import Implementation, call, do_nothing, whole
-from ._library import check_list, check_number, check_same_length, check_stack_of, check_writable, for_eager, is_eager
+from ._library import for_eager, is_eager
+from ._tensor_checks import check_list, check_same_length, check_stack_of, check_writable
 from .adamw import adamw_as_gathered_, grouped_adamw_
 from .gram import grouped_gram
 from .preconditioner import grouped_preconditioner
@@ -61,9 +63,9 @@ def grouped_altlora_turn_(
     check_list(_NAME, "params", params, written=True)
     check_list(_NAME, "partners", partners, like=params[0] if params else None)
     check_same_length(_NAME, params=params, partners=partners, rank_dims=rank_dims)
-    damping = check_number(_NAME, "damping", damping, 0.0)
-    own_damping = check_number(_NAME, "own_damping", own_damping, 0.0)
-    weight = check_number(_NAME, "weight", weight)
+    damping = as_number(_NAME, "damping", damping, 0.0)
+    own_damping = as_number(_NAME, "own_damping", own_damping, 0.0)
+    weight = as_number(_NAME, "weight", weight)
     if not params:
         grouped_adamw_(params, grads, exp_avgs, exp_avg_sqs, **step)  # there is nothing to turn, but to check
         return

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import as_number
 from ..backends.registry import run
-from ._library import check_number, check_stack, define, is_plain_eager, no_backward, records_nothing
+from ._library import define, is_plain_eager, no_backward, records_nothing
+from ._tensor_checks import check_stack
 
 
 def grouped_damped_inverse(rs: Tensor, damping: float = 0.0) -> Tensor:
@@ -30,7 +32,7 @@ def grouped_damped_inverse(rs: Tensor, damping: float = 0.0) -> Tensor:
     """
     name = "grouped_damped_inverse"
     check_stack(name, "rs", rs)
-    damping = check_number(name, "damping", damping, 0.0)
+    damping = as_number(name, "damping", damping, 0.0)
     eager = records_nothing(rs) and is_plain_eager(rs)
     return (_grouped_damped_inverse if eager else torch.ops.lowrank_kernels.grouped_damped_inverse)(rs, damping)
 

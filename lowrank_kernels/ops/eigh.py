@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import check_stack, define, is_plain_eager, no_backward, records_nothing
+from ._library import define, is_plain_eager, no_backward, records_nothing
+from ._tensor_checks import check_stack
 
 
 def grouped_eigh(xs: Tensor) -> tuple[Tensor, Tensor]:

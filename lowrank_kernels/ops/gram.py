@@ -12,17 +12,8 @@ from torch.autograd import forward_ad
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import as_stored, matrix_layout, sizes, width
 from ..backends.registry import run
-from ._library import (
-    are_plain_eager,
-    check_list,
-    check_same_length,
-    define,
-    for_eager,
-    is_eager,
-    is_list,
-    no_backward,
-    records_nothing,
-)
+from ._library import are_plain_eager, define, for_eager, is_eager, is_list, no_backward, records_nothing
+from ._tensor_checks import check_list, check_same_length
 
 
 def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:

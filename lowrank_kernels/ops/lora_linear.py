@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._checks import as_flag, as_number
 from ..backends.dtypes import FLOATING, compute_dtype
 from ..backends.registry import implementations, run, select
-from ._library import LIBRARY, NAMESPACE, check_flag, check_number, check_tensor, define, is_plain_eager, is_transformed, no_backward
+from ._library import LIBRARY, NAMESPACE, define, is_plain_eager, is_transformed, no_backward
+from ._tensor_checks import check_tensor
 
 
 def lora_linear(
@@ -247,10 +249,10 @@ def _are_ordinary(scale: Any, dropout: Any, training: object, capture: object) -
 
 def _check_options(scale: Any, dropout: Any, training: Any, capture: Any) -> tuple[float, float]:
     """``scale`` and ``dropout`` as numbers."""
-    scale, dropout = check_number("lora_linear", "scale", scale), check_number("lora_linear", "dropout", dropout)
+    scale, dropout = as_number("lora_linear", "scale", scale), as_number("lora_linear", "dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora_linear: dropout must be in [0, 1), got {dropout}")
-    check_flag("lora_linear", "training", training)
+    as_flag("lora_linear", "training", training)
     if capture is not None and not callable(capture):
         raise TypeError(f"lora_linear: capture must be a function of x̃ and ∂L/∂y, or None, got {capture!r:.80}")
     return scale, dropout

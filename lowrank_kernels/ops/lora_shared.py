@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .._checks import as_number
 from ..backends.dtypes import FLOATING
 from ..backends.registry import run
-from ._library import LIBRARY, NAMESPACE, check_lists, check_number, check_tensor, define, is_plain_eager, is_plain_node, no_backward
+from ._library import LIBRARY, NAMESPACE, define, is_plain_eager, is_plain_node, no_backward
+from ._tensor_checks import check_lists, check_tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -93,7 +95,7 @@ def lora_up(
         TypeError, ValueError: shapes, dtypes, devices or ``scale`` do not fit, or one of two that come together is missing.
     """
     _check_up(x, weight, bias, hidden, b, hidden_q, q_b)
-    scale = check_number("lora_up", "scale", scale)
+    scale = as_number("lora_up", "scale", scale)
     dtype = hidden.dtype
     b = b.to(dtype)
     hidden_q = None if hidden_q is None else hidden_q.to(dtype)

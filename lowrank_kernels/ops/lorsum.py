@@ -9,21 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run, run_in_place
-from ._library import (
-    check_apart,
-    check_integer,
-    check_list,
-    check_number,
-    check_same_length,
-    check_writable,
-    define,
-    is_eager,
-    is_plain_eager,
-    no_backward,
-    records_nothing,
-)
+from ._library import define, is_eager, is_plain_eager, no_backward, records_nothing
+from ._tensor_checks import check_apart, check_list, check_same_length, check_writable
 
 NAME = "grouped_lorsum"
 #: Two lists over the layers: left factors (d_out, ·) and right factors (d_in, ·).
@@ -86,7 +76,7 @@ def _numbers(operation: str, name: str, values: Sequence[Any]) -> list[float]:
     """The values as numbers; each is looked at only where they are not all Python's and finite."""
     if {float}.issuperset(map(type, values)) and all(map(math.isfinite, values)):
         return list(values)
-    return [check_number(operation, f"{name}[{index}]", value) for index, value in enumerate(values)]
+    return [as_number(operation, f"{name}[{index}]", value) for index, value in enumerate(values)]
 
 
 def _check_coefficients(
@@ -112,7 +102,7 @@ def _check_coefficients(
                 raise ValueError(f"{operation}: coefficients[{index}] has {len(value)} numbers for {layers} layers")
             rows.append(_numbers(operation, f"coefficients[{index}]", value))
         else:
-            rows.append([check_number(operation, f"coefficients[{index}]", value)] * layers)
+            rows.append([as_number(operation, f"coefficients[{index}]", value)] * layers)
     if not any(isinstance(row, Tensor) for row in rows):
         return [number for row in rows for number in row], None
     # Numbers of one value are filled in on the device: nothing is copied there, which a graph capture would refuse.
@@ -218,10 +208,9 @@ def lorsum_in_step(
             raise ValueError(f"{NAME}: targets[0][{index}] has rank {u.shape[1]}, targets[0][0] has {us[0].shape[1]}; call once per rank")
     if isinstance(terms, Tensor) or not isinstance(terms, (list, tuple)) or not terms:
         raise ValueError(f"{NAME}: terms must be a non-empty list of (lefts, rights) or of lists of dense matrices, got {terms!r:.80}")
-    sweeps = check_integer(NAME, "sweeps", sweeps, 1)
-    proximal = check_number(NAME, "proximal", proximal, 0.0)
-    if first not in ("u", "v"):
-        raise ValueError(f"{NAME}: first must be 'u' or 'v', got {first!r}")
+    sweeps = as_integer(NAME, "sweeps", sweeps, 1)
+    proximal = as_number(NAME, "proximal", proximal, 0.0)
+    check_choice(NAME, "first", first, ("u", "v"))
     lefts: list[Tensor] = []
     rights: list[Tensor | None] = []
     for index, term in enumerate(terms):

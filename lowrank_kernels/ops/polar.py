@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import run
-from ._library import check_list, check_same_length, check_same_shapes, check_writable, define, no_backward
+from ._library import define, no_backward
+from ._tensor_checks import check_list, check_same_length, check_same_shapes, check_writable
 
 
 def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) -> list[Tensor]:

@@ -6,18 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._checks import as_flag, as_number
 from ..backends.registry import run
-from ._library import (
-    check_flag,
-    check_number,
-    check_stack,
-    check_stack_of,
-    define,
-    is_plain_eager,
-    no_backward,
-    records_nothing,
-    refuse_tangents,
-)
+from ._library import define, is_plain_eager, no_backward, records_nothing
+from ._tensor_checks import check_stack, check_stack_of, refuse_tangents
 
 _NAME = "grouped_preconditioner"
 
@@ -63,8 +55,8 @@ def grouped_preconditioner(
         raise TypeError(f"{_NAME}: dtype must be torch.float64 or torch.float32, got {dtype}")
     if drifts is not None:
         check_stack_of(_NAME, "drifts", drifts, grams.shape, dtype, grams.device)
-    damping, weight = check_number(_NAME, "damping", damping, 0.0), check_number(_NAME, "weight", weight)
-    check_flag(_NAME, "transposed", transposed)
+    damping, weight = as_number(_NAME, "damping", damping, 0.0), as_number(_NAME, "weight", weight)
+    as_flag(_NAME, "transposed", transposed)
     eager = records_nothing(grams, drifts) and is_plain_eager(grams, drifts)
     call = _grouped_preconditioner if eager else torch.ops.lowrank_kernels.grouped_preconditioner
     maps, realigned = call(grams, drifts, damping, weight, bool(transposed), dtype)

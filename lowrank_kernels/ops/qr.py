@@ -12,19 +12,8 @@ from torch.autograd import forward_ad
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, as_stored, matrix_layout, signature, sizes, width
 from ..backends.registry import run
-from ._library import (
-    are_plain_eager,
-    check_list,
-    check_same_length,
-    check_same_shapes,
-    check_writable,
-    define,
-    for_eager,
-    is_eager,
-    is_list,
-    no_backward,
-    records_nothing,
-)
+from ._library import are_plain_eager, define, for_eager, is_eager, is_list, no_backward, records_nothing
+from ._tensor_checks import check_list, check_same_length, check_same_shapes, check_writable
 
 _ops = torch.ops.lowrank_kernels
 

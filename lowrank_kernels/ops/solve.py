@@ -9,22 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._checks import as_number, check_choice
 from ..backends.dtypes import FLOATING
 from ..backends.lists import signature, sizes
 from ..backends.registry import run
-from ._library import (
-    are_plain_eager,
+from ._library import are_plain_eager, define, is_plain_eager, no_backward, records_nothing
+from ._tensor_checks import (
     check_list,
-    check_number,
     check_same_length,
     check_same_shapes,
     check_stack,
     check_strided,
     check_writable,
-    define,
-    is_plain_eager,
-    no_backward,
-    records_nothing,
     refuse_negated,
     refuse_tangents,
 )
@@ -71,9 +67,8 @@ def grouped_solve(
     check_stack(name, "grams", grams)
     if forward_ad._current_level >= 0:
         refuse_tangents(name, "grams or rhs", (grams, rhs))
-    if side not in ("left", "right"):
-        raise ValueError(f"{name}: side must be 'left' or 'right', got {side!r}")
-    damping = check_number(name, "damping", damping, 0.0)
+    check_choice(name, "side", side, ("left", "right"))
+    damping = as_number(name, "damping", damping, 0.0)
     left = side == "left"
     if isinstance(rhs, Tensor):
         check_strided(name, "rhs", rhs)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._checks import as_integer
 from ..backends.registry import run
-from ._library import check_integer, check_list, define, no_backward
+from ._library import define, no_backward
+from ._tensor_checks import check_list
 from ._triples import check_out, empty_values
 
 #: Estimated share of the best rank-r approximation's energy that may be missing when the iteration stops by itself.
@@ -48,12 +50,12 @@ def grouped_svd(
     The result is a constant for autograd; its backward says so.
     """
     check_list("grouped_svd", "xs", xs)
-    rank = check_integer("grouped_svd", "rank", rank, 1)
+    rank = as_integer("grouped_svd", "rank", rank, 1)
     for index, x in enumerate(xs):
         if rank > min(x.shape):
             raise ValueError(f"grouped_svd: rank must be between 1 and min{tuple(x.shape)} of xs[{index}], got {rank}")
-    oversample = check_integer("grouped_svd", "oversample", oversample, 0)
-    iterations = None if iterations is None else check_integer("grouped_svd", "iterations", iterations, 0)
+    oversample = as_integer("grouped_svd", "oversample", oversample, 0)
+    iterations = None if iterations is None else as_integer("grouped_svd", "iterations", iterations, 0)
     if out is None:
         return torch.ops.lowrank_kernels.grouped_svd(list(xs), rank, oversample, iterations)
     check_out("grouped_svd", out, ([(x.shape[0], rank) for x in xs], [(x.shape[1], rank) for x in xs]), xs[0] if xs else None, xs=xs)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._checks import as_integer
 from ..backends.registry import run
-from ._library import check_integer, check_list, check_same_length, define, no_backward
+from ._library import define, no_backward
+from ._tensor_checks import check_list, check_same_length
 from ._triples import check_out, empty_values
 
 
@@ -50,7 +52,7 @@ def grouped_svd_product(
                 )
             if factor.shape[0] < factor.shape[1]:
                 raise ValueError(f"grouped_svd_product: {name}[{index}] must be tall, got {tuple(factor.shape)}")
-    rank = check_integer("grouped_svd_product", "rank", rank, 1)
+    rank = as_integer("grouped_svd_product", "rank", rank, 1)
     if lefts and rank > lefts[0].shape[1]:
         raise ValueError(f"grouped_svd_product: rank must be between 1 and {lefts[0].shape[1]} (the factors' columns), got {rank}")
     if out is None:

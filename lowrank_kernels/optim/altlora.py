@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .._checks import check_flag
+from .._checks import as_flag
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import matrix_layout
 from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
@@ -179,7 +179,7 @@ class AltLoRA(PreconditionedOptimizer):
         super()._check_hyperparameters(group)
         if group["order"] not in tuple(ORDERS):
             raise ValueError(f"{type(self).__name__}: order must be 'B' (first), 'A' (first) or 'joint', got {group['order']!r}")
-        check_flag(type(self).__name__, "freeze_idle", group["freeze_idle"])
+        as_flag(type(self).__name__, "freeze_idle", group["freeze_idle"])
         if not 0.0 <= group.get("momentum", 0.0) < 1.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if group["capturable"] and group["order"] != "joint":

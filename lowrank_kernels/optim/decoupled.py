@@ -6,6 +6,7 @@ library, ``s [Q_B B] [A; Q_Aᵀ]``, of which the optimizer trains one half and o
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias, Unpack
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_flag
+from .._checks import as_flag, as_integer, check_choice
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, held
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
@@ -137,7 +138,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         method_defaults: dict[str, Any] | None = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        check_flag(type(self).__name__, "split_work", split_work)
+        as_flag(type(self).__name__, "split_work", split_work)
         self._split_work, self._process_group = bool(split_work), process_group
         self._begin_hooking()
         #: ``switch_count()`` when model and optimizer were last found to come from one step, unless one was loaded since then.
@@ -152,9 +153,8 @@ class DecoupledOptimizer(LowRankOptimizer):
         super()._check_hyperparameters(group)
         name, start_steps, total_steps = type(self).__name__, group["start_steps"], group["total_steps"]
         for key in ("total_steps", "phases", "refresh_every"):
-            value = group[key]
-            if not (value is None and key != "phases") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
+            if group[key] is not None or key == "phases":
+                as_integer(name, key, group[key], most=math.inf)
         if total_steps is None and group["refresh_every"] is None:
             raise ValueError(
                 f"{name}: total_steps is missing: pass the number of step() calls of the whole run (the refresh schedule is a "
@@ -162,8 +162,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             )
         if total_steps is not None and total_steps <= start_steps:
             raise ValueError(f"{name}: total_steps must be larger than the {start_steps} steps of the start phase, got {total_steps}")
-        if group["basis"] not in ("qr", "polar"):
-            raise ValueError(f"{name}: basis must be 'qr' or 'polar', got {group['basis']!r}")
+        check_choice(name, "basis", group["basis"], ("qr", "polar"))
         if group["capturable"]:
             raise ValueError(
                 f"{name}: capturable=True is not supported: the schedule decides on the host when the bases are refreshed, which a "

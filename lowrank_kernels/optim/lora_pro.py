@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .._checks import check_flag
+from .._checks import as_flag
 from ..ops import grouped_eigh, grouped_gram, grouped_preconditioner, grouped_solve
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import LikePairs
@@ -56,7 +56,7 @@ class LoRAPro(PreconditionedOptimizer):
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
-        check_flag(type(self).__name__, "sylvester", group["sylvester"])
+        as_flag(type(self).__name__, "sylvester", group["sylvester"])
         if group["capturable"] and group["sylvester"]:
             raise ValueError(
                 f"{type(self).__name__}: capturable=True needs sylvester=False: X comes from torch.linalg.eigh, "

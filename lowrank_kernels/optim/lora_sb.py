@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from .._checks import check_choice
 from ..ops import grouped_eigh, grouped_gram
 from ..pairs import core_owners
 from ._shared.arguments import AdamWOptions, ParamsT
@@ -69,8 +70,7 @@ class LoRASB(LowRankOptimizer):
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
-        if group["update"] not in UPDATES:
-            raise ValueError(f"{type(self).__name__}: update must be 'adam' or 'sgd', got {group['update']!r}")
+        check_choice(type(self).__name__, "update", group["update"], UPDATES)
         if not 0.0 <= group["momentum"] < 1.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if group["momentum"] and group["update"] == "adam":

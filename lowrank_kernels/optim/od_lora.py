@@ -6,7 +6,8 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from ._shared.arguments import AdamWOptions, ParamsT, pythons_number
+from .._checks import as_integer
+from ._shared.arguments import AdamWOptions, ParamsT
 from .decoupled import Action, DecoupledOptimizer
 
 
@@ -52,10 +53,7 @@ class ODLoRA(DecoupledOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        rounds, round_steps = pythons_number(rounds), pythons_number(round_steps)
-        for key, value in (("rounds", rounds), ("round_steps", round_steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"ODLoRA: {key} must be a positive integer, got {value!r}")
+        rounds, round_steps = as_integer("ODLoRA", "rounds", rounds), as_integer("ODLoRA", "round_steps", round_steps)
         super().__init__(
             params,
             lr,

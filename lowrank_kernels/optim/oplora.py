@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -10,10 +11,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from .._checks import as_integer, as_number, check_choice, check_module
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 from ..ops.lorsum import lorsum_in_step
-from ._shared.arguments import LARGEST, AdamWOptions, ParamsT, pythons_number
+from ._shared.arguments import LARGEST, AdamWOptions, ParamsT
 from ._shared.background import Tensors
 from ._shared.distributed import data_parallel_group
 from ._shared.full_gradient import KINDS, Gradients, on_device, random_matrix, widened
@@ -132,11 +134,9 @@ class OPLoRA(OverlappingOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        seed = pythons_number(seed)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"OPLoRA: seed must be an integer, got {seed!r}")
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"OPLoRA: model must be a torch.nn.Module, got {type(model).__name__}")
+        seed = as_integer("OPLoRA", "seed", seed, -math.inf, math.inf)
+        if model is not None:
+            check_module("OPLoRA", model)
         method = {
             "momentum": momentum,
             "sweeps": sweeps,
@@ -169,19 +169,13 @@ class OPLoRA(OverlappingOptimizer):
         super()._check_hyperparameters(group)
         if not 0.0 <= group["momentum"] < 1.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
-        if isinstance(group["sweeps"], bool) or not isinstance(group["sweeps"], int) or group["sweeps"] < 1:
-            raise ValueError(f"{name}: sweeps must be an integer ≥ 1, got {group['sweeps']!r}: without a sweep nothing would be trained")
-        if group["sweeps"] > MOST_SWEEPS:
-            raise ValueError(f"{name}: sweeps must be at most {MOST_SWEEPS}, got {group['sweeps']}; one or two are enough")
-        if not group["proximal"] >= 0:
-            raise ValueError(f"{name}: proximal must be ≥ 0, got {group['proximal']}")
+        as_integer(name, "sweeps", group["sweeps"], 1, MOST_SWEEPS)
+        as_number(name, "proximal", group["proximal"], 0.0)
         for key, allowed in (("momentum_mode", MOMENTUM_MODES), ("gradient", KINDS), ("metric", METRICS)):
-            if group[key] not in allowed:
-                raise ValueError(f"{name}: {key} must be one of {', '.join(map(repr, allowed))}, got {group[key]!r}")
+            check_choice(name, key, group[key], allowed)
         for key in ("momentum_rank", "sketch_width", "metric_rank"):
-            value = group[key]
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: {key} must be an integer ≥ 1, got {value!r}")
+            if group[key] is not None:
+                as_integer(name, key, group[key])
         if group["momentum_rank"] is not None and group["momentum_mode"] != "lowrank":
             raise ValueError(f"{name}: momentum_rank is for momentum_mode='lowrank'; {group['momentum_mode']!r} has the factors' rank")
         if not 0.0 <= group["metric_decay"] < 1.0:

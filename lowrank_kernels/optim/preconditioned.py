@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import as_number
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import Gathered, Tall, column, consecutive, gather, holds, states
 from ..ops import grouped_gram, grouped_preconditioner
@@ -58,8 +59,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
-        if not group["damping"] >= 0:
-            raise ValueError(f"{type(self).__name__}: damping must be ≥ 0, got {group['damping']}")
+        as_number(type(self).__name__, "damping", group["damping"], 0.0)
 
     def _accept_pairs(self) -> None:
         self._refuse_decoupled()

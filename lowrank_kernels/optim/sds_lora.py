@@ -6,7 +6,8 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from ._shared.arguments import AdamWOptions, ParamsT, pythons_number
+from .._checks import as_integer
+from ._shared.arguments import AdamWOptions, ParamsT
 from .decoupled import Action, DecoupledOptimizer
 
 
@@ -58,9 +59,7 @@ class SDSLoRA(DecoupledOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        warmup_steps = pythons_number(warmup_steps)
-        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
-            raise ValueError(f"SDSLoRA: warmup_steps must be a non-negative integer, got {warmup_steps!r}")
+        warmup_steps = as_integer("SDSLoRA", "warmup_steps", warmup_steps, 0)
         super().__init__(
             params,
             lr,

@@ -32,8 +32,8 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: adamw(X.to_sparse()), r"grouped_adamw_: params\[1\] is torch.sparse_coo; only strided"),
     (lambda: adamw(step=0), r"grouped_adamw_: step counts from 1, .* got step=0"),
     (lambda: adamw(step=2, missed=[0, 2]), r"must be above missed; got step=2 and missed=2"),
-    (lambda: adamw(missed=[0, 0.5]), r"missed\[1\] must be a whole number, got 0.5"),
-    (lambda: adamw(step="1"), r"step must be a whole number, got '1'"),
+    (lambda: adamw(missed=[0, 0.5]), r"missed\[1\] must be an integer, got 0.5"),
+    (lambda: adamw(step="1"), r"step must be an integer, got '1'"),
     (lambda: adamw(step=torch.ones(2)), r"step must be one number, got a tensor of shape \(2,\)"),
     (lambda: adamw(lr=math.nan), r"lr must be finite, got nan"),
     (lambda: adamw(lr=None), r"lr must be a number, got None"),
@@ -63,7 +63,7 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_gram([X.double()], dtype=SINGLE), r"grouped_gram: dtype must be torch.float64, got"),
     (lambda: ops.grouped_solve(EYE[0], [X.mT]), r"grams must be \(N, r, r\)"),
     (lambda: ops.grouped_solve(EYE.bfloat16(), [X.mT]), r"grouped_solve: grams must be fp32 or fp64, got torch.bfloat16"),
-    (lambda: ops.grouped_solve(EYE, [X.mT], side="both"), r"side must be 'left' or 'right'"),
+    (lambda: ops.grouped_solve(EYE, [X.mT], side="both"), r"side must be one of 'left', 'right'"),
     (lambda: ops.grouped_solve(EYE, [X.mT], -1.0), r"damping must be ≥ 0, got -1"),
     (lambda: ops.grouped_solve(EYE, [X.mT], math.nan), r"damping must be ≥ 0, got nan"),
     (lambda: ops.grouped_solve(EYE, [X.mT], math.inf), r"grouped_solve: damping must be finite, got inf"),
@@ -133,10 +133,10 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
         lambda: ops.grouped_preconditioner(EYE.double(), drifts=EYE),
         r"drifts must be torch.float64 of shape \(1, 4, 4\)",
     ),
-    (lambda: adamw(lr=10**400), r"grouped_adamw_: lr must be finite in fp64, got a number beyond"),
+    (lambda: adamw(lr=10**400), r"grouped_adamw_: lr must be finite, got a number beyond"),
     (lambda: adamw(lr=torch.ones(1, dtype=torch.complex64)), r"lr must be a real number, got a tensor of dtype torch.complex64"),
     (lambda: adamw(step=torch.ones(1, device="meta")), r"step must be a tensor that holds a value, or a number, got one on meta"),
-    (lambda: adamw(step=10**30), r"step must be ≥ .* and below 2³¹"),
+    (lambda: adamw(step=10**30), r"step must be ≤ 2147483647"),
     (lambda: adamw(betas=(0.9, "x")), r"betas\[1\] must be a number, got 'x'"),
     (lambda: adamw(maximize="x"), r"maximize must be True or False, got 'x'"),
     (lambda: adamw(bias_correction=None), r"bias_correction must be True or False"),
@@ -166,11 +166,11 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_solve(SPARSE, [X.mT]), r"grouped_solve: grams is torch.sparse_coo"),
     (lambda: ops.grouped_solve(EYE, SPARSE), r"grouped_solve: rhs is torch.sparse_coo"),
     (lambda: ops.grouped_solve(EYE, EYE, out=SPARSE), r"grouped_solve: out is torch.sparse_coo"),
-    (lambda: ops.grouped_solve(EYE, EYE, 10**400), r"grouped_solve: damping must be finite in fp64"),
+    (lambda: ops.grouped_solve(EYE, EYE, 10**400), r"grouped_solve: damping must be finite"),
     (lambda: ops.grouped_preconditioner(EYE.double(), transposed="x"), r"transposed must be True or False, got 'x'"),
-    *[(lambda rank=rank: ops.grouped_svd_product([X], [X], rank), r"rank must be a whole number") for rank in ("x", 1.5, True, SCALAR)],
+    *[(lambda rank=rank: ops.grouped_svd_product([X], [X], rank), r"rank must be an integer") for rank in ("x", 1.5, True, SCALAR)],
     *[
-        (lambda name=name, value=value: ops.grouped_svd([X], **{"rank": 2, name: value}), rf"grouped_svd: {name} must be (a whole|≥)")
+        (lambda name=name, value=value: ops.grouped_svd([X], **{"rank": 2, name: value}), rf"grouped_svd: {name} must be (an integer|≤)")
         for name in ("rank", "oversample", "iterations")
         for value in ("x", [], SCALAR, True, 1.5, 10**30)
     ],
@@ -181,3 +181,10 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
 def test_misuse_is_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_flags_may_be_numpys() -> None:
+    up, down = X.clone(), X.clone()
+    for param, maximize in ((up, np.True_), (down, np.False_)):
+        ops.grouped_adamw_([param], [X], [X * 0], [X * 0], **NUMBERS | {"maximize": maximize, "weight_decay": 0.0})
+    assert ((up - X) * (X - down) > 0).all()

@@ -44,7 +44,7 @@ def spoil(model: torch.nn.Module, value: float) -> str:
 
 @feature("faults: infinite or NaN gradients: kept (as torch; OPLoRA raises), skipped or raised by nonfinite_grads=, state untouched")
 def nonfinite_gradients(cell: Cell) -> None:
-    with pytest.raises(ValueError, match="nonfinite_grads must be 'keep', 'skip' or 'raise'"):
+    with pytest.raises(ValueError, match="nonfinite_grads must be one of 'keep', 'skip', 'raise'"):
         cell.optimizer(ours(cell), nonfinite_grads="ignore")
     for value in (float("nan"), float("inf"), -float("inf")):
         model, optimizer = trained(cell, nonfinite_grads="raise")

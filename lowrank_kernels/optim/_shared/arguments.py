@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._checks import as_number, check_flag
+from ..._checks import as_flag, as_number, check_choice, check_module
 from ...pairs import pairs
 from .shards import FLATTENED
 
@@ -95,7 +95,7 @@ def check_options(
         ("capturable", capturable, False),
         ("atomic", atomic, False),
     ):
-        check_flag(name, key, value, optional)
+        as_flag(name, key, value, optional)
     if amsgrad:
         raise ValueError(f"{name}: amsgrad=True is not supported; leave it out")
     if differentiable:
@@ -104,10 +104,9 @@ def check_options(
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if scale is not None:
         as_number(name, "scale", scale, positive=True)
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
-    if nonfinite_grads not in NONFINITE_GRADS:
-        raise ValueError(f"{name}: nonfinite_grads must be 'keep', 'skip' or 'raise', got {nonfinite_grads!r}")
+    if model is not None:
+        check_module(name, model)
+    check_choice(name, "nonfinite_grads", nonfinite_grads, NONFINITE_GRADS)
     if capturable and (nonfinite_grads != "keep" or atomic):
         raise ValueError(f"{name}: capturable=True takes neither nonfinite_grads={nonfinite_grads!r} nor atomic: both wait for the device")
 
@@ -178,8 +177,7 @@ def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
     for key in ("amsgrad", "differentiable"):
         if group.get(key):
             raise ValueError(f"{name}: {key}=True is not supported; leave it out")
-    if not isinstance(group["maximize"], (bool, int)):
-        raise TypeError(f"{name}: maximize must be True or False, got {group['maximize']!r}")
+    as_flag(name, "maximize", group["maximize"])
     if not group["lr_ratio"] > 0:
         raise ValueError(f"{name}: lr_ratio must be positive, got {group['lr_ratio']}")
     if isinstance(lr, Tensor):

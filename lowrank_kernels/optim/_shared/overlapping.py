@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import check_flag
+from ..._checks import as_flag
 from ...backends.registry import do_nothing
 from .arguments import ParamsT
 from .background import EarlyWork, Tensors, start
@@ -32,7 +32,7 @@ class OverlappingOptimizer(WatchingOptimizer):
     early_reads: tuple[str, ...] = ()
 
     def __init__(self, params: ParamsT, lr: float | Tensor, *, overlap: bool, **options: Any) -> None:
-        check_flag(type(self).__name__, "overlap", overlap)
+        as_flag(type(self).__name__, "overlap", overlap)
         self._overlap = bool(overlap)
         self._early: dict[int, EarlyWork] = {}  # by the pair's number
         super().__init__(params, lr, **options)

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from ..._checks import as_integer
 from ...pairs import owners
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
@@ -183,8 +184,7 @@ class WatchingOptimizer(LowRankOptimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"{type(self).__name__}: max_norm must be positive, got {max_norm}")
-        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-            raise ValueError(f"{type(self).__name__}: probes must be an integer ≥ 1, got {probes!r}")
+        probes = as_integer(type(self).__name__, "probes", probes)
         of_factors = {id(self._at(position)) for pair in self._pairs for position in (pair.a, pair.b)}
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         seed = self._seed + 1 + int(self.param_groups[0]["step"])
