@@ -1,6 +1,7 @@
 """What arguments must be that are no tensors: an error names the function, the argument, what came and what is taken.
 
-Numbers, integers, flags and choices are checked in operations, too, so that ``torch.compile`` must be able to trace it.
+And how messages list many names. Operations, too, check numbers, integers, flags and choices here: ``torch.compile`` must be able to trace
+that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+
+
+def first_few(names: Iterable[object], most: int = 4, separator: str = ", ") -> str:
+    """The first of many names, for a message, and how many there are beside them."""
+    found = list(map(str, names))
+    return separator.join([*found[:most], *([f"and {len(found) - most} more"] if len(found) > most else [])])
 
 
 def check_module(function: str, model: object) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ._checks import first_few
 from .backends import registry
 from .optim._shared.base import LowRankOptimizer
 from .pairs import pairs
@@ -44,8 +45,7 @@ class Explanation:
         for line in self.libraries:
             yield f"CUDA libraries of the native backend: {line}"
         for (operations, device, backend, reasons), kinds in _grouped(self.choices).items():
-            shown = "; ".join(kinds[:_SHOWN]) + (f"; and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else "")
-            yield f"{', '.join(operations)} on {device} ({shown}): {backend}"
+            yield f"{', '.join(operations)} on {device} ({first_few(kinds, separator='; ')}): {backend}"
             for name, reason in reasons:
                 yield f"    {name}: {reason}"
         if not self.choices:
@@ -58,10 +58,6 @@ class Explanation:
 
     def __repr__(self) -> str:
         return f"<Explanation of {len(self.choices)} calls; print it for the report>"
-
-
-#: How many kinds of calls a line of the report names.
-_SHOWN = 4
 
 
 def _grouped(choices: list[Choice]) -> dict[tuple[tuple[str, ...], str, str, tuple[tuple[str, str], ...]], list[str]]:

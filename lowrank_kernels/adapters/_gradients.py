@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_flag, as_integer, check_choice
+from .._checks import as_flag, as_integer, check_choice, first_few
 from ..backends.dtypes import compute_dtype
 from ..optim._shared.distributed import data_parallel_group
 from .layer import LowRankLinear
@@ -139,7 +139,8 @@ class Gradients:
         untouched = [name for name in self.layers if _total(self._sums[name].calls, self._device) == 0]
         if untouched:
             raise ValueError(
-                f"{function}: no gradient reached {_some(untouched)}: the loss does not depend on it; leave it out of target_modules"
+                f"{function}: no gradient reached {first_few(map(repr, untouched))}: the loss does not depend on it; leave it out of "
+                "target_modules"
             )
 
     def take(self, name: str) -> Tensor:
@@ -187,10 +188,6 @@ def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     except ImportError:
         return batches
     return tqdm(batches, desc="gradients of W0", unit="batch")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _is_first_rank() -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from .._checks import as_number
+from .._checks import as_number, first_few
 from ..pairs import pairs
 from ._model import check_model, clean_name, compiled_modules, parallel_wrapper, replace_modules
 from .layer import LowRankLinear, check_settings
@@ -161,7 +161,7 @@ def _close_names(wanted: Iterable[str], names: Iterable[str]) -> str:
     last = list(dict.fromkeys(name.rpartition(".")[2] for name in full))
     close = {match: None for name in wanted for match in difflib.get_close_matches(name, last + full, n=3, cutoff=0.5)}
     shown = list(close) or [name for name in last if not name.isdigit()] or full
-    return ("did you mean " if close else "the model has ") + ", ".join(map(repr, shown[:12])) + (", …" if len(shown) > 12 else "")
+    return ("did you mean " if close else "the model has ") + first_few(map(repr, shown), 12)
 
 
 def _match_saved(named: dict[str, nn.Module], modules_to_save: Sequence[str] | None) -> dict[str, nn.Module]:

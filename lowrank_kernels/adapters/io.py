@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._checks import as_flag, check_path
+from .._checks import as_flag, check_path, first_few
 from ..optim._shared.shards import is_sharded
 from ._model import adapted_layers, check_model, clean_name
 from .adapt import check_unadapted, install
@@ -189,7 +189,7 @@ def _plan(
     if strict and (missing or unexpected):
         raise ValueError(
             f"{function}: names do not fit the model; "
-            + "; ".join(f"{what}: {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names)
+            + "; ".join(f"{what}: {first_few(names, 6)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names)
             + "; adapt the model with the same method, target_modules and modules_to_save, or pass strict=False"
         )
     copies = []
@@ -210,10 +210,6 @@ def _plan(
             )
         copies.append((target, source))
     return IncompatibleKeys(missing, unexpected), copies
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 @torch.no_grad()
@@ -407,7 +403,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     buffers = {clean_name(name) for name, _ in root.named_buffers()}
     unknown = [name for name in others if name not in parameters and name not in buffers]
     if unknown and strict:
-        raise ValueError(f"load_adapter: the file has tensors that the model does not: {_some(unknown)}; pass strict=False to skip them")
+        which = first_few(unknown, 6)
+        raise ValueError(f"load_adapter: the file has tensors that the model does not: {which}; pass strict=False to skip them")
     install(
         "load_adapter",
         root,
@@ -430,4 +427,4 @@ def _check_same_settings(settings: Mapping[str, LayerSettings], layers: Mapping[
                 raise ValueError(f"load_adapter: {name!r} has {what} {getattr(layer, what)!r}, the file {getattr(saved, what)!r}")
     missing = [name for name in layers if name not in settings]
     if missing and strict:
-        raise ValueError(f"load_adapter: the model has adapters that the file has not: {_some(missing)}")
+        raise ValueError(f"load_adapter: the model has adapters that the file has not: {first_few(missing, 6)}")

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
+from ..._checks import first_few
 from ...pairs import Pair, halves_by_name, is_adapter_parameter, live_layers, own_pair, pairs_by_name
 from .shards import FLATTENED, PARTITIONED, made_by_zero
 
@@ -204,12 +205,11 @@ def find_pairs(
     found = Pairing(pairs, cores, lone.union(left), [len(group["params"]) for group in groups], unpairable, halves)
     if new := [position for position in sorted(lone.union(left)) if position[0] >= since_group]:
         kinds = f"convolutions{' in groups, transposed or 3-d' if method.trains_convolutions else ''}"
-        names_of_new = [left.get(position) or name_at(groups, position) for position in new[:4]]
         left_out = [half.why for half in halves if half.left_out and half.position in new]
         notices.append(
             f"{name}: {len(new)} adapter parameter(s) are no {'pair of matrices' if method.trains_pairs else 'cores'} "
             f"(embeddings, {kinds}, DoRA's magnitudes, lone factors, variants whose ΔW is not sBA) and get AdamW: "
-            f"{', '.join(names_of_new)}{', …' if len(new) > 4 else ''}"
+            f"{first_few(left.get(position) or name_at(groups, position) for position in new)}"
             f"{f'. {len(left_out)} of them for want of the other factor: {left_out[0]}; pass both' if left_out else ''}"
         )
     return found, notices if method.requires_pairs else []
@@ -330,7 +330,7 @@ def _why_no_pair(
             lone.setdefault(id(pair.A), pair)
     if lone:
         first = next(iter(lone.values()))
-        which = f"{first.name or 'one layer'}{f' and {len(lone) - 1} more' if len(lone) > 1 else ''}"
+        which = first_few([pair.name or "one layer" for pair in lone.values()], 1)
         side, partner = ("A", first.B) if id(first.A) in held else ("B", first.A)
         return (
             f"{found}: of {which} only {side} is among them, its partner {'was left out' if partner.requires_grad else 'is frozen'}. "
@@ -340,23 +340,23 @@ def _why_no_pair(
         return f"{found}: the model's {len(known)} pairs are frozen; call requires_grad_(True) on their factors first"
     if names := [name_at(groups, position) for position in sorted(unpairable)]:
         return (
-            f"{found}: of {', '.join(names[:4])}{', …' if len(names) > 4 else ''} ΔW is not the product sBA (a variant of LoRA: factors in "
+            f"{found}: of {first_few(names)} ΔW is not the product sBA (a variant of LoRA: factors in "
             "blocks, the experts of one parameter, KaSA, …); train them with AdamW"
         )
     if left := [(n, p) for n, p in named if is_adapter_parameter(n)]:
         names = [n for n, _ in left]
         if all(p.ndim > 2 or "lora_embedding" in n for n, p in left):
             return (
-                f"{found}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} belong to convolutions or embeddings and are no pair of "
+                f"{found}: {first_few(names)} belong to convolutions or embeddings and are no pair of "
                 "matrices. Adapt Linear layers; or train them with AdamW, or, 1-d and 2-d convolutions that are not in groups, with OPLoRA"
             )
         return (
-            f"{found}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} have no partner among them that fits. Pass the adapted "
+            f"{found}: {first_few(names)} have no partner among them that fits. Pass the adapted "
             "model itself, or all of model.named_parameters(), frozen factors too; train variants whose ΔW is not sBA (AdaLoRA) with AdamW"
         )
     if others := [n for n, _ in named if _OTHER_TUNERS.search(n)]:
         return (
-            f"{found}, but {', '.join(others[:4])}{', …' if len(others) > 4 else ''}, of a method other than LoRA (VeRA, LoHa, IA3, OFT, "
+            f"{found}, but {first_few(others)}, of a method other than LoRA (VeRA, LoHa, IA3, OFT, "
             "prompt tuning, …); train them with this package's AdamW"
         )
     return (

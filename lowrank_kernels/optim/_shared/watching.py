@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..._checks import as_integer
+from ..._checks import as_integer, first_few
 from ...pairs import owners
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
@@ -153,8 +153,8 @@ class WatchingOptimizer(LowRankOptimizer):
                 active.append(pair)
         if unseen:
             raise RuntimeError(
-                f"{type(self).__name__}: no backward pass was seen since the last step() or zero_grad() of {', '.join(unseen[:4])}"
-                f"{', …' if len(unseen) > 4 else ''}, {len(unseen)} of the {len(unseen) + len(active)} layers with a gradient. {UNSEEN}"
+                f"{type(self).__name__}: no backward pass was seen since the last step() or zero_grad() of {first_few(unseen)}, "
+                f"{len(unseen)} of the {len(unseen) + len(active)} layers with a gradient. {UNSEEN}"
             )
         recorders = dict(zip(map(id, self._pairs), self._recorders, strict=True))
         found = []
