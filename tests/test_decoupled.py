@@ -6,9 +6,11 @@ import copy
 import io
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint.state_dict as dcp
 from _models import batch, loss_of, make_model, pair_delta, trainable
 from torch import nn
 
@@ -302,10 +304,10 @@ def test_peft_adapters_that_are_frozen_are_hooked_for_when_they_are_thawed(copie
     optimizer.step()
 
 
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("resumed", ["", "state dict", "older state dict", "disk"])
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_frozen_layers_are_left_alone_and_take_their_turn_when_thawed(method: str, library: str, resumed: bool) -> None:
+def test_frozen_layers_are_left_alone_and_take_their_turn_when_thawed(method: str, library: str, resumed: str, tmp_path: Path) -> None:
     """Frozen after some steps, past every switch; what was trained stays, and goes on from there, once ΔW = s(Q_B A + B Q_Aᵀ)."""
     build, options = METHODS[method][0], SHORT[method]
     model = make_model(library)
@@ -315,14 +317,29 @@ def test_frozen_layers_are_left_alone_and_take_their_turn_when_thawed(method: st
     before, delta = [p.requires_grad_(False).detach().clone() for p in (frozen.A, frozen.B)], pair_delta(frozen)
     train(model, optimizer, 4, 31)
     assert torch.equal(frozen.A, before[0]) and torch.equal(frozen.B, before[1]) and torch.equal(pair_delta(frozen), delta)
-    if resumed:
+    marked = optimizer.param_groups[0]["still_plain"]
+    assert len(marked) == 1
+    if resumed == "disk":
+        flattened = dcp.StateDictOptions(flatten_optimizer_state_dict=True)
+        saved = dcp.get_optimizer_state_dict(model, optimizer, options=flattened)
+        torch.distributed.checkpoint.save({"o": saved}, checkpoint_id=tmp_path, no_dist=True)
+        optimizer.zero_grad()  # torch makes no state, to be read into, where there are gradients
+        optimizer = build(model.named_parameters(), lr=1e-2, scale=0.7, **options)
+        read = {"o": dcp.get_optimizer_state_dict(model, optimizer, options=flattened)}
+        torch.distributed.checkpoint.load(read, checkpoint_id=tmp_path, no_dist=True)
+        dcp.set_optimizer_state_dict(model, optimizer, read["o"], options=flattened)
+    elif "state dict" in resumed:
         saved = copy.deepcopy(optimizer.state_dict())
+        assert saved["param_groups"][0]["still_plain"].count(True) == 1
         optimizer = build(model.named_parameters(), lr=1e-2, scale=0.7, **options)
         damaged = copy.deepcopy(saved)
         damaged["param_groups"][0]["still_plain"] = [1000]
         with pytest.raises(ValueError, match="still_plain .* it is damaged"):
             optimizer.load_state_dict(damaged)
+        if "older" in resumed:
+            saved["param_groups"][0]["still_plain"] = marked
         optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["still_plain"] == marked
     twin = make_model(library)
     twin.load_state_dict(model.state_dict())
     frozen.A.requires_grad_(True), frozen.B.requires_grad_(True)
@@ -340,6 +357,27 @@ def test_frozen_layers_are_left_alone_and_take_their_turn_when_thawed(method: st
     assert 0 < moved.norm() < 0.5 * delta.norm() and optimizer.param_groups[0]["still_plain"] == []
     train(model, optimizer, 32, 60)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", ["state dict", "pickle"])
+def test_older_versions_saved_nothing_of_frozen_layers_until_there_was_one(way: str) -> None:
+    model = make_model("ours")
+    optimizer = SDSLoRA(model, lr=1e-2, total_steps=60)
+    train(model, optimizer, 0, 3)
+    saved = copy.deepcopy((model, optimizer))
+    for found in (saved[1].defaults, *saved[1].param_groups):
+        del found["still_plain"]
+    if way == "pickle":
+        twin, resumed = pickle.loads(pickle.dumps(saved))
+    else:
+        twin = saved[0]
+        resumed = SDSLoRA(twin, lr=1e-2, total_steps=60)
+        older = optimizer.state_dict()
+        del older["param_groups"][0]["still_plain"]
+        resumed.load_state_dict(older)
+    train(model, optimizer, 3, 14)
+    train(twin, resumed, 3, 14)
+    assert resumed.param_groups[0]["still_plain"] == [] and all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
 def test_refresh_schedule() -> None:

@@ -28,12 +28,13 @@ from ._shared.idle_halves import IdleHalf, owner, remove_all
 from ._shared.notices import warn
 from ._shared.pairing import FactorPair, LikePairs, Position
 from ._shared.shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
+from ._shared.state import check_is_state_dict
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 
 _requires_grad = attrgetter("requires_grad")
 
-#: What a group calls the places of the As of pairs that were frozen when the others were decoupled; it has none before that.
+#: What a group calls the places of the As of pairs that were frozen when the others were decoupled.
 STILL_PLAIN = "still_plain"
 
 #: Where a layer of ours holds its A, Q_Aᵀ and Q_B.
@@ -118,6 +119,7 @@ class DecoupledOptimizer(LowRankOptimizer):
 
     factors_share_steps = True
     moves_both_factors = True
+    counts = positions = frozenset({STILL_PLAIN})
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         self._told_of_halves = False
         self._due: tuple[dict[Action, list[FactorPair]], list[FactorPair]] = {}, []
         schedule = {"total_steps": total_steps, "phases": phases, "refresh_every": refresh_every, "start_steps": start_steps}
-        method = {**schedule, "basis": basis, **(method_defaults or {})}
+        method = {**schedule, "basis": basis, STILL_PLAIN: [], **(method_defaults or {})}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
@@ -210,7 +212,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             step = group["step"] + 1
             t = step - group["start_steps"]
             actions.append(self._start_action(group, step) if t <= 0 else self._main_action(group, t))
-        late = any(group.get(STILL_PLAIN) for group in self.param_groups)
+        late = any(group[STILL_PLAIN] for group in self.param_groups)
         if not (late or any(actions)):
             return {}, []
         if not late and all(action == self._refresh for action in actions) and self._all_train():
@@ -225,8 +227,8 @@ class DecoupledOptimizer(LowRankOptimizer):
                 if plain and self._is_decoupled(group, group["step"] + 1):
                     passed_over.append(pair)
                 continue
-            if pair.a[1] in group.get(STILL_PLAIN, ()) and action in (None, self._refresh):
-                action = self._catch_up
+            if pair.a[1] in group[STILL_PLAIN] and action in (None, self._refresh):
+                action = self._reparametrize
             if action is not None:
                 # A refresh of our layers writes the bases alone, which are buffers.
                 if not (all(trained) or (pair.holds_bases and action == self._refresh)):
@@ -244,15 +246,14 @@ class DecoupledOptimizer(LowRankOptimizer):
     def _decoupled_after(self, pair: FactorPair, step: int) -> bool:
         """Whether a pair is decoupled after ``step`` steps."""
         group = self.param_groups[pair.a[0]]
-        return self._is_decoupled(group, step) and pair.a[1] not in group.get(STILL_PLAIN, ())
+        return self._is_decoupled(group, step) and pair.a[1] not in group[STILL_PLAIN]
 
     def _mark_plain(self, some: list[FactorPair], plain: bool) -> None:
         """Note in the groups, and so in checkpoints, which pairs stayed plain when the others were decoupled: the places of their As."""
         for group_index in {pair.a[0] for pair in some}:
             group, indices = self.param_groups[group_index], {pair.a[1] for pair in some if pair.a[0] == group_index}
-            marked = set(group.get(STILL_PLAIN, ()))
-            if plain or marked:
-                group[STILL_PLAIN] = sorted(marked | indices if plain else marked - indices)  # a new list: a step may be undone
+            marked = set(group[STILL_PLAIN])
+            group[STILL_PLAIN] = sorted(marked | indices if plain else marked - indices)  # a new list: a step may be undone
 
     def _sorted(self) -> _Sorted:
         """The pairs as they are sorted now; done anew where pairs were added, or taken back after an error."""
@@ -334,22 +335,10 @@ class DecoupledOptimizer(LowRankOptimizer):
 
         (The papers take the SVD of ΔW itself and divide by 2s: s cancels.) Exact where ΔW has rank r, as after plain LoRA.
         """
-        self._balance(due)
-        self._clear_factor_state(due)
-
-    def _catch_up(self, due: list[FactorPair]) -> None:
-        """:meth:`_reparametrize` of single layers, that were frozen when it was the others' turn."""
-        self._balance(due)
-        for group_index, index in (position for pair in due for position in (pair.a, pair.b)):
-            group = self.param_groups[group_index]
-            for value in self.state.get(group["params"][index], {}).values():
-                value.zero_()
-            group["missed"][index] = int(self._updates_due(group_index, index))
-
-    def _balance(self, due: list[FactorPair]) -> None:
         for new, u, sigma, v in self._truncated_svds(due):
             assign(new.a, sigma[:, None] / 2 * v.mT)
             assign(new.b, u * (sigma / 2))
+        self._clear_factor_state(due)
 
     def _restart(self, due: list[FactorPair]) -> None:
         """Back at W0 with the bases that ΔW has found: ``Q_A = V_r``, ``Q_B = U_r``, ``A = B = 0`` (Algorithm 1 of OD-LoRA)."""
@@ -357,6 +346,20 @@ class DecoupledOptimizer(LowRankOptimizer):
             new.a.zero_()
             new.b.zero_()
         self._clear_factor_state(due)
+
+    def _clear_factor_state(self, due: list[FactorPair]) -> None:
+        """Zero the moments of these pairs and restart their bias correction; those of frozen ones stay, until it is their turn."""
+        positions = {position for pair in due for position in (pair.a, pair.b)}
+        for group_index in {group_index for group_index, _ in positions}:
+            group, factors = self.param_groups[group_index], self._factors[group_index]
+            states = {index: self.state.get(group["params"][index], {}) for index in factors}
+            cleared = {index for index in factors if (group_index, index) in positions}
+            if values := [value for index in cleared for value in states[index].values()]:
+                torch._foreach_zero_(values)
+            if any(states[index] for index in factors - cleared):
+                group["missed"].update({index: int(self._updates_due(group_index, index)) for index in cleared})
+            else:
+                group["cleared_at"], group["missed"] = group["step"], {i: n for i, n in group["missed"].items() if i not in factors}
 
     def _truncated_svds(self, due: list[FactorPair]) -> Iterator[tuple[DecoupledFactors, Tensor, Tensor, Tensor]]:
         """Makes the pairs decoupled with ``Q_A = V_r``, ``Q_B = U_r`` of their ΔW = sUΣVᵀ (from thin factors, d_out × d_in is
@@ -416,8 +419,6 @@ class DecoupledOptimizer(LowRankOptimizer):
             self._check_agreement()
             self._agreed_at = switch_count()  # the check may find that a layer has switched
         self._due = self._actions_due()
-        for pair in self._due[1]:
-            self.param_groups[pair.a[0]].setdefault(STILL_PLAIN, [])  # what a step that raises goes back to
 
     def _check_agreement(self) -> None:
         """Refuse a model that is not as the optimizer's counters say."""
@@ -574,6 +575,8 @@ class DecoupledOptimizer(LowRankOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for found in (self.defaults, *self.param_groups):  # older pickles
+            found.setdefault(STILL_PLAIN, [])
         if "_idle_hooks" not in self.__dict__:  # a copy
             self._begin_hooking()
         self.__dict__.setdefault("_told_of_halves", True)
@@ -583,16 +586,9 @@ class DecoupledOptimizer(LowRankOptimizer):
             hook.forget()
 
     def _checked_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state_dict = super()._checked_state_dict(state_dict)
-        places = [pair.a for pair in self._pairs]
-        for index, saved in enumerate(state_dict["param_groups"]):
-            marked = saved.get(STILL_PLAIN, [])
-            if not (isinstance(marked, list) and all((index, i) in places for i in marked)):
-                raise ValueError(
-                    f"{type(self).__name__}: param_groups[{index}] of the checkpoint has {STILL_PLAIN} {marked!r:.80}, no list of places "
-                    "of As; it is damaged"
-                )
-        return state_dict
+        check_is_state_dict(type(self).__name__, state_dict)
+        groups = [{STILL_PLAIN: [], **saved} for saved in state_dict["param_groups"]]  # older checkpoints have it where there was one
+        return super()._checked_state_dict({**state_dict, "param_groups": groups})
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()

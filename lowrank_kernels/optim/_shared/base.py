@@ -623,17 +623,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
         operation(*tensors, **{**arguments, "begin_writing": self._begin_writing, **options})
 
-    def _clear_factor_state(self, cleared: list[FactorPair]) -> None:
-        """Zero the factors' moments in the groups of these pairs and restart their bias correction; other state stays."""
-        for group_index in {position[0] for pair in cleared for position in (pair.a, pair.b)}:
-            group, factors = self.param_groups[group_index], self._factors[group_index]
-            values = [value for i in factors for value in self.state.get(group["params"][i], {}).values()]
-            if values:  # none, where all were frozen so far
-                self._begin_writing()
-                torch._foreach_zero_(values)
-            group["cleared_at"] = group["step"].clone() if isinstance(group["step"], Tensor) else group["step"]
-            group["missed"] = {i: n for i, n in group["missed"].items() if i not in factors}
-
     # ---------------------------------------------------------------- saving, loading, copying
 
     def state_dict(self) -> dict[str, Any]:
