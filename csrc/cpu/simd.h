@@ -4,6 +4,10 @@
 
 #include "cpu/common.h"
 
+#if defined(__GNUC__) && defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace lowrank::LOWRANK_ISA {
 
 #if defined(__GNUC__)
@@ -129,8 +133,15 @@ LOWRANK_INLINE Vec<A> load_as(const T* p) {
     return load(p);
   } else {
 #if defined(__GNUC__)
+// GCC converts each half of a vector by itself (six instructions) where the processor has one for all.
+#if defined(__SSE2__) && LOWRANK_VECTOR_BYTES == 64
+    return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));  // without a mask GCC warns of its own header
+#elif defined(__SSE2__) && LOWRANK_VECTOR_BYTES == 32
+    return _mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
     typedef T Narrow __attribute__((vector_size(kLanes<A> * sizeof(T)), aligned(alignof(T)), may_alias));
     return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Vec<A>);
+#endif
 #else
     Vec<A> v;
     for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(p[i]);
