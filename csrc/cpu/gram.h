@@ -127,21 +127,23 @@ LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64
   add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r, k, symmetric, i0, j0, tile, [](int64_t) {});
 }
 
-// gram (r, pitch) += the sums over the lanes of the tile from (i0, j0) on, added up in double. The tile is used up.
-template <class A>
-void reduce_gram_tile(Vec<A>* tile, int64_t i0, int64_t j0, int64_t r, int64_t k, double* gram, int64_t pitch) {
-  static_assert(kGramTile % kLanes<A> == 0, "sums are reduced a vector at a time");
-  A sums[kGramTile];
-  for (int s = 0; s < kGramTile; s += kLanes<A>) store(sums + s, sum_lanes_of_each<A>(tile + s));
+// gram (r, pitch) += the sums over the lanes of the tile of I × J vectors from (i0, j0) on, added up in double. The
+// tile, which whole vectors of sums are read of, is used up.
+template <class A, int I = kGramI, int J = kGramJ>
+LOWRANK_INLINE void reduce_gram_tile(Vec<A>* tile, int64_t i0, int64_t j0, int64_t r, int64_t k, double* gram,
+                                     int64_t pitch) {
+  constexpr int kSums = static_cast<int>(round_up(I * J, kLanes<A>));
+  A sums[kSums];
+  for (int s = 0; s < kSums; s += kLanes<A>) store(sums + s, sum_lanes_of_each<A>(tile + s));
   double* const corner = gram + i0 * pitch + j0;
-  if (i0 + kGramI <= r && j0 + kGramJ <= k) {
-    for (int i = 0; i < kGramI; ++i) {
-      for (int j = 0; j < kGramJ; ++j) corner[i * pitch + j] += static_cast<double>(sums[i * kGramJ + j]);
+  if (i0 + I <= r && j0 + J <= k) {
+    for (int i = 0; i < I; ++i) {
+      for (int j = 0; j < J; ++j) corner[i * pitch + j] += static_cast<double>(sums[i * J + j]);
     }
     return;
   }
-  for (int i = 0; i < kGramI && i0 + i < r; ++i) {
-    for (int j = 0; j < kGramJ && j0 + j < k; ++j) corner[i * pitch + j] += static_cast<double>(sums[i * kGramJ + j]);
+  for (int i = 0; i < I && i0 + i < r; ++i) {
+    for (int j = 0; j < J && j0 + j < k; ++j) corner[i * pitch + j] += static_cast<double>(sums[i * J + j]);
   }
 }
 

@@ -12,7 +12,7 @@ struct Sizes {
 
   Sizes() = default;
   Sizes(const LorsumScalars& s, const LorsumItem& item) {
-    const int64_t rows[2] = {padded_rows(item.d_out), padded_rows(item.d_in)};
+    const int64_t rows[2] = {lorsum_pitch(item.d_out), lorsum_pitch(item.d_in)};
     const int64_t longest = std::max(rows[0], rows[1]);
     factors = 2 * s.r * (rows[0] + rows[1]);
     coefficients = s.r * s.r;

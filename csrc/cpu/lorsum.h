@@ -46,78 +46,98 @@ struct Columns {
 template <class A, bool SYMMETRIC = false, class T>
 void contract(const T* x, int64_t x_pitch, int64_t x_columns, const T* y, int64_t y_pitch, int64_t y_columns,
               int64_t rows, double* out, int64_t pitch) {
-  constexpr int I = kManyRegisters ? 4 : 2, J = 4;
+  constexpr int I = kManyRegisters ? 4 : 3, J = 4, kSums = static_cast<int>(round_up(I * J, kLanes<A>));
   for (int64_t i0 = 0; i0 < x_columns; i0 += I) {
     const T* x_column[I];
     for (int i = 0; i < I; ++i) x_column[i] = x + (i0 + i < x_columns ? i0 + i : x_columns - 1) * x_pitch;
     for (int64_t j0 = SYMMETRIC ? i0 / J * J : 0; j0 < y_columns; j0 += J) {
       const T* y_column[J];
       for (int j = 0; j < J; ++j) y_column[j] = y + (j0 + j < y_columns ? j0 + j : y_columns - 1) * y_pitch;
-      Vec<A> sum[I * J] = {};
+      Vec<A> sum[kSums] = {};
       for (int64_t k = 0; k < rows; k += kLanes<A>) {
-        Vec<A> a[I], b[J];
-        for (int i = 0; i < I; ++i) a[i] = load_as<A>(x_column[i] + k);
-        for (int i = 0; i < I; ++i) prefetch(x_column[i] + I * x_pitch + k);
-        for (int j = 0; j < J; ++j) b[j] = load_as<A>(y_column[j] + k);
+        Vec<A> a[I];
+        LOWRANK_UNROLL
         for (int i = 0; i < I; ++i) {
-          for (int j = 0; j < J; ++j) sum[i * J + j] += a[i] * b[j];
+          a[i] = load_as<A>(x_column[i] + k);
+          prefetch(x_column[i] + I * x_pitch + k);
+        }
+        LOWRANK_UNROLL
+        for (int j = 0; j < J; ++j) {  // one vector of Y at a time: registers are few
+          const Vec<A> b = load_as<A>(y_column[j] + k);
+          LOWRANK_UNROLL
+          for (int i = 0; i < I; ++i) sum[i * J + j] += a[i] * b;
         }
       }
-      A sums[I * J];
-      for (int s = 0; s < I * J; s += kLanes<A>) store(sums + s, sum_lanes_of_each<A>(sum + s));
-      for (int i = 0; i < I && i0 + i < x_columns; ++i) {
-        for (int j = 0; j < J && j0 + j < y_columns; ++j)
-          out[(i0 + i) * pitch + j0 + j] += static_cast<double>(sums[i * J + j]);
-      }
+      reduce_gram_tile<A, I, J>(sum, i0, j0, x_columns, y_columns, out, pitch);
     }
   }
 }
 
-// J columns of out += X C: V vectors of rows from row k on.
-template <class T, int J, int V>
+// J columns of out += X C: V vectors of rows. If kCopies, what is read of X is written to `dense`, too.
+template <class T, int J, int V, bool kCopies>
 LOWRANK_INLINE void expand_block(const T* x, int64_t x_pitch, int64_t x_columns, const T* c, int64_t c_pitch, T* out,
-                                 int64_t out_pitch) {
+                                 int64_t out_pitch, T* dense) {
+  constexpr int L = kLanes<T>;
   Vec<T> sum[J][V] = {};  // of this tile: sums of sums round less than one long sum
   for (int64_t i = 0; i < x_columns; ++i) {
     Vec<T> a[V];
-    for (int v = 0; v < V; ++v) a[v] = load(x + i * x_pitch + v * kLanes<T>);
-    for (int v = 0; v < V; ++v) prefetch(x + i * x_pitch + (V + v) * kLanes<T>);
+    LOWRANK_UNROLL
+    for (int v = 0; v < V; ++v) {
+      a[v] = load(x + i * x_pitch + v * L);
+      if constexpr (kCopies) {
+        prefetch(x + i * x_pitch + (V + v) * L);
+        store(dense + (i * V + v) * L, a[v]);
+      }
+    }
+    LOWRANK_UNROLL
     for (int j = 0; j < J; ++j) {
       const Vec<T> factor = splat(c[i * c_pitch + j]);
+      LOWRANK_UNROLL
       for (int v = 0; v < V; ++v) sum[j][v] += factor * a[v];
     }
   }
   for (int j = 0; j < J; ++j) {
     for (int v = 0; v < V; ++v) {
-      T* at = out + j * out_pitch + v * kLanes<T>;
+      T* at = out + j * out_pitch + v * L;
       store(at, load(at) + sum[j][v]);
     }
   }
 }
 
-// V vectors of rows of out += X C: all columns of C from j0 on, in blocks of J, the rest in blocks of J/2, … 1.
+// V vectors of rows of out += X C: all columns of C from j on, in blocks of J, the rest in blocks of J/2, … 1.
 template <class T, int J, int V>
-LOWRANK_INLINE void expand_columns(const T* x, int64_t x_pitch, int64_t x_columns, const T* c, int64_t columns,
-                                   int64_t j0, T* out, int64_t out_pitch) {
-  for (; j0 + J <= columns; j0 += J) {
-    expand_block<T, J, V>(x, x_pitch, x_columns, c + j0, columns, out + j0 * out_pitch, out_pitch);
+LOWRANK_INLINE void expand_columns(const T* dense, int64_t x_columns, const T* c, int64_t columns, int64_t j, T* out,
+                                   int64_t out_pitch) {
+  for (; j + J <= columns; j += J) {
+    expand_block<T, J, V, false>(dense, V * kLanes<T>, x_columns, c + j, columns, out + j * out_pitch, out_pitch,
+                                 nullptr);
   }
   if constexpr (J > 1) {
-    if (j0 < columns) expand_columns<T, J / 2, V>(x, x_pitch, x_columns, c, columns, j0, out, out_pitch);
+    if (j < columns) expand_columns<T, J / 2, V>(dense, x_columns, c, columns, j, out, out_pitch);
   }
 }
 
-// out (rows, columns) += X C with C (x_columns, columns), contiguous. Rows outermost: what is read of X again for the
-// next columns is in the first-level cache.
+// out (rows, columns) += X C with C (x_columns, columns), contiguous, of at most kMaxRank or kLorsumColumns rows. Rows
+// outermost: the first block of columns copies what it reads, as columns whole pages apart share few lines of the
+// first-level cache, and the others read that.
 template <class T>
 void expand(const T* x, int64_t x_pitch, int64_t x_columns, const T* c, int64_t columns, T* out, int64_t out_pitch,
             int64_t rows) {
-  constexpr int L = kLanes<T>, J = kManyRegisters ? 8 : 4;
+  constexpr int L = kLanes<T>, J = kManyRegisters ? 8 : 4, V = kManyRegisters ? 2 : 3;
+  static_assert(kLorsumColumns <= kMaxRank);
+  alignas(kLineBytes) T dense[kMaxRank * V * L];
+  const auto some_rows = [&](int64_t k, auto v) {
+    constexpr int kRows = decltype(v)::value;
+    const auto first = [&](auto j) {
+      constexpr int kFirst = decltype(j)::value;
+      expand_block<T, kFirst, kRows, true>(x + k, x_pitch, x_columns, c, columns, out + k, out_pitch, dense);
+      expand_columns<T, J, kRows>(dense, x_columns, c, columns, kFirst, out + k, out_pitch);
+    };
+    columns >= J ? first(std::integral_constant<int, J>()) : first(std::integral_constant<int, 1>());
+  };
   int64_t k = 0;
-  for (; k + 2 * L <= rows; k += 2 * L) {
-    expand_columns<T, J, 2>(x + k, x_pitch, x_columns, c, columns, 0, out + k, out_pitch);
-  }
-  for (; k < rows; k += L) expand_columns<T, J, 1>(x + k, x_pitch, x_columns, c, columns, 0, out + k, out_pitch);
+  for (; k + V * L <= rows; k += V * L) some_rows(k, std::integral_constant<int, V>());
+  for (; k < rows; k += L) some_rows(k, std::integral_constant<int, 1>());
 }
 
 // out (rows, r) = c · sums (rows, r) · map (r, r); of sums and map the rows are `pitch` apart. Several rows at a time,
@@ -171,7 +191,7 @@ inline bool invert(const double* gram, int64_t r, double proximal, double relati
 template <class T>
 struct Factor {
   View view, out;
-  int64_t rows, pitch;
+  int64_t rows, padded, pitch;  // rows, with the zeros behind them, and from column to column
   T *start, *now;
   double* gram;  // of the present value
 };
@@ -187,7 +207,8 @@ class Lorsum {
     T* next = work.factors;
     for (int side = 0; side < 2; ++side) {
       Factor<T>& f = factor_[side];
-      f = {side ? item.v : item.u, side ? item.out_v : item.out_u, rows[side], padded_rows(rows[side])};
+      f = {side ? item.v : item.u, side ? item.out_v : item.out_u, rows[side], padded_rows(rows[side]),
+           lorsum_pitch(rows[side])};
       f.start = next;
       f.now = next + r_ * f.pitch;
       next += 2 * r_ * f.pitch;
@@ -208,7 +229,7 @@ class Lorsum {
           packed += term.k * f.pitch;
           pack(columns.view, term.dtype, f.rows, term.k, at, f.pitch);
         }
-        columns = {{at, 1, f.pitch}, kDTypeOf<T>, f.pitch};
+        columns = {{at, 1, f.pitch}, kDTypeOf<T>, f.padded};
       }
     }
   }
@@ -284,7 +305,7 @@ class Lorsum {
     add_grams(f, chunks);
   }
   void chunk_gram(const Factor<T>& f, const T* x, int64_t chunk) const {
-    const int64_t begin = chunk * kLorsumRows, n = f.pitch - begin < kLorsumRows ? f.pitch - begin : kLorsumRows;
+    const int64_t begin = chunk * kLorsumRows, n = f.padded - begin < kLorsumRows ? f.padded - begin : kLorsumRows;
     double* gram = work_.grams + chunk * r_ * pitch_;
     std::memset(gram, 0, static_cast<size_t>(r_ * pitch_) * sizeof(double));
     contract<double, true>(x + begin, f.pitch, r_, x + begin, f.pitch, r_, n, gram, pitch_);
@@ -404,7 +425,7 @@ class Lorsum {
   // The new factor, rows [begin, begin + kLorsumRows).
   void form_rows(int side, int64_t begin, const T* start_map, int worker) const {
     const Factor<T>& f = factor_[side];
-    const int64_t n = f.pitch - begin < kLorsumRows ? f.pitch - begin : kLorsumRows;
+    const int64_t n = f.padded - begin < kLorsumRows ? f.padded - begin : kLorsumRows;
     T *out = f.now + begin, *tile = work_.tile + worker * work_.tile_stride;
     for (int64_t i = 0; i < r_; ++i) std::memset(out + i * f.pitch, 0, static_cast<size_t>(n) * sizeof(T));
     if (!is_product()) expand(f.start + begin, f.pitch, r_, start_map, r_, out, f.pitch, n);

@@ -248,14 +248,30 @@ LOWRANK_INLINE void perfect_shuffles(Vec<T>* v) {
   }
 }
 
+// Of every Group lanes of a and of b the sums of both halves, a's before b's: no lane leaves its half of the group.
+template <class T, int Group, int... L>
+LOWRANK_INLINE Vec<T> add_halves(const Vec<T>& a, const Vec<T>& b, std::integer_sequence<int, L...>) {
+#if defined(LOWRANK_HAS_SHUFFLE)
+  constexpr int kHalf = Group / 2;
+  return __builtin_shufflevector(a, b, (L / kHalf % 2 ? kLanes<T> + L - kHalf : L)...) +
+         __builtin_shufflevector(a, b, (L / kHalf % 2 ? kLanes<T> + L : L + kHalf)...);
+#else
+  constexpr int kHalf = Group / 2;
+  Vec<T> out{};
+  ((out[L] = L / kHalf % 2 ? b[L - kHalf] + b[L] : a[L] + a[L + kHalf]), ...);
+  return out;
+#endif
+}
+
 // Lane i of the result is the sum over the lanes of v[i], i = 0 … kLanes-1.
 template <class T, int Count = kLanes<T>>
 LOWRANK_INLINE Vec<T> sum_lanes_of_each(Vec<T>* v) {
   if constexpr (Count == 1) {
     return v[0];
   } else {
+    LOWRANK_UNROLL
     for (int i = 0; i < Count / 2; ++i) {
-      v[i] = interleave_low<T>(v[i], v[i + Count / 2]) + interleave_high<T>(v[i], v[i + Count / 2]);
+      v[i] = add_halves<T, Count>(v[i], v[i + Count / 2], std::make_integer_sequence<int, kLanes<T>>());
     }
     return sum_lanes_of_each<T, Count / 2>(v);
   }

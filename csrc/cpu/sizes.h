@@ -57,6 +57,8 @@ constexpr int64_t kLorsumRows = 512;
 constexpr int64_t kLorsumColumns = 64;
 constexpr int64_t kLorsumTile = kLorsumRows * kLorsumColumns;
 constexpr int64_t kMaxLorsumTerms = 16;
+// Columns of factors an odd number of lines apart: of columns whole pages apart few fit the first-level cache.
+constexpr int64_t lorsum_pitch(int64_t rows) { return padded_rows(rows) | kRowAlignment; }
 constexpr int64_t lorsum_chunks(int64_t d) { return d == 0 ? 1 : (d + kLorsumRows - 1) / kLorsumRows; }
 
 // Small matrices are worked on side by side, in groups of the widest vector; the scratch of a group, in doubles.
