@@ -51,31 +51,43 @@ LOWRANK_INLINE void with_asked(int asked, const F& f) {
   asked == 1 ? f(std::integral_constant<int, 1>()) : f(std::integral_constant<int, 2>());
 }
 
-// K rows of out = in · M for a tall `in` (dense rows of r; of R, if that is not 0, which saves address registers), W
-// columns of M.
-template <class T, int W, int K, int R, int kAsked>
+// K rows of out = in · M for a tall `in` (dense rows of r; of R, if that is not 0, which saves address registers), V
+// parts of W columns of M.
+template <class T, int W, int V, int K, int R, int kAsked>
 LOWRANK_INLINE void map_rows_block(const T* in, int64_t rank, const T* map, T* out, const Ahead<T>* ahead) {
   using P = Part<T, W>;
   const int64_t r = R > 0 ? R : rank;
-  typename P::Vector sum[K];
+  typename P::Vector sum[K][V];
   LOWRANK_UNROLL
-  for (int k = 0; k < K; ++k) sum[k] = typename P::Vector{};
+  for (int k = 0; k < K; ++k) {
+    LOWRANK_UNROLL
+    for (int v = 0; v < V; ++v) sum[k][v] = typename P::Vector{};
+  }
   for (int64_t i = 0; i < r; ++i) {
     constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
     LOWRANK_UNROLL
     for (int n = 0; n < 2 * kAsked; ++n) {  // in all, of K rows of r
       for (int64_t at = i * K; at < (i + 1) * K; at += kLine) prefetch(ahead[n / 2].data[n % 2] + at);
     }
-    const typename P::Vector m = P::load(map + i * r);
+    typename P::Vector m[V];
     LOWRANK_UNROLL
-    for (int k = 0; k < K; ++k) sum[k] += P::splat(in[k * r + i]) * m;
+    for (int v = 0; v < V; ++v) m[v] = P::load(map + i * r + v * W);
+    LOWRANK_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const typename P::Vector element = P::splat(in[k * r + i]);
+      LOWRANK_UNROLL
+      for (int v = 0; v < V; ++v) sum[k][v] += element * m[v];
+    }
   }
   LOWRANK_UNROLL
-  for (int k = 0; k < K; ++k) P::store(out + k * r, sum[k]);
+  for (int k = 0; k < K; ++k) {
+    LOWRANK_UNROLL
+    for (int v = 0; v < V; ++v) P::store(out + k * r + v * W, sum[k][v]);
+  }
 }
 
-// How many rows are mapped at a time.
-constexpr int kMappedRows = kManyRegisters ? 12 : 8;
+// How many rows are mapped at a time: as many sums, of one part of all or of two parts of half of them.
+constexpr int kMappedRows = 12;
 
 // out = in · M for `rows` dense rows of a tall factor, at most kMappedRows.
 template <class T>
@@ -86,17 +98,39 @@ inline void map_rows(const T* in, int64_t rows, int64_t r, const T* map, T* out,
     const auto whole = [&](auto known) {
       constexpr int R = decltype(known)::value;
       with_asked(asked,
-                 [&](auto count) { map_rows_block<T, W, K, R, decltype(count)::value>(in, r, map, out, ahead); });
-      for (int64_t j = W; j < r; j += W) map_rows_block<T, W, K, R, 0>(in, r, map + j, out + j, ahead);
+                 [&](auto count) { map_rows_block<T, W, 1, K, R, decltype(count)::value>(in, r, map, out, ahead); });
+      for (int64_t j = W; j < r; j += W) map_rows_block<T, W, 1, K, R, 0>(in, r, map + j, out + j, ahead);
+    };
+    const auto in_pairs = [&](auto known) {
+      constexpr int R = decltype(known)::value;
+      for (int64_t k = 0; k < K; k += K / 2) {
+        with_asked(asked, [&](auto count) {
+          constexpr int kAsked = decltype(count)::value;
+          Ahead<T> later[2];
+          for (int n = 0; n < kAsked; ++n) {
+            later[n] = ahead[n];
+            for (const T*& data : later[n].data) data += k * r;
+          }
+          map_rows_block<T, W, 2, K / 2, R, kAsked>(in + k * r, r, map, out + k * r, later);
+        });
+        for (int64_t j = 2 * W; j < r; j += 2 * W)
+          map_rows_block<T, W, 2, K / 2, R, 0>(in + k * r, r, map + j, out + k * r + j, ahead);
+      }
     };
     if (rows == K) {
       if (r == W) return whole(std::integral_constant<int, W>());
-      if (r == 2 * W) return whole(std::integral_constant<int, 2 * W>());
+      if (r == 2 * W) return in_pairs(std::integral_constant<int, 2 * W>());
+      if (r % (2 * W) == 0) return in_pairs(std::integral_constant<int, 0>());
       return whole(std::integral_constant<int, 0>());
     }
-    for (int64_t k = 0; k < rows; ++k) {
-      for (int64_t j = 0; j < r; j += W) map_rows_block<T, W, 1, 0, 0>(in + k * r, r, map + j, out + k * r + j, ahead);
-    }
+    const auto few = [&](auto count, int64_t k) {
+      constexpr int kCount = decltype(count)::value;
+      for (int64_t j = 0; j < r; j += W)
+        map_rows_block<T, W, 1, kCount, 0, 0>(in + k * r, r, map + j, out + k * r + j, ahead);
+    };
+    int64_t k = 0;
+    for (; k + 4 <= rows; k += 4) few(std::integral_constant<int, 4>(), k);
+    for (; k < rows; ++k) few(std::integral_constant<int, 1>(), k);
   });
 }
 
@@ -121,6 +155,18 @@ struct NextRows {
   int64_t pitch = 0;
 };
 
+// to[j] += the elements of v, in double.
+template <class A, int W>
+LOWRANK_INLINE void add_widened(const typename Part<A, W>::Vector& v, double* to) {
+  A values[W];
+  Part<A, W>::store(values, v);
+  if constexpr (W % kLanes<double> == 0) {
+    for (int j = 0; j < W; j += kLanes<double>) store(to + j, load(to + j) + load_as<double>(values + j));
+  } else {
+    for (int j = 0; j < W; ++j) to[j] += static_cast<double>(values[j]);
+  }
+}
+
 // gram[i][j] += Σ_k x[k][i] · y_v[k][j] for I columns of x and V parts of W columns, x and all y in dense rows of r;
 // the parts of gram are at gram + i · r + offset[v]. At every row, a row of each of kAsked `next` is asked for.
 template <class A, int W, int I, int V, int kAsked>
@@ -143,10 +189,44 @@ LOWRANK_INLINE void gram_rows_block(const A* x, const A* const* y, int64_t rows,
       for (int i = 0; i < I; ++i) sum[i][v] += P::splat(x[k * r + i]) * b;
     }
   }
+  LOWRANK_UNROLL
   for (int i = 0; i < I; ++i) {
-    for (int v = 0; v < V; ++v) {
-      for (int j = 0; j < W; ++j) gram[i * r + offset[v] + j] += static_cast<double>(sum[i][v][j]);
+    LOWRANK_UNROLL
+    for (int v = 0; v < V; ++v) add_widened<A, W>(sum[i][v], gram + i * r + offset[v]);
+  }
+}
+
+// The same of 2W columns of x and of y, as far as I columns of each half of x go: those of the second half are left out
+// with y's first half, which is below the diagonal.
+template <class A, int W, int I, int kAsked>
+LOWRANK_INLINE void gram_rows_halves(const A* x, const A* y, int64_t rows, int64_t r, double* gram,
+                                     const NextRows* next) {
+  using P = Part<A, W>;
+  typename P::Vector sum[3][I];
+  LOWRANK_UNROLL
+  for (int n = 0; n < 3; ++n) {
+    LOWRANK_UNROLL
+    for (int i = 0; i < I; ++i) sum[n][i] = typename P::Vector{};
+  }
+  for (int64_t k = 0; k < rows; ++k) {
+    const A* const row = x + k * r;
+    LOWRANK_UNROLL
+    for (int n = 0; n < kAsked; ++n) prefetch(next[n].data + k * next[n].pitch);
+    const typename P::Vector first = P::load(y + k * r), second = P::load(y + k * r + W);
+    LOWRANK_UNROLL
+    for (int i = 0; i < I; ++i) {
+      const typename P::Vector element = P::splat(row[i]);
+      sum[0][i] += element * first;
+      sum[1][i] += element * second;
     }
+    LOWRANK_UNROLL
+    for (int i = 0; i < I; ++i) sum[2][i] += P::splat(row[W + i]) * second;
+  }
+  LOWRANK_UNROLL
+  for (int i = 0; i < I; ++i) {
+    add_widened<A, W>(sum[0][i], gram + i * r);
+    add_widened<A, W>(sum[1][i], gram + i * r + W);
+    add_widened<A, W>(sum[2][i], gram + (W + i) * r + W);
   }
 }
 
@@ -169,9 +249,10 @@ LOWRANK_INLINE void gram_rows_diagonal(const A* x, const A* y, int64_t rows, int
     LOWRANK_UNROLL
     for (int i = 0; i < H; ++i) lower[i] += Half::splat(row[H + i]) * second;
   }
+  LOWRANK_UNROLL
   for (int i = 0; i < H; ++i) {
-    for (int j = 0; j < 2 * H; ++j) gram[i * r + j] += static_cast<double>(upper[i][j]);
-    for (int j = 0; j < H; ++j) gram[(H + i) * r + H + j] += static_cast<double>(lower[i][j]);
+    add_widened<A, 2 * H>(upper[i], gram + i * r);
+    add_widened<A, H>(lower[i], gram + (H + i) * r + H);
   }
 }
 
@@ -189,11 +270,27 @@ inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r,
     constexpr bool kHalves = kManyRegisters && W >= 8;
     // Sums of a lone part are too few to keep the core busy if they are of four columns: they are of eight at a time.
     constexpr bool kLoneTogether = !kManyRegisters && S == 2 * I;
+    constexpr bool kTwoParts = !kManyRegisters && W >= I;
     int64_t passes = 0;  // they ask for the lines of a row of x and of y in turn, or (`upper`) of x
-    for (int64_t i0 = 0; i0 < r; i0 += S) {
+    for (int64_t i0 = 0, step = S; i0 < r; i0 += step) {
       if constexpr (kHalves) {
         const NextRows asked = next_x ? rows_at(next_x + i0) : NextRows{reinterpret_cast<const char*>(x), 0};
         if (upper) gram_rows_diagonal<A, W / 2>(x + i0, y + i0, rows, r, product + i0 * (r + 1), asked);
+      }
+      const bool two_parts = kTwoParts && upper && r - i0 >= 2 * W;
+      step = two_parts ? 2 * W : S;
+      if constexpr (kTwoParts) {
+        for (int64_t i = i0; two_parts && i < i0 + W; i += I, ++passes) {
+          const auto form = [&](auto asked, const NextRows* next) {
+            gram_rows_halves<A, W, I, decltype(asked)::value>(x + i, y + i0, rows, r, product + i * r + i0, next);
+          };
+          if (!next_x || passes * kLine >= r) {
+            form(std::integral_constant<int, 0>(), nullptr);
+          } else {
+            const NextRows wanted = rows_at(next_x + passes * kLine);
+            form(std::integral_constant<int, 1>(), &wanted);
+          }
+        }
       }
       const auto block = [&](auto height, auto count, int64_t i, int64_t j) {
         constexpr int V = decltype(count)::value, kHeight = decltype(height)::value;
@@ -220,14 +317,17 @@ inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r,
         }
         ++passes;
       };
-      const int64_t first = !upper ? 0 : kHalves ? i0 + W : i0, paired = first + (r - first) / (2 * W) * (2 * W);
-      for (int64_t i = i0; i < i0 + S; i += I) {
+      const int64_t first = !upper ? 0 : kHalves ? i0 + W : two_parts ? i0 + 2 * W : i0;
+      const int64_t paired = first + (r - first) / (2 * W) * (2 * W);
+      for (int64_t i = i0; i < i0 + step; i += I) {
         const std::integral_constant<int, I> height;
         for (int64_t j = first; j < paired; j += 2 * W) block(height, std::integral_constant<int, 2>(), i, j);
         for (int64_t j = paired; j < r && !kLoneTogether; j += W) block(height, std::integral_constant<int, 1>(), i, j);
       }
       if constexpr (kLoneTogether) {
-        if (paired < r) block(std::integral_constant<int, S>(), std::integral_constant<int, 1>(), i0, paired);
+        for (int64_t i = i0; paired < r && i < i0 + step; i += S) {
+          block(std::integral_constant<int, S>(), std::integral_constant<int, 1>(), i, paired);
+        }
       }
     }
   });

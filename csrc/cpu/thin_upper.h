@@ -103,6 +103,7 @@ LOWRANK_INLINE void upper_rows_block(const T* x, int64_t x_stride, int64_t r, in
                                      typename Part<T, W>::Vector* dots) {
   using P = Part<T, W>;
   constexpr int kParts = J / W;
+  static_assert(kParts <= 2);
   typename P::Vector sum[kParts][K] = {};
   for (int64_t i = 0; i < j0; ++i) {
     LOWRANK_UNROLL
@@ -112,13 +113,29 @@ LOWRANK_INLINE void upper_rows_block(const T* x, int64_t x_stride, int64_t r, in
       for (int n = 0; n < K; ++n) sum[p][n] += P::splat(x[n * x_stride + i]) * row;
     }
   }
-  LOWRANK_UNROLL
-  for (int i = 0; i < J; ++i) {
+  if constexpr (kParts == 2) {
+    // Of the second half of the block one part is left: too few chains of sums unless the first half goes beside it.
+    typename P::Vector late[K] = {};
     LOWRANK_UNROLL
-    for (int p = i / W; p < kParts; ++p) {
-      const typename P::Vector row = P::load(upper + (j0 + i) * r + j0 + p * W);
+    for (int i = 0; i < W; ++i) {
+      const T* const map = upper + (j0 + i) * r + j0;
+      const typename P::Vector row[2] = {P::load(map), P::load(map + W)}, last = P::load(map + W * r + W);
       LOWRANK_UNROLL
-      for (int n = 0; n < K; ++n) sum[p][n] += P::splat(x[n * x_stride + j0 + i]) * row;
+      for (int n = 0; n < K; ++n) {
+        const typename P::Vector element = P::splat(x[n * x_stride + j0 + i]);
+        sum[0][n] += element * row[0];
+        sum[1][n] += element * row[1];
+        late[n] += P::splat(x[n * x_stride + j0 + W + i]) * last;
+      }
+    }
+    LOWRANK_UNROLL
+    for (int n = 0; n < K; ++n) sum[1][n] += late[n];
+  } else {
+    LOWRANK_UNROLL
+    for (int i = 0; i < J; ++i) {
+      const typename P::Vector row = P::load(upper + (j0 + i) * r + j0);
+      LOWRANK_UNROLL
+      for (int n = 0; n < K; ++n) sum[0][n] += P::splat(x[n * x_stride + j0 + i]) * row;
     }
   }
   LOWRANK_UNROLL
