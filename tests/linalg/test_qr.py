@@ -50,7 +50,7 @@ def test_qr_of_ill_conditioned_factors(backend: str, dtype: torch.dtype, rank: i
 @on_every_backend
 @in_both_dtypes
 @pytest.mark.parametrize("rank", [5, 16])
-def test_qr_and_polar_of_awkward_factors(backend: str, dtype: torch.dtype, rank: int) -> None:
+def test_qr_of_awkward_factors(backend: str, dtype: torch.dtype, rank: int) -> None:
     xs = [awkward(kind, rows, rank, dtype) for kind in AWKWARD for rows in (rank, 130)]
     with running("grouped_qr", backend):
         (qs, rs), (again, again_rs) = ops.grouped_qr(xs), ops.grouped_qr(xs)
