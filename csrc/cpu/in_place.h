@@ -272,6 +272,11 @@ inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r,
     constexpr bool kLoneTogether = !kManyRegisters && S == 2 * I;
     constexpr bool kTwoParts = !kManyRegisters && W >= I;
     int64_t passes = 0;  // they ask for the lines of a row of x and of y in turn, or (`upper`) of x
+    const auto asking_for_x = [&](const auto& form) {  // a pass of an upper triangle
+      if (!next_x || passes * kLine >= r) return form(std::integral_constant<int, 0>(), nullptr);
+      const NextRows wanted = rows_at(next_x + passes * kLine);
+      form(std::integral_constant<int, 1>(), &wanted);
+    };
     for (int64_t i0 = 0, step = S; i0 < r; i0 += step) {
       if constexpr (kHalves) {
         const NextRows asked = next_x ? rows_at(next_x + i0) : NextRows{reinterpret_cast<const char*>(x), 0};
@@ -281,15 +286,9 @@ inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r,
       step = two_parts ? 2 * W : S;
       if constexpr (kTwoParts) {
         for (int64_t i = i0; two_parts && i < i0 + W; i += I, ++passes) {
-          const auto form = [&](auto asked, const NextRows* next) {
+          asking_for_x([&](auto asked, const NextRows* next) {
             gram_rows_halves<A, W, I, decltype(asked)::value>(x + i, y + i0, rows, r, product + i * r + i0, next);
-          };
-          if (!next_x || passes * kLine >= r) {
-            form(std::integral_constant<int, 0>(), nullptr);
-          } else {
-            const NextRows wanted = rows_at(next_x + passes * kLine);
-            form(std::integral_constant<int, 1>(), &wanted);
-          }
+          });
         }
       }
       const auto block = [&](auto height, auto count, int64_t i, int64_t j) {
@@ -301,12 +300,11 @@ inline void add_product_of_rows(const A* x, const A* y, int64_t rows, int64_t r,
           gram_rows_block<A, W, kHeight, V, decltype(asked)::value>(x + i, parts, rows, r, product + i * r, offsets,
                                                                     next);
         };
-        const int64_t line = (upper ? passes : passes / 2) * kLine;
-        if ((upper && kHalves) || !next_x || line >= r) {
+        const int64_t line = passes / 2 * kLine;  // of x and of y
+        if (upper && !kHalves) {
+          asking_for_x(form);
+        } else if (upper || !next_x || line >= r) {
           form(std::integral_constant<int, 0>(), nullptr);
-        } else if (upper) {
-          const NextRows wanted = rows_at(next_x + line);
-          form(std::integral_constant<int, 1>(), &wanted);
         } else {
           const NextRows wanted[2] = {rows_at(next_x + line), rows_at(next_y + line)};
           if (r == kHeight) {  // there is one pass; where nothing is widened before it, it reads no faster than memory

@@ -251,12 +251,11 @@ LOWRANK_INLINE void perfect_shuffles(Vec<T>* v) {
 // Of every Group lanes of a and of b the sums of both halves, a's before b's: no lane leaves its half of the group.
 template <class T, int Group, int... L>
 LOWRANK_INLINE Vec<T> add_halves(const Vec<T>& a, const Vec<T>& b, std::integer_sequence<int, L...>) {
-#if defined(LOWRANK_HAS_SHUFFLE)
   constexpr int kHalf = Group / 2;
+#if defined(LOWRANK_HAS_SHUFFLE)
   return __builtin_shufflevector(a, b, (L / kHalf % 2 ? kLanes<T> + L - kHalf : L)...) +
          __builtin_shufflevector(a, b, (L / kHalf % 2 ? kLanes<T> + L : L + kHalf)...);
 #else
-  constexpr int kHalf = Group / 2;
   Vec<T> out{};
   ((out[L] = L / kHalf % 2 ? b[L - kHalf] + b[L] : a[L] + a[L + kHalf]), ...);
   return out;
