@@ -375,3 +375,25 @@ def test_bare_attention_projections_are_named() -> None:
         warnings.simplefilter("error")
         lrk.adapt(nn.TransformerEncoderLayer(8, 2, 12), rank=2, target_modules=["linear1"])
         lrk.adapt(nn.TransformerEncoderLayer(8, 2, 12), rank=2, modules_to_save=["self_attn"])
+
+
+def test_stacked_experts_are_named() -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(8, 4)
+            self.experts = nn.Module()
+            self.experts.down_proj = nn.Parameter(torch.zeros(4, 8, 6))
+            self.position = nn.Parameter(torch.zeros(1, 5, 8))
+            self.mix = nn.Conv1d(8, 8, 3)
+
+    model = Mixture()
+    with pytest.warns(UserWarning, match=r"1 stacks of matrices, .*\(the first is 'experts.down_proj', \(4, 8, 6\)\)"):
+        lrk.adapt(model, rank=2)
+    assert not model.experts.down_proj.requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lrk.adapt(Mixture(), rank=2, target_modules=["router"])
+        lrk.adapt(Mixture(), rank=2, modules_to_save=["experts"])
+        del (dense := Mixture()).experts
+        lrk.adapt(dense, rank=2)

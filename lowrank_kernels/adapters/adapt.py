@@ -51,7 +51,8 @@ def adapt(
             (``"query"``, ``"attention.self.query"``). A string: a regular expression that the full name must match entirely. (Both are
             PEFT's rules.) "all-linear": every ``nn.Linear`` except the output head, that is, what the model's
             ``get_output_embeddings()`` returns, or, where that returns nothing, the top-level module ``classifier`` or ``score``.
-            (``nn.MultiheadAttention`` holds q, k and v as bare parameters: of it only ``out_proj`` is adapted, and a warning says so.)
+            (Bare parameters have no layer to adapt: q, k and v of ``nn.MultiheadAttention``, and the stacked experts of a mixture
+            such as Mixtral. A warning says so.)
         dropout: probability of dropping an entry of the adapters' input, in training mode.
         modules_to_save: modules to train in full beside the adapters, such as a new classification head; named like targets.
             They are never adapted, even when ``target_modules`` matches them.
@@ -202,6 +203,31 @@ def _output_heads(root: nn.Module, named: dict[str, nn.Module], saved: Iterable[
     return heads
 
 
+def _warn_of_bare(named: dict[str, nn.Module], saved: Iterable[str]) -> None:
+    """Say what "all-linear" leaves without an adapter though it multiplies: projections that are bare parameters of another module."""
+    kept = {name: module for name, module in named.items() if not _inside(name, saved)}
+    attentions = [name for name, module in kept.items() if isinstance(module, nn.MultiheadAttention)]
+    stacks = {
+        f"{name}.{key}".lstrip("."): tuple(parameter.shape)
+        for name, module in kept.items()
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and min(parameter.shape) > 1
+    }
+    bare = []
+    if attentions:
+        bare.append(f"the projections to q, k and v of {len(attentions)} nn.MultiheadAttention (the first is {attentions[0]!r})")
+    if stacks:
+        name, shape = next(iter(stacks.items()))
+        bare.append(f"{len(stacks)} stacks of matrices, such as the experts of a mixture (the first is {name!r}, {shape})")
+    for what in bare:
+        warnings.warn(
+            f"adapt: {what} are bare parameters and no nn.Linear; they are frozen without an adapter. Train such a module in full by "
+            "modules_to_save, or write it with Linear layers",
+            stacklevel=4,
+        )
+
+
 def _match_targets(
     root: nn.Module,
     named: dict[str, nn.Module],
@@ -216,14 +242,7 @@ def _match_targets(
         matched = [name for name in linears if not _inside(name, heads)]
         head_modules = {id(named[name]) for name in heads}
         matched = [name for name in matched if id(named[name]) not in head_modules]
-        bare = [name for name, module in named.items() if isinstance(module, nn.MultiheadAttention) and not _inside(name, saved)]
-        if bare:
-            warnings.warn(
-                f"adapt: the projections to q, k and v of {len(bare)} nn.MultiheadAttention (the first is {bare[0]!r}) are bare parameters "
-                "and no nn.Linear; they are frozen without an adapter. Train such a module in full by modules_to_save, or write it with "
-                "Linear layers",
-                stacklevel=3,
-            )
+        _warn_of_bare(named, saved)
     elif isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
