@@ -436,6 +436,26 @@ def test_misuse_is_named(method: type[LowRankOptimizer]) -> None:
         method(decoupled)
 
 
+@every_method
+def test_without_damping_a_zero_factor_is_refused_where_it_is_inverted_first(method: type[LowRankOptimizer]) -> None:
+    model = make_model("ours")  # B = 0
+    before = [p.detach().clone() for p in model.parameters()]
+    options: list[dict] = [{"order": "A"}, {"order": "joint"}] if method in (AltLoRA, AltLoRAPlus) else [{}]
+    for more in options:
+        optimizer = method(model, damping=0.0, **more)
+        loss_of(model, 0).backward()
+        with pytest.raises(ValueError, match=f"{method.__name__}: damping is 0, and B of 0 is zero.*Give damping"):
+            optimizer.step()
+        assert not optimizer.state and all(map(torch.equal, before, model.parameters()))
+    if method in (AltLoRA, AltLoRAPlus):
+        optimizer = method(model, damping=0.0)  # B's turn, then A's
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_misuse_of_single_methods_is_named() -> None:
     model = Targets().model
     for method in (AltLoRA, AltLoRAPlus):

@@ -42,7 +42,8 @@ class AltLoRA(PreconditionedOptimizer):
         weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
         order: whose turn is first: "B" (B = 0 at the start, so A's gradient is zero), "A", or "joint": both in every step, from the
             factors as they were. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
-        damping: δ, absolute.
+        damping: δ, absolute. The default is from ``python -m benchmarks.damping``: with less, runs blow up or end higher; with more,
+            AltLoRA slows down. 0 is refused where the first step inverts the Gram matrix of a factor that is zero.
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
             DistributedDataParallel and torch.compile do not cope with parameters whose ``requires_grad`` changes. It is the optimizer's
             then: a factor that you froze is thawed at its turn, and after the last step half of the factors stay frozen, which
@@ -87,6 +88,9 @@ class AltLoRA(PreconditionedOptimizer):
     def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
         """How the moment step differs from AdamW's."""
         return {"betas": (group["momentum"], 0.0), "bias_correction": False}
+
+    def _inverts_at_once(self, group: dict[str, Any], side: str) -> bool:
+        return group["order"] != side  # whose turn it is first
 
     def _updates_due(self, group_index: int, index: int, group: dict[str, Any] | None = None) -> int | Tensor:
         group = self.param_groups[group_index] if group is None else group

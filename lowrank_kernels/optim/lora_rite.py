@@ -37,7 +37,7 @@ class LoRARITE(PreconditionedOptimizer):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
         damping: δ, absolute: R is the triangular factor of ``[B; √δ I]``, so that a rank-deficient B (zero, at the start) does not
-            divide by zero. Q, in Π, is that of B itself.
+            divide by zero (0 is refused where a factor is zero). Q, in Π, is that of B itself.
         capturable: not supported; True is an error.
 
     State of a factor: ``exp_avg``, ``basis`` (the partner's Q, of the partner's shape), ``second`` (r, r), ``escaped`` ().

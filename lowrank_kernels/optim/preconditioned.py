@@ -64,6 +64,27 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _accept_pairs(self) -> None:
         self._refuse_decoupled()
 
+    def _accept_as_given(self) -> None:
+        super()._accept_as_given()
+        for pair in self._pairs:
+            for side in "AB":
+                group = self.param_groups[self._position(pair, side)[0]]
+                if group["damping"] == 0 and self._inverts_at_once(group, side):
+                    self._refuse_zero(pair, side)
+
+    def _inverts_at_once(self, group: dict[str, Any], side: str) -> bool:
+        """Whether the first step takes the inverse of the Gram matrix of this side's factors."""
+        return True
+
+    def _refuse_zero(self, pair: FactorPair, side: str) -> None:
+        """With δ = 0 a zero factor, as B of LoRA's start, has no (XᵀX)⁻¹, and its partner would become NaN."""
+        factor, partner = self._at(self._position(pair, side)), self._at(self._position(pair, OTHER[side]))
+        if partner.grad is not None and not is_sharded(factor) and not factor.any():
+            raise ValueError(
+                f"{type(self).__name__}: damping is 0, and {side} of {pair.name} is zero: its Gram matrix has no inverse, the first step "
+                f"would be NaN. Give damping (the default is {DEFAULT_DAMPING:g}), or start from other factors"
+            )
+
     def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[LikePairs]:
         """As the base class has it, and of one scale, which then is a number and not a tensor to be sent to the device."""
         for alike in super()._alike(pairs):
