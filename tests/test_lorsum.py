@@ -18,6 +18,7 @@ from lowrank_kernels.backends import BackendError, force, implementations, launc
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = [name for name in ("reference", "native", "triton") if name in implementations("grouped_lorsum")]
+PRODUCTS = [name for name in BACKENDS if name in implementations("grouped_lorsum_product")]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -30,9 +31,9 @@ def where(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(backend: str) -> Iterator[None]:
+def running(backend: str, operation: str = "grouped_lorsum") -> Iterator[None]:
     """Force a backend, without gradients; skip where it says that it cannot take the call."""
-    with force(f"grouped_lorsum={backend}"), torch.no_grad():
+    with force(f"{operation}={backend}"), torch.no_grad():
         try:
             yield
         except BackendError as error:
@@ -293,7 +294,7 @@ def test_launches_do_not_grow_with_the_number_of_layers() -> None:
         assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in implementations("grouped_lorsum_product")])
+@pytest.mark.parametrize("backend", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank, tokens", [(1, 5), (7, 70), (33, 140)])
 def test_products_with_sums(backend: str, dtype: torch.dtype, rank: int, tokens: int) -> None:
@@ -301,11 +302,11 @@ def test_products_with_sums(backend: str, dtype: torch.dtype, rank: int, tokens:
     for sides in ((0, 1), (1, 0)):  # G X, and GᵀX
         terms = [(term[sides[0]], term[sides[1]]) if isinstance(term, tuple) else [d if sides[0] == 0 else d.mT for d in term]
                  for term in problem.terms]  # fmt: skip
-        with force(f"grouped_lorsum_product={backend}"), torch.no_grad():
+        with running(backend, "grouped_lorsum_product"):
             before = launch_count()
             ys = ops.grouped_lorsum_product(terms, problem.start[sides[1]], problem.coefficients)
             launches = launch_count() - before
-        assert launches == {"reference": 0, "native": 1}.get(backend, launches)
+        assert launches == {"reference": 0, "native": 1, "triton": 5}[backend]
         for i, (y, x) in enumerate(zip(ys, problem.start[sides[1]], strict=True)):
             cs = [c[i] if isinstance(c, list) else c for c in problem.numbers]
             truth, own = (
@@ -320,14 +321,22 @@ def test_products_with_sums(backend: str, dtype: torch.dtype, rank: int, tokens:
             assert (y.double() - truth).abs().max() <= 2 * theirs + 8 * torch.finfo(y.dtype).eps * truth.abs().max()
 
 
-def test_products_stay_in_their_layer_and_name_misuse() -> None:
+@pytest.mark.parametrize("backend", PRODUCTS)
+def test_products_stay_in_their_layer_and_of_nothing_are_zero(backend: str) -> None:
     problem = Problem(4, torch.float32, SIZES, 40)
-    clean = ops.grouped_lorsum_product(problem.terms, problem.start[1], problem.coefficients)
-    problem.terms[2][0][1][3, 2] = math.nan
-    spoilt = ops.grouped_lorsum_product(problem.terms, problem.start[1], problem.coefficients)
-    assert spoilt[1].isnan().any()
-    assert all(torch.equal(clean[i], spoilt[i]) for i in (0, 2, 3))
-    us, vs = problem.start
+    with running(backend, "grouped_lorsum_product"):
+        clean = ops.grouped_lorsum_product(problem.terms, problem.start[1], problem.coefficients)
+        problem.terms[2][0][1][3, 2] = math.nan
+        spoilt = ops.grouped_lorsum_product(problem.terms, problem.start[1], problem.coefficients)
+        assert spoilt[1][3].isnan().all() and spoilt[1].isnan().sum() == 4
+        assert all(torch.equal(clean[i], spoilt[i]) for i in (0, 2, 3))
+        empty = [[x[:, :0] for x in side] for side in problem.start]
+        for terms in ([tuple(empty)], [tuple(empty)] * 2):
+            assert not any(y.any() for y in ops.grouped_lorsum_product(terms, problem.start[1], [1.0] * len(terms)))
+
+
+def test_misuse_of_products_is_named() -> None:
+    us, vs = Problem(4, torch.float32, SIZES, 40).start
     for terms, xs, message in (
         ([], vs, "non-empty list"),
         ([(us, vs)], us, r"terms\[0\]\[1\]"),

@@ -114,6 +114,8 @@ def test_the_devices_own_table_is_found(tmp_path: Path, monkeypatch: pytest.Monk
         ({"project": {"r16 float32": {"BLOCK_T": "64"}}}, {}, "BLOCK_T must be a power of two"),
         ({"project": {"r16 float32": {"num_warps": True}}}, {}, "num_warps must be a power of two"),
         ({"project": {"r16 float32": {"num_stages": 0}}}, {}, "num_stages must be an integer from 1 to 8"),
+        ({"substitute": {"r16 float32": {"BLOCK_D": 16, "num_warps": 16}}}, {}, "16 warps are too many for 16 × 16 elements"),
+        ({"expand": {"r64 float32": {"BLOCK_T": 16, "BLOCK_D": 16, "num_warps": 16}}}, {}, "16 warps are too many for 16 × 16 elements"),
         ({}, {"format": 2}, "not of format 1"),
         ({}, {"more": 1}, "unknown keys more"),
     ],

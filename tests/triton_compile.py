@@ -135,6 +135,12 @@ def lorsum_case(rank: int, dtype: torch.dtype) -> None:
     lorsum.grouped_lorsum(us, vs, [*us, *dense], [*vs, None], [1.0, 0.1], None, 2, 1e-3, True, us, vs)
 
 
+def lorsum_product_case(rank: int, dtype: torch.dtype) -> None:
+    xs, dense = [torch.zeros(rank, 192, dtype=dtype).mT], [torch.zeros(256, 192, dtype=dtype)]
+    lefts, ys = [torch.zeros(256, rank, dtype=dtype)], [torch.zeros(256, rank, dtype=wide(dtype))]
+    lorsum.grouped_lorsum_product(xs, [*lefts, *dense], [*xs, None], [1.0, 0.1], None, ys)
+
+
 #: The cases of each group: a group is one subprocess of the test. Only `make test-all` compiles the wide ones.
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "qr": {
@@ -169,6 +175,7 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "lorsum_wide": {
         "r64 fp32": lambda: lorsum_case(64, torch.float32),
         "r128 fp32": lambda: lorsum_case(128, torch.float32),
+        "product r16 bf16": lambda: lorsum_product_case(16, torch.bfloat16),
     },
     "lora_linear": {
         "r16 bf16": lambda: lora_case(16, torch.bfloat16, drop="seed"),
@@ -212,6 +219,7 @@ ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("lorsum", "r32 fp32"): (90, 100),
     ("lorsum_wide", "r64 fp32"): (90,),
     ("lorsum_wide", "r128 fp32"): (100,),
+    ("lorsum_wide", "product r16 bf16"): (90,),
     ("small", "gram r32 fp32"): (90,),
     ("small", "gram r128 fp32"): (90,),
     ("small", "gram r128 fp64"): (90,),

@@ -120,7 +120,7 @@ class LoRASB(LowRankOptimizer):
         if not active:
             return
         if len(active) < len(cores):
-            left, right = left[active], right[active]
+            left, right = (torch.stack([maps[i] for i in active]) for maps in (left, right))  # a list as an index is copied to the device
         # A two-sided map. One side could be a map of the moment step, but then the gradients would be stacked for the other all the same.
         # W(WᵀgW)Wᵀ, not (WWᵀ)g(WWᵀ): the entries of the inverses cancel, at the price of cond(B)² cond(A)².
         stacked = torch.stack([params[i].grad for i in active])  # type: ignore[misc]

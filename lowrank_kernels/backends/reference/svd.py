@@ -55,7 +55,7 @@ def block_krylov(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triples of a stack x (b, m, n), finite and of moderate size."""
     generator = torch.Generator(device="cpu").manual_seed(START_SEED)
-    start = torch.randn(x.shape[2], width, generator=generator, dtype=torch.float64).to(x)
+    start = torch.randn(x.shape[2], width, generator=generator, device="cpu", dtype=torch.float64).to(x)
     basis = thin_qr(x @ start)
     images = x.mT @ basis
     gram = images.mT @ images
@@ -65,7 +65,7 @@ def block_krylov(
         if remaining <= 0:
             break
         block = (x @ images[:, :, -width:])[:, :, :remaining]
-        noise = torch.rand(x.shape[1], block.shape[2], generator=generator).sub_(0.5).to(x)
+        noise = torch.rand(x.shape[1], block.shape[2], generator=generator, device="cpu").sub_(0.5).to(x)
         block = _orthonormalize(block, basis, noise, thin_qr)
         image = x.mT @ block
         cross = images.mT @ image

@@ -57,7 +57,7 @@ class _Pinned:
 
     def __init__(self) -> None:
         self.wanted = 1 << 14
-        self._free = torch.empty(0, dtype=torch.int64)
+        self._free = torch.empty(0, dtype=torch.int64, device="cpu")
         self._in_use: list[Tensor] = []
 
     def reserve(self) -> None:
@@ -112,7 +112,7 @@ def _assemble(layout: Layout) -> tuple[NDArray[np.int64], int]:
 
 
 def _pinned_words(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.int64, pin_memory=True)
+    return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)  # whatever torch.set_default_device says
 
 
 def _send(staged: Tensor, device: torch.device) -> Tensor:
@@ -144,7 +144,7 @@ def _keep(key: tuple[Hashable, int], found: Table, device: torch.device) -> None
 
 def upload_numbers(values: Sequence[float], device: torch.device) -> Tensor:
     """Numbers of the host in fp64 on the device, without waiting for it. A graph's replays find what they are now."""
-    data = torch.tensor(values, dtype=torch.float64)
+    data = torch.tensor(values, dtype=torch.float64, device="cpu")
     if device.type != "cuda":
         return data
     if not torch.cuda.is_current_stream_capturing():

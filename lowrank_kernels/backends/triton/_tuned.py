@@ -37,6 +37,8 @@ KNOBS: dict[str, tuple[str, ...]] = {
 #: and hold whole groups of columns of a dropout counter (8).
 RANGES = {"BLOCK_T": (16, 256), "BLOCK_D": (16, 512), "num_warps": (1, 16), "num_stages": (1, 8)}
 RANKS = (16, 32, 64, 128)
+#: Kernels that may write what they read.
+IN_PLACE = frozenset({"expand", "substitute", "mapped_adamw", "mapped_adamw_heavy"})
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 Configurations = Mapping[str, Mapping[str, Mapping[str, int]]]
 
@@ -83,6 +85,13 @@ def check(kernels: Any, source: str) -> Configurations:
                     fail(
                         f"{kernel}, {name}: {knob} must be {'an integer' if knob == 'num_stages' else 'a power of two'} from {least} to {most}, got {value!r}"
                     )
+            across = configuration.get("BLOCK_T") if "BLOCK_T" in KNOBS[kernel] else int(rank[1:])
+            block, warps = configuration.get("BLOCK_D"), configuration.get("num_warps")
+            if kernel in IN_PLACE and across and block and warps and block * across < 32 * warps:
+                fail(
+                    f"{kernel}, {name}: {warps} warps are too many for {block} × {across} elements: several threads would hold one element, "
+                    "and a late one could read what another has updated"
+                )
     return kernels
 
 

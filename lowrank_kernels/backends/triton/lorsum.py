@@ -20,6 +20,8 @@ factors are fp64, those with wider matrices (the tokens of S and X) fp32, never 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -161,10 +163,9 @@ def factor_kernel(terms, partials, grams, factors, inverses, ridges, per_layer, 
 
 
 @triton.jit(do_not_specialize=["rank", "layers"])
-def map_kernel(
-    table, programs, scratch, partials, coefficients, factors, inverses, ridges, rank, layers, R: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """BLOCK_K rows of one term's map: ``c Qᵀ V (VᵀV + λI)⁻¹``, for the start ``λ(VᵀV + λI)⁻¹``."""
+def map_kernel(table, programs, scratch, partials, coefficients, factors, inverses, ridges, rank, layers, SOLVES: tl.constexpr,
+               R: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """BLOCK_K rows of one term's map: ``c Qᵀ V (VᵀV + λI)⁻¹``, for the start ``λ(VᵀV + λI)⁻¹``; ``c Qᵀ V`` unless SOLVES."""
     program = tl.program_id(0).to(tl.int64)
     row = table + tl.load(programs + 2 * program) * _COLUMNS
     kind = tl.load(row)
@@ -187,10 +188,11 @@ def map_kernel(
                 tile += _rows(source, columns, first, R, BLOCK_K)
                 source += columns * R
         tile *= tl.load(coefficients + tl.load(row + 2) * layers + layer)
-    factor = factors + layer * (R * R)
-    inverses += layer * R
-    tile = substitute(tile, factor, inverses, rank, R, R)
-    tile = substitute_back(tile, factor, inverses, rank, R, R)
+    if SOLVES:
+        factor = factors + layer * (R * R)
+        inverses += layer * R
+        tile = substitute(tile, factor, inverses, rank, R, R)
+        tile = substitute_back(tile, factor, inverses, rank, R, R)
     _store_rows(scratch + tl.load(row + 9), columns, first, tile.to(scratch.dtype.element_ty), R, BLOCK_K)
 
 
@@ -316,6 +318,41 @@ def verify(
     return device_verdict(us)
 
 
+class _Terms:
+    """The rows of the terms for one side of all layers, and how much scratch their maps and partial sums take."""
+
+    def __init__(self, sizes: _Sizes, maps: int) -> None:
+        self.sizes, self.maps, self.sums = sizes, maps, 0
+        self.rows: list[list[int]] = []
+        self.programs: list[int] = []
+
+    def _add(self, kind: tl.constexpr, layer: int, term: int, k: int, own: list[int], present: tuple[int, int], other: list[int],
+             length: int, wide: bool = False) -> None:  # fmt: skip
+        """``present``: rows and place of the present value of the other side."""
+        height, now = present
+        r, chunks = self.sizes.R, triton.cdiv(height, length)
+        self.rows.append([int(kind.value), layer, term, k, *own, self.maps, now, *other, height, length, chunks, self.sums, int(wide)])
+        self.programs.append(triton.cdiv(k, self.sizes.BLOCK_K) * chunks)
+        self.maps += k * r
+        self.sums += k * r * chunks
+
+    def add_start(self, layer: int, start: Tensor, present: tuple[int, int]) -> None:
+        self._add(_START, layer, 0, start.shape[1], [*_factor(start), _CODES[start.dtype]], present, [0] * 4, present[0])
+
+    def add_pairs(self, layer: int, owns: list[Tensor], others: list[Tensor | None], present: tuple[int, int]) -> None:
+        """The terms of a layer: the factors of this side, and of the other; None: the first is dense."""
+        for term, (own, other) in enumerate(zip(owns, others, strict=True)):
+            factor = [*_factor(own), _CODES[own.dtype]]
+            if other is None:
+                self._add(_DENSE, layer, term, present[0], factor, present, [0] * 4, present[0])
+                continue
+            k = own.shape[1]
+            self._add(_PAIR, layer, term, k, factor, present, _factor(other), triton.cdiv(max(512, 4 * k), 64) * 64, k > _THIN)
+
+    def add_gram(self, layer: int, present: tuple[int, int]) -> None:
+        self._add(_GRAM, layer, 0, self.sizes.R, [0] * 5, present, [0, self.sizes.R, 1, 1], 512)
+
+
 def _layout(us: list[Tensor], vs: list[Tensor], lefts: list[Tensor], rights: list[Tensor | None], out_us: list[Tensor], out_vs: list[Tensor],
             sizes: _Sizes) -> Layout:  # fmt: skip
     """The terms for U and for V, layer by layer, then the layers' U and V; facts: words of scratch, of partial sums, programs of each of the four."""
@@ -323,41 +360,49 @@ def _layout(us: list[Tensor], vs: list[Tensor], lefts: list[Tensor], rights: lis
     per_layer = len(lefts) // count + 2
     heights = [len(x) for x in (*us, *vs)]
     blocks = [triton.cdiv(height, sizes.BLOCK_D) for height in heights]
-    flags, present = first_chunks(blocks), [r * first for first in first_chunks(heights)]
-    rows: list[list[int]] = []
-    programs: list[int] = []
-    scratch = partial = 0
-    for side, starts in enumerate((us, vs)):
-        maps, sums = r * sum(heights), 0
+    flags, places = first_chunks(blocks), [r * first for first in first_chunks(heights)]
+    present = list(zip(heights, places, strict=True))
+    sides = [_Terms(sizes, r * sum(heights)) for _ in range(2)]
+    for side, (terms, starts) in enumerate(zip(sides, (us, vs), strict=True)):
         for i, start in enumerate(starts):
-            height, now = heights[(1 - side) * count + i], present[(1 - side) * count + i]
-
-            def add(kind: tl.constexpr, term: int, k: int, own: list[int], other: list[int], length: int, wide: bool) -> None:
-                nonlocal maps, sums
-                chunks = triton.cdiv(height, length)  # noqa: B023 (called in this turn of the loop only)
-                rows.append([int(kind.value), i, term, k, *own, maps, now, *other, height, length, chunks, sums, int(wide)])  # noqa: B023
-                programs.append(triton.cdiv(k, sizes.BLOCK_K) * chunks)
-                maps += k * r
-                sums += k * r * chunks
-
-            add(_START, 0, start.shape[1], [*_factor(start), _CODES[start.dtype]], [0] * 4, height, False)
-            for j, (left, right) in enumerate(zip(lefts[i::count], rights[i::count], strict=True)):
-                code = _CODES[left.dtype]
-                if right is None:
-                    add(_DENSE, j, height, [*_factor(left.mT if side else left), code], [0] * 4, height, False)
-                    continue
-                own, other = (right, left) if side else (left, right)
-                k = own.shape[1]
-                add(_PAIR, j, k, [*_factor(own), code], _factor(other), triton.cdiv(max(512, 4 * k), 64) * 64, k > _THIN)
-            add(_GRAM, 0, r, [0] * 5, [0, r, 1, 1], 512, False)
-        scratch, partial = max(scratch, maps), max(partial, sums)
-    ends = [sum(programs[: count * per_layer]), sum(programs)]
+            other = present[(1 - side) * count + i]
+            terms.add_start(i, start, other)
+            owns, others = lefts[i::count], rights[i::count]
+            if side:
+                pairs = [(left.mT, None) if right is None else (right, left) for left, right in zip(owns, others, strict=True)]
+                owns, others = [own for own, _ in pairs], [other for _, other in pairs]
+            terms.add_pairs(i, owns, others, other)
+            terms.add_gram(i, other)
+    u, v = sides
+    rows = u.rows + v.rows
     for place, (height, out) in enumerate(zip(heights, (*out_us, *out_vs), strict=True)):
         across = (place + count) % (2 * count)
-        rows.append([height, present[place], out.data_ptr(), *out.stride(), place * per_layer, per_layer - 1, flags[place], blocks[place],
+        rows.append([height, places[place], out.data_ptr(), *out.stride(), place * per_layer, per_layer - 1, flags[place], blocks[place],
                      flags[across], blocks[across], *[0] * 9])  # fmt: skip
-    ends += [ends[1] + sum(blocks[:count]), ends[1] + sum(blocks)]
-    return Layout(rows, programs + blocks, (scratch, partial, *ends))
+    programs = [u.programs, v.programs, blocks[:count], blocks[count:]]
+    ends = [int(end) for end in itertools.accumulate(map(sum, programs))]
+    return Layout(rows, [*u.programs, *v.programs, *blocks], (max(u.maps, v.maps), max(u.sums, v.sums), *ends))
+
+
+def _product_layout(xs: list[Tensor], lefts: list[Tensor], rights: list[Tensor | None], ys: list[Tensor], sizes: _Sizes) -> Layout:
+    """The terms layer by layer, the Xs as starts, the layers' Y and X; facts: words of scratch, of partial sums, programs of terms, Y and X."""
+    count, r = len(xs), sizes.R
+    heights = [len(x) for x in (*ys, *xs)]
+    blocks = [triton.cdiv(height, sizes.BLOCK_D) for height in heights]
+    flags, places = first_chunks(blocks), [r * first for first in first_chunks(heights)]
+    terms, starts = _Terms(sizes, r * sum(heights)), _Terms(sizes, 0)
+    for i, x in enumerate(xs):
+        present = heights[count + i], places[count + i]
+        terms.add_pairs(i, lefts[i::count], rights[i::count], present)
+        starts.add_start(i, x, present)
+    per_layer, rows = len(lefts) // count, terms.rows + starts.rows
+    for place, height in enumerate(heights):
+        out = ys[place] if place < count else xs[place - count]
+        first = place * per_layer if place < count else (per_layer - 1) * count + place
+        # No flags to look at: what is not finite stays in its row.
+        rows.append([height, places[place], out.data_ptr(), *out.stride(), first, per_layer, flags[place], *[0] * 12])
+    ends = [int(end) for end in itertools.accumulate((sum(terms.programs), sum(blocks[:count]), sum(blocks[count:])))]
+    return Layout(rows, [*terms.programs, *[0] * count, *blocks], (terms.maps, terms.sums, *ends))
 
 
 def _factor(x: Tensor) -> list[int]:
@@ -414,10 +459,61 @@ def grouped_lorsum(
             launch(factor_kernel, (count,), work.tensors[side * count * per_layer * int(_COLUMNS.value) :], partials, grams, factors, inverses,
                    ridges, per_layer, float(proximal), float(relative), R=r, TILE=min(r, 32), num_warps=4 if r <= 32 else 8)  # fmt: skip
             launch(map_kernel, grid, work.tensors, programs[side], scratch, partials, coefficients, factors, inverses, ridges, rank, count,
-                   R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
+                   SOLVES=True, R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
             launch(expand_kernel, (len(programs[2 + side]) // 2,), work.tensors, programs[2 + side], scratch, flags, **kinds,
                    BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER, num_warps=sizes.warps)  # fmt: skip
             side = 1 - side
         both = work.chunks[2 * ends[1] :]
         launch(finish_kernel, (len(both) // 2,), work.tensors, both, scratch, flags, rank, OUT=TL_DTYPE[dtype], R=r, BLOCK_D=sizes.BLOCK_D,
                num_warps=sizes.warps)  # fmt: skip
+
+
+def verify_product(
+    xs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    ys: list[Tensor],
+) -> Verdict:
+    """Refuses what :func:`verify` does."""
+    return verify(xs, xs, lefts, rights, numbers, coefficients, 0, 0.0, True, ys, xs)
+
+
+@implements("grouped_lorsum_product", "triton", verify_product)
+def grouped_lorsum_product(
+    xs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    ys: list[Tensor],
+) -> None:
+    """See the reference; half a sweep without a system, in five launches."""
+    count, rank, device, compute = len(xs), xs[0].shape[1], xs[0].device, ys[0].dtype
+    if not rank:
+        return
+    sizes = _Sizes(rank, compute)
+    r = sizes.R
+    key = (*map(signature, (xs, lefts, [x for x in rights if x is not None], ys)), tuple(x is None for x in rights),
+           tuple(x.dtype for x in lefts))  # fmt: skip
+    work = table("grouped_lorsum_product", device, key, lambda: _product_layout(xs, lefts, rights, ys, sizes))
+    scratch_size, partial_size, *ends = work.facts
+    of_terms, of_ys, of_xs = (work.chunks[2 * start : 2 * end] for start, end in zip((0, *ends), ends, strict=False))
+    if coefficients is None:
+        coefficients = upload_numbers(numbers, device)
+    coefficients = coefficients.contiguous()
+    scratch = torch.empty(scratch_size, dtype=compute, device=device)
+    partials = torch.empty(partial_size, dtype=torch.float64, device=device)
+    flags = torch.empty(ends[2] - ends[0], dtype=torch.int32, device=device)
+    kinds = {"PRESENT": sum({1 << _CODES[x.dtype] for x in lefts[::count]}), "R": r}
+    rows = {"R": r, "BLOCK_D": sizes.BLOCK_D, "num_warps": sizes.warps}
+    with on_device(xs[0]):
+        launch(copy_kernel, (len(of_xs) // 2,), work.tensors, of_xs, scratch, rank, START=TL_DTYPE[xs[0].dtype], **rows)
+        launch(contract_kernel, (len(of_terms) // 2,), work.tensors, of_terms, scratch, partials, **kinds, BLOCK_D=sizes.CONTRACTED,
+               BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps)  # fmt: skip
+        launch(map_kernel, (len(of_terms) // 2,), work.tensors, of_terms, scratch, partials, coefficients, partials, partials, partials, rank,
+               count, SOLVES=False, R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
+        launch(expand_kernel, (len(of_ys) // 2,), work.tensors, of_ys, scratch, flags, **kinds, BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER,
+               num_warps=sizes.warps)  # fmt: skip
+        launch(finish_kernel, (len(of_ys) // 2,), work.tensors, of_ys, scratch, flags, rank, OUT=TL_DTYPE[compute], **rows)
