@@ -80,7 +80,14 @@ def test_instructions_are_counted_by_width() -> None:
 
 def test_launches_reach_the_driver() -> None:
     """What only a GPU runs otherwise: arguments and options of a launch are bound by Triton, the interpreter asks for less."""
-    cases = ("adamw:bf16 on device", "adamw:r16 fp32", "lora_linear:r16 bf16", "small:gram r16 bf16", "lorsum:r16 bf16", "qr:r16 fp32")
+    cases = (
+        "adamw:bf16 on device",
+        "adamw:r16 fp32",
+        "lora_linear:r16 bf16",
+        "small:gram r16 bf16",
+        "lorsum:r16 fp32, bf16 terms",
+        "qr:r16 fp32",
+    )
     script = Path(__file__).parent / "triton_launch.py"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[1]), os.environ.get("PYTHONPATH", "")])

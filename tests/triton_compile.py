@@ -130,8 +130,8 @@ def core_case(rank: int, dtype: torch.dtype) -> None:
     lora_linear.project(x, None, 1.0, a.mT.contiguous(), None, False, mix=core)
 
 
-def lorsum_case(rank: int, dtype: torch.dtype) -> None:
-    us, vs, dense = [torch.zeros(256, rank, dtype=dtype)], [torch.zeros(rank, 192, dtype=dtype).mT], [torch.zeros(256, 192, dtype=dtype)]
+def lorsum_case(rank: int, dtype: torch.dtype, captured: torch.dtype) -> None:
+    us, vs, dense = [torch.zeros(256, rank, dtype=dtype)], [torch.zeros(rank, 192, dtype=dtype).mT], [torch.zeros(256, 192, dtype=captured)]
     lorsum.grouped_lorsum(us, vs, [*us, *dense], [*vs, None], [1.0, 0.1], None, 2, 1e-3, True, us, vs)
 
 
@@ -169,12 +169,12 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "polar r64": lambda: polar_case(64, torch.float32),
     },
     "lorsum": {
-        "r16 bf16": lambda: lorsum_case(16, torch.bfloat16),
-        "r32 fp32": lambda: lorsum_case(32, torch.float32),
+        "r16 fp32, bf16 terms": lambda: lorsum_case(16, torch.float32, torch.bfloat16),
+        "r32 fp32": lambda: lorsum_case(32, torch.float32, torch.float32),
     },
     "lorsum_wide": {
-        "r64 fp32": lambda: lorsum_case(64, torch.float32),
-        "r128 fp32": lambda: lorsum_case(128, torch.float32),
+        "r64 fp32": lambda: lorsum_case(64, torch.float32, torch.float32),
+        "r128 fp32, bf16 terms": lambda: lorsum_case(128, torch.float32, torch.bfloat16),
         "product r16 bf16": lambda: lorsum_product_case(16, torch.bfloat16),
     },
     "lora_linear": {
@@ -215,10 +215,10 @@ ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("lora_linear", "mask"): (90,),
     ("lora_linear", "core r16 bf16"): (90,),
     ("lora_linear", "core r128 fp32"): (90,),
-    ("lorsum", "r16 bf16"): (80,),
+    ("lorsum", "r16 fp32, bf16 terms"): (80,),
     ("lorsum", "r32 fp32"): (90, 100),
     ("lorsum_wide", "r64 fp32"): (90,),
-    ("lorsum_wide", "r128 fp32"): (100,),
+    ("lorsum_wide", "r128 fp32, bf16 terms"): (100,),
     ("lorsum_wide", "product r16 bf16"): (90,),
     ("small", "gram r32 fp32"): (90,),
     ("small", "gram r128 fp32"): (90,),

@@ -296,6 +296,7 @@ class _Sizes:
         self.INNER = 16 if double or self.R > 32 else 32
         self.BLOCK_D = 32 if double or self.R in (32, 128) else 64  # as many as the registers take
         self.warps = 4 if self.R <= 16 else 8
+        self.expanding_warps = 8
 
 
 def verify(
@@ -461,7 +462,7 @@ def grouped_lorsum(
             launch(map_kernel, grid, work.tensors, programs[side], scratch, partials, coefficients, factors, inverses, ridges, rank, count,
                    SOLVES=True, R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
             launch(expand_kernel, (len(programs[2 + side]) // 2,), work.tensors, programs[2 + side], scratch, flags, **kinds,
-                   BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER, num_warps=sizes.warps)  # fmt: skip
+                   BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER, num_warps=sizes.expanding_warps)  # fmt: skip
             side = 1 - side
         both = work.chunks[2 * ends[1] :]
         launch(finish_kernel, (len(both) // 2,), work.tensors, both, scratch, flags, rank, OUT=TL_DTYPE[dtype], R=r, BLOCK_D=sizes.BLOCK_D,
@@ -515,5 +516,5 @@ def grouped_lorsum_product(
         launch(map_kernel, (len(of_terms) // 2,), work.tensors, of_terms, scratch, partials, coefficients, partials, partials, partials, rank,
                count, SOLVES=False, R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
         launch(expand_kernel, (len(of_ys) // 2,), work.tensors, of_ys, scratch, flags, **kinds, BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER,
-               num_warps=sizes.warps)  # fmt: skip
+               num_warps=sizes.expanding_warps)  # fmt: skip
         launch(finish_kernel, (len(of_ys) // 2,), work.tensors, of_ys, scratch, flags, rank, OUT=TL_DTYPE[compute], **rows)
