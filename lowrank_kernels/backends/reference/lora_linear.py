@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..registry import implements
 from ._common import always
+from ._thin import token_sum, transposed
 from .dropout import dropout_mask
 
 
@@ -42,19 +43,19 @@ def lora_linear(
     x_adapter = dropped(x, mask, keep)
     if core is not None:
         hidden = x_adapter.to(core.dtype) @ a.to(core.dtype).mT
-        update, up = (hidden @ core.mT).to(x.dtype), b
+        update, up = (hidden @ core.mT).to(x.dtype), [b]
     elif q_a is None or q_b is None:
         hidden = x_adapter @ a.mT
-        update, up = hidden, b
+        update, up = hidden, [b]
     else:
         rank = a.shape[0]
         update = x_adapter @ torch.cat([a, q_a]).mT
-        hidden, up = update[:, rank:].contiguous(), torch.cat([q_b, b], dim=1)
+        hidden, up = update[:, rank:].contiguous(), [q_b, b]
     y = None if weight is None else F.linear(x, weight, bias)
     if y is None:
-        y = (update * scale) @ up.mT
+        y = (update * scale) @ transposed(up, len(x))
     else:
-        y.addmm_(update, up.mT, alpha=scale)
+        y.addmm_(update, transposed(up, len(x)), alpha=scale)
     return y, hidden
 
 
@@ -96,10 +97,10 @@ def lora_linear_backward(
         core_hidden, hidden = hidden, (hidden @ core.mT).to(grad.dtype) if need_b else hidden
     elif need_x and decoupled:
         assert q_a is not None and q_b is not None
-        projected = grad @ torch.cat([q_b, b], dim=1)
+        projected = grad @ transposed([q_b, b], len(grad)).mT
         through_a, down = projected[:, :rank], torch.cat([a, q_a])
     elif need_x or need_a:
-        projected = through_a = grad @ (q_b if q_b is not None else b)
+        projected = through_a = grad @ transposed([q_b if q_b is not None else b], len(grad)).mT
         down = a
     if need_x:
         if mask is None and weight is not None:
@@ -114,7 +115,7 @@ def lora_linear_backward(
     if need_a:
         out.append((through_a * scale).mT @ dropped(x, mask, keep))
     if need_b:
-        out.append(grad.mT @ (hidden * scale))
+        out.append(token_sum(grad, hidden * scale))
     if need_core:
         out.append((on_b * scale).mT @ core_hidden)
     return out

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..registry import implements
 from ._common import always
+from ._thin import token_sum, transposed
 
 
 @implements("lora_down", "reference", always)
@@ -50,12 +51,12 @@ def lora_up(
 ) -> Tensor:
     """``y = x W0ᵀ + bias + s·(H Q_Bᵀ + H_Q Bᵀ)`` for H (tokens, r); plain LoRA: ``s·H Bᵀ``."""
     if hidden_q is None or q_b is None:
-        update, up = hidden, b
+        update, up = hidden, [b]
     else:
-        update, up = torch.cat([hidden, hidden_q], dim=1), torch.cat([q_b, b], dim=1)
+        update, up = torch.cat([hidden, hidden_q], dim=1), [q_b, b]
     if x is None or weight is None:
-        return (update * scale) @ up.mT
-    return F.linear(x, weight, bias).addmm_(update, up.mT, alpha=scale)
+        return (update * scale) @ transposed(up, len(hidden))
+    return F.linear(x, weight, bias).addmm_(update, transposed(up, len(hidden)), alpha=scale)
 
 
 @implements("lora_up_backward", "reference", always)
@@ -74,16 +75,16 @@ def lora_up_backward(
     on_hidden = on_q = None
     if need_hidden and need_q:
         assert q_b is not None
-        on_hidden, on_q = ((grad @ torch.cat([q_b, b], dim=1)) * scale).split(b.shape[1], 1)
+        on_hidden, on_q = ((grad @ transposed([q_b, b], len(grad)).mT) * scale).split(b.shape[1], 1)
     elif need_hidden:
-        on_hidden = (grad @ (b if q_b is None else q_b)) * scale
+        on_hidden = (grad @ transposed([b if q_b is None else q_b], len(grad)).mT) * scale
     elif need_q:
-        on_q = (grad @ b) * scale
+        on_q = (grad @ transposed([b], len(grad)).mT) * scale
     if on_hidden is not None:
         out.append(on_hidden)
     if need_b:
         assert hidden is not None
-        out.append(grad.mT @ (hidden * scale))
+        out.append(token_sum(grad, hidden * scale))
     if on_q is not None:
         out.append(on_q)
     return out
