@@ -6,16 +6,19 @@ They stand between two comments; everything else of the README is left alone.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from .results import as_float, read
+from .shapes import MODELS
 from .suites.scaling import OP, host_time_per_layer
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks readme` -->", "<!-- /benchmarks -->"
-#: (shapes, rank) that the tables show.
+#: (shapes, rank) of the table of times.
 CASES = (("minilm/all", "8"), ("roberta-base/all", "16"))
-#: op → (what it is called, the yardstick's name, yardstick, ours)
+#: op → (what it is called, the yardstick's name, yardstick, ours), of the table of times
 OPERATIONS = {
     "grouped_adamw_": ("AdamW `step()`", "torch's fused AdamW", "torch-fused", "ours-optimizer"),
     "sds_lora_refresh_step": ("SDS-LoRA `step()` with a refresh", "torch's fused AdamW", "torch-fused-adamw", "ours-optimizer"),
@@ -26,11 +29,59 @@ OPERATIONS = {
     "reparametrize": ("`grouped_svd_product`", "stacked torch", "torch-batched", "ours-native"),
     "lora_sb_init": ("`grouped_svd` (one block)", "`torch.svd_lowrank`", "torch-svd-lowrank", "ours-native"),
 }
+#: Ranks of the tables by shapes.
+RANKS = ("8", "16")
+#: op → (what it is called, ours), of the tables by shapes
+STEPS = {
+    "grouped_adamw_": ("AdamW `step()`", "ours-optimizer"),
+    "altlora_plus_step": ("AltLoRA+ `step()`", "ours-optimizer"),
+    "sds_lora_refresh_step": ("SDS-LoRA `step()` with a refresh", "ours-optimizer"),
+}
+LINEAR_ALGEBRA = {
+    "grouped_qr": ("`grouped_qr`", "ours-native"),
+    "grouped_gram": ("`grouped_gram`", "ours-native"),
+    "grouped_solve": ("`grouped_solve`", "ours-native"),
+    "grouped_svd_product": ("`grouped_svd_product`", "ours-native"),
+    "grouped_lorsum": ("`grouped_lorsum`", "ours-native"),
+}
+
+#: (op, shapes, rank, provider) → row
+Found: TypeAlias = dict[tuple[str, str, str, str], dict[str, str]]
 
 
 def _number(text: str) -> str:
     value = as_float(text)
     return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _by_shapes(found: Found, title: str, operations: Mapping[str, tuple[str, str]], cell: Callable[[dict[str, str]], str]) -> list[str]:
+    """A table with a row for each operation and a column for each of the shapes and ranks; none without a row to show."""
+    columns = [(f"{model}/all", rank) for model in MODELS for rank in RANKS]
+    columns = [column for column in columns if any((op, *column, ours) in found for op, (_, ours) in operations.items())]
+    if not columns:
+        return []
+    lines = [
+        "",
+        f"| {title} | " + " | ".join(f"{shapes.removesuffix('/all')}, r = {rank}" for shapes, rank in columns) + " |",
+        "|" + "---|" * (1 + len(columns)),
+    ]
+    for op, (name, ours) in operations.items():
+        cells = [cell(found[op, *column, ours]) if (op, *column, ours) in found else "" for column in columns]
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ratio(text: str, *, inverse: bool = False) -> str:
+    value = as_float(text)
+    if value is None:
+        return ""
+    return f"{1 / value:.1f}" if inverse else f"{value:.2f}"
+
+
+def _percent(text: str) -> str:
+    value = as_float(text)
+    return "" if value is None else f"{100 * value:.0f}"
 
 
 def render(rows: list[dict[str, str]]) -> str:
@@ -42,7 +93,7 @@ def render(rows: list[dict[str, str]]) -> str:
     rows = [row for row in rows if row["device_name"] == newest["device_name"]]
     threads = max(int(row["threads"]) for row in rows)
     rows = [row for row in rows if int(row["threads"]) == threads]
-    found = {(row["op"], row["shapes"], row["rank"], row["provider"]): row for row in rows}
+    found: Found = {(row["op"], row["shapes"], row["rank"], row["provider"]): row for row in rows}
     lines = [
         f"{newest['device_name']}, {threads} threads, torch {newest['torch'].split('+')[0]}, fp32, {newest['date']}. "
         "Median ms; in brackets × the yardstick:",
@@ -61,6 +112,12 @@ def render(rows: list[dict[str, str]]) -> str:
                 f"| {title} | {case} | {_number(naive['median_ms'])} | {rival_title} {_number(yardstick['median_ms'])} "
                 f"| **{_number(mine['median_ms'])}** ({ratio:.2f} ×) |"
             )
+    for title, operations, cell in (
+        ("Time by that of torch's fused AdamW", STEPS, lambda row: _ratio(row["ratio_to_rival"])),
+        ("Times faster than the loop over layers", STEPS | LINEAR_ALGEBRA, lambda row: _ratio(row["ratio_to_naive"], inverse=True)),
+        ("% of the roofline", STEPS | LINEAR_ALGEBRA, lambda row: _percent(row["roofline_share"])),
+    ):
+        lines += _by_shapes(found, title, operations, cell)
     slopes = host_time_per_layer(row for row in rows if row["op"] == OP)
     if "torch-fused" in slopes:
         lines += [
