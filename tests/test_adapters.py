@@ -175,6 +175,11 @@ def test_models_that_cannot_be_adapted() -> None:
     lrk.adapt(model, rank=2, target_modules=["query"])  # and now it may
     with pytest.raises(ValueError, match="wrapped by DataParallel"):
         lrk.adapt(nn.DataParallel(Net()), rank=2)
+    lazy = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match=r"'1.weight' has no shape yet.*run the model once"):
+        lrk.adapt(lazy, rank=2)
+    lazy(torch.randn(3, 4))
+    lrk.adapt(lazy, rank=2)
 
 
 def test_conv1d_of_transformers_is_refused_by_name() -> None:

@@ -388,7 +388,7 @@ def test_stacked_experts_are_named() -> None:
             self.mix = nn.Conv1d(8, 8, 3)
 
     model = Mixture()
-    with pytest.warns(UserWarning, match=r"1 stacks of matrices, .*\(the first is 'experts.down_proj', \(4, 8, 6\)\)"):
+    with pytest.warns(UserWarning, match=r"stacks of matrices, .*\(1, the first is 'experts.down_proj', \(4, 8, 6\)\)"):
         lrk.adapt(model, rank=2)
     assert not model.experts.down_proj.requires_grad
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .._checks import as_number, first_few
 from ..pairs import pairs
@@ -106,12 +107,15 @@ def install(function: str, root: nn.Module, layers: dict[int, nn.Module], traine
 
 
 def check_unadapted(function: str, model: nn.Module) -> None:
-    """Refuse a model that cannot be adapted in place now: one with adapters, one wrapped for data parallelism, a lone Linear."""
+    """Refuse a model that cannot be adapted in place now: one with adapters, wrapped for data parallelism, lazy, a lone Linear."""
     wrapper = parallel_wrapper(model)
     if wrapper is not None:
         raise ValueError(
             f"{function}: the model is already wrapped by {wrapper}, which would not see the new factors; adapt it before wrapping"
         )
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ValueError(f"{function}: {lazy!r} has no shape yet, as its module is lazy; run the model once, on any batch, before")
     present = pairs(model)
     if present:
         raise ValueError(
@@ -219,7 +223,7 @@ def _warn_of_bare(named: dict[str, nn.Module], saved: Iterable[str]) -> None:
         bare.append(f"the projections to q, k and v of {len(attentions)} nn.MultiheadAttention (the first is {attentions[0]!r})")
     if stacks:
         name, shape = next(iter(stacks.items()))
-        bare.append(f"{len(stacks)} stacks of matrices, such as the experts of a mixture (the first is {name!r}, {shape})")
+        bare.append(f"stacks of matrices, such as the experts of a mixture ({len(stacks)}, the first is {name!r}, {shape}),")
     for what in bare:
         warnings.warn(
             f"adapt: {what} are bare parameters and no nn.Linear; they are frozen without an adapter. Train such a module in full by "
