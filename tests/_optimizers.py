@@ -8,6 +8,7 @@ from _models import loss_of
 from torch import nn
 
 import lowrank_kernels as lk
+from lowrank_kernels.backends.registry import implementations, operations
 
 OPTIMIZERS = {
     "AdamW": lambda params, **k: lk.AdamW(params, **{"lr": 1e-2, **k}),
@@ -26,6 +27,11 @@ OPTIMIZERS = {
     "OPLoRA-sketch": lambda params, **k: lk.OPLoRA(params, **{"lr": 1e-2, "gradient": "sketch", "sketch_width": 4, **k}),
 }
 every_optimizer = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+
+
+def with_reference(backend: str) -> str:
+    """For ``force``: a backend, and the reference for the operations that it does not have."""
+    return ",".join([backend, *(f"{operation}=reference" for operation in operations() if backend not in implementations(operation))])
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, dtype: torch.dtype = torch.float64) -> None:

@@ -18,11 +18,7 @@ from lowrank_kernels import (
 
 #: (d_out, d_in, r, s): ragged heights, two ranks, three scales.
 LAYERS = [(20, 12, 3, 0.7), (15, 20, 3, 0.7), (9, 15, 3, 1.9), (11, 8, 2, 0.5)]
-
-
 METHODS = [AltLoRA, AltLoRAPlus, ScaledGD, ScaledAdamW, LoRAPro, LoRARITE]
-
-
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
 

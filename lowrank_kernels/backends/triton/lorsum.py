@@ -21,6 +21,7 @@ factors are fp64, those with wider matrices (the tokens of S and X) fp32, never 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
 
 import torch
 import triton
@@ -296,6 +297,7 @@ class _Sizes:
         self.INNER = 16 if double or self.R > 32 else 32
         self.BLOCK_D = 32 if double or self.R in (32, 128) else 64  # as many as the registers take
         self.warps = 4 if self.R <= 16 else 8
+        #: Of the expansion, which spills with four where terms are fp32 and bf16 and R is 16.
         self.expanding_warps = 8
 
 
@@ -410,6 +412,17 @@ def _factor(x: Tensor) -> list[int]:
     return [x.data_ptr(), *x.stride(), tile_mode(x)]
 
 
+def _terms_key(lefts: list[Tensor], rights: list[Tensor | None]) -> tuple[Hashable, ...]:
+    """For a table's key. Terms may differ in dtype, which lists have in common elsewhere; a right factor has its left one's."""
+    factors = [x for x in rights if x is not None]
+    return signature(lefts), signature(factors), tuple(x is None for x in rights), tuple(x.dtype for x in lefts)
+
+
+def _sent(numbers: list[float], coefficients: Tensor | None, device: torch.device) -> Tensor:
+    """The coefficients of all terms on the device, contiguous."""
+    return (upload_numbers(numbers, device) if coefficients is None else coefficients).contiguous()
+
+
 @implements("grouped_lorsum", "triton", verify)
 def grouped_lorsum(
     us: list[Tensor],
@@ -431,16 +444,12 @@ def grouped_lorsum(
     compute, dtype = compute_dtype(us[0].dtype), us[0].dtype
     sizes = _Sizes(rank, compute)
     r = sizes.R
-    # Terms may differ in dtype, which lists have in common elsewhere; a right factor has its left one's.
-    key = (*map(signature, (us, vs, lefts, [x for x in rights if x is not None], out_us, out_vs)),
-           tuple(x is None for x in rights), tuple(x.dtype for x in lefts))  # fmt: skip
+    key = (*map(signature, (us, vs, out_us, out_vs)), *_terms_key(lefts, rights))
     work = table("grouped_lorsum", device, key, lambda: _layout(us, vs, lefts, rights, out_us, out_vs, sizes))
     scratch_size, partial_size, *ends = work.facts
     programs = [work.chunks[2 * start : 2 * end] for start, end in zip((0, *ends), ends, strict=False)]
     per_layer = len(lefts) // count + 2
-    if coefficients is None:
-        coefficients = upload_numbers(numbers, device)
-    coefficients = coefficients.contiguous()
+    coefficients = _sent(numbers, coefficients, device)
     scratch = torch.empty(scratch_size, dtype=compute, device=device)
     partials, ridges, inverses = (torch.empty(size, dtype=torch.float64, device=device) for size in (partial_size, count * r, count * r))
     grams, factors = torch.empty(2, count, r, r, dtype=torch.float64, device=device)
@@ -496,14 +505,11 @@ def grouped_lorsum_product(
         return
     sizes = _Sizes(rank, compute)
     r = sizes.R
-    key = (*map(signature, (xs, lefts, [x for x in rights if x is not None], ys)), tuple(x is None for x in rights),
-           tuple(x.dtype for x in lefts))  # fmt: skip
+    key = (*map(signature, (xs, ys)), *_terms_key(lefts, rights))
     work = table("grouped_lorsum_product", device, key, lambda: _product_layout(xs, lefts, rights, ys, sizes))
     scratch_size, partial_size, *ends = work.facts
     of_terms, of_ys, of_xs = (work.chunks[2 * start : 2 * end] for start, end in zip((0, *ends), ends, strict=False))
-    if coefficients is None:
-        coefficients = upload_numbers(numbers, device)
-    coefficients = coefficients.contiguous()
+    coefficients = _sent(numbers, coefficients, device)
     scratch = torch.empty(scratch_size, dtype=compute, device=device)
     partials = torch.empty(partial_size, dtype=torch.float64, device=device)
     flags = torch.empty(ends[2] - ends[0], dtype=torch.int32, device=device)
