@@ -191,6 +191,23 @@ def test_layer_compiles_without_graph_breaks(decoupled: bool, dropout: float) ->
         torch.testing.assert_close(compiled(x), dense(layer, x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True], ids=["plain", "decoupled"])
+def test_a_traced_layer_holds_torchs_operations_alone(decoupled: bool, recorded: bool) -> None:
+    layer = lrk.LowRankLinear(nn.Linear(8, 6).requires_grad_(False), 3, 0.7, method="sds")
+    randomize(layer, decoupled)
+    with torch.set_grad_enabled(recorded):
+        traced = torch.jit.trace(layer, torch.randn(2, 4, 8))
+    assert "lowrank_kernels::" not in str(traced.inlined_graph)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    results = []
+    for function in (layer, traced):
+        y = function(x)
+        results.append([y.detach(), *torch.autograd.grad(y.sum(), (x, layer.lora_A, layer.lora_B))])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("change", ["train", "load", "write"])
 def test_a_compiled_merged_model_sees_new_factors(change: str) -> None:
     torch._dynamo.reset()

@@ -13,9 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._checks import as_integer, as_number, check_choice
-from ..backends.dtypes import FLOATING, compute_dtype
+from ..backends.dtypes import FLOATING, autocast_dtype, compute_dtype
 from ..ops import lora_linear, lora_up
-from ..ops.lora_shared import autocast_dtype
 from ..pairs import count_switch, register_layer
 
 if TYPE_CHECKING:

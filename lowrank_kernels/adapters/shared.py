@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends.dtypes import autocast_dtype
 from ..ops import lora_down
 from ..ops._library import is_plain_eager
-from ..ops.lora_shared import autocast_dtype
 from ._model import adapted_layers, check_model
 from .layer import LowRankLinear, version_of
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .dtypes import under_autocast
+
 ENVIRONMENT_VARIABLE = "LOWRANK_KERNELS_BACKEND"
 BACKENDS = ("triton", "native", "reference")
 #: The order in which backends are asked, by device type. Anything else gets the reference.
@@ -283,10 +285,14 @@ def _preferred(device_type: str) -> str:
 def call(implementation: Implementation, device_type: str, args: tuple[Any, ...]) -> Any:
     """Run an implementation that has been found to take these arguments, and count the call."""
     _calls[implementation.operation, implementation.backend] += 1
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return implementation.function(*args)
-    return implementation.function(*args)
+    if not under_autocast(device_type):
+        return implementation.function(*args)
+    # A sixth of the time of ``torch.autocast(…, enabled=False)``, which also counts its depth and looks after a cache of casts.
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        return implementation.function(*args)
+    finally:
+        torch.set_autocast_enabled(device_type, True)
 
 
 def call_counts() -> dict[tuple[str, str], int]:

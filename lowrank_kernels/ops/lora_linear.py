@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import as_flag, as_number
-from ..backends.dtypes import FLOATING, compute_dtype
+from ..backends.dtypes import FLOATING, autocast_dtype, compute_dtype, under_autocast
 from ..backends.registry import implementations, run, select
-from ._library import LIBRARY, NAMESPACE, define, is_plain_eager, is_transformed, no_backward
+from ._library import LIBRARY, NAMESPACE, applies, define, is_plain_eager, is_transformed, no_backward
 from ._tensor_checks import check_tensor
 
 
@@ -60,7 +60,7 @@ def lora_linear(
     Factors of another dtype than x are cast to it; their gradients come back in their own. Under ``torch.autocast``
     everything is cast as ``F.linear`` would cast it.
     No GEMM is done for a gradient that nobody asked for.
-    Under ``torch.func`` transforms (grad, vmap, jvp, …) and in forward mode the formula is computed by torch's own operations.
+    Under ``torch.func`` transforms (grad, vmap, jvp, …), in forward mode and in ``torch.jit.trace`` torch's own operations compute it.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or numbers do not fit, only one of q_a and q_b is given, or a core with them.
@@ -72,29 +72,32 @@ def lora_linear(
     if not fits:
         _check(x, weight, bias, a, b, q_a, q_b, core)
         scale, dropout = _check_options(scale, dropout, training, capture)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        if x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    dtype = autocast_dtype(x)
+    x, a, b = _cast(x, dtype), _cast(a, dtype), _cast(b, dtype)
+    if weight is not None:
+        weight = _cast(weight, dtype)
+    if bias is not None:
+        bias = _cast(bias, dtype)
     if q_a is not None and q_b is not None:
-        q_a, q_b = q_a.detach().to(x.dtype), q_b.detach().to(x.dtype)
+        q_a, q_b = (_cast(q.detach() if q.requires_grad else q, dtype) for q in (q_a, q_b))
     if core is not None:
-        core = core.to(compute_dtype(x.dtype))
-    tokens = x.reshape(-1, x.shape[-1])
-    mask, seed, keep = _draw(tokens, a.shape[0], dropout) if training and dropout > 0.0 else (None, None, 1.0)
-    arguments = (tokens, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
+        core = _cast(core, compute_dtype(dtype))
+    mask, seed, keep = _draw(x, a.shape[0], dropout) if training and dropout > 0.0 else (None, None, 1.0)
     if capture is not None and torch.is_grad_enabled():
         if is_transformed():
-            raise RuntimeError("lora_linear: full gradients cannot be captured under torch.func transforms; use loss.backward()")
-        y, _ = _captured(*arguments, capture)
-    elif is_plain_eager(tokens, weight, bias, a, b, q_a, q_b, core):
-        y, _ = _eager(*arguments)
-    elif is_transformed():
-        return _composed(*arguments).reshape(*x.shape[:-1], b.shape[0])
+            raise RuntimeError("lora_linear: a torch.func transform or torch.jit.trace captures no full gradients; use loss.backward()")
+        y = _captured(x.reshape(-1, x.shape[-1]), weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed, capture)
+    elif is_plain_eager(x, weight, bias, a, b, q_a, q_b, core):
+        return _eager(x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
     else:
-        y, _ = torch.ops.lowrank_kernels.lora_linear(*arguments)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        arguments = (x.reshape(-1, x.shape[-1]), weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
+        y = _composed(*arguments) if is_transformed() else torch.ops.lowrank_kernels.lora_linear(*arguments)[0]
+    return y.reshape(*x.shape[:-1], b.shape[0])
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes longer than to see that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class _Sketch(NamedTuple):
@@ -128,10 +131,10 @@ def _draw(x: Tensor, rank: int, dropout: float) -> tuple[Tensor | None, Tensor |
         return None, torch.randint(2**63 - 1, (1,), device=x.device), max(1, round((1.0 - dropout) * 65536)) / 65536
     keep = 1.0 - dropout
     if x.device.type != "cpu":
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep), None, keep
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep).view(-1, x.shape[-1]), None, keep
     # A CPU draws one number after the other: 64 bits for two entries take a quarter of bernoulli_'s time, at 2⁻³² as resolution.
     bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 1) // 2,), device=x.device).view(torch.int32)
-    return (bits[: x.numel()] <= max(1, round(keep * 2**32)) - 1 - 2**31).view(x.shape), None, keep
+    return (bits[: x.numel()] <= max(1, round(keep * 2**32)) - 1 - 2**31).view(-1, x.shape[-1]), None, keep
 
 
 def _composed(
@@ -156,14 +159,38 @@ def _composed(
     return delta if weight is None else F.linear(x, weight, bias) + delta
 
 
-def _eager(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*args[:5], args[10])):
-        return _LoraLinear.apply(*args, None)
-    return _forward(*args)
+def _eager(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    core: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    """The operation for plain tensors, without its dispatcher; x as it was given."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or a.requires_grad
+        or b.requires_grad
+        or (core is not None and core.requires_grad)
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _apply(x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed, None)
+    if x.ndim == 2:
+        return _forward(x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)[0]
+    y, _ = _forward(x.reshape(-1, x.shape[-1]), weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
+    return y.view(*x.shape[:-1], b.shape[0])
 
 
 @torch._disable_dynamo
-def _captured(*args: Any) -> tuple[Tensor, Tensor]:
+def _captured(*args: Any) -> Tensor:
     return _LoraLinear.apply(*args)
 
 
@@ -233,8 +260,7 @@ def _check(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"lora_linear: {name} must be {shape} (x has d_in={d_in}, a has r={rank}), got {tuple(tensor.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-        if tensor is not None and tensor.dtype != x.dtype and not autocast:
+        if tensor is not None and tensor.dtype != x.dtype and not under_autocast(x.device.type):
             raise TypeError(f"lora_linear: {name} is {tensor.dtype}, x is {x.dtype}; cast one, or use torch.autocast")
     if weight is None and bias is not None:
         raise ValueError("lora_linear: a bias without a weight; add it to the base layer's output instead")
@@ -307,13 +333,24 @@ def _backward_fake(grad: Tensor, x: Tensor, weight: Any, a: Tensor, b: Tensor, q
     return [*grads, core.new_empty(core.shape)] if core is not None and any(needs[5:]) else grads
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed = inputs
-    hidden = output[1]
-    ctx.mark_non_differentiable(hidden)
-    need_x, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
-    need_core = ctx.needs_input_grad[10]
-    # Only what some requested gradient reads is kept alive until the backward pass.
+def _save(
+    ctx: Any,
+    hidden: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    q_a: Tensor | None,
+    q_b: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    core: Tensor | None,
+    seed: Tensor | None,
+) -> None:
+    """Keep alive until the backward pass what some requested gradient reads, and nothing else."""
+    need_x, need_weight, need_bias, need_a, need_b, *_, need_core, _ = ctx.needs_input_grad[:12]
     ctx.save_for_backward(
         x if need_a or need_weight else None,
         weight if need_x else None,
@@ -326,45 +363,65 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         core,
         seed if need_x or need_a else None,
     )
-    ctx.capture = None
-    ctx.scale, ctx.keep, ctx.has_bias, ctx.has_weight, ctx.x_shape = scale, keep, bias is not None, weight is not None, x.shape
+    ctx.needs = [need_x, need_weight, need_bias, need_a, need_b, need_core]
+    ctx.scale, ctx.keep, ctx.shape = scale, keep, x.shape
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, output[1], *inputs)
+    ctx.capture, ctx.saved_plain = None, False
+    ctx.mark_non_differentiable(output[1])
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, grad_hidden: Tensor | None) -> tuple[Any, ...]:
+    return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of all inputs, from what :func:`_save` kept and the one of y (tokens, d_out)."""
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing refuses a second look
     x, weight, a, b, q_a, q_b, hidden, mask, core, seed = saved
-    needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[10]]
+    needs = ctx.needs
     if ctx.capture is not None and needs[3]:
         kept = mask if seed is None else run("dropout_mask", x.device.type, seed, *x.shape, ctx.keep)
         ctx.capture((x if kept is None else x * kept * (1.0 / ctx.keep)).detach(), grad.detach())
-    x = grad.new_empty(ctx.x_shape[0], 0) if x is None else x
+    x = grad.new_empty(ctx.shape[0], 0) if x is None else x
     hidden = grad.new_empty(0) if hidden is None else hidden
     # With a graph of the backward pass, or traced, the operation stands in it as a node (one that refuses a second derivative).
-    as_node = torch.is_grad_enabled() or not is_plain_eager(grad, *saved)
+    as_node = torch.is_grad_enabled() or not is_plain_eager(grad, *(() if ctx.saved_plain else saved))
     backward = torch.ops.lowrank_kernels.lora_linear_backward if as_node else _backward
     grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs, core, seed)
     found = iter(grads)
-    *of_inputs, of_core = (next(found) if needed else None for needed in needs)
-    return (*of_inputs, None, None, None, None, None, of_core, None)
+    of_x, of_weight, of_bias, of_a, of_b, of_core = [next(found) if needed else None for needed in needs]
+    return of_x, of_weight, of_bias, of_a, of_b, None, None, None, None, None, of_core, None
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The autograd of the operation without its dispatcher."""
+    """The autograd of the operation without its dispatcher, for x of any number of dimensions."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *inputs, capture = args
-        output = _forward(*inputs)
-        _setup_context(ctx, tuple(inputs), output)
-        ctx.capture = capture
-        ctx.set_materialize_grads(False)  # the gradient of the rank-r activation is never read
-        return output
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        *rest, capture = args
+        tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        y, hidden = _forward(tokens, *rest)
+        _save(ctx, hidden, tokens, *rest)
+        ctx.capture, ctx.saved_plain = capture, capture is None  # what captures has not been looked at
+        ctx.leading = None if x.ndim == 2 else x.shape[:-1]
+        ctx.set_materialize_grads(False)
+        # Reshaped in place: a view would be one made without a graph, which must not be written afterwards (``ReLU(inplace=True)``).
+        return y if x.ndim == 2 else y.contiguous().resize_(*x.shape[:-1], y.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_hidden: Tensor | None) -> tuple[Any, ...]:
-        return (None,) * 13 if grad is None else (*_autograd_backward(ctx, grad, grad_hidden), None)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 13
+        if ctx.leading is None:
+            return (*_gradients(ctx, grad), None)
+        of_x, *others = _gradients(ctx, grad.reshape(-1, grad.shape[-1]))
+        return (None if of_x is None else of_x.reshape(*ctx.leading, of_x.shape[1]), *others, None)
 
 
+_apply = applies(_LoraLinear)
 define(
     "lora_linear",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, Tensor? q_a, Tensor? q_b, float scale, Tensor? mask, float keep, "

@@ -15,17 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .._checks import as_number
-from ..backends.dtypes import FLOATING
+from ..backends.dtypes import FLOATING, autocast_dtype
 from ..backends.registry import run
-from ._library import LIBRARY, NAMESPACE, define, is_plain_eager, is_plain_node, no_backward
+from ._library import LIBRARY, NAMESPACE, applies, define, is_plain_eager, is_plain_node, no_backward
 from ._tensor_checks import check_lists, check_tensor
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What ``F.linear`` would cast x to: its own dtype without autocast."""
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
 
 
 def lora_down(
@@ -59,7 +52,7 @@ def lora_down(
         else:
             through_a, through_q = F.linear(x, a), None if q is None else F.linear(x, q)
     elif torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
-        passed, through_a, through_q = _Down.apply(x, a, q)
+        passed, through_a, through_q = _apply_down(x, a, q)
         x = x if passed is None else passed
     else:
         through_a, through_q = _down(x, a, q)
@@ -114,7 +107,7 @@ def lora_up(
     if not eager:
         y = torch.ops.lowrank_kernels.lora_up(*arguments)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, b, hidden_q)):
-        y = _Up.apply(*arguments)
+        y = _apply_up(*arguments)
     else:
         y = _up(*arguments)
     return y.view(*leading, y.shape[-1])
@@ -232,6 +225,9 @@ class _Up(torch.autograd.Function):
         found = iter(run("lora_up_backward", grad.device.type, grad.contiguous(), weight, hidden, b, q_b, ctx.scale, ctx.needs))
         of_x, of_hidden, of_b, of_q = (next(found) if needed else None for needed in ctx.needs)
         return of_x, None, None, of_hidden, of_b, of_q, None, None
+
+
+_apply_down, _apply_up = applies(_Down), applies(_Up)
 
 
 # The same as nodes, for compilers and dispatch modes. A node cannot hand x through, so gradients that reach it by other paths join outside.

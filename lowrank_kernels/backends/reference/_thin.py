@@ -13,19 +13,23 @@ from torch import Tensor
 FEW_COLUMNS = 16
 #: With fewer tokens, or fewer rows of a factor of more columns, a copy of the factor costs as much as it saves.
 MANY_TOKENS, MANY_ROWS = 128, 1024
+#: With fewer tokens the direct product is the faster one, though it is the slow kind.
+SOME_TOKENS = 32
 
 
-def transposed(factors: list[Tensor], tokens: int) -> Tensor:
-    """``[B₁ B₂ …]ᵀ`` of factors (d_out, r): its rows contiguous where that is faster in products with so many tokens."""
-    rows, columns = factors[0].shape
-    pays = tokens >= MANY_TOKENS and factors[0].device.type == "cpu"
+def stacked(factors: list[Tensor], tokens: int) -> Tensor:
+    """``[B₁ B₂ …]`` (d_out, k) of factors (d_out, r): with contiguous columns where that is faster in products with so many tokens."""
+    if tokens < MANY_TOKENS or factors[0].device.type != "cpu":
+        return factors[0] if len(factors) == 1 else torch.cat(factors, dim=1)
     if len(factors) > 1:
-        return torch.cat([factor.mT for factor in factors]) if pays else torch.cat(factors, dim=1).mT
-    return factors[0].mT.contiguous() if pays and (columns < FEW_COLUMNS or rows >= MANY_ROWS) else factors[0].mT
+        return torch.cat([factor.mT for factor in factors]).mT
+    rows, columns = factors[0].shape
+    return factors[0].mT.contiguous().mT if columns < FEW_COLUMNS or rows >= MANY_ROWS else factors[0]
 
 
 def token_sum(grad: Tensor, hidden: Tensor) -> Tensor:
     """``∂yᵀ H`` (d_out, r), contiguous, for ∂y (tokens, d_out) and H (tokens, r)."""
-    if grad.device.type == "cpu" and (hidden.shape[1] < FEW_COLUMNS or grad.dtype != torch.float32):
+    few = hidden.shape[1] < FEW_COLUMNS or grad.dtype != torch.float32
+    if few and len(grad) >= SOME_TOKENS and grad.device.type == "cpu":
         return (hidden.mT @ grad).mT.contiguous()
     return grad.mT @ hidden

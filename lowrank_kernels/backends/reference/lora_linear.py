@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..registry import implements
 from ._common import always
-from ._thin import token_sum, transposed
+from ._thin import stacked, token_sum
 from .dropout import dropout_mask
 
 
@@ -53,9 +53,9 @@ def lora_linear(
         hidden, up = update[:, rank:].contiguous(), [q_b, b]
     y = None if weight is None else F.linear(x, weight, bias)
     if y is None:
-        y = (update * scale) @ transposed(up, len(x))
+        y = (update * scale) @ stacked(up, len(x)).mT
     else:
-        y.addmm_(update, transposed(up, len(x)), alpha=scale)
+        y.addmm_(update, stacked(up, len(x)).mT, alpha=scale)
     return y, hidden
 
 
@@ -97,10 +97,10 @@ def lora_linear_backward(
         core_hidden, hidden = hidden, (hidden @ core.mT).to(grad.dtype) if need_b else hidden
     elif need_x and decoupled:
         assert q_a is not None and q_b is not None
-        projected = grad @ transposed([q_b, b], len(grad)).mT
+        projected = grad @ stacked([q_b, b], len(grad))
         through_a, down = projected[:, :rank], torch.cat([a, q_a])
     elif need_x or need_a:
-        projected = through_a = grad @ transposed([q_b if q_b is not None else b], len(grad)).mT
+        projected = through_a = grad @ stacked([q_b if q_b is not None else b], len(grad))
         down = a
     if need_x:
         if mask is None and weight is not None:

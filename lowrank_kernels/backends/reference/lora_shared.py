@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..registry import implements
 from ._common import always
-from ._thin import token_sum, transposed
+from ._thin import stacked, token_sum
 
 
 @implements("lora_down", "reference", always)
@@ -55,8 +55,8 @@ def lora_up(
     else:
         update, up = torch.cat([hidden, hidden_q], dim=1), [q_b, b]
     if x is None or weight is None:
-        return (update * scale) @ transposed(up, len(hidden))
-    return F.linear(x, weight, bias).addmm_(update, transposed(up, len(hidden)), alpha=scale)
+        return (update * scale) @ stacked(up, len(hidden)).mT
+    return F.linear(x, weight, bias).addmm_(update, stacked(up, len(hidden)).mT, alpha=scale)
 
 
 @implements("lora_up_backward", "reference", always)
@@ -75,11 +75,11 @@ def lora_up_backward(
     on_hidden = on_q = None
     if need_hidden and need_q:
         assert q_b is not None
-        on_hidden, on_q = ((grad @ transposed([q_b, b], len(grad)).mT) * scale).split(b.shape[1], 1)
+        on_hidden, on_q = (grad @ stacked([q_b, b], len(grad)) * scale).split(b.shape[1], 1)
     elif need_hidden:
-        on_hidden = (grad @ transposed([b if q_b is None else q_b], len(grad)).mT) * scale
+        on_hidden = grad @ stacked([b if q_b is None else q_b], len(grad)) * scale
     elif need_q:
-        on_q = (grad @ transposed([b], len(grad)).mT) * scale
+        on_q = grad @ stacked([b], len(grad)) * scale
     if on_hidden is not None:
         out.append(on_hidden)
     if need_b:
