@@ -28,8 +28,9 @@ struct Panels {
   }
 };
 
-// Accumulators of a Gram product come in tiles of kGramI × kGramJ vectors: a lane sums up every kLanes-th product.
-constexpr int kGramI = kManyRegisters ? 4 : 2, kGramJ = 4, kGramTile = kGramI * kGramJ;
+// Accumulators of a Gram product come in tiles of at most kGramI columns of x by kGramJ of y: a lane sums up every
+// kLanes-th product. The tiles on the diagonal of a symmetric product are triangles of kGramJ columns.
+constexpr int kGramI = kManyRegisters ? 4 : 3, kGramJ = 4, kGramTile = kGramJ * kGramJ;
 
 // Columns of storage that are wanted next, of x and of y, so many bytes apart.
 struct NextColumns {
@@ -46,12 +47,12 @@ struct NextColumns {
   }
 };
 
-// tile[i * kGramJ + j] += x_i · y_j, lane by lane, over `rows` rows of the kGramI columns x and the kGramJ columns y,
-// of which read(k, a, b) reads a vector each; products and sums in A. Entries with j < i + Below are left alone: what
-// is below the diagonal of a symmetric product.
-template <class A, int Below, class Read>
+// tile[i * kGramJ + j] += x_i · y_j, lane by lane, over `rows` rows of I columns x and of the kGramJ columns y;
+// products and sums in A. read(k, a, multiply) reads a vector of each x into `a`, and hands those of y to multiply(j,
+// b), one at a time, as registers are few. Of a triangle entries with j < i are left alone.
+template <class A, int I, bool Triangle, class Read>
 LOWRANK_INLINE void gram_tile(int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, const Read& read) {
-  constexpr int I = kGramI, J = kGramJ;
+  constexpr int J = kGramJ;
   Vec<A> sum[I][J];
   LOWRANK_UNROLL
   for (int i = 0; i < I; ++i) {
@@ -59,15 +60,13 @@ LOWRANK_INLINE void gram_tile(int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, const
     for (int j = 0; j < J; ++j) sum[i][j] = tile[i * J + j];
   }
   for (int64_t k = 0; k < rows; k += kLanes<A>) {
-    Vec<A> a[I], b[J];
-    read(k, a, b);
-    LOWRANK_UNROLL
-    for (int i = 0; i < I; ++i) {
+    Vec<A> a[I];
+    read(k, a, [&](int j, const Vec<A>& b) {
       LOWRANK_UNROLL
-      for (int j = 0; j < J; ++j) {
-        if (j >= i + Below) sum[i][j] += a[i] * b[j];
+      for (int i = 0; i < I; ++i) {
+        if (!Triangle || j >= i) sum[i][j] += a[i] * b;
       }
-    }
+    });
   }
   LOWRANK_UNROLL
   for (int i = 0; i < I; ++i) {
@@ -76,83 +75,93 @@ LOWRANK_INLINE void gram_tile(int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, const
   }
 }
 
-// The same of columns of T; ask(k) is called on the way.
-template <class A, class T, int Below, class Ask>
-LOWRANK_INLINE void gram_tile(const T* const* x, const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile,
-                              const Ask& ask) {
-  gram_tile<A, Below>(rows, tile, [&](int64_t k, Vec<A>* a, Vec<A>* b) {
+// The same of I columns x and the columns y of T; ask(k) is called on the way.
+template <class A, int I, class T, class Ask>
+LOWRANK_INLINE void gram_rectangle(const T* const* x, const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile,
+                                   const Ask& ask) {
+  gram_tile<A, I, false>(rows, tile, [&](int64_t k, Vec<A>* a, const auto& multiply) {
     ask(k);
     LOWRANK_UNROLL
-    for (int i = 0; i < kGramI; ++i) a[i] = load_as<A>(x[i] + k);
+    for (int i = 0; i < I; ++i) a[i] = load_as<A>(x[i] + k);
     LOWRANK_UNROLL
-    for (int j = 0; j < kGramJ; ++j) b[j] = load_as<A>(y[j] + k);
+    for (int j = 0; j < kGramJ; ++j) multiply(j, load_as<A>(y[j] + k));
   });
 }
 
-// The same on the diagonal, of columns y of T: they are widened into the columns `to` on the way, between products that
-// wait for other parts of the core.
-template <class A, class T>
-LOWRANK_INLINE void gram_tile_widening(const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, A* const* to,
-                                       int64_t first, const NextColumns& next) {
-  gram_tile<A, 0>(rows, tile, [&](int64_t k, Vec<A>* a, Vec<A>* b) {
-    next.ask(first, k);
+// The same on the diagonal. If kCopies, the columns are written to `to`, as A, on the way, between products that wait
+// for other parts of the core.
+template <class A, bool kCopies, class T, class Ask>
+LOWRANK_INLINE void gram_triangle(const T* const* y, int64_t rows, Vec<A>* LOWRANK_RESTRICT tile, A* const* to,
+                                  const Ask& ask) {
+  gram_tile<A, kGramJ, true>(rows, tile, [&](int64_t k, Vec<A>* a, const auto& multiply) {
+    ask(k);
     LOWRANK_UNROLL
     for (int j = 0; j < kGramJ; ++j) {
-      b[j] = load_as<A>(y[j] + k);
-      store(to[j] + k, b[j]);
-      if (j < kGramI) a[j] = b[j];
+      a[j] = load_as<A>(y[j] + k);
+      if (kCopies) store(to[j] + k, a[j]);
+      multiply(j, a[j]);
     }
   });
 }
 
-// The tile from (i0, j0) on of XᵀY, whose columns are so far apart; of a symmetric product, of its upper triangle. A
-// column beyond the last one stands for the last one.
+// The tile of `height` columns of x and kGramJ columns of y, from (i0, j0) on, of XᵀY, whose columns are so far apart.
+// A column beyond the last one stands for the last one.
 template <class A, class T, class Ask>
-LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t r,
-                                  int64_t k, bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile, const Ask& ask) {
+LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t k,
+                                  int64_t i0, int64_t j0, int64_t height, Vec<A>* tile, const Ask& ask) {
   const T *x_columns[kGramI], *y_columns[kGramJ];
-  for (int i = 0; i < kGramI; ++i) x_columns[i] = x + (i0 + i < r ? i0 + i : r - 1) * x_pitch;
+  for (int i = 0; i < kGramI; ++i) x_columns[i] = x + (i0 + (i < height ? i : 0)) * x_pitch;
   for (int j = 0; j < kGramJ; ++j) y_columns[j] = y + (j0 + j < k ? j0 + j : k - 1) * y_pitch;
-  if (symmetric && j0 == i0) {
-    gram_tile<A, T, 0>(x_columns, y_columns, rows, tile, ask);
-  } else if (symmetric && kGramI < kGramJ && j0 + kGramI == i0) {
-    gram_tile<A, T, kGramI>(x_columns, y_columns, rows, tile, ask);
-  } else {
-    gram_tile<A, T, -kGramI>(x_columns, y_columns, rows, tile, ask);
+  switch (height) {
+    case 1:
+      return gram_rectangle<A, 1>(x_columns, y_columns, rows, tile, ask);
+    case 2:
+      return gram_rectangle<A, 2>(x_columns, y_columns, rows, tile, ask);
+    case 3:
+      return gram_rectangle<A, 3>(x_columns, y_columns, rows, tile, ask);
+    default:
+      return gram_rectangle<A, kGramI>(x_columns, y_columns, rows, tile, ask);
   }
 }
 template <class A, class T>
-LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t r,
-                                  int64_t k, bool symmetric, int64_t i0, int64_t j0, Vec<A>* tile) {
-  add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r, k, symmetric, i0, j0, tile, [](int64_t) {});
+LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t k,
+                                  int64_t i0, int64_t j0, int64_t height, Vec<A>* tile) {
+  add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, k, i0, j0, height, tile, [](int64_t) {});
 }
 
-// gram (r, pitch) += the sums over the lanes of the tile of I × J vectors from (i0, j0) on, added up in double. The
-// tile, which whole vectors of sums are read of, is used up.
-template <class A, int I = kGramI, int J = kGramJ>
-LOWRANK_INLINE void reduce_gram_tile(Vec<A>* tile, int64_t i0, int64_t j0, int64_t r, int64_t k, double* gram,
+// gram (·, pitch) += the sums over the lanes of the tile of I × J vectors from (i0, j0) on, of which `height` rows and
+// the columns before k count, added up in double. The tile, which whole vectors of sums are read of, is used up.
+template <class A, int I = kGramJ, int J = kGramJ>
+LOWRANK_INLINE void reduce_gram_tile(Vec<A>* tile, int64_t i0, int64_t j0, int64_t height, int64_t k, double* gram,
                                      int64_t pitch) {
   constexpr int kSums = static_cast<int>(round_up(I * J, kLanes<A>));
   A sums[kSums];
   for (int s = 0; s < kSums; s += kLanes<A>) store(sums + s, sum_lanes_of_each<A>(tile + s));
   double* const corner = gram + i0 * pitch + j0;
-  if (i0 + I <= r && j0 + J <= k) {
+  if (height == I && j0 + J <= k) {
     for (int i = 0; i < I; ++i) {
       for (int j = 0; j < J; ++j) corner[i * pitch + j] += static_cast<double>(sums[i * J + j]);
     }
     return;
   }
-  for (int i = 0; i < I && i0 + i < r; ++i) {
+  for (int i = 0; i < I && i < height; ++i) {
     for (int j = 0; j < J && j0 + j < k; ++j) corner[i * pitch + j] += static_cast<double>(sums[i * J + j]);
   }
 }
 
-// body(i0, j0, index) for the tiles of an (r, k) product; of a symmetric one, those that reach its upper triangle.
+// body(i0, j0, height, index) for the tiles of an (r, k) product; of a symmetric one, those of its upper triangle, with
+// a height of 0 for a triangle on the diagonal. One column alone would leave the core waiting for its sums.
 template <class Body>
 LOWRANK_INLINE void for_each_gram_tile(int64_t r, int64_t k, bool symmetric, const Body& body) {
   int64_t index = 0;
-  for (int64_t i0 = 0; i0 < r; i0 += kGramI) {
-    for (int64_t j0 = symmetric ? i0 / kGramJ * kGramJ : 0; j0 < k; j0 += kGramJ) body(i0, j0, index++);
+  for (int64_t j0 = 0; j0 < k; j0 += kGramJ) {
+    if (symmetric) body(j0, j0, int64_t{0}, index++);
+    const int64_t end = symmetric ? j0 : r;
+    for (int64_t i0 = 0, height = 0; i0 < end; i0 += height) {
+      const int64_t left = end - i0;
+      height = left < kGramI ? left : left % kGramI == 1 ? kGramI - 1 : kGramI;
+      body(i0, j0, height, index++);
+    }
   }
 }
 
@@ -164,7 +173,7 @@ class GramSums {
   // `memory` holds gram_lanes(r, k) doubles.
   GramSums(int64_t r, int64_t k, bool symmetric, double* memory)
       : r_(r), k_(k), symmetric_(symmetric), tiles_(reinterpret_cast<Vec<A>*>(memory)) {
-    for_each_gram_tile(r_, k_, symmetric_, [&](int64_t, int64_t, int64_t index) {
+    for_each_gram_tile(r_, k_, symmetric_, [&](int64_t, int64_t, int64_t, int64_t index) {
       for (int s = 0; s < kGramTile; ++s) tiles_[index * kGramTile + s] = Vec<A>{};
       tiles_count_ = index + 1;
     });
@@ -172,33 +181,35 @@ class GramSums {
   // `rows` rows (whole vectors) of columns that are so far apart; `next` is asked for.
   template <class T>
   void add(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, const NextColumns& next = {}) {
-    for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t index) {
+    for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t height, int64_t index) {
+      Vec<A>* const tile = tiles_ + index * kGramTile;
       with_share(next, index, [&](const auto& ask) {
-        add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, r_, k_, symmetric_, i0, j0, tiles_ + index * kGramTile, ask);
+        if (height > 0) return add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, k_, i0, j0, height, tile, ask);
+        const T* columns[kGramJ];
+        for (int j = 0; j < kGramJ; ++j) columns[j] = y + (j0 + j < k_ ? j0 + j : k_ - 1) * y_pitch;
+        gram_triangle<A, false>(columns, rows, tile, static_cast<A* const*>(nullptr), ask);
       });
     });
   }
-  // The same of XᵀX and columns of T, which the tiles on the diagonal widen into `panel`.
+  // The same of XᵀX and columns of T, which the triangles on the diagonal copy to `panel`, as A, for all others.
   template <class T>
-  void add_widening(const T* x, int64_t stride, int64_t rows, A* panel, int64_t pitch, const NextColumns& next) {
-    for_each_gram_tile(r_, r_, true, [&](int64_t i0, int64_t j0, int64_t index) {
-      if (j0 != i0) return;
+  void add_copying(const T* x, int64_t stride, int64_t rows, A* panel, int64_t pitch, const NextColumns& next) {
+    for_each_gram_tile(r_, r_, true, [&](int64_t i0, int64_t j0, int64_t height, int64_t index) {
+      Vec<A>* const tile = tiles_ + index * kGramTile;
+      if (height > 0) return add_gram_tile<A>(panel, pitch, panel, pitch, rows, r_, i0, j0, height, tile);
       const T* columns[kGramJ];
-      A* widened[kGramJ];
+      A* copies[kGramJ];
       for (int j = 0; j < kGramJ; ++j) {  // a column beyond the last one stands for the last one
         const int64_t column = j0 + j < r_ ? j0 + j : r_ - 1;
-        columns[j] = x + column * stride, widened[j] = panel + column * pitch;
+        columns[j] = x + column * stride, copies[j] = panel + column * pitch;
       }
-      gram_tile_widening<A>(columns, rows, tiles_ + index * kGramTile, widened, j0, next);
-    });
-    for_each_gram_tile(r_, r_, true, [&](int64_t i0, int64_t j0, int64_t index) {
-      if (j0 == i0) return;
-      add_gram_tile<A>(panel, pitch, panel, pitch, rows, r_, r_, true, i0, j0, tiles_ + index * kGramTile);
+      gram_triangle<A, true>(columns, rows, tile, copies, [&](int64_t k) { next.ask(j0, k); });
     });
   }
   void add_to(double* gram, int64_t pitch) {
-    for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t index) {
-      reduce_gram_tile<A>(tiles_ + index * kGramTile, i0, j0, r_, k_, gram, pitch);
+    for_each_gram_tile(r_, k_, symmetric_, [&](int64_t i0, int64_t j0, int64_t height, int64_t index) {
+      const int64_t rows = height > 0 ? height : r_ - j0 < kGramJ ? r_ - j0 : kGramJ;
+      reduce_gram_tile<A>(tiles_ + index * kGramTile, i0, j0, rows, k_, gram, pitch);
     });
   }
 
@@ -237,22 +248,22 @@ class GramSums {
 template <class T>
 void add_product_of_columns(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t r,
                             double* product) {
-  for_each_gram_tile(r, r, false, [&](int64_t i0, int64_t j0, int64_t) {
+  for_each_gram_tile(r, r, false, [&](int64_t i0, int64_t j0, int64_t height, int64_t) {
     Vec<T> tile[kGramTile] = {};
-    add_gram_tile<T>(x, x_pitch, y, y_pitch, rows, r, r, false, i0, j0, tile);
-    reduce_gram_tile<T>(tile, i0, j0, r, r, product, r);
+    add_gram_tile<T>(x, x_pitch, y, y_pitch, rows, r, i0, j0, height, tile);
+    reduce_gram_tile<T>(tile, i0, j0, height, r, product, r);
   });
 }
 
 // The same of panels of one height.
 template <class T>
 void add_product_of_panels(const Panels<T>& x, const Panels<T>& y, double* product, int64_t r) {
-  for_each_gram_tile(r, r, false, [&](int64_t i0, int64_t j0, int64_t) {
+  for_each_gram_tile(r, r, false, [&](int64_t i0, int64_t j0, int64_t height, int64_t) {
     Vec<T> tile[kGramTile] = {};
     for (int64_t p = 0; p < x.count(); ++p) {
-      add_gram_tile<T>(x.panel(p), x.height(), y.panel(p), y.height(), x.padded_rows_of(p), r, r, false, i0, j0, tile);
+      add_gram_tile<T>(x.panel(p), x.height(), y.panel(p), y.height(), x.padded_rows_of(p), r, i0, j0, height, tile);
     }
-    reduce_gram_tile<T>(tile, i0, j0, r, r, product, r);
+    reduce_gram_tile<T>(tile, i0, j0, height, r, product, r);
   });
 }
 

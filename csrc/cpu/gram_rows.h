@@ -22,9 +22,14 @@ void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, 
   constexpr int64_t kBytes = sizeof(T);
   const bool symmetric = item.y.data == nullptr;
   GramSums<A> gram(r, k, symmetric, scratch);
-  // A panel that is widened by its products is read from the first-level cache and from the second one alike; what
-  // counts is how often the sums are fetched.
-  const int64_t height = kWidened ? (symmetric ? 2 : 1) * gram_panel_rows(r > k ? r : k) : 256;
+  // What is widened is copied, and more than eight columns are: at strides of whole pages they share the few lines of a
+  // set of the first-level cache. A panel that its products copy is read from that cache and from the second one alike;
+  // what counts is how often the sums are fetched.
+  const bool copies = symmetric && (kWidened || r > 8);
+  const int64_t shared = gram_panel_rows(r > k ? r : k), height = copies && r > 8 ? 2 * shared
+                                                                  : kWidened      ? shared
+                                                                                  : 256;
+  const int64_t pitch = copies ? height + 8 : height;
   A *const x_panel = reinterpret_cast<A*>(scratch + gram_lanes(r, k)), *const y_panel = x_panel + height * r;
   const auto widen_columns = [&](const T* from, int64_t stride, int64_t columns, int64_t count, A* to) {
     for (int64_t j = 0; j < columns; ++j) {
@@ -48,11 +53,11 @@ void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, 
     } else if (item.next && item.next->rows >= count && has_dense_columns(*item.next)) {
       ask_for(*item.next, 0);
     }
+    if (copies) {
+      gram.add_copying(x, x_stride, count, x_panel, pitch, next);
+      continue;
+    }
     if constexpr (kWidened) {
-      if (symmetric) {
-        gram.add_widening(x, x_stride, count, x_panel, height, next);
-        continue;
-      }
       widen_columns(x, x_stride, r, count, x_panel);
       widen_columns(y, y_stride, k, count, y_panel);
       gram.add(x_panel, height, y_panel, height, count, next);

@@ -68,7 +68,7 @@ void contract(const T* x, int64_t x_pitch, int64_t x_columns, const T* y, int64_
           for (int i = 0; i < I; ++i) sum[i * J + j] += a[i] * b;
         }
       }
-      reduce_gram_tile<A, I, J>(sum, i0, j0, x_columns, y_columns, out, pitch);
+      reduce_gram_tile<A, I, J>(sum, i0, j0, x_columns - i0 < I ? x_columns - i0 : I, y_columns, out, pitch);
     }
   }
 }
