@@ -26,9 +26,8 @@ void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, 
   // set of the first-level cache. A panel that its products copy is read from that cache and from the second one alike;
   // what counts is how often the sums are fetched.
   const bool copies = symmetric && (kWidened || r > 8);
-  const int64_t shared = gram_panel_rows(r > k ? r : k), height = copies && r > 8 ? 2 * shared
-                                                                  : kWidened      ? shared
-                                                                                  : 256;
+  const int64_t shared = gram_panel_rows(r > k ? r : k);
+  const int64_t height = copies && r > 8 ? 2 * shared : kWidened ? shared : 256;
   const int64_t pitch = copies ? height + 8 : height;
   A *const x_panel = reinterpret_cast<A*>(scratch + gram_lanes(r, k)), *const y_panel = x_panel + height * r;
   const auto widen_columns = [&](const T* from, int64_t stride, int64_t columns, int64_t count, A* to) {

@@ -41,7 +41,8 @@ class AltLoRA(PreconditionedOptimizer):
             that are no factors) and leave ``momentum``: pass them ``cycle_momentum=False`` and schedule ``momentum`` yourself.
         weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
         order: whose turn is first: "B" (B = 0 at the start, so A's gradient is zero), "A", or "joint": both in every step, from the
-            factors as they were. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
+            factors as they were. A factor whose partner is frozen (LoRA-FA) still moves at its own turns alone, every second step; "joint"
+            moves it in each. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
         damping: δ, absolute. The default is from ``python -m benchmarks.damping``: with less, runs blow up or end higher; with more,
             AltLoRA slows down. 0 is refused where the first step inverts the Gram matrix of a factor that is zero.
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
