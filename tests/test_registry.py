@@ -151,3 +151,18 @@ def test_a_refusal_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     model(torch.ones(2, 4)).sum().backward()
     with registry.force("native,lora_linear=native"), pytest.raises(registry.BackendError, match=r"lora_linear: .*(?<!reference)$"):
         model(torch.ones(2, 4))
+
+
+def test_autocast_is_off_inside_an_implementation_and_on_again_after_its_error() -> None:
+    inside: list[bool] = []
+
+    def fails() -> None:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        raise RuntimeError("as asked")
+
+    implementation = registry.Implementation("grouped_gram", "reference", fails, lambda: (True, ""))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError, match="as asked"):
+            registry.call(implementation, "cpu", ())
+        assert torch.is_autocast_enabled("cpu")
+    assert inside == [False] and not torch.is_autocast_enabled("cpu")
