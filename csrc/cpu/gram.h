@@ -104,14 +104,19 @@ LOWRANK_INLINE void gram_triangle(const T* const* y, int64_t rows, Vec<A>* LOWRA
   });
 }
 
+// kGramJ columns from j0 on, of k that are so far apart. A column beyond the last one stands for the last one.
+template <class T>
+LOWRANK_INLINE void columns_from(T* data, int64_t pitch, int64_t j0, int64_t k, T** columns) {
+  for (int j = 0; j < kGramJ; ++j) columns[j] = data + (j0 + j < k ? j0 + j : k - 1) * pitch;
+}
+
 // The tile of `height` columns of x and kGramJ columns of y, from (i0, j0) on, of XᵀY, whose columns are so far apart.
-// A column beyond the last one stands for the last one.
 template <class A, class T, class Ask>
 LOWRANK_INLINE void add_gram_tile(const T* x, int64_t x_pitch, const T* y, int64_t y_pitch, int64_t rows, int64_t k,
                                   int64_t i0, int64_t j0, int64_t height, Vec<A>* tile, const Ask& ask) {
   const T *x_columns[kGramI], *y_columns[kGramJ];
   for (int i = 0; i < kGramI; ++i) x_columns[i] = x + (i0 + (i < height ? i : 0)) * x_pitch;
-  for (int j = 0; j < kGramJ; ++j) y_columns[j] = y + (j0 + j < k ? j0 + j : k - 1) * y_pitch;
+  columns_from(y, y_pitch, j0, k, y_columns);
   switch (height) {
     case 1:
       return gram_rectangle<A, 1>(x_columns, y_columns, rows, tile, ask);
@@ -186,7 +191,7 @@ class GramSums {
       with_share(next, index, [&](const auto& ask) {
         if (height > 0) return add_gram_tile<A>(x, x_pitch, y, y_pitch, rows, k_, i0, j0, height, tile, ask);
         const T* columns[kGramJ];
-        for (int j = 0; j < kGramJ; ++j) columns[j] = y + (j0 + j < k_ ? j0 + j : k_ - 1) * y_pitch;
+        columns_from(y, y_pitch, j0, k_, columns);
         gram_triangle<A, false>(columns, rows, tile, static_cast<A* const*>(nullptr), ask);
       });
     });
@@ -199,10 +204,8 @@ class GramSums {
       if (height > 0) return add_gram_tile<A>(panel, pitch, panel, pitch, rows, r_, i0, j0, height, tile);
       const T* columns[kGramJ];
       A* copies[kGramJ];
-      for (int j = 0; j < kGramJ; ++j) {  // a column beyond the last one stands for the last one
-        const int64_t column = j0 + j < r_ ? j0 + j : r_ - 1;
-        columns[j] = x + column * stride, copies[j] = panel + column * pitch;
-      }
+      columns_from(x, stride, j0, r_, columns);
+      columns_from(panel, pitch, j0, r_, copies);
       gram_triangle<A, true>(columns, rows, tile, copies, [&](int64_t k) { next.ask(j0, k); });
     });
   }

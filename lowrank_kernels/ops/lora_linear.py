@@ -159,21 +159,9 @@ def _composed(
     return delta if weight is None else F.linear(x, weight, bias) + delta
 
 
-def _eager(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    q_a: Tensor | None,
-    q_b: Tensor | None,
-    scale: float,
-    mask: Tensor | None,
-    keep: float,
-    core: Tensor | None,
-    seed: Tensor | None,
-) -> Tensor:
+def _eager(*args: Any) -> Tensor:
     """The operation for plain tensors, without its dispatcher; x as it was given."""
+    x, weight, bias, a, b, *_, core, _ = args
     if torch.is_grad_enabled() and (
         x.requires_grad
         or a.requires_grad
@@ -182,11 +170,20 @@ def _eager(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _apply(x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed, None)
-    if x.ndim == 2:
-        return _forward(x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)[0]
-    y, _ = _forward(x.reshape(-1, x.shape[-1]), weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
-    return y.view(*x.shape[:-1], b.shape[0])
+        return _apply(*args, None)
+    y, _ = _forward(_flat(x), *args[1:])
+    return _shaped(y, x.shape[:-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(tokens, ·), of any number of leading dimensions."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _shaped(y: Tensor, leading: torch.Size) -> Tensor:
+    """y (tokens, ·) with these leading dimensions, in place: a view would be one made without a graph, which must not be written
+    afterwards (``ReLU(inplace=True)``)."""
+    return y if len(leading) == 1 else y.contiguous().resize_(*leading, y.shape[1])
 
 
 @torch._disable_dynamo
@@ -333,23 +330,9 @@ def _backward_fake(grad: Tensor, x: Tensor, weight: Any, a: Tensor, b: Tensor, q
     return [*grads, core.new_empty(core.shape)] if core is not None and any(needs[5:]) else grads
 
 
-def _save(
-    ctx: Any,
-    hidden: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    q_a: Tensor | None,
-    q_b: Tensor | None,
-    scale: float,
-    mask: Tensor | None,
-    keep: float,
-    core: Tensor | None,
-    seed: Tensor | None,
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], hidden: Tensor) -> None:
     """Keep alive until the backward pass what some requested gradient reads, and nothing else."""
+    x, weight, _, a, b, q_a, q_b, scale, mask, keep, core, seed = inputs
     need_x, need_weight, need_bias, need_a, need_b, *_, need_core, _ = ctx.needs_input_grad[:12]
     ctx.save_for_backward(
         x if need_a or need_weight else None,
@@ -368,8 +351,8 @@ def _save(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, output[1], *inputs)
-    ctx.capture, ctx.saved_plain = None, False
+    _save(ctx, inputs, output[1])
+    ctx.capture = None
     ctx.mark_non_differentiable(output[1])
 
 
@@ -388,7 +371,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x = grad.new_empty(ctx.shape[0], 0) if x is None else x
     hidden = grad.new_empty(0) if hidden is None else hidden
     # With a graph of the backward pass, or traced, the operation stands in it as a node (one that refuses a second derivative).
-    as_node = torch.is_grad_enabled() or not is_plain_eager(grad, *(() if ctx.saved_plain else saved))
+    as_node = torch.is_grad_enabled() or not is_plain_eager(grad, *saved)
     backward = torch.ops.lowrank_kernels.lora_linear_backward if as_node else _backward
     grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs, core, seed)
     found = iter(grads)
@@ -402,22 +385,18 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         *rest, capture = args
-        tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        y, hidden = _forward(tokens, *rest)
-        _save(ctx, hidden, tokens, *rest)
-        ctx.capture, ctx.saved_plain = capture, capture is None  # what captures has not been looked at
-        ctx.leading = None if x.ndim == 2 else x.shape[:-1]
+        inputs = (_flat(x), *rest)
+        y, hidden = _forward(*inputs)
+        _save(ctx, inputs, hidden)
+        ctx.capture, ctx.leading = capture, x.shape[:-1]
         ctx.set_materialize_grads(False)
-        # Reshaped in place: a view would be one made without a graph, which must not be written afterwards (``ReLU(inplace=True)``).
-        return y if x.ndim == 2 else y.contiguous().resize_(*x.shape[:-1], y.shape[1])
+        return _shaped(y, ctx.leading)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 13
-        if ctx.leading is None:
-            return (*_gradients(ctx, grad), None)
-        of_x, *others = _gradients(ctx, grad.reshape(-1, grad.shape[-1]))
+        of_x, *others = _gradients(ctx, _flat(grad))
         return (None if of_x is None else of_x.reshape(*ctx.leading, of_x.shape[1]), *others, None)
 
 
