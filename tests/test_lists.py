@@ -97,6 +97,27 @@ def test_factors_that_do_not_fit_are_explained(path: str) -> None:
             assert all(bool((x == 1).all()) for x in out)
 
 
+def test_products_of_matrices_of_one_shape_or_not(path: str) -> None:
+    xs, ys = [torch.randn(9, 3), torch.randn(7, 3)], [torch.randn(9, 3), torch.randn(7, 3)]
+    expected = torch.stack([x.mT.double() @ y.double() for x, y in zip(xs, ys, strict=True)])
+    torch.testing.assert_close(ops.grouped_gram(xs, ys, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+    wider = [torch.cat([y, y], dim=1) for y in ys]
+    torch.testing.assert_close(ops.grouped_gram(xs, wider, dtype=torch.float64), expected.repeat(1, 1, 2), rtol=1e-12, atol=1e-12)
+    for others in (ys[::-1], [y.double() for y in ys], ys[:1], [ys[0], torch.randn(7, 2)]):
+        with pytest.raises((ValueError, TypeError), match="^grouped_gram: (ys|xs|lists)"):
+            ops.grouped_gram(xs, others)
+
+
+def test_copies_of_a_list(path: str) -> None:
+    sources = [torch.randn(4, 3), torch.randn(0, 3), torch.randn(5)]
+    for targets in (
+        [torch.zeros(4, 3), torch.zeros(0, 3), torch.zeros(5)],
+        [torch.zeros(3, 4).mT, torch.zeros(0, 3), torch.zeros(5, dtype=torch.float64)],
+    ):
+        lists.copy_(targets, sources)
+        assert all(torch.equal(target, source.to(target.dtype)) for target, source in zip(targets, sources, strict=True))
+
+
 def test_consecutive(path: str) -> None:
     stack = torch.randn(4, 2, 2)
     assert lists.consecutive(list(stack.unbind()))

@@ -321,14 +321,16 @@ void svd_product(int64_t n, const py::buffer& table_buffer, int dtype, int64_t k
   grouped_svd_product(type, items.data(), n, k, rank, threads);
 }
 
-// x and y (or None), and how many of each are stored transposed; what was read of x before, or None. The Grams are (n,
-// r, k), contiguous.
-void gram(const py::list& xs, int64_t x_transposed, const MatrixLayout* known, const py::object& ys,
-          int64_t y_transposed, int dtype, bool wide, int64_t r, int64_t k, intptr_t grams, int threads) {
+// x and y (or None), how many of each are stored transposed, and what was read of them before, or None. The Grams are
+// (n, r, k), contiguous.
+void gram(const py::list& xs, int64_t x_transposed, const MatrixLayout* x_layout, const py::object& ys,
+          int64_t y_transposed, const MatrixLayout* y_layout, int dtype, bool wide, int64_t r, int64_t k,
+          intptr_t grams, int threads) {
   const char* const what = "grouped_gram";
   check_rank(r);
   check_rank(k);
-  const Matrices x(what, xs, x_transposed, known), y(what, ys.is_none() ? py::object(py::list()) : ys, y_transposed);
+  const Matrices x(what, xs, x_transposed, x_layout);
+  const Matrices y(what, ys.is_none() ? py::object(py::list()) : ys, y_transposed, y_layout);
   check_sizes(what, ys.is_none() || x.size() == y.size());
   char* const first = memory<char>(what, grams, x.size() * r * k);
   std::vector<GramItem> items(static_cast<size_t>(x.size()));

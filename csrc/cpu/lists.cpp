@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -77,6 +78,34 @@ py::object matrix_layout(const py::list& tensors, int64_t transposed) {
     layout->add(info, i < transposed);
   }
   return py::cast(std::move(layout));
+}
+
+// Copies contiguous tensors on the CPU, one by one; false, and nothing is copied, if these are not that, or do not fit.
+bool copy(const py::list& targets, const py::list& sources) {
+  struct Part {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  const TensorReader& reader = TensorReader::get();
+  if (length(targets) != length(sources)) return false;
+  std::vector<Part> parts;
+  parts.reserve(static_cast<size_t>(length(targets)));
+  TensorInfo to, from;
+  for (Py_ssize_t i = 0; i < length(targets); ++i) {
+    reader.prefetch_after(targets.ptr(), i);
+    reader.prefetch_after(sources.ptr(), i);
+    if (!reader.is_plain(item(targets, i)) || !reader.is_plain(item(sources, i)) ||
+        !reader.try_read(item(targets, i), &to) || !reader.try_read(item(sources, i), &from) || to.dtype < 0 ||
+        to.device_type != kCpu || !to.is_like(from) || to.ndim != from.ndim ||
+        !std::equal(to.sizes, to.sizes + to.ndim, from.sizes) || !to.is_contiguous() || !from.is_contiguous())
+      return false;
+    parts.push_back(
+        {to.data(), from.data(), static_cast<size_t>(to.elements() * element_size(static_cast<DType>(to.dtype)))});
+  }
+  for (const Part& part : parts)
+    if (part.bytes > 0) std::memcpy(part.to, part.from, part.bytes);
+  return true;
 }
 
 // Which two tensors of a list share memory, as their indices; (i, i): several elements of one tensor are the same (it
@@ -341,6 +370,7 @@ void bind_lists(py::module_& m) {
   m.def("signature", &signature, py::arg("tensors"), py::arg("transposed") = 0,
         "dtype, device and sizes of all tensors of a list; None if one is not plain and strided.");
   m.def("sizes", &sizes, "One dimension of all matrices of a list; None if one is no plain matrix.");
+  m.def("copy", &copy, "Copies a list of contiguous tensors into another; false if they are not that.");
   m.def("sharing", &sharing, "Two tensors of a list that share memory, as their indices; None if there are none.");
   m.def("consecutive", &consecutive, "Whether the tensors of a list lie one behind the other, each contiguous.");
   m.def("alike", &alike, "Whether all tensors of a list are plain and of one dtype, device and number of dimensions.");

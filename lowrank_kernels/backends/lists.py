@@ -202,6 +202,12 @@ def sharing(tensors: list[Tensor]) -> tuple[int, int] | None:
     return csrc.sharing(tensors) if _compiled() else None
 
 
+def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target; like them in shape. On a CPU torch takes a call for each."""
+    if not (_compiled() and csrc.copy(targets, sources)):
+        torch._foreach_copy_(targets, sources)
+
+
 def complete(state: dict[Tensor, dict[str, Any]], groups: list[list[Tensor]], may_be_empty: bool) -> bool:
     """Whether each parameter of the groups has a state, and one with something in it unless that ``may_be_empty``."""
     if _compiled():

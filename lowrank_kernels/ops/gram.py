@@ -33,17 +33,27 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
 
     The result is a constant for autograd: its backward raises an error that says so.
     """
-    layout = matrix_layout(xs) if ys is None and is_list(xs) and xs and forward_ad._current_level < 0 else None
-    if layout is None or layout.columns < 0:  # what fails here is explained
-        layout = None
+    layouts = _layouts(xs, ys)
+    if layouts is None:
         _check(xs, ys)
     natural = compute_dtype(as_stored(xs)[0][0].dtype) if xs else torch.float32
     if dtype not in (None, torch.float32, torch.float64) or (natural == torch.float64 and dtype == torch.float32):
         raise TypeError(f"grouped_gram: dtype must be torch.float64{'' if natural == torch.float64 else ' or torch.float32'}, got {dtype}")
     double = torch.float64 in (dtype, natural)
-    if xs and records_nothing(xs, ys) and (is_eager() if layout is not None else are_plain_eager(xs, ys)):
-        return _grouped_gram(for_eager(xs), None if ys is None else for_eager(ys), double, layout)
+    if xs and records_nothing(xs, ys) and (is_eager() if layouts else are_plain_eager(xs, ys)):
+        return _grouped_gram(for_eager(xs), None if ys is None else for_eager(ys), double, layouts)
     return torch.ops.lowrank_kernels.grouped_gram(list(xs), None if ys is None else list(ys), double)
+
+
+def _layouts(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> tuple[Any, Any] | None:
+    """Where these lie, if compiled code has found that they fit, ys being of the shapes of xs; else :func:`_check` looks."""
+    if not is_list(xs, ys) or not xs or forward_ad._current_level >= 0:
+        return None
+    x = matrix_layout(xs)
+    if x is None or x.columns < 0:
+        return None
+    y = None if ys is None else matrix_layout(ys)
+    return (x, y) if ys is None or (y is not None and x.fits(y)) else None
 
 
 def _check(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> None:
@@ -70,10 +80,10 @@ def _empty_result(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: boo
     return torch.empty(len(xs), width(xs), width(xs if ys is None else ys), dtype=dtype, device=as_stored(xs)[0][0].device)
 
 
-def _grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: bool, layout: Any = None) -> Tensor:
+def _grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, double: bool, layouts: Any = None) -> Tensor:
     grams = _empty_result(xs, ys, double)
     if xs:
-        run("grouped_gram", grams.device.type, xs, ys, grams, layout)
+        run("grouped_gram", grams.device.type, xs, ys, grams, layouts)
     return grams
 
 

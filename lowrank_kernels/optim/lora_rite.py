@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import column, states
+from ..backends.lists import column, copy_, states
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import FactorPair, LikePairs, Position
@@ -143,7 +143,7 @@ class LoRARITE(PreconditionedOptimizer):
         for key, value in (("second", second), ("escaped", escaped)):
             stacked[key].copy_(value)
             self._write_stacked_state(pairs, side, key, stacked[key])
-        torch._foreach_copy_(bases, qs)
+        copy_(bases, qs)
 
         eigenvalues, vectors = grouped_eigh(second)
         hat = (eigenvalues.clamp_min(0) + escaped[:, None]) / (1 - beta2 ** self._steps(pairs, side)) + group["eps"]

@@ -127,7 +127,7 @@ def test_lists_are_checked() -> None:
     with pytest.raises(ValueError, match="a layout of other lists"):
         _csrc.adamw([x, x], [x, x], [], [], layout, *tail)
     with pytest.raises(ValueError, match="a layout of another list"):
-        _csrc.gram([x, x], 0, _csrc.matrix_layout([x], 0), None, 0, 0, True, 4, 4, rs.data_ptr(), 1)
+        _csrc.gram([x, x], 0, _csrc.matrix_layout([x], 0), None, 0, None, 0, True, 4, 4, rs.data_ptr(), 1)
 
 
 def test_results_and_operands_without_memory_are_refused() -> None:
@@ -138,7 +138,7 @@ def test_results_and_operands_without_memory_are_refused() -> None:
         "grouped_svd_product": lambda: _csrc.svd_product(
             1, array("q", [*[x.data_ptr()] * 4, 9, 9, *[4, 1] * 4]), 0, 4, 2, 0, 1
         ),
-        "grouped_gram": lambda: _csrc.gram([x], 0, None, None, 0, 0, True, 4, 4, 0, 1),
+        "grouped_gram": lambda: _csrc.gram([x], 0, None, None, 0, None, 0, True, 4, 4, 0, 1),
         "grouped_solve": lambda: _csrc.solve([x], [x.clone()], False, 0, False, 4, 0, 0.1, 1),
         "grouped_eigh": lambda: _csrc.eigh(1, 4, 0, square.data_ptr(), 16, 4, 1, 0, 0, 1),
         "grouped_damped_inverse": lambda: _csrc.damped_inverse(1, 4, 0, 0, 16, 4, 1, 0.1, square.data_ptr(), 1),
@@ -151,7 +151,7 @@ def test_results_and_operands_without_memory_are_refused() -> None:
     for what, call in calls.items():
         with pytest.raises(ValueError, match=rf"^{what}: a tensor without memory \(fake, meta or distributed\)"):
             call()
-    assert _csrc.gram([], 0, None, None, 0, 0, True, 4, 4, 0, 1) is None, "nothing is written"
+    assert _csrc.gram([], 0, None, None, 0, None, 0, True, 4, 4, 0, 1) is None, "nothing is written"
 
 
 def test_a_missing_extension_is_reported_once_with_its_cause() -> None:

@@ -15,7 +15,7 @@ from ..registry import count_launch, implements
 from ._common import COMPILED, MAX_RANK, refuse_device
 
 
-def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layout: Any = None) -> tuple[bool, str]:
+def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layouts: Any = None) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to 128 columns."""
     reason = refuse_device(grams)
     if reason is not None:
@@ -29,10 +29,11 @@ def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, lay
 
 
 @implements("grouped_gram", "native", verify)
-def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layout: Any = None) -> None:
-    """See the reference. ``layout``: of ``lists.matrix_layout``, or None."""
+def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layouts: Any = None) -> None:
+    """See the reference. ``layouts``: those of ``lists.matrix_layout`` for xs and ys, or None."""
     count_launch()
     wide, (_, r, k) = grams.dtype == torch.float64, grams.shape
+    x, y = layouts or (None, None)
     y_list = (None, 0) if ys is None else as_stored(ys)
     code = DTYPE_CODES[xs[0].dtype]
-    csrc.gram(*as_stored(xs), layout, *y_list, code, wide, r, k, grams.data_ptr(), torch.get_num_threads())
+    csrc.gram(*as_stored(xs), x, *y_list, y, code, wide, r, k, grams.data_ptr(), torch.get_num_threads())

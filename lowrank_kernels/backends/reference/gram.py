@@ -9,7 +9,7 @@ from ._common import always
 
 
 @implements("grouped_gram", "reference", always)
-def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: object = None) -> None:
+def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layouts: object = None) -> None:
     """``grams[i] = xs[i]ᵀ ys[i]`` (N, r, k), accumulated in the dtype of ``grams``; without ys, ``xs[i]ᵀ xs[i]``."""
     for index, x in enumerate(xs):
         wide = x.to(grams.dtype)

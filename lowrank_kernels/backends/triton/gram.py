@@ -119,7 +119,7 @@ def launch_sum(tensors: Tensor, count: int, partials: Tensor, out: Tensor, *, sy
            out.stride(0), float(diagonal), SYMMETRIC=symmetric, BLOCK=SUM_BLOCK, num_warps=4)  # fmt: skip
 
 
-def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: object = None) -> Verdict:
+def verify(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layouts: object = None) -> Verdict:
     """Takes ranks to some thousands; refuses other devices than a GPU."""
     if triton.cdiv(grams.shape[1] * grams.shape[2], SUM_BLOCK) > _LARGEST_GRID:
         return (
@@ -139,7 +139,7 @@ def gram_chunks(xs: list[Tensor], ys: list[Tensor] | None, x_rank: int, y_rank: 
 
 
 @implements("grouped_gram", "triton", verify)
-def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layout: object = None) -> None:
+def grouped_gram(xs: list[Tensor], ys: list[Tensor] | None, grams: Tensor, layouts: object = None) -> None:
     """Write ``XᵀY`` (or XᵀX, exactly symmetric) of every pair; two launches, nothing read on the host."""
     x_rank, y_rank = grams.shape[1:]
     if not grams.numel():
