@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 from lowrank_kernels.backends import force, launch_count, reference, select
+from lowrank_kernels.backends.moments import Maps, Numbers, Stepped
 from lowrank_kernels.backends.triton import (
     _tables,
     adamw,
@@ -98,7 +99,8 @@ def test_adamw(device: torch.device, dtype: torch.dtype, rank: int, maps: bool, 
 
     def run(function, data, lr, step, double=False):
         pp, cc = (None if m is None else m.double() if double else m for m in (p, c))
-        function(*data, pp, cc, None, None, dims if maps else [], None, lr, 0.9, 0.999, 1e-8, 0.1, step, missed, True, on_device)
+        numbers = Numbers(lr, 0.9, 0.999, 1e-8, 0.1, step, missed, True, on_device)
+        function(Stepped(*data), Maps(pp, cc), dims if maps else [], None, numbers)
 
     theirs, exact = ([[t.clone() for t in ts] for ts in lists], [[t.double().clone() for t in ts] for ts in lists])
     rate, step = (torch.tensor(1e-2, dtype=torch.float64, device=device), torch.tensor(4, device=device)) if on_device else (1e-2, 4)
@@ -117,9 +119,9 @@ def test_adamw_without_some_moments(device: torch.device, moments: tuple[bool, b
     (params, grads, ms, vs), _ = adamw_inputs(torch.float32, 4, False, device)
     ms, vs = ms if moments[0] else [], vs if moments[1] else []
     exact = [[t.double().clone() for t in ts] for ts in (params, grads, ms, vs)]
-    tail = (*[None] * 4, [], None, 0.1, 0.0, 0.9, 1e-8, 0.0, 1, [], False, False)
-    adamw.grouped_adamw_(params, grads, ms, vs, *tail)
-    reference.adamw.grouped_adamw_(*exact, *tail)
+    numbers = Numbers(0.1, 0.0, 0.9, 1e-8, 0.0, 1, [], False, False)
+    adamw.grouped_adamw_(Stepped(params, grads, ms, vs), Maps(), [], None, numbers)
+    reference.adamw.grouped_adamw_(Stepped(*exact), Maps(), [], None, numbers)
     for out, truth in zip([*params, *ms, *vs], [*exact[0], *exact[2], *exact[3]], strict=True):
         assert_accurate(out, truth, truth, "result") if out.numel() else None
 
@@ -154,16 +156,16 @@ def test_adamw_with_all_maps_and_drifts(
                 tensors[i] = (x[:, : x.shape[1] // 8 * 8] if dims[i] == 0 else x[: x.shape[0] // 8 * 8]).contiguous()
     layout = adamw._mapped_layout(*lists, dims, [], 64, 1)
     assert layout.facts == ((math.gcd(16 // dtype.itemsize, rank) if dense and dtype != torch.float64 else 1),)
-    maps = [torch.randn(4, rank, rank).to(device, WIDE[dtype]) / rank if name in given else None for name in "PCTD"]
+    maps = Maps(*(torch.randn(4, rank, rank).to(device, WIDE[dtype]) / rank if name in given else None for name in "PCTD"))
     theirs, exact = ([[t.clone() for t in ts] for ts in lists], [[t.double().clone() for t in ts] for ts in lists])
     olds = [p.clone() for p in lists[0]]
     drifts = torch.full((4, rank, rank), math.nan, dtype=WIDE[dtype], device=device) if drifting else None
-    tail = (0.03, 0.9, 0.99, 1e-8, 0.1, 3, [0, 1, 0, 0], True, True)
+    numbers = Numbers(0.03, 0.9, 0.99, 1e-8, 0.1, 3, [0, 1, 0, 0], True, True)
     before = launch_count()
-    adamw.grouped_adamw_(*lists, *maps, dims, drifts, *tail)
+    adamw.grouped_adamw_(Stepped(*lists), maps, dims, drifts, numbers)
     assert launch_count() == before + (1 if not drifting else 2 if rank <= 32 else 3)
-    reference.adamw.grouped_adamw_(*theirs, *maps, dims, None, *tail)
-    reference.adamw.grouped_adamw_(*exact, *(None if m is None else m.double() for m in maps), dims, None, *tail)
+    reference.adamw.grouped_adamw_(Stepped(*theirs), maps, dims, None, numbers)
+    reference.adamw.grouped_adamw_(Stepped(*exact), Maps(*(None if m is None else m.double() for m in maps)), dims, None, numbers)
     for which, name in ((0, "param"), (2, "exp_avg"), (3, "exp_avg_sq")):
         for out, other, truth in zip(lists[which], theirs[which], exact[which], strict=True):
             assert_accurate(out, other, truth, name)
@@ -187,28 +189,28 @@ def test_hyperparameters_on_the_cpu_are_read_there(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(adamw, "launch", lambda kernel, grid, *args, **options: launched.append((*args[4:14], options)))
     with FakeTensorMode():
         params = [torch.empty_strided((8,), (1,), device="cuda:0")]
-    arguments = (params, params, params, params, *[None] * 4, [], None, lr, 0.5, 0.75, 1e-8, 0.0, step, [], True, False)
-    assert adamw.verify(*arguments)[0]
-    adamw.grouped_adamw_(*arguments)
+    tensors, numbers = (Stepped(*[params] * 4), Maps(), [], None), Numbers(lr, 0.5, 0.75, 1e-8, 0.0, step, [], True, False)
+    assert adamw.verify(*tensors, numbers)[0]
+    adamw.grouped_adamw_(*tensors, numbers)
     ((rate, *_, corrected1, corrected2, options),) = launched
     assert (rate, corrected1, corrected2) == (0.25, 1 - 0.5**3, 1 - 0.75**3)
     assert not options["LR_ON_DEVICE"] and not options["STEP_ON_DEVICE"]
     with FakeTensorMode():
         elsewhere = torch.empty_strided((), (), device="cuda:1")
-    ok, reason = adamw.verify(*arguments[:10], elsewhere, *arguments[11:])
+    ok, reason = adamw.verify(*tensors, numbers._replace(lr=elsewhere))
     assert not ok and "cuda:1" in reason
 
 
 def test_tables_follow_new_addresses_and_strides(device: torch.device) -> None:
     storage = torch.randn(64, device=device)
-    tail = (*[None] * 4, [], None, 0.5, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
+    others = (Maps(), [], None, Numbers(0.5, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False))
     for view in (storage.view(8, 8), storage.view(8, 8).mT, storage.view(16, 4), storage[1:33].view(8, 4)):
         before, grad = view.clone(), torch.randn(view.shape, device=device)
         for _ in range(2):
-            adamw.grouped_adamw_([view], [grad], [], [], *tail)
+            adamw.grouped_adamw_(Stepped([view], [grad], [], []), *others)
         torch.testing.assert_close(view, before - grad)
     for _ in range(_tables.CAPACITY + 10):
-        adamw.grouped_adamw_([torch.zeros(4, device=device)], [torch.ones(4, device=device)], [], [], *tail)
+        adamw.grouped_adamw_(Stepped([torch.zeros(4, device=device)], [torch.ones(4, device=device)], [], []), *others)
     assert len(_tables._cache) <= _tables.CAPACITY
 
 
@@ -714,7 +716,8 @@ def test_launches_do_not_grow_with_the_number_of_layers(device: torch.device) ->
         with force("triton"):
             args = (xs, None, [torch.empty_like(x) for x in xs], torch.empty(layers, 2, 2, device=device))
             select("grouped_qr", device.type, args).implementation.function(*args)
-            args = (xs, xs, [], [], *[None] * 4, [], None, 0.1, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
+            stepped, numbers = Stepped(xs, xs, [], []), Numbers(0.1, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
+            args = (stepped, Maps(), [], None, numbers)
             select("grouped_adamw_", device.type, args).implementation.function(*args)
             grams = torch.empty(layers, 2, 2, device=device)
             gram.grouped_gram(xs, None, grams)
@@ -722,7 +725,7 @@ def test_launches_do_not_grow_with_the_number_of_layers(device: torch.device) ->
             preconditioner.grouped_preconditioner(grams.double(), grams, 1.0, 1.0, False, grams, torch.empty_like(grams))
             polar.grouped_polar(xs[: layers // 3], [torch.empty_like(x) for x in xs[: layers // 3]])
             news = torch.empty(layers, 2, 2, 2, device=device)
-            adamw.grouped_adamw_(xs, xs, [], [], *[grams] * 4, [1] * layers, news, 0.1, 0.9, 0.9, 1e-8, 0.0, 1, [], False, False)
+            adamw.grouped_adamw_(stepped, Maps(*[grams] * 4), [1] * layers, news, numbers)
         counts.append(launch_count() - before)
     assert counts[0] == counts[1] == 7 + 2 + 2 + 1 + 9 + 2
 

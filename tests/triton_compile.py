@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.kernels import instructions
+from lowrank_kernels.backends.moments import Maps, Numbers, Stepped
 from lowrank_kernels.backends.triton import (
     _launch,
     _thin,
@@ -101,10 +102,11 @@ def adamw_case(
     maps = torch.zeros(1, rank, rank, dtype=wide(dtype)) if rank else None
     lr = torch.tensor(1e-3) if on_device else 1e-3
     step = torch.tensor(1.0) if on_device else 1
-    more = maps if new_maps else None
+    given = Maps(*[maps] * (4 if new_maps else 2))
     drifts = torch.empty(1, rank, rank, dtype=wide(dtype)) if drifting else None
     dims = [1] if rank else []
-    adamw.grouped_adamw_(params, grads, ms, vs, maps, maps, more, more, dims, drifts, lr, 0.9, 0.999, 1e-8, 0.0, step, [], True, False)
+    numbers = Numbers(lr, 0.9, 0.999, 1e-8, 0.0, step, [], True, False)
+    adamw.grouped_adamw_(Stepped(params, grads, ms, vs), given, dims, drifts, numbers)
 
 
 def lora_case(rank: int, dtype: torch.dtype, decoupled: bool = True, drop: str = "") -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,19 +163,6 @@ class Gathered(NamedTuple):
     exp_avg_sqs: list[Tensor]
     #: Where all these tensors lie, for compiled code, which has found that they fit each other; None if it has not looked, or not found so.
     layout: Any
-
-
-class StepNumbers(TypedDict):
-    """What a moment step takes beside tensors, as ``grouped_adamw_`` says."""
-
-    lr: float | Tensor
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    step: int | Tensor
-    missed: NotRequired[Sequence[int]]
-    bias_correction: NotRequired[bool]
-    maximize: NotRequired[bool]
 
 
 def gather(params: list[Tensor], indices: list[int], state: dict[Tensor, dict[str, Any]]) -> Gathered:

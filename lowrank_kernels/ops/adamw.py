@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from .._checks import as_flag, as_integer, as_number
 from ..backends.dtypes import compute_dtype
+from ..backends.moments import Maps, Numbers, StepNumbers, Stepped
 from ..backends.registry import do_nothing, run_in_place
 from ._library import are_plain_eager, define, is_eager, is_plain_eager
 from ._tensor_checks import (
@@ -89,24 +90,9 @@ def grouped_adamw_(
             check_apart(_NAME, {"drifts": drifts}, maps)
 
     adamw_as_gathered_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        layout=None,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        step=step,
-        missed=missed,
-        bias_correction=bias_correction,
-        maximize=maximize,
-        rank_dims=rank_dims,
-        drifts=drifts,
-        begin_writing=begin_writing,
-        **maps,
-    )
+        params, grads, exp_avgs, exp_avg_sqs, layout=None, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step, missed=missed,
+        bias_correction=bias_correction, maximize=maximize, rank_dims=rank_dims, drifts=drifts, begin_writing=begin_writing, **maps,
+    )  # fmt: skip
 
 
 def adamw_as_gathered_(
@@ -116,14 +102,6 @@ def adamw_as_gathered_(
     exp_avg_sqs: Sequence[Tensor],
     *,
     layout: object,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int | Tensor,
-    missed: Sequence[int] = (),
-    bias_correction: bool = True,
-    maximize: bool = False,
     grad_maps: Tensor | None = None,
     momentum_maps: Tensor | None = None,
     param_maps: Tensor | None = None,
@@ -131,6 +109,7 @@ def adamw_as_gathered_(
     rank_dims: Sequence[int] = (),
     drifts: Tensor | None = None,
     begin_writing: Callable[[], object] = do_nothing,
+    **step: Unpack[StepNumbers],
 ) -> None:
     """:func:`grouped_adamw_` as our optimizers call it, once for all tensors of a kind, in every step.
 
@@ -138,36 +117,27 @@ def adamw_as_gathered_(
     and numbers are the caller's, too. With the layout of other lists, what is written are their tensors. None: all is checked.
     ``begin_writing``: called when all has been checked, right before anything is written.
     """
-    maps = {"grad_maps": grad_maps, "momentum_maps": momentum_maps, "param_maps": param_maps, "direction_maps": direction_maps}
+    maps = Maps(grad_maps, momentum_maps, param_maps, direction_maps)
     if layout is None:
-        _check(params, grads, exp_avgs, exp_avg_sqs, missed, maps, drifts, rank_dims)
-        _check_numbers(lr, betas, eps, weight_decay, step, missed, bias_correction, maximize, any(param.is_meta for param in params[:1]))
+        _check(params, grads, exp_avgs, exp_avg_sqs, step.get("missed", ()), maps, drifts, rank_dims)
+        _check_numbers(any(param.is_meta for param in params[:1]), **step)
     if not params:
         return
-    arguments: tuple[Any, ...] = (
-        *(tensors if isinstance(tensors, list) else list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)),
-        grad_maps,
-        momentum_maps,
-        param_maps,
-        direction_maps,
-        list(rank_dims),
-        drifts,
-        lr if not isinstance(lr, Tensor) else 0.0,
-        lr if isinstance(lr, Tensor) else None,
-        *betas,
-        eps,
-        weight_decay,
-        step if not isinstance(step, Tensor) else 0,
-        step if isinstance(step, Tensor) else None,
-        list(missed),
-        bool(bias_correction),
-        bool(maximize),
-    )
-    if is_eager() if layout is not None else are_plain_eager(params, grads) and is_plain_eager(params[0], *maps.values()):
-        _grouped_adamw_(*(*arguments, layout, begin_writing))
-    else:
-        begin_writing()
-        torch.ops.lowrank_kernels.grouped_adamw_(*arguments)
+    stepped = Stepped(_listed(params), _listed(grads), _listed(exp_avgs), _listed(exp_avg_sqs), layout)
+    numbers, dims = Numbers.of(**step), list(rank_dims)
+    if is_eager() if layout is not None else are_plain_eager(params, grads) and is_plain_eager(params[0], *maps):
+        _moment_step(stepped, maps, dims, drifts, numbers, begin_writing)
+        return
+    begin_writing()
+    lr, counter = ((0, value) if isinstance(value, Tensor) else (value, None) for value in (numbers.lr, numbers.step))
+    torch.ops.lowrank_kernels.grouped_adamw_(
+        *stepped[:4], *maps, dims, drifts, *lr, numbers.beta1, numbers.beta2, numbers.eps, numbers.weight_decay, *counter,
+        numbers.missed, numbers.bias_correction, numbers.maximize,
+    )  # fmt: skip
+
+
+def _listed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return tensors if isinstance(tensors, list) else list(tensors)
 
 
 def _check(
@@ -176,7 +146,7 @@ def _check(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     missed: Sequence[int],
-    maps: dict[str, Tensor | None],
+    maps: Maps,
     drifts: Tensor | None,
     rank_dims: Sequence[int],
 ) -> None:
@@ -207,12 +177,13 @@ def _check(
                 raise ValueError(f"{_NAME}: {name}[{index}] must be contiguous, got strides {state.stride()}")
     if missed:
         check_same_length(_NAME, params=params, missed=missed)
-    if drifts is not None or any(value is not None for value in maps.values()):
+    if drifts is not None or any(value is not None for value in maps):
         _check_maps(params, maps, drifts, rank_dims, state_dtype)
 
 
 def _check_numbers(
-    lr: Any, betas: Any, eps: Any, weight_decay: Any, step: Any, missed: Sequence[Any], bias_correction: Any, maximize: Any, on_meta: bool
+    on_meta: bool, *, lr: Any, betas: Any, eps: Any, weight_decay: Any, step: Any, missed: Sequence[Any] = (), bias_correction: Any = True,
+    maximize: Any = False,
 ) -> None:  # fmt: skip
     """Refuse numbers that would write NaN, or that compiled code would not take. Tensors (lr, step) are not read."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
@@ -243,9 +214,7 @@ def _check_numbers(
         raise ValueError(f"{_NAME}: step counts from 1, this one included, and must be above missed; got {said}")
 
 
-def _check_maps(
-    params: Sequence[Tensor], maps: dict[str, Tensor | None], drifts: Tensor | None, rank_dims: Sequence[int], dtype: torch.dtype
-) -> None:
+def _check_maps(params: Sequence[Tensor], maps: Maps, drifts: Tensor | None, rank_dims: Sequence[int], dtype: torch.dtype) -> None:
     check_same_length(_NAME, params=params, rank_dims=rank_dims)
     if any(type(dim) is not int or dim not in (0, 1) for dim in rank_dims):
         raise ValueError(f"{_NAME}: rank_dims must be 0 (a factor (r, d)) or 1 (a factor (d, r)), got {list(rank_dims)!r:.80}")
@@ -255,7 +224,7 @@ def _check_maps(
         if param.shape[dim] != rank:
             raise ValueError(f"{_NAME}: params[{index}] of shape {tuple(param.shape)} does not have rank {rank}; call once per rank")
     shape, device = (len(params), rank, rank), params[0].device
-    for name, value in (*maps.items(), ("drifts", drifts)):
+    for name, value in (*((f"{kind}_maps", value) for kind, value in maps._asdict().items()), ("drifts", drifts)):
         if value is not None:
             check_stack_of(_NAME, name, value, shape, dtype, device)
 
@@ -282,38 +251,27 @@ def _grouped_adamw_(
     missed: list[int],
     bias_correction: bool,
     maximize: bool,
-    layout: object = None,
+) -> None:
+    """The operation as torch's dispatcher has it, whose schema knows neither tuples of tensors nor numbers that may be one."""
+    rate, count = lr if lr_tensor is None else lr_tensor, step if step_tensor is None else step_tensor
+    numbers = Numbers(rate, beta1, beta2, eps, weight_decay, count, missed, bias_correction, maximize)
+    maps = Maps(grad_maps, momentum_maps, param_maps, direction_maps)
+    _moment_step(Stepped(params, grads, exp_avgs, exp_avg_sqs), maps, rank_dims, drifts, numbers)
+
+
+def _moment_step(
+    stepped: Stepped,
+    maps: Maps,
+    rank_dims: list[int],
+    drifts: Tensor | None,
+    numbers: Numbers,
     begin_writing: Callable[[], object] = do_nothing,
 ) -> None:
     def begin() -> None:
         begin_writing()
-        torch.autograd.graph.increment_version(params)  # while they are in the caches
+        torch.autograd.graph.increment_version(stepped.params)  # while they are in the caches
 
-    run_in_place(
-        begin,
-        _NAME,
-        params[0].device.type,
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        grad_maps,
-        momentum_maps,
-        param_maps,
-        direction_maps,
-        rank_dims,
-        drifts,
-        lr if lr_tensor is None else lr_tensor,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        step if step_tensor is None else step_tensor,
-        missed,
-        bias_correction,
-        maximize,
-        layout,
-    )
+    run_in_place(begin, _NAME, stepped.params[0].device.type, stepped, maps, rank_dims, drifts, numbers)
 
 
 define(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._checks import as_number
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import StepNumbers, as_stored, matrix_layout, sizes
+from ..backends.lists import as_stored, matrix_layout, sizes
+from ..backends.moments import Numbers, StepNumbers, Stepped
 from ..backends.registry import Implementation, call, do_nothing, whole
 from ._library import for_eager, is_eager
 from ._tensor_checks import check_list, check_same_length, check_stack_of, check_writable
@@ -122,10 +123,10 @@ def altlora_turn_as_gathered_(
     if not params:
         return
     if layout is not None and not torch.is_grad_enabled() and is_eager():
-        taken = as_a_whole(params, partners, behind, moved, rank_dims)
+        taken = as_a_whole(Stepped(params, grads, exp_avgs, exp_avg_sqs, layout), partners, behind, moved, rank_dims)
         if taken is not None:
             implementation, first = taken
-            arguments = (*first, grads, exp_avgs, exp_avg_sqs, layout, damping, own_damping, weight, step)
+            arguments = (*first, damping, own_damping, weight, Numbers.of(**step))
             begin_writing()
             torch.autograd.graph.increment_version(params)  # while they are in the caches
             call(implementation, params[0].device.type, arguments)
@@ -143,22 +144,20 @@ def altlora_turn_as_gathered_(
 
 
 def as_a_whole(
-    params: list[Tensor], partners: Sequence[Tensor], behind: Tensor, moved: Tensor, rank_dims: list[int]
+    stepped: Stepped, partners: Sequence[Tensor], behind: Tensor, moved: Tensor, rank_dims: list[int]
 ) -> tuple[Implementation, tuple[Any, ...]] | None:
     """What takes this turn in one call, and the first of the arguments that it gets; None: the parts of the turn take it."""
-    implementation = whole(_NAME, _PARTS, params[0].device.type)
+    implementation = whole(_NAME, _PARTS, stepped.params[0].device.type)
     if implementation is None:
         return None
-    first = (params, for_eager(partners), matrix_layout(partners), behind, moved, rank_dims)
+    first = (stepped, for_eager(partners), matrix_layout(partners), behind, moved, rank_dims)
     return (implementation, first) if _fit(*first) and implementation.verify(*first)[0] else None
 
 
-def _fit(
-    params: list[Tensor], partners: Sequence[Tensor], partner_layout: Any, behind: Tensor, moved: Tensor, rank_dims: list[int]
-) -> bool:
+def _fit(stepped: Stepped, partners: Sequence[Tensor], partner_layout: Any, behind: Tensor, moved: Tensor, rank_dims: list[int]) -> bool:
     """Whether nothing is unusual about what stands beside the parameters; what is, the parts of a turn look at."""
-    first, rank, partner = params[0], behind.shape[-1], as_stored(partners)[0][0]
-    stack, dtype = (len(params), rank, rank), compute_dtype(first.dtype)
+    first, rank, partner = stepped.params[0], behind.shape[-1], as_stored(partners)[0][0]
+    stack, dtype = (len(stepped.params), rank, rank), compute_dtype(first.dtype)
     return (
         (partner_layout is not None and partner_layout.columns == rank and first.shape[rank_dims[0]] == rank)
         and (partner.dtype is first.dtype and partner.device == first.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import as_flag
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import matrix_layout
+from ..backends.moments import Stepped
 from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import FactorPair, LikePairs, Position
@@ -174,7 +175,8 @@ class AltLoRA(PreconditionedOptimizer):
             yield "grouped_preconditioner", grams.device.type, (grams, grams, 0.0, 1.0, side == "B", grams, grams)
         if not self._jointly(pairs) and matrix_layout(factors) is not None:  # else the step finds no layout
             _, stack = self._example_stacks(pairs)
-            taken = as_a_whole(factors, self._tall(pairs, OTHER[side]), stack, stack, [RANK_DIM[side]] * len(pairs))
+            stepped, dims = Stepped(factors, factors, [], []), [RANK_DIM[side]] * len(pairs)
+            taken = as_a_whole(stepped, self._tall(pairs, OTHER[side]), stack, stack, dims)
             if taken is not None:
                 yield "grouped_altlora_turn_", stack.device.type, taken[1]
                 return

@@ -16,6 +16,7 @@ from torch import Tensor
 from .._checks import as_number
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import Gathered, Tall, column, consecutive, gather, holds, states
+from ..backends.moments import Maps
 from ..ops import grouped_gram, grouped_preconditioner
 from ._shared.base import LowRankOptimizer
 from ._shared.pairing import FactorPair, LikePairs, Position
@@ -235,4 +236,4 @@ class PreconditionedOptimizer(LowRankOptimizer):
         _, stack = self._example_stacks(pairs)
         *maps, drifts = (stack if name in self.small_arguments else None for name in _SMALL)
         dims = [RANK_DIM[side]] * len(pairs)
-        yield from self._example_adamw(self._position(pairs[0], side)[0], pairs.indices[side], (*maps, dims, drifts))
+        yield from self._example_adamw(self._position(pairs[0], side)[0], pairs.indices[side], Maps(*maps), dims, drifts)

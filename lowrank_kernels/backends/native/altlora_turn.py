@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..extension import csrc
-from ..lists import StepNumbers, as_stored
+from ..lists import as_stored
+from ..moments import Numbers, Stepped
 from ..registry import count_launch, implements
 from ._common import COMPILED, MAX_RANK, refuse_device
 
 
 def verify(
-    params: list[Tensor],
+    stepped: Stepped,
     partners: Sequence[Tensor],
     partner_layout: Any,
     behind: Tensor,
@@ -35,27 +36,21 @@ def verify(
 
 @implements("grouped_altlora_turn_", "native", verify)
 def grouped_altlora_turn_(
-    params: list[Tensor],
+    stepped: Stepped,
     partners: Sequence[Tensor],
     partner_layout: Any,
     behind: Tensor,
     moved: Tensor,
     rank_dims: list[int],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    layout: Any,
     damping: float,
     own_damping: float,
     weight: float,
-    step: StepNumbers,
+    numbers: Numbers,
 ) -> None:
-    """See the operation. The layouts are of ``lists.gather`` and of ``lists.matrix_layout``; ``step`` is for ``grouped_adamw_``."""
+    """See the operation. ``partner_layout``: of ``lists.matrix_layout``."""
     count_launch()
-    beta1, beta2 = step["betas"]
     csrc.altlora_turn(
-        params, grads, exp_avgs, exp_avg_sqs, layout, *as_stored(partners), partner_layout, list(step.get("missed", ())), rank_dims,
-        float(step["lr"]), beta1, beta2, step["eps"], step["weight_decay"], float(step["step"]), step.get("bias_correction", True),
-        step.get("maximize", False), behind.shape[-1], behind.data_ptr(), moved.data_ptr(), damping, own_damping, weight,
-        torch.get_num_threads(),
+        *stepped, *as_stored(partners), partner_layout, numbers.missed, rank_dims, float(numbers.lr), numbers.beta1, numbers.beta2,
+        numbers.eps, numbers.weight_decay, float(numbers.step), numbers.bias_correction, numbers.maximize, behind.shape[-1],
+        behind.data_ptr(), moved.data_ptr(), damping, own_damping, weight, torch.get_num_threads(),
     )  # fmt: skip

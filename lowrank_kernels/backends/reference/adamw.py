@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from ..dtypes import compute_dtype
+from ..moments import Maps, Numbers, Stepped
 from ..registry import implements
 from ._common import always
 
@@ -24,62 +25,43 @@ def _correction(beta: float, t: int | Tensor, like: Tensor) -> float | Tensor:
 
 
 @implements("grouped_adamw_", "reference", always)
-def grouped_adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grad_maps: Tensor | None,
-    momentum_maps: Tensor | None,
-    param_maps: Tensor | None,
-    direction_maps: Tensor | None,
-    rank_dims: list[int],
-    drifts: Tensor | None,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int | Tensor,
-    missed: list[int],
-    bias_correction: bool,
-    maximize: bool,
-    layout: object = None,
-) -> None:
+def grouped_adamw_(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | None, numbers: Numbers) -> None:
     """One step for each i, in fp32 at least::
 
-        g = P_i · grad_i + T_i · x           (grad_maps, param_maps; no map: P = I, T = 0)
-        m = β₁ C_i · m + (1-β₁) g            (momentum_maps; no exp_avgs: m = g)
+        g = P_i · grad_i + T_i · x           (maps.grad, maps.param; no map: P = I, T = 0)
+        m = β₁ C_i · m + (1-β₁) g            (maps.momentum; no exp_avgs: m = g)
         v = β₂ v + (1-β₂) g²                 (no exp_avg_sqs: the direction is m itself)
-        x = (1 - lr·weight_decay) x - lr · D_i · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + eps)       (direction_maps; no map: D = I)
+        x = (1 - lr·weight_decay) x - lr · D_i · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + eps)       (maps.direction; no map: D = I)
         drifts[i] = Xᵀ(X - X_old) with X = x (d, r), or X = xᵀ for x (r, d)
 
     with ``t = step - missed[i]`` (``missed`` empty: no steps were missed) and no bias correction if not asked for.
     """
+    params, grads, exp_avgs, exp_avg_sqs, _ = stepped
+    lr, beta1, beta2, eps, weight_decay, step, missed, bias_correction, maximize = numbers
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         g = grad.to(compute_dtype(param.dtype))
         if maximize:
             g = -g
-        if grad_maps is not None:
-            g = apply_map(grad_maps[i], g, rank_dims[i])
+        if maps.grad is not None:
+            g = apply_map(maps.grad[i], g, rank_dims[i])
         old = param.to(g.dtype)
-        if param_maps is not None:
-            g = g + apply_map(param_maps[i], old, rank_dims[i])
+        if maps.param is not None:
+            g = g + apply_map(maps.param[i], old, rank_dims[i])
         t = step - missed[i] if missed else step
         correction1, correction2 = (_correction(beta, t, g) if bias_correction else 1.0 for beta in (beta1, beta2))
         m = g
         if exp_avgs:
             m = exp_avgs[i]
-            if momentum_maps is not None:
-                m = apply_map(momentum_maps[i], m, rank_dims[i])
+            if maps.momentum is not None:
+                m = apply_map(maps.momentum[i], m, rank_dims[i])
             m = m.lerp(g, 1 - beta1)
             exp_avgs[i].copy_(m)
         direction = m / correction1
         if exp_avg_sqs:
             v = exp_avg_sqs[i].mul_(beta2).addcmul_(g, g, value=1 - beta2)
             direction = direction / ((v / correction2).sqrt() + eps)
-        if direction_maps is not None:
-            direction = apply_map(direction_maps[i], direction, rank_dims[i])
+        if maps.direction is not None:
+            direction = apply_map(maps.direction[i], direction, rank_dims[i])
         new = old * (1 - lr * weight_decay) - lr * direction
         if drifts is not None:
             # Of the factor as it is stored, rounding included: the next step sees that one.

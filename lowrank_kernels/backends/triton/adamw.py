@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dtypes import compute_dtype
+from ..moments import Maps, Numbers, Stepped
 from ..registry import Verdict, implements
 from ._device import divide, root, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
@@ -45,8 +46,6 @@ _DRIFT_TILES = 4
 #: One row of the table: param, grad, exp_avg, exp_avg_sq, rows, columns, strides of param and grad, missed, flat/rank_dim.
 COLUMNS = tl.constexpr(11)
 
-#: lr, beta1, beta2, eps, weight_decay, step, missed, bias_correction, maximize
-Numbers = tuple[float | Tensor, float, float, float, float, int | Tensor, list[int], bool, bool]
 _SCALARS = ["lr", "beta1", "beta2", "eps", "weight_decay", "step", "log2_beta1", "log2_beta2", "correction1", "correction2"]
 
 
@@ -416,42 +415,19 @@ def _one_element(value: float | int | Tensor) -> bool:
     return not isinstance(value, Tensor) or value.numel() == 1
 
 
-def verify(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grad_maps: Tensor | None,
-    momentum_maps: Tensor | None,
-    param_maps: Tensor | None,
-    direction_maps: Tensor | None,
-    rank_dims: list[int],
-    drifts: Tensor | None,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int | Tensor,
-    missed: list[int],
-    bias_correction: bool,
-    maximize: bool,
-    layout: object = None,
-) -> Verdict:
+def verify(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | None, numbers: Numbers) -> Verdict:
     """Refuses long strided tensors, strided tensors that are not matrices, ranks above 128, hyperparameters on another GPU."""
+    params, grads, *_ = stepped
     verdict = device_verdict(params)
     if not verdict[0]:
         return verdict
-    for name, value in (("lr", lr), ("step", step)):
+    for name, value in (("lr", numbers.lr), ("step", numbers.step)):
         if isinstance(value, Tensor) and value.device != params[0].device and value.device.type != "cpu":
             return False, f"{name} is a tensor on {value.device}, the parameters are on {params[0].device}: reading it would wait for it"
         if not _one_element(value):
             return False, f"{name} must have one element"
-    if any(x is not None for x in (grad_maps, momentum_maps, param_maps, direction_maps, drifts)):
-        rank = params[0].shape[rank_dims[0]]
-        if rank > LARGEST_RANK:
-            return False, f"maps of rank {rank}: the kernel holds at most {LARGEST_RANK}"
-        return verdict
+    if rank := maps.rank(drifts):
+        return verdict if rank <= LARGEST_RANK else (False, f"maps of rank {rank}: the kernel holds at most {LARGEST_RANK}")
     for x in (*params, *grads):
         if not x.is_contiguous():
             if x.ndim != 2:
@@ -465,51 +441,15 @@ def verify(
 
 @implements("grouped_adamw_", "triton", verify)
 def grouped_adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grad_maps: Tensor | None,
-    momentum_maps: Tensor | None,
-    param_maps: Tensor | None,
-    direction_maps: Tensor | None,
-    rank_dims: list[int],
-    drifts: Tensor | None,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int | Tensor,
-    missed: list[int],
-    bias_correction: bool,
-    maximize: bool,
-    layout: object = None,
+    stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | None, numbers: Numbers, diagonal: float = 0.0
 ) -> None:
     """One launch, in place, for the whole list (with ``drifts`` two, or three); see the reference for the formula.
 
     ``lr`` and ``step`` may be one-element tensors on the device: then the kernel reads them there; on the CPU they are read here. No
-    hyperparameter is a compile-time constant, so schedules do not recompile.
+    hyperparameter is a compile-time constant, so schedules do not recompile. ``diagonal``: added to the diagonals of the drifts.
     """
-    maps = grad_maps, momentum_maps, param_maps, direction_maps
-    numbers = lr, beta1, beta2, eps, weight_decay, step, missed, bias_correction, maximize
-    moment_step(params, grads, exp_avgs, exp_avg_sqs, maps, rank_dims, drifts, numbers)
-
-
-def moment_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    maps: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    rank_dims: list[int],
-    drifts: Tensor | None,
-    numbers: Numbers,
-    diagonal: float = 0.0,
-) -> None:
-    """:func:`grouped_adamw_`; ``diagonal · I`` is added to the drifts."""
+    params, grads, exp_avgs, exp_avg_sqs, _ = stepped
     lr, beta1, beta2, eps, weight_decay, step, missed, bias_correction, maximize = numbers
-    grad_maps, momentum_maps, param_maps, direction_maps = maps
     first = params[0]
     lr, step = (value.item() if isinstance(value, Tensor) and value.device != first.device else value for value in (lr, step))
     key = (signature(params), signature(grads), addresses(exp_avgs), addresses(exp_avg_sqs), tuple(missed))
@@ -548,7 +488,7 @@ def moment_step(
                        VECTOR=vector_length(first.dtype), BLOCK=BLOCK, num_warps=8)  # fmt: skip
         return
     rank = first.shape[rank_dims[0]]
-    heavy = (param_maps is not None or direction_maps is not None) + (drifts is not None)
+    heavy = (maps.param is not None or maps.direction is not None) + (drifts is not None)
     padded = padded_rank(rank)
     default = {"BLOCK_D": block_d(rank, first.dtype == torch.float64, heavy), "num_warps": 4 if padded <= (16 if heavy else 32) else 8}
     chosen = configuration("mapped_adamw_heavy" if heavy else "mapped_adamw", padded, (first.dtype,), first.device, default)
@@ -571,14 +511,14 @@ def moment_step(
     moves = torch.empty(copies, dtype=compute, device=first.device) if copies else some
     shares = torch.empty(work.programs, rank, rank, dtype=compute, device=first.device) if fused and drifts is not None else some
     scratch = some
-    if direction_maps is not None and not fused:
+    if maps.direction is not None and not fused:
         scratch = torch.empty(work.programs, padded * rows, dtype=compute, device=first.device)
     with on_device(first):
         if work.programs:
             launch(mapped_adamw_kernel, (work.programs,), work.tensors, work.chunks, *(some if x is None else x for x in given),
                    *pointers, moves, scratch, shares, rank, *scalars, **options,
-                   HAS_G_MAP=grad_maps is not None, HAS_M_MAP=momentum_maps is not None and bool(exp_avgs),
-                   HAS_P_MAP=param_maps is not None, HAS_D_MAP=direction_maps is not None, KEEP_MOVE=keep_move, KEEP_NEW=keep_new,
+                   HAS_G_MAP=maps.grad is not None, HAS_M_MAP=maps.momentum is not None and bool(exp_avgs),
+                   HAS_P_MAP=maps.param is not None, HAS_D_MAP=maps.direction is not None, KEEP_MOVE=keep_move, KEEP_NEW=keep_new,
                    DRIFT=drifts is not None and fused, FUSED=fused,
                    R=padded, STEP=16, CHUNK=chunk, VECTOR=work.facts[0], **chosen)  # fmt: skip
         if drifts is None:

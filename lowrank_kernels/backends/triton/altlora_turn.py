@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lists import StepNumbers
+from ..moments import Maps, Numbers, Stepped
 from ..registry import Verdict, implements
 from ._launch import device_verdict, on_device
-from .adamw import LARGEST_RANK, moment_step
+from .adamw import LARGEST_RANK, grouped_adamw_
 from .gram import gram_chunks
 from .preconditioner import precondition
 
 
 def verify(
-    params: list[Tensor],
+    stepped: Stepped,
     partners: Sequence[Tensor],
     partner_layout: Any,
     behind: Tensor,
@@ -37,20 +37,16 @@ def verify(
 
 @implements("grouped_altlora_turn_", "triton", verify)
 def grouped_altlora_turn_(
-    params: list[Tensor],
+    stepped: Stepped,
     partners: Sequence[Tensor],
     partner_layout: Any,
     behind: Tensor,
     moved: Tensor,
     rank_dims: list[int],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    layout: Any,
     damping: float,
     own_damping: float,
     weight: float,
-    step: StepNumbers,
+    numbers: Numbers,
 ) -> None:
     """See the operation; nothing is read on the host."""
     rank = behind.shape[-1]
@@ -59,6 +55,4 @@ def grouped_altlora_turn_(
     with on_device(behind):
         chunks = gram_chunks(list(partners), None, rank, rank, grams.dtype)
         precondition(grams, behind, damping, weight, rank_dims[0] == 1, maps, realigned, chunks)
-        numbers = (step["lr"], *step["betas"], step["eps"], step["weight_decay"], step["step"], list(step.get("missed", ())),
-                   step.get("bias_correction", True), step.get("maximize", False))  # fmt: skip
-        moment_step(params, grads, exp_avgs, exp_avg_sqs, (maps, realigned, None, None), rank_dims, moved, numbers, own_damping)
+        grouped_adamw_(stepped, Maps(maps, realigned), rank_dims, moved, numbers, own_damping)

@@ -7,13 +7,14 @@ A method is a subclass that says what happens to the factors of each pair; every
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...backends.lists import Gathered, first_sparse_gradient, gather
+from ...backends.moments import Maps, Numbers, Stepped
 from ...ops.adamw import adamw_as_gathered_
 from ...pairs import core_owners
 from .nonfinite import which_nonfinite
@@ -26,6 +27,7 @@ from .undo import Before
 
 #: All parameters are trained as a whole.
 NO_PARTS: Mapping[int, tuple[slice, ...]] = {}
+NO_MAPS = Maps()
 
 
 class LowRankOptimizer(StatefulOptimizer):
@@ -278,7 +280,12 @@ class LowRankOptimizer(StatefulOptimizer):
                     yield from self._example_adamw(group_index, members)
 
     def _example_adamw(
-        self, group_index: int, members: Iterable[int], maps: tuple[Any, ...] = (None, None, None, None, [], None)
+        self,
+        group_index: int,
+        members: Iterable[int],
+        maps: Maps = NO_MAPS,
+        rank_dims: Sequence[int] = (),
+        drifts: Tensor | None = None,
     ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         """The moment step of those parameters of a group that are trained, with these maps, rank_dims and drifts."""
         group, parts = self.param_groups[group_index], self._trained_parts(group_index)
@@ -289,5 +296,5 @@ class LowRankOptimizer(StatefulOptimizer):
                 buckets[p.device, p.dtype].append(p.detach()[parts[index]] if index in parts else p.detach())
         for (device, _), tensors in buckets.items():
             own = local_parts(tensors)
-            hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], 1, [], True, group["maximize"], None)
-            yield "grouped_adamw_", device.type, (own, own, [], [], *maps, *hyperparameters)
+            numbers = Numbers.of(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")}, step=1)
+            yield "grouped_adamw_", device.type, (Stepped(own, own, [], []), maps, list(rank_dims), drifts, numbers)
