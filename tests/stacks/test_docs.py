@@ -31,7 +31,7 @@ def run(name: str) -> dict[str, Any]:
     model = adapted()
     names: dict[str, Any] = {
         "model": model,
-        "base_model": Net(),
+        "base_model": WithLoss(Net()),
         "layers": [model.inner.up, model.inner.middle, model.inner.down],
         "train_dataset": Rows(),
         "loader": torch.utils.data.DataLoader(Rows(), batch_size=4),
