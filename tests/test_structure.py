@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,28 @@ def test_pickles_find_what_has_moved() -> None:
     }.items():
         module = importlib.import_module(f"lowrank_kernels.optim.{name}")
         assert all(getattr(module, kind).__module__ == f"lowrank_kernels.optim._shared.{name}" for kind in classes)
+
+
+PAGE = (ROOT.parent / "docs" / "formulas.md").read_text(encoding="utf-8")
+
+
+def test_the_drawing_is_what_is_imported() -> None:
+    rooms = {"shared": "optim._shared"} | {name: f"backends.{name}" for name in ("reference", "native", "triton")}
+    drawn = {(rooms.get(a, a), rooms.get(b, b)) for a, b in re.findall(r"^  (\w+) --> (\w+)$", PAGE, re.MULTILINE)}
+    real = {(room_of(module), room_of(name)) for module in MODULES for name, _ in imports(module)}
+    assert drawn and drawn <= real
+    below: dict[str, set[str]] = {}
+    for room in graphlib.TopologicalSorter({a: {b for c, b in drawn if c == a} for a, _ in drawn}).static_order():
+        below[room] = {room}.union(*(below[b] for a, b in drawn if a == room))
+    assert [(a, b) for a, b in real if a in below and b in below and b not in below[a]] == []
+
+
+def test_formulas_are_where_the_page_says() -> None:
+    places = re.findall(r"\[`([\w.]+)`\]\(\.\./([^)]+\.py)\)", PAGE)
+    assert len(places) > 60
+    for symbol, path in places:
+        tree = ast.parse((ROOT.parent / path).read_text(encoding="utf-8"))
+        for part in symbol.split("."):
+            found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == part]
+            assert found, f"docs/formulas.md: no {part} in {path}"
+            tree = found[0]
