@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.kernels import instructions
 from lowrank_kernels.backends.moments import Maps, Numbers, Stepped
+from lowrank_kernels.backends.sums import Sums, Sweeps
 from lowrank_kernels.backends.triton import (
     _launch,
     _thin,
@@ -134,13 +135,13 @@ def core_case(rank: int, dtype: torch.dtype) -> None:
 
 def lorsum_case(rank: int, dtype: torch.dtype, captured: torch.dtype) -> None:
     us, vs, dense = [torch.zeros(256, rank, dtype=dtype)], [torch.zeros(rank, 192, dtype=dtype).mT], [torch.zeros(256, 192, dtype=captured)]
-    lorsum.grouped_lorsum(us, vs, [*us, *dense], [*vs, None], [1.0, 0.1], None, 2, 1e-3, True, us, vs)
+    lorsum.grouped_lorsum((us, vs), Sums([*us, *dense], [*vs, None], [1.0, 0.1], None), Sweeps(2, 1e-3, True), (us, vs))
 
 
 def lorsum_product_case(rank: int, dtype: torch.dtype) -> None:
     xs, dense = [torch.zeros(rank, 192, dtype=dtype).mT], [torch.zeros(256, 192, dtype=dtype)]
     lefts, ys = [torch.zeros(256, rank, dtype=dtype)], [torch.zeros(256, rank, dtype=wide(dtype))]
-    lorsum.grouped_lorsum_product(xs, [*lefts, *dense], [*xs, None], [1.0, 0.1], None, ys)
+    lorsum.grouped_lorsum_product(xs, Sums([*lefts, *dense], [*xs, None], [1.0, 0.1], None), ys)
 
 
 #: The cases of each group: a group is one subprocess of the test. Only `make test-all` compiles the wide ones.

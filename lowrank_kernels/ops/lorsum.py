@@ -12,6 +12,7 @@ from torch import Tensor
 from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run, run_in_place
+from ..backends.sums import Sums, Sweeps
 from ._library import define, is_eager, is_plain_eager, no_backward, records_nothing
 from ._tensor_checks import check_apart, check_list, check_same_length, check_writable
 
@@ -233,14 +234,14 @@ def lorsum_in_step(
                     raise ValueError(f"{NAME}: out[{side}][{index}] is {got}, its target is {wanted}")
     if not us:
         return out_us, out_vs
-    arguments = (us, vs, lefts, rights, numbers, tensor, sweeps, proximal, first == "u", out_us, out_vs)
+    arguments = (us, vs, lefts, rights, numbers, tensor, sweeps, proximal, first == "u")
     if records_nothing(us, vs, lefts, rights, out_us, out_vs) and is_plain_eager(*us, *vs, *lefts, *rights, *out_us, *out_vs):
-        run_in_place(begin_writing, NAME, us[0].device.type, *arguments)
+        _write(begin_writing, (out_us, out_vs), *arguments)
     elif out is None:
-        return torch.ops.lowrank_kernels.grouped_lorsum(*arguments[:-2])
+        return torch.ops.lowrank_kernels.grouped_lorsum(*arguments)
     else:
         begin_writing()
-        torch.ops.lowrank_kernels.grouped_lorsum_out(*arguments)
+        torch.ops.lowrank_kernels.grouped_lorsum_out(*arguments, out_us, out_vs)
     if out is not None:
         torch.autograd.graph.increment_version([*out_us, *out_vs])
     return out_us, out_vs
@@ -250,14 +251,33 @@ def _empty_results(us: list[Tensor], vs: list[Tensor], *arguments: object) -> tu
     return [torch.empty_like(u) for u in us], [torch.empty_like(v) for v in vs]
 
 
-def _grouped_lorsum(us: list[Tensor], vs: list[Tensor], *arguments: object) -> tuple[list[Tensor], list[Tensor]]:
-    out_us, out_vs = _empty_results(us, vs)
-    run(NAME, us[0].device.type, us, vs, *arguments, out_us, out_vs)
-    return out_us, out_vs
+def _write(
+    begin_writing: Callable[[], object],
+    out: Sequence[list[Tensor]],
+    us: list[Tensor],
+    vs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor | None],
+    numbers: list[float],
+    coefficients: Tensor | None,
+    sweeps: int,
+    proximal: float,
+    u_first: bool,
+) -> None:
+    """From the arguments that torch's dispatcher has, whose schema knows no tuples of tensors."""
+    sums, how = Sums(lefts, rights, numbers, coefficients), Sweeps(sweeps, proximal, u_first)
+    run_in_place(begin_writing, NAME, us[0].device.type, (us, vs), sums, how, tuple(out))
 
 
-def _grouped_lorsum_out(us: list[Tensor], vs: list[Tensor], *arguments: object) -> None:
-    run(NAME, us[0].device.type, us, vs, *arguments)
+def _grouped_lorsum(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    out = _empty_results(*arguments)
+    _write(do_nothing, out, *arguments)
+    return out
+
+
+def _grouped_lorsum_out(*arguments: Any) -> None:
+    *given, out_us, out_vs = arguments
+    _write(do_nothing, (out_us, out_vs), *given)
 
 
 _SIGNATURE = (
@@ -313,9 +333,11 @@ def _empty_products(xs: list[Tensor], lefts: list[Tensor], *arguments: object) -
     return [x.new_empty(left.shape[0], x.shape[1], dtype=dtype) for x, left in zip(xs, lefts, strict=False)]
 
 
-def _grouped_lorsum_product(xs: list[Tensor], lefts: list[Tensor], *arguments: object) -> list[Tensor]:
+def _grouped_lorsum_product(
+    xs: list[Tensor], lefts: list[Tensor], rights: list[Tensor | None], numbers: list[float], coefficients: Tensor | None
+) -> list[Tensor]:
     ys = _empty_products(xs, lefts)
-    run(f"{NAME}_product", xs[0].device.type, xs, lefts, *arguments, ys)
+    run(f"{NAME}_product", xs[0].device.type, xs, Sums(lefts, rights, numbers, coefficients), ys)
     return ys
 
 

@@ -15,27 +15,16 @@ from torch import Tensor
 from ..dtypes import DTYPE_CODES
 from ..extension import csrc
 from ..registry import count_launch, implements
+from ..sums import Factors, Sums, Sweeps
 from ._common import COMPILED, MAX_RANK, addresses, refuse_device, strides, table
 
 #: Added to the dtype's code of a dense term.
 _DENSE = 4
 
 
-def verify(
-    us: list[Tensor],
-    vs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    sweeps: int,
-    proximal: float,
-    u_first: bool,
-    out_us: list[Tensor],
-    out_vs: list[Tensor],
-) -> tuple[bool, str]:
+def verify(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> tuple[bool, str]:
     """Takes CPU tensors of any strides, up to rank 128 and 16 terms."""
-    refused = _refuse(us, lefts)
+    refused = _refuse(targets[0], sums.lefts)
     return (False, refused) if refused else (True, f"{COMPILED}, all sweeps of a layer in its core's cache")
 
 
@@ -48,21 +37,10 @@ def _refuse(factors: list[Tensor], lefts: list[Tensor]) -> str | None:
 
 
 @implements("grouped_lorsum", "native", verify)
-def grouped_lorsum(
-    us: list[Tensor],
-    vs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    sweeps: int,
-    proximal: float,
-    u_first: bool,
-    out_us: list[Tensor],
-    out_vs: list[Tensor],
-) -> None:
+def grouped_lorsum(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> None:
     """See the reference."""
-    factors = (us, vs, out_us, out_vs)
+    (us, vs), (lefts, rights, numbers, coefficients) = targets, sums
+    factors = (us, vs, *out)
     layers = table(
         *map(addresses, factors),
         [u.shape[0] for u in us],
@@ -84,32 +62,18 @@ def grouped_lorsum(
     count_launch()
     csrc.lorsum(
         len(us), layers, len(lefts) // len(us), terms, address, DTYPE_CODES[us[0].dtype], us[0].shape[1],
-        sweeps, proximal, u_first, torch.get_num_threads(),
+        *sweeps, torch.get_num_threads(),
     )  # fmt: skip
 
 
-def verify_product(
-    xs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    ys: list[Tensor],
-) -> tuple[bool, str]:
+def verify_product(xs: list[Tensor], sums: Sums, ys: list[Tensor]) -> tuple[bool, str]:
     """Takes CPU tensors of any strides, up to 128 columns and 16 terms."""
-    refused = _refuse(xs, lefts)
+    refused = _refuse(xs, sums.lefts)
     return (False, refused) if refused else (True, f"{COMPILED}")
 
 
 @implements("grouped_lorsum_product", "native", verify_product)
-def grouped_lorsum_product(
-    xs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    ys: list[Tensor],
-) -> None:
+def grouped_lorsum_product(xs: list[Tensor], sums: Sums, ys: list[Tensor]) -> None:
     """See the reference; to the compiled code it is half a sweep without a system."""
     wide = [x.to(ys[0].dtype) for x in xs]
-    grouped_lorsum(ys, wide, lefts, rights, numbers, coefficients, 0, 0.0, True, ys, wide)
+    grouped_lorsum((ys, wide), sums, Sweeps(0, 0.0, True), (ys, wide))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..registry import implements
+from ..sums import Factors, Sums, Sweeps
 from ._common import always
 
 #: A term ``c P Qᵀ`` as (c, P, Q), or as (c, dense matrix, None).
@@ -54,24 +55,9 @@ def half_sweep(start: Tensor, other: Tensor, terms: list[Weighted], proximal: fl
 
 
 @implements("grouped_lorsum", "reference", always)
-def grouped_lorsum(
-    us: list[Tensor],
-    vs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    sweeps: int,
-    proximal: float,
-    u_first: bool,
-    out_us: list[Tensor],
-    out_vs: list[Tensor],
-) -> None:
-    """Write the factors of layer i into ``out_us[i]`` and ``out_vs[i]``, which may be the start ``us[i]`` and ``vs[i]``.
-
-    Term j of layer i is ``c P Qᵀ`` with P = ``lefts[j·N + i]`` and Q = ``rights[j·N + i]``, or the dense matrix P where that is None;
-    c = ``coefficients[j, i]``, or ``numbers[j·N + i]`` without this tensor.
-    """
+def grouped_lorsum(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> None:
+    """Write the factors of layer i into ``out[0][i]`` and ``out[1][i]``, which may be the start, ``targets``, themselves."""
+    (us, vs), (lefts, rights, numbers, coefficients) = targets, sums
     layers = len(us)
     dtype = compute_dtype(us[0].dtype)
     for i in range(layers):
@@ -84,26 +70,20 @@ def grouped_lorsum(
             mirrored.append((c, left.mT, None) if right is None else (c, right.to(dtype), left))
         start_u, start_v = us[i].to(dtype), vs[i].to(dtype)
         u, v = start_u, start_v
-        for turn in range(2 * sweeps):
-            if u_first == (turn % 2 == 0):
-                u = half_sweep(start_u, v, forward, proximal)
+        for turn in range(2 * sweeps.number):
+            if sweeps.u_first == (turn % 2 == 0):
+                u = half_sweep(start_u, v, forward, sweeps.proximal)
             else:
-                v = half_sweep(start_v, u, mirrored, proximal)
+                v = half_sweep(start_v, u, mirrored, sweeps.proximal)
         finite = u.isfinite().all() & v.isfinite().all()
-        out_us[i].copy_(torch.where(finite, u, torch.nan))
-        out_vs[i].copy_(torch.where(finite, v, torch.nan))
+        out[0][i].copy_(torch.where(finite, u, torch.nan))
+        out[1][i].copy_(torch.where(finite, v, torch.nan))
 
 
 @implements("grouped_lorsum_product", "reference", always)
-def grouped_lorsum_product(
-    xs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    ys: list[Tensor],
-) -> None:
-    """Write ``Σ_j c P (Qᵀ X)`` of layer i into ``ys[i]``, terms and coefficients as :func:`grouped_lorsum` has them."""
+def grouped_lorsum_product(xs: list[Tensor], sums: Sums, ys: list[Tensor]) -> None:
+    """Write ``Σ_j c P (Qᵀ X)`` of layer i into ``ys[i]``."""
+    lefts, rights, numbers, coefficients = sums
     layers = len(xs)
     for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
         total = torch.zeros_like(y)

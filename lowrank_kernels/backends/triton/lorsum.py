@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
+from ..sums import Factors, Sums, Sweeps
 from ._device import rounded, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, first_chunks, signature, table, upload_numbers
@@ -301,24 +302,16 @@ class _Sizes:
         self.expanding_warps = 8
 
 
-def verify(
-    us: list[Tensor],
-    vs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    sweeps: int,
-    proximal: float,
-    u_first: bool,
-    out_us: list[Tensor],
-    out_vs: list[Tensor],
-) -> Verdict:
+def verify(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> Verdict:
     """Refuses ranks above 128 (32 in fp64) and other devices than a GPU."""
-    largest = _LARGEST_RANK[compute_dtype(us[0].dtype)]
-    if us[0].shape[1] > largest:
-        return False, f"rank {us[0].shape[1]}: in this dtype the kernels are checked for spilled registers up to {largest} only"
-    return device_verdict(us)
+    return _verdict(targets[0])
+
+
+def _verdict(factors: list[Tensor]) -> Verdict:
+    rank, largest = factors[0].shape[1], _LARGEST_RANK[compute_dtype(factors[0].dtype)]
+    if rank > largest:
+        return False, f"rank {rank}: in this dtype the kernels are checked for spilled registers up to {largest} only"
+    return device_verdict(factors)
 
 
 class _Terms:
@@ -356,9 +349,9 @@ class _Terms:
         self._add(_GRAM, layer, 0, self.sizes.R, [0] * 5, present, [0, self.sizes.R, 1, 1], 512)
 
 
-def _layout(us: list[Tensor], vs: list[Tensor], lefts: list[Tensor], rights: list[Tensor | None], out_us: list[Tensor], out_vs: list[Tensor],
-            sizes: _Sizes) -> Layout:  # fmt: skip
+def _layout(targets: Factors, sums: Sums, out: Factors, sizes: _Sizes) -> Layout:
     """The terms for U and for V, layer by layer, then the layers' U and V; facts: words of scratch, of partial sums, programs of each of the four."""
+    (us, vs), (lefts, rights, *_) = targets, sums
     count, r = len(us), sizes.R
     per_layer = len(lefts) // count + 2
     heights = [len(x) for x in (*us, *vs)]
@@ -366,7 +359,7 @@ def _layout(us: list[Tensor], vs: list[Tensor], lefts: list[Tensor], rights: lis
     flags, places = first_chunks(blocks), [r * first for first in first_chunks(heights)]
     present = list(zip(heights, places, strict=True))
     sides = [_Terms(sizes, r * sum(heights)) for _ in range(2)]
-    for side, (terms, starts) in enumerate(zip(sides, (us, vs), strict=True)):
+    for side, (terms, starts) in enumerate(zip(sides, targets, strict=True)):
         for i, start in enumerate(starts):
             other = present[(1 - side) * count + i]
             terms.add_start(i, start, other)
@@ -378,17 +371,18 @@ def _layout(us: list[Tensor], vs: list[Tensor], lefts: list[Tensor], rights: lis
             terms.add_gram(i, other)
     u, v = sides
     rows = u.rows + v.rows
-    for place, (height, out) in enumerate(zip(heights, (*out_us, *out_vs), strict=True)):
+    for place, (height, target) in enumerate(zip(heights, (*out[0], *out[1]), strict=True)):
         across = (place + count) % (2 * count)
-        rows.append([height, places[place], out.data_ptr(), *out.stride(), place * per_layer, per_layer - 1, flags[place], blocks[place],
+        rows.append([height, places[place], target.data_ptr(), *target.stride(), place * per_layer, per_layer - 1, flags[place], blocks[place],
                      flags[across], blocks[across], *[0] * 9])  # fmt: skip
     programs = [u.programs, v.programs, blocks[:count], blocks[count:]]
     ends = [int(end) for end in itertools.accumulate(map(sum, programs))]
     return Layout(rows, [*u.programs, *v.programs, *blocks], (max(u.maps, v.maps), max(u.sums, v.sums), *ends))
 
 
-def _product_layout(xs: list[Tensor], lefts: list[Tensor], rights: list[Tensor | None], ys: list[Tensor], sizes: _Sizes) -> Layout:
+def _product_layout(xs: list[Tensor], sums: Sums, ys: list[Tensor], sizes: _Sizes) -> Layout:
     """The terms layer by layer, the Xs as starts, the layers' Y and X; facts: words of scratch, of partial sums, programs of terms, Y and X."""
+    lefts, rights, *_ = sums
     count, r = len(xs), sizes.R
     heights = [len(x) for x in (*ys, *xs)]
     blocks = [triton.cdiv(height, sizes.BLOCK_D) for height in heights]
@@ -412,62 +406,51 @@ def _factor(x: Tensor) -> list[int]:
     return [x.data_ptr(), *x.stride(), tile_mode(x)]
 
 
-def _terms_key(lefts: list[Tensor], rights: list[Tensor | None]) -> tuple[Hashable, ...]:
+def _terms_key(sums: Sums) -> tuple[Hashable, ...]:
     """For a table's key. Terms may differ in dtype, which lists have in common elsewhere; a right factor has its left one's."""
-    factors = [x for x in rights if x is not None]
-    return signature(lefts), signature(factors), tuple(x is None for x in rights), tuple(x.dtype for x in lefts)
+    factors = [x for x in sums.rights if x is not None]
+    return signature(sums.lefts), signature(factors), tuple(x is None for x in sums.rights), tuple(x.dtype for x in sums.lefts)
 
 
-def _sent(numbers: list[float], coefficients: Tensor | None, device: torch.device) -> Tensor:
+def _sent(sums: Sums, device: torch.device) -> Tensor:
     """The coefficients of all terms on the device, contiguous."""
-    return (upload_numbers(numbers, device) if coefficients is None else coefficients).contiguous()
+    return (upload_numbers(sums.numbers, device) if sums.coefficients is None else sums.coefficients).contiguous()
 
 
 @implements("grouped_lorsum", "triton", verify)
-def grouped_lorsum(
-    us: list[Tensor],
-    vs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    sweeps: int,
-    proximal: float,
-    u_first: bool,
-    out_us: list[Tensor],
-    out_vs: list[Tensor],
-) -> None:
+def grouped_lorsum(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> None:
     """See the reference; 8K + 2 launches for K sweeps, nothing read on the host."""
-    count, rank, device = len(us), us[0].shape[1], us[0].device
+    first = targets[0][0]
+    count, rank, dtype, device = len(targets[0]), first.shape[1], first.dtype, first.device
     if not rank:
         return
-    compute, dtype = compute_dtype(us[0].dtype), us[0].dtype
+    compute = compute_dtype(dtype)
     sizes = _Sizes(rank, compute)
     r = sizes.R
-    key = (*map(signature, (us, vs, out_us, out_vs)), *_terms_key(lefts, rights))
-    work = table("grouped_lorsum", device, key, lambda: _layout(us, vs, lefts, rights, out_us, out_vs, sizes))
+    key = (*map(signature, (*targets, *out)), *_terms_key(sums))
+    work = table("grouped_lorsum", device, key, lambda: _layout(targets, sums, out, sizes))
     scratch_size, partial_size, *ends = work.facts
     programs = [work.chunks[2 * start : 2 * end] for start, end in zip((0, *ends), ends, strict=False)]
-    per_layer = len(lefts) // count + 2
-    coefficients = _sent(numbers, coefficients, device)
+    per_layer = len(sums.lefts) // count + 2
+    coefficients = _sent(sums, device)
     scratch = torch.empty(scratch_size, dtype=compute, device=device)
     partials, ridges, inverses = (torch.empty(size, dtype=torch.float64, device=device) for size in (partial_size, count * r, count * r))
     grams, factors = torch.empty(2, count, r, r, dtype=torch.float64, device=device)
     flags = torch.empty(ends[3] - ends[1], dtype=torch.int32, device=device)
     relative = 4 * rank * torch.finfo(torch.float64).eps
-    if proximal == 0:
+    if sweeps.proximal == 0:
         relative = max(relative, torch.finfo(compute).eps)
-    kinds = {"PRESENT": sum({1 << _CODES[x.dtype] for x in (us[0], *lefts[::count])}), "R": r}
-    with on_device(us[0]):
-        side = 0 if u_first else 1
+    kinds = {"PRESENT": sum({1 << _CODES[x.dtype] for x in (first, *sums.lefts[::count])}), "R": r}
+    with on_device(first):
+        side = 0 if sweeps.u_first else 1
         launch(copy_kernel, (len(programs[3 - side]) // 2,), work.tensors, programs[3 - side], scratch, rank, START=TL_DTYPE[dtype], R=r,
                BLOCK_D=sizes.BLOCK_D, num_warps=sizes.warps)  # fmt: skip
-        for _ in range(2 * sweeps):
+        for _ in range(2 * sweeps.number):
             grid = (len(programs[side]) // 2,)
             launch(contract_kernel, grid, work.tensors, programs[side], scratch, partials, **kinds, BLOCK_D=sizes.CONTRACTED,
                    BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps)  # fmt: skip
             launch(factor_kernel, (count,), work.tensors[side * count * per_layer * int(_COLUMNS.value) :], partials, grams, factors, inverses,
-                   ridges, per_layer, float(proximal), float(relative), R=r, TILE=min(r, 32), num_warps=4 if r <= 32 else 8)  # fmt: skip
+                   ridges, per_layer, float(sweeps.proximal), float(relative), R=r, TILE=min(r, 32), num_warps=4 if r <= 32 else 8)  # fmt: skip
             launch(map_kernel, grid, work.tensors, programs[side], scratch, partials, coefficients, factors, inverses, ridges, rank, count,
                    SOLVES=True, R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
             launch(expand_kernel, (len(programs[2 + side]) // 2,), work.tensors, programs[2 + side], scratch, flags, **kinds,
@@ -478,42 +461,28 @@ def grouped_lorsum(
                num_warps=sizes.warps)  # fmt: skip
 
 
-def verify_product(
-    xs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    ys: list[Tensor],
-) -> Verdict:
+def verify_product(xs: list[Tensor], sums: Sums, ys: list[Tensor]) -> Verdict:
     """Refuses what :func:`verify` does."""
-    return verify(xs, xs, lefts, rights, numbers, coefficients, 0, 0.0, True, ys, xs)
+    return _verdict(xs)
 
 
 @implements("grouped_lorsum_product", "triton", verify_product)
-def grouped_lorsum_product(
-    xs: list[Tensor],
-    lefts: list[Tensor],
-    rights: list[Tensor | None],
-    numbers: list[float],
-    coefficients: Tensor | None,
-    ys: list[Tensor],
-) -> None:
+def grouped_lorsum_product(xs: list[Tensor], sums: Sums, ys: list[Tensor]) -> None:
     """See the reference; half a sweep without a system, in five launches."""
     count, rank, device, compute = len(xs), xs[0].shape[1], xs[0].device, ys[0].dtype
     if not rank:
         return
     sizes = _Sizes(rank, compute)
     r = sizes.R
-    key = (*map(signature, (xs, ys)), *_terms_key(lefts, rights))
-    work = table("grouped_lorsum_product", device, key, lambda: _product_layout(xs, lefts, rights, ys, sizes))
+    key = (*map(signature, (xs, ys)), *_terms_key(sums))
+    work = table("grouped_lorsum_product", device, key, lambda: _product_layout(xs, sums, ys, sizes))
     scratch_size, partial_size, *ends = work.facts
     of_terms, of_ys, of_xs = (work.chunks[2 * start : 2 * end] for start, end in zip((0, *ends), ends, strict=False))
-    coefficients = _sent(numbers, coefficients, device)
+    coefficients = _sent(sums, device)
     scratch = torch.empty(scratch_size, dtype=compute, device=device)
     partials = torch.empty(partial_size, dtype=torch.float64, device=device)
     flags = torch.empty(ends[2] - ends[0], dtype=torch.int32, device=device)
-    kinds = {"PRESENT": sum({1 << _CODES[x.dtype] for x in lefts[::count]}), "R": r}
+    kinds = {"PRESENT": sum({1 << _CODES[x.dtype] for x in sums.lefts[::count]}), "R": r}
     rows = {"R": r, "BLOCK_D": sizes.BLOCK_D, "num_warps": sizes.warps}
     with on_device(xs[0]):
         launch(copy_kernel, (len(of_xs) // 2,), work.tensors, of_xs, scratch, rank, START=TL_DTYPE[xs[0].dtype], **rows)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ...backends.dtypes import compute_dtype
+from ...backends.sums import Sums, Sweeps
 
 #: Operation → its arguments, results included, from thin matrices and as many square ones.
 _ARGUMENTS: dict[str, Callable[[list[Tensor], Tensor], tuple[Any, ...]]] = {
     "grouped_gram": lambda xs, squares: (xs, None, squares),
-    "grouped_lorsum": lambda xs, squares: (xs, xs, xs, xs, [1.0], None, 1, 0.0, True, xs, xs),
-    "grouped_lorsum_product": lambda xs, squares: (xs, xs, xs, [1.0], None, xs),
+    "grouped_lorsum": lambda xs, squares: ((xs, xs), Sums(xs, list(xs), [1.0], None), Sweeps(1, 0.0, True), (xs, xs)),
+    "grouped_lorsum_product": lambda xs, squares: (xs, Sums(xs, list(xs), [1.0], None), xs),
     "grouped_qr": lambda xs, squares: (xs, None, xs, squares),
     "grouped_solve": lambda xs, squares: (squares, xs, 0.0, False, xs),
     "grouped_svd_product": lambda xs, squares: (xs, xs, xs, squares[:, 0].contiguous(), xs),
