@@ -21,7 +21,7 @@ DTYPES=${DTYPES:-float32,bfloat16}
 SECONDS_PER_CASE=${SECONDS_PER_CASE:-1}
 TESTS=${TESTS:-tests}
 # What only a GPU can show: tested first, with time of its own.
-GPU_TESTS=${GPU_TESTS:-tests/test_triton_optimizers.py tests/test_triton_altlora_turn.py tests/test_triton_interpreter.py tests/test_capturable.py}
+GPU_TESTS=${GPU_TESTS:-tests/triton_kernels tests/test_capturable.py}
 TUNE=${TUNE:-0}
 TEST_SECONDS=80
 mkdir -p "$OUT"
@@ -77,9 +77,9 @@ pytest=("$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider)
 processes=$(nproc)
 "$PYTHON" -c 'import xdist' 2>/dev/null && pytest+=(-n "$((processes < 8 ? processes : 8))" --dist worksteal)
 # shellcheck disable=SC2086
-part gpu_tests 65 "${pytest[@]}" $GPU_TESTS
+part gpu_tests 65 "${pytest[@]}" --ignore=tests/triton_kernels/test_triton_aot.py $GPU_TESTS
 if [ "$TEST_SECONDS" != 0 ]; then
-  part tests "$TEST_SECONDS" "${pytest[@]}" $(printf -- '--ignore=%s ' $GPU_TESTS tests/test_triton_aot.py) "$TESTS"
+  part tests "$TEST_SECONDS" "${pytest[@]}" $(printf -- '--ignore=%s ' $GPU_TESTS) "$TESTS"
 fi
 bench step 40 --suite step --model-shapes "$BIG_SHAPES" --rank 16 --dtype "${DTYPES##*,}" --seconds "$SECONDS_PER_CASE"
 bench scaling 40 --suite scaling,memory --model-shapes "$BIG_SHAPES" --rank 16 --dtype float32 --seconds "$SECONDS_PER_CASE"

@@ -1,6 +1,6 @@
 """``python -m benchmarks kernels``: what the compiler makes of the Triton kernels, as ``benchmarks/results/kernels.csv``. No GPU needed.
 
-One row for each kernel, configuration and architecture that the tests compile ahead of time (``tests/triton_compile.py``):
+One row for each kernel, configuration and architecture that the tests compile ahead of time (``tests/triton_kernels/triton_compile.py``):
 
     registers, shared  per thread; bytes per program
     spills             bytes of stack and local memory per thread: registers that did not fit
@@ -56,11 +56,11 @@ def instructions(sass: str) -> dict[str, str]:
 
 
 def _compiler(*arguments: str) -> str:
-    """What ``tests/triton_compile.py`` prints, in a process of its own: here Triton may be the interpreter's."""
+    """What ``tests/triton_kernels/triton_compile.py`` prints, in a process of its own: here Triton may be the interpreter's."""
     # Nothing but the source and Triton's version may decide: no other ptxas, no options, no interpreter.
     environment = {key: value for key, value in os.environ.items() if key == "TRITON_CACHE_DIR" or not re.match("TRITON_|.*PTXAS", key)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, str(ROOT / "tests" / "triton_compile.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tests" / "triton_kernels" / "triton_compile.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-4000:]}")
@@ -68,7 +68,7 @@ def _compiler(*arguments: str) -> str:
 
 
 def compile_group(group: str, architectures: Iterable[int] = ARCHITECTURES) -> list[dict[str, Any]]:
-    """The reports of ``tests/triton_compile.py`` on one of its groups.
+    """The reports of ``tests/triton_kernels/triton_compile.py`` on one of its groups.
 
     Raises:
         RuntimeError: a kernel does not compile.

@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lowrank_kernels.backends.moments import Maps, Numbers, Stepped
 from lowrank_kernels.backends.triton import _tuned, adamw, gram, lora_linear, solve
 from lowrank_kernels.backends.triton._launch import padded_rank
 
@@ -98,11 +99,11 @@ def problems(rank: int, dtype: torch.dtype, device: torch.device, tokens: int, w
     grads, firsts, seconds = [draw(width, rank) for _ in factors], [draw(width, rank, of=sums) for _ in factors], [
         draw(width, rank, of=sums).square() for _ in factors
     ]  # fmt: skip
+    numbers = Numbers.of(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, step=1)
     for heavy in (False, True):
 
         def step(params: list[Tensor], m: list[Tensor], v: list[Tensor], heavy: bool = heavy) -> None:
-            adamw.grouped_adamw_(params, grads, m, v, maps, maps, maps if heavy else None, None, [1] * layers, None, 1e-3, 0.9, 0.999,
-                                 1e-8, 0.0, 1, [], True, False)  # fmt: skip
+            adamw.grouped_adamw_(Stepped(params, grads, m, v), Maps(maps, maps, maps if heavy else None), [1] * layers, None, numbers)
 
         own = tuple([t.clone() for t in tensors] for tensors in (factors, firsts, seconds))
 

@@ -37,7 +37,7 @@ from ._tables import Layout, first_chunks, signature, table, upload_numbers
 from ._thin import load_tile, store_tile, tile_mode
 from .solve import cholesky_kernel, substitute, substitute_back
 
-#: Up to which rank no register is spilled (tests/test_triton_aot.py), by the dtype of the arithmetic.
+#: Up to which rank no register is spilled (tests/triton_kernels/test_triton_aot.py), by the dtype of the arithmetic.
 _LARGEST_RANK = {torch.float32: 128, torch.float64: 32}
 #: As the reference's: factors of up to so many columns are contracted in fp64.
 _THIN = 128

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, at the configurations that the backend launches; needs no GPU.
 
-    python tests/triton_compile.py GROUP ARCH...
+    python tests/triton_kernels/triton_compile.py GROUP ARCH...
 
 calls the backend's host functions on CPU tensors with the launch replaced by a recorder, compiles each distinct
 recorded configuration for every ARCH (80, 90, 100) and prints one JSON line for each cubin: kernel, case, architecture,

@@ -90,7 +90,7 @@ def test_launches_reach_the_driver() -> None:
     )
     script = Path(__file__).parent / "triton_launch.py"
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
     }
     done = subprocess.run([sys.executable, str(script), *cases], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

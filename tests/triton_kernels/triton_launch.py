@@ -1,6 +1,6 @@
 """Launches Triton kernels as on a GPU, through Triton's own launcher, down to the driver, which is a stand-in; needs no GPU.
 
-    python tests/triton_launch.py GROUP:CASE...
+    python tests/triton_kernels/triton_launch.py GROUP:CASE...
 
 runs cases of ``triton_compile.GROUPS`` and prints the names of the kernels that reached the driver. On the way each launch is bound to
 its kernel, with the options that it states, compiled, and refused if it takes more than the device has; the stand-in checks the grid and
