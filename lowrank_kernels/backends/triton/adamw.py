@@ -440,14 +440,17 @@ def verify(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | 
 
 
 @implements("grouped_adamw_", "triton", verify)
-def grouped_adamw_(
-    stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | None, numbers: Numbers, diagonal: float = 0.0
-) -> None:
+def grouped_adamw_(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | None, numbers: Numbers) -> None:
     """One launch, in place, for the whole list (with ``drifts`` two, or three); see the reference for the formula.
 
     ``lr`` and ``step`` may be one-element tensors on the device: then the kernel reads them there; on the CPU they are read here. No
-    hyperparameter is a compile-time constant, so schedules do not recompile. ``diagonal``: added to the diagonals of the drifts.
+    hyperparameter is a compile-time constant, so schedules do not recompile.
     """
+    moment_step(stepped, maps, rank_dims, drifts, numbers)
+
+
+def moment_step(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | None, numbers: Numbers, diagonal: float = 0.0) -> None:
+    """:func:`grouped_adamw_`; ``diagonal · I`` is added to the drifts."""
     params, grads, exp_avgs, exp_avg_sqs, _ = stepped
     lr, beta1, beta2, eps, weight_decay, step, missed, bias_correction, maximize = numbers
     first = params[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..moments import Maps, Numbers, Stepped
 from ..registry import Verdict, implements
 from ._launch import device_verdict, on_device
-from .adamw import LARGEST_RANK, grouped_adamw_
+from .adamw import LARGEST_RANK, moment_step
 from .gram import gram_chunks
 from .preconditioner import precondition
 
@@ -55,4 +55,4 @@ def grouped_altlora_turn_(
     with on_device(behind):
         chunks = gram_chunks(list(partners), None, rank, rank, grams.dtype)
         precondition(grams, behind, damping, weight, rank_dims[0] == 1, maps, realigned, chunks)
-        grouped_adamw_(stepped, Maps(maps, realigned), rank_dims, moved, numbers, own_damping)
+        moment_step(stepped, Maps(maps, realigned), rank_dims, moved, numbers, own_damping)
