@@ -1,4 +1,4 @@
-"""Imports go down only, and in no circle (README, "Layout of the repository")."""
+"""Imports go down only, and in no circle (README, "Layout of the repository"); docs/formulas.md draws them, and finds each formula."""
 
 from __future__ import annotations
 

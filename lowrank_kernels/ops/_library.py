@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.lists import PLAIN, Tall, as_in_memory, as_stored
+from ..backends.lists import PLAIN, Tall, as_in_memory, as_stored, matrix_layout
 
 NAMESPACE = "lowrank_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -99,6 +99,26 @@ def are_plain_eager(first: Sequence[Tensor], *others: Sequence[Tensor] | None) -
 def is_list(*candidates: object) -> bool:
     """Whether all are lists of the kinds that operations take, or None."""
     return {list, tuple, Tall, type(None)}.issuperset(map(type, candidates))
+
+
+def fitting_layouts(xs: Sequence[Tensor], *others: Sequence[Tensor] | None) -> tuple[Any, ...] | None:
+    """Where all these lists of matrices lie, for backends: of xs, and of each other one that is given.
+
+    None if compiled code has not found that xs has one number of columns, and that the others are of its dtype, device and shapes: then the
+    operation's checks say what does not fit.
+    """
+    if not is_list(xs, *others) or not xs or forward_ad._current_level >= 0:
+        return None
+    first = matrix_layout(xs)
+    if first is None or first.columns < 0:
+        return None
+    found = {id(xs): first}
+    for given in others:
+        if given is not None and id(given) not in found:
+            layout = found[id(given)] = matrix_layout(given)
+            if layout is None or not first.fits(layout):
+                return None
+    return first, *(None if given is None else found[id(given)] for given in others)
 
 
 def for_eager(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import as_stored, matrix_layout, sizes, width
+from ..backends.lists import as_stored, sizes, width
 from ..backends.registry import run
-from ._library import are_plain_eager, define, for_eager, is_eager, is_list, no_backward, records_nothing
+from ._library import are_plain_eager, define, fitting_layouts, for_eager, is_eager, no_backward, records_nothing
 from ._tensor_checks import check_list, check_same_length
 
 
@@ -33,7 +32,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
 
     The result is a constant for autograd: its backward raises an error that says so.
     """
-    layouts = _layouts(xs, ys)
+    layouts = fitting_layouts(xs, ys)  # of ys of another width: None
     if layouts is None:
         _check(xs, ys)
     natural = compute_dtype(as_stored(xs)[0][0].dtype) if xs else torch.float32
@@ -43,17 +42,6 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     if xs and records_nothing(xs, ys) and (is_eager() if layouts else are_plain_eager(xs, ys)):
         return _grouped_gram(for_eager(xs), None if ys is None else for_eager(ys), double, layouts)
     return torch.ops.lowrank_kernels.grouped_gram(list(xs), None if ys is None else list(ys), double)
-
-
-def _layouts(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> tuple[Any, Any] | None:
-    """Where these lie, if compiled code has found that they fit, ys being of the shapes of xs; else :func:`_check` looks."""
-    if not is_list(xs, ys) or not xs or forward_ad._current_level >= 0:
-        return None
-    x = matrix_layout(xs)
-    if x is None or x.columns < 0:
-        return None
-    y = None if ys is None else matrix_layout(ys)
-    return (x, y) if ys is None or (y is not None and x.fits(y)) else None
 
 
 def _check(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> None:

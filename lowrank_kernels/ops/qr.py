@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import Tall, as_stored, matrix_layout, signature, sizes, width
+from ..backends.lists import Tall, as_stored, signature, sizes, width
 from ..backends.registry import run
-from ._library import are_plain_eager, define, for_eager, is_eager, is_list, no_backward, records_nothing
+from ._library import are_plain_eager, define, fitting_layouts, for_eager, is_eager, no_backward, records_nothing
 from ._tensor_checks import check_list, check_same_length, check_same_shapes, check_writable
 
 _ops = torch.ops.lowrank_kernels
@@ -36,19 +35,6 @@ def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequenc
             continue
         check_list("grouped_qr", name, others, like=xs[0] if xs else None, written=name == "out")
         check_same_shapes("grouped_qr", name, others, "xs", xs)
-
-
-def _layouts(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequence[Tensor] | None) -> tuple[Any, Any, Any] | None:
-    """Where all these lie, if compiled code has found that they fit each other; if not, :func:`_check` says what does not."""
-    if not is_list(xs, previous, out) or not xs or forward_ad._current_level >= 0:
-        return None
-    x = matrix_layout(xs)
-    if x is None or x.columns < 0 or not x.tall:
-        return None
-    old = None if previous is None else matrix_layout(previous)
-    q = old if out is previous else None if out is None else matrix_layout(out)
-    fits = all(given is None or (found is not None and x.fits(found)) for given, found in ((previous, old), (out, q)))
-    return (x, old, q) if fits else None
 
 
 def grouped_qr(
@@ -78,8 +64,9 @@ def grouped_qr(
 
     The result is a constant for autograd (Q is one in every method): its backward raises an error that says so.
     """
-    layouts = _layouts(xs, previous, out)
-    if layouts is None:
+    layouts = fitting_layouts(xs, previous, out)
+    if layouts is None or not layouts[0].tall:
+        layouts = None
         _check(xs, previous, out)
     eager = len(xs) > 0 and records_nothing(xs, previous, out) and (is_eager() if layouts else are_plain_eager(xs, previous, out))
     known = (layouts,) if eager else ()
