@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -48,7 +49,7 @@ struct StepEntry {
   void* m = nullptr;
   void* v = nullptr;
   int64_t elements = 0, rows = 0, columns = 0;
-  bool contiguous = false;
+  bool contiguous = false, is_matrix = false;
 };
 
 struct StepLayout {
@@ -73,7 +74,8 @@ struct StepLayout {
                      !std::equal(param.sizes, param.sizes + param.ndim, moment->sizes) || !moment->is_contiguous()))
         return false;
     }
-    if (param.ndim == 2) {
+    entry.is_matrix = param.ndim == 2;
+    if (entry.is_matrix) {
       entry.param = param.matrix(false);
       entry.grad = grad.matrix(false);
       entry.rows = param.rows(false);
@@ -86,6 +88,23 @@ struct StepLayout {
     if (v) entry.v = v->data();
     entries.push_back(entry);
     return true;
+  }
+
+  // The parameters, or their gradients, as matrices, or as the transposes of these; null if one is none.
+  std::unique_ptr<MatrixLayout> matrices(bool grads, bool transposed) const {
+    auto found = std::make_unique<MatrixLayout>();
+    found->like = like;
+    found->entries.reserve(entries.size());
+    for (const StepEntry& entry : entries) {
+      if (!entry.is_matrix) return nullptr;
+      const View& view = grads ? entry.grad : entry.param;
+      if (transposed) {
+        found->entries.push_back({{view.data, view.column_stride, view.row_stride}, entry.columns, entry.rows});
+      } else {
+        found->entries.push_back({view, entry.rows, entry.columns});
+      }
+    }
+    return found;
   }
 };
 

@@ -381,7 +381,9 @@ void bind_lists(py::module_& m) {
       .def_property_readonly("tall", &MatrixLayout::tall, "Whether no matrix has more columns than rows.")
       .def("fits", &MatrixLayout::fits, "Whether another list has the same dtype, device and sizes.");
   m.def("matrix_layout", &matrix_layout, "Where plain and alike matrices lie; None if they are not that.");
-  py::class_<StepLayout>(m, "StepLayout", "Where the tensors of a moment step lie; for adamw().");
+  py::class_<StepLayout>(m, "StepLayout", "Where the tensors of a moment step lie; for adamw().")
+      .def("matrices", &StepLayout::matrices, py::arg("grads"), py::arg("transposed"),
+           "The layout of the parameters, or of their gradients; None if one is no matrix.");
   m.def("gather", &gather,
         "Those of some parameters that have a gradient, the gradients, those that have none, the moments, the layout.");
   m.def("holds", &holds, "Whether the states of some parameters hold these very values under a key.");

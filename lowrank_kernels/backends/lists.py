@@ -22,14 +22,16 @@ PLAIN = frozenset((Tensor, nn.Parameter))
 class Tall(Sequence[Tensor]):
     """A list of matrices of which the first ``transposed`` (default: all) stand for their transposes.
 
-    Views are created lazily: creating one costs more than a small operation on it, and compiled code needs none.
+    Views are created lazily: creating one costs more than a small operation on it, and compiled code needs none. ``layout``: where they
+    lie, if that has been read (:func:`matrix_layout`); it holds for as long as none of them moves.
     """
 
-    __slots__ = ("stored", "transposed")
+    __slots__ = ("layout", "stored", "transposed")
 
-    def __init__(self, stored: Sequence[Tensor], transposed: int | None = None) -> None:
+    def __init__(self, stored: Sequence[Tensor], transposed: int | None = None, layout: Any = None) -> None:
         self.stored = stored if isinstance(stored, list) else list(stored)
         self.transposed = len(self.stored) if transposed is None else transposed
+        self.layout = layout
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -41,8 +43,8 @@ class Tall(Sequence[Tensor]):
         return matrix.mT if range(len(self))[index] < self.transposed else matrix
 
     def __iter__(self) -> Iterator[Tensor]:
-        for index in range(len(self)):
-            yield self[index]
+        for index, matrix in enumerate(self.stored):
+            yield matrix.mT if index < self.transposed else matrix
 
 
 def _compiled() -> bool:
@@ -94,8 +96,10 @@ def matrix_layout(matrices: Sequence[Tensor]) -> Any:
 
     None if they are not that, or if compiled code has not looked: what a transform of ``torch.func`` has wrapped has no memory.
     """
-    looks = _compiled() and torch._C._functorch.peek_interpreter_stack() is None
-    return csrc.matrix_layout(*as_stored(matrices)) if looks else None
+    if not _compiled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    known = matrices.layout if type(matrices) is Tall else None
+    return csrc.matrix_layout(*as_stored(matrices)) if known is None else known
 
 
 def signature(tensors: Sequence[Tensor]) -> Any:

@@ -151,7 +151,9 @@ class AltLoRA(PreconditionedOptimizer):
         factors of which each rank holds a part, whose Gram matrices are sums over ranks."""
         misaligned = {side: self._stacked_state(found.pairs, side, "drift") for side, found in active.items()}
         maps = {
-            side: self._preconditioners(found.pairs, side, weight=found.pairs[0].scale ** -2, drifts=misaligned[side])
+            side: self._preconditioners(
+                found.pairs, side, self._partners(active, side), weight=found.pairs[0].scale ** -2, drifts=misaligned[side]
+            )
             for side, found in active.items()
         }
         moved = {side: torch.empty_like(drifts) for side, drifts in misaligned.items()}

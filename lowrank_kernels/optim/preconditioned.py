@@ -7,7 +7,7 @@ The Gram matrices are accumulated and solved in fp64: they square the condition 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +45,19 @@ class Active(NamedTuple):
     pairs: LikePairs
     found: Gathered
 
+    def tall_factors(self, side: str) -> Sequence[Tensor]:
+        """The factors, :func:`tall`."""
+        return self._tall(self.found.params, side, grads=False)
+
     def tall_grads(self, side: str) -> Sequence[Tensor]:
         """Their gradients, :func:`tall`."""
-        return tall(self.found.grads, side)
+        return self._tall(self.found.grads, side, grads=True)
+
+    def _tall(self, tensors: list[Tensor], side: str, *, grads: bool) -> Sequence[Tensor]:
+        layout, transposed = self.found.layout, side == "A"
+        if layout is None:
+            return tall(tensors, side)
+        return Tall(tensors, len(tensors) if transposed else 0, layout.matrices(grads, transposed))  # as they were gathered
 
 
 class PreconditionedOptimizer(LowRankOptimizer):
@@ -135,18 +145,24 @@ class PreconditionedOptimizer(LowRankOptimizer):
         missing = set(found.idle)
         return Active(LikePairs(pair for pair in pairs if self._position(pair, side)[1] not in missing), found)
 
-    def _grams(self, pairs: LikePairs, side: str) -> Tensor:
-        """``XᵀX`` (N, r, r) in fp64 of the factors of this side, X being Aᵀ or B."""
-        return self._over_shards(grouped_gram(self._tall(pairs, side), dtype=torch.float64), pairs, side)
+    def _partners(self, active: Mapping[str, Active], side: str) -> Sequence[Tensor]:
+        """The partners of the ``active`` factors of a side, :func:`tall`; where all of them are active, too, they have been read."""
+        pairs, other = active[side].pairs, active.get(OTHER[side])
+        return self._tall(pairs, OTHER[side]) if other is None or other.pairs is not pairs else other.tall_factors(OTHER[side])
+
+    def _grams(self, pairs: LikePairs, side: str, factors: Sequence[Tensor] | None = None) -> Tensor:
+        """``XᵀX`` (N, r, r) in fp64 of the factors of this side, X being Aᵀ or B; these are looked up where they are not given."""
+        factors = self._tall(pairs, side) if factors is None else factors
+        return self._over_shards(grouped_gram(factors, dtype=torch.float64), pairs, side)
 
     def _preconditioners(
-        self, pairs: LikePairs, side: str, *, weight: float = 1.0, drifts: Tensor | None = None
+        self, pairs: LikePairs, side: str, partners: Sequence[Tensor] | None = None, *, weight: float = 1.0, drifts: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """``P = w (XᵀX + δI)⁻¹`` of the factors of this side, X being their partners, and with drifts C (of B's momentum Cᵀ).
 
         (N, r, r), in the dtype of the drifts, or else of the factors' state.
         """
-        grams, damping = self._grams(pairs, OTHER[side]), self._group(pairs, OTHER[side])["damping"]
+        grams, damping = self._grams(pairs, OTHER[side], partners), self._group(pairs, OTHER[side])["damping"]
         dtype = compute_dtype(self._at(pairs[0].a).dtype) if drifts is None else drifts.dtype
         return grouped_preconditioner(grams, damping, weight=weight, drifts=drifts, transposed=side == "B", dtype=dtype)
 

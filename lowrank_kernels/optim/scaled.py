@@ -45,7 +45,9 @@ class ScaledAdamW(PreconditionedOptimizer):
 
     def _step_pairs(self, pairs: LikePairs) -> None:
         active = {side: self._active(pairs, side) for side in "AB"}
-        maps = {side: self._preconditioners(found.pairs, side)[0] for side, found in active.items() if found.pairs}
+        maps = {
+            side: self._preconditioners(found.pairs, side, self._partners(active, side))[0] for side, found in active.items() if found.pairs
+        }
         for side, preconditioners in maps.items():
             self._step_side(active[side], side, grad_maps=preconditioners, **self._moments(self._group(pairs, side), side))
 
