@@ -1,7 +1,9 @@
 // What the CPU code offers to Python. Tensors come as lists, read here (tensors.h), or as tables: int64 buffers
 // (array.array("q")), one section of n numbers per column.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -431,6 +433,20 @@ void preconditioner(int64_t n, int64_t r, int dtype, intptr_t grams, intptr_t dr
   grouped_preconditioner(dtype_of(dtype), arguments, n, threads);
 }
 
+// Right-hand sides and solutions (n, r, r), contiguous; all of double.
+void sylvester(int64_t n, int64_t r, intptr_t left, const std::array<int64_t, 3>& left_strides, intptr_t right,
+               const std::array<int64_t, 3>& right_strides, intptr_t rhs, intptr_t out, int threads) {
+  const char* const what = "grouped_sylvester";
+  const auto stack = [&](intptr_t data, const std::array<int64_t, 3>& strides) {
+    return stack_of(what, n, r, data, strides[0], strides[1], strides[2]);
+  };
+  const int64_t elements = n * r * r;
+  const SylvesterArguments arguments{stack(left, left_strides), stack(right, right_strides),
+                                     memory<const double>(what, rhs, elements), memory<double>(what, out, elements), r};
+  const py::gil_scoped_release released;
+  grouped_sylvester(arguments, n, threads);
+}
+
 // Sections of the layers: u, v, out_u, out_v, d_out, d_in, row and column strides of u, v, out_u, out_v. Of the terms,
 // term by term for all layers: left, right, k, row and column strides of left, of right, dtype (+4: dense). One double
 // c for each term of each layer.
@@ -487,6 +503,7 @@ void bind_cpu(py::module_& m) {
   m.def("eigh", &eigh, "Eigenvalues and eigenvectors of a stack of symmetric matrices.");
   m.def("damped_inverse", &damped_inverse, "Inverses of the triangular factors of a stack, with damping.");
   m.def("preconditioner", &preconditioner, "Inverses of a stack of damped Gram matrices, and what realigns momentum.");
+  m.def("sylvester", &sylvester, "Sylvester equations of a stack, with symmetric coefficients.");
   m.def("lorsum", &lorsum,
         "Rank-r approximations of sums of low-rank matrices of a list, by alternating least squares.");
   m.attr("max_lorsum_terms") = kMaxLorsumTerms;

@@ -236,18 +236,26 @@ void store_eigen(const EighLanes& x, const LaneFacts& facts, const bool* converg
   }
 }
 
+// Matrices [first, first + count) of a stack, of which the lower triangles are read, become eigenvalues, and vectors if
+// these are asked for; neither sorted nor scaled back.
+template <class T>
+LaneFacts decompose(const Stack& xs, int64_t first, int64_t count, bool vectors, const EighLanes& x, bool* converged) {
+  const Stack transposed{xs.data, xs.matrix_stride, xs.column_stride, xs.row_stride};
+  const LaneFacts facts = load_lanes<T>(transposed, first, count, x.n, 0, x.matrix);
+  tridiagonalize(x);
+  if (vectors) form_vectors(x);
+  diagonalize(x, vectors, converged);
+  return facts;
+}
+
 template <class T>
 void eigh(const Stack& xs, void* values, void* vectors, int64_t first, int64_t count, int64_t r, double* scratch) {
   constexpr int W = EighLanes::kWidth;
   const EighLanes x(r, scratch);
-  const Stack transposed{xs.data, xs.matrix_stride, xs.column_stride, xs.row_stride};  // of lower triangles
   for (; count > 0; first += W, count -= W) {
     const int64_t here = count < W ? count : W;
-    const LaneFacts facts = load_lanes<T>(transposed, first, here, r, 0, x.matrix);
     bool converged[W];
-    tridiagonalize(x);
-    if (vectors) form_vectors(x);
-    diagonalize(x, vectors != nullptr, converged);
+    const LaneFacts facts = decompose<T>(xs, first, here, vectors != nullptr, x, converged);
     store_eigen(x, facts, converged, here, static_cast<T*>(values) + first * r,
                 vectors ? static_cast<T*>(vectors) + first * r * r : nullptr);
   }

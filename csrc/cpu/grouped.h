@@ -22,6 +22,9 @@ void grouped_gram(DType dtype, bool wide, const GramItem* items, int64_t n, int6
 // results.
 void grouped_solve(DType dtype, bool wide, const SolveItem* items, int64_t n, int64_t r, double damping, int threads);
 
+// The same where the right-hand sides are square, and all is of double: small matrices side by side.
+void grouped_solve_squares(const SolveItem* items, int64_t n, int64_t r, double damping, int threads);
+
 // Orthonormal polar factors of n tall matrices with r columns each.
 void grouped_polar(DType dtype, const PolarItem* items, int64_t n, int64_t r, int threads);
 
@@ -34,6 +37,9 @@ void grouped_damped_inverse(DType dtype, const Stack& rs, double damping, void* 
 
 // n preconditioners, and what realigns momentum.
 void grouped_preconditioner(DType dtype, const PreconditionerArguments& arguments, int64_t n, int threads);
+
+// X of L X + X R = C for n symmetric positive semidefinite L and R, of which the lower triangles are used.
+void grouped_sylvester(const SylvesterArguments& arguments, int64_t n, int threads);
 
 // A turn of AltLoRA of n factors of one side without maps: the Grams of their partners, preconditioners, the moment
 // step.

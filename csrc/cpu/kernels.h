@@ -88,6 +88,14 @@ struct PreconditionerArguments {
   bool transposed;
 };
 
+// L X + X R = C: stacks of double, C and X (n, r, r), contiguous.
+struct SylvesterArguments {
+  Stack left, right;
+  const double* rhs;
+  double* out;
+  int64_t r;
+};
+
 // A turn of AltLoRA, besides the factors and their partners: the drifts that the momentum is behind by, which are
 // zeroed, and those of the factors' move, which are written; (n, r, r), contiguous, of the type of the computation.
 // `damping` is of the partners' Grams, `own_damping` of the factors' own.
@@ -178,6 +186,8 @@ struct Kernels {
                     double* scratch, double* sums);
   // One system; `threads` share its groups of rows.
   void (*solve)(DType, const SolveItem&, int64_t r, double damping, const SolveWork<T>&, int threads);
+  // `count` systems with square right-hand sides, of double, matrices as lanes.
+  void (*solve_squares)(const SolveItem*, int64_t count, int64_t r, double damping, double* scratch);
   // QR of one matrix; `threads` share its groups of rows.
   void (*qr)(DType, const QrItem&, int64_t r, const QrWork<T>&, int threads);
   void (*svd_product)(DType, const SvdProductItem&, int64_t k, int64_t rank, const QrWork<T>& left,
@@ -191,6 +201,8 @@ struct Kernels {
                          double* scratch);
   // Of matrices [first, first + count); scratch for preconditioner_scratch(r) doubles.
   void (*preconditioner)(const PreconditionerArguments&, int64_t first, int64_t count, double* scratch);
+  // Of matrices [first, first + count); scratch for sylvester_scratch(r) doubles.
+  void (*sylvester)(const SylvesterArguments&, int64_t first, int64_t count, double* scratch);
   void (*lorsum)(const LorsumScalars&, const LorsumItem&, const LorsumWork<T>&, int threads);
 };
 

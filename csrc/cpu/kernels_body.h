@@ -1,5 +1,6 @@
 // Included by kernels_*.cpp with LOWRANK_ISA and LOWRANK_VECTOR_BYTES defined, after kernels_begin.h.
 #include "cpu/adamw.h"
+#include "cpu/cholesky_lanes.h"
 #include "cpu/damped_inverse.h"
 #include "cpu/eigh.h"
 #include "cpu/gram_rows.h"
@@ -9,14 +10,20 @@
 #include "cpu/qr.h"
 #include "cpu/solve.h"
 #include "cpu/svd_product.h"
+#include "cpu/sylvester.h"
 
 namespace lowrank::LOWRANK_ISA {
 
 template <class T>
 const Kernels<T>& table() {
   static constexpr Kernels<T> kernels = {
-      adamw_range<T>, adamw_mapped_rows<T>, gram_rows<T>,      solve<T>,  qr<T>, svd_product<T>, polar<T>,
-      eigh<T>,        damped_inverse<T>,    preconditioner<T>, lorsum<T>,
+      adamw_range<T>,    adamw_mapped_rows<T>,
+      gram_rows<T>,      solve<T>,
+      solve_squares,     qr<T>,
+      svd_product<T>,    polar<T>,
+      eigh<T>,           damped_inverse<T>,
+      preconditioner<T>, sylvester,
+      lorsum<T>,
   };
   return kernels;
 }

@@ -112,4 +112,66 @@ LaneFacts load_lanes(const Stack& stack, int64_t first, int64_t count, int64_t n
   return facts;
 }
 
+// `count` (n, n) matrices into the lanes of `to`; an identity takes the place of what is missing in the group.
+template <class S>
+LOWRANK_INLINE void gather_lanes(const S* matrices, int64_t n, int64_t count, double* to) {
+  constexpr int W = kLanes<double>;
+  const int64_t area = n * n;
+  int64_t e = 0;
+  for (; e + W <= area; e += W) {  // of each matrix W elements, of W elements each matrix's
+    Vec<double> v[W] = {};
+    for (int lane = 0; lane < count; ++lane) v[lane] = load_as<double>(matrices + lane * area + e);
+    perfect_shuffles<double, W, log2_of(W)>(v);
+    for (int i = 0; i < W; ++i) store(to + (e + i) * W, v[i]);
+  }
+  for (; e < area; ++e) {
+    for (int lane = 0; lane < W; ++lane) {
+      to[e * W + lane] = lane < count ? static_cast<double>(matrices[lane * area + e]) : 0;
+    }
+  }
+  for (int64_t lane = count; lane < W; ++lane) {
+    for (int64_t i = 0; i < n; ++i) lanes_at(to, n, i, i)[lane] = 1;
+  }
+}
+
+template <class T>
+LOWRANK_INLINE void scatter_lanes(double* lanes, int64_t n, int64_t count, double weight, bool transposed, T* to) {
+  constexpr int W = kLanes<double>;
+  const auto from = [&](int64_t i, int64_t j) {
+    return transposed ? lanes_at(lanes, n, j, i) : lanes_at(lanes, n, i, j);
+  };
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t j = 0;
+    for (; j + W <= n; j += W) {
+      Vec<double> v[W];
+      for (int c = 0; c < W; ++c) v[c] = splat(weight) * load(from(i, j + c));
+      perfect_shuffles<double, W, log2_of(W)>(v);
+      for (int lane = 0; lane < count; ++lane) store_as<double>(to + (lane * n + i) * n + j, v[lane]);
+    }
+    for (; j < n; ++j) {
+      for (int lane = 0; lane < count; ++lane) {
+        to[(lane * n + i) * n + j] = static_cast<T>(weight * from(i, j)[lane]);
+      }
+    }
+  }
+}
+
+// An (n, n) matrix of double into one lane, and back.
+LOWRANK_INLINE void set_lane(const View& from, int64_t n, int64_t lane, double* to) {
+  const double* const data = static_cast<const double*>(from.data);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      lanes_at(to, n, i, j)[lane] = data[i * from.row_stride + j * from.column_stride];
+    }
+  }
+}
+LOWRANK_INLINE void get_lane(double* from, int64_t n, int64_t lane, const View& to) {
+  double* const data = static_cast<double*>(to.data);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      data[i * to.row_stride + j * to.column_stride] = lanes_at(from, n, i, j)[lane];
+    }
+  }
+}
+
 }  // namespace lowrank::LOWRANK_ISA

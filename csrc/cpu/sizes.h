@@ -66,6 +66,8 @@ constexpr int64_t kLaneGroup = 8;
 constexpr int64_t eigh_scratch(int64_t r) { return (r + 4) * r * kLaneGroup; }
 constexpr int64_t damped_inverse_scratch(int64_t r) { return (2 * r + 1) * r * kLaneGroup; }
 constexpr int64_t preconditioner_scratch(int64_t r) { return (3 * r + 1) * r * kLaneGroup; }
+constexpr int64_t solve_squares_scratch(int64_t r) { return (3 * r + 1) * r * kLaneGroup; }
+constexpr int64_t sylvester_scratch(int64_t r) { return 2 * (eigh_scratch(r) + r * r * kLaneGroup); }
 
 // Row pitch of small r × r matrices: whole vectors of doubles.
 constexpr int64_t small_pitch(int64_t r) { return round_up(r, 8); }

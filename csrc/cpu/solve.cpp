@@ -1,4 +1,7 @@
 // Spreads the systems of one call over threads.
+#include <algorithm>
+#include <vector>
+
 #include "cpu/grouped.h"
 #include "cpu/schedule.h"
 #include "cpu/scratch.h"
@@ -63,7 +66,13 @@ void run(DType dtype, const SolveItem* items, int64_t n, int64_t r, double dampi
 }  // namespace
 
 void grouped_solve(DType dtype, bool wide, const SolveItem* items, int64_t n, int64_t r, double damping, int threads) {
-  if (wide) {
+  if (wide && dtype == DType::kFloat64) {
+    std::vector<SolveItem> all(items, items + n);
+    const auto is_square = [&](const SolveItem& item) { return item.rows == r; };
+    const int64_t squares = std::partition(all.begin(), all.end(), is_square) - all.begin();
+    grouped_solve_squares(all.data(), squares, r, damping, threads);
+    run<double>(dtype, all.data() + squares, n - squares, r, damping, threads);
+  } else if (wide) {
     run<double>(dtype, items, n, r, damping, threads);
   } else {
     run<float>(dtype, items, n, r, damping, threads);

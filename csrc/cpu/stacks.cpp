@@ -67,4 +67,18 @@ void grouped_preconditioner(DType dtype, const PreconditionerArguments& argument
       [&](int64_t first, int64_t count, double* scratch) { preconditioner(arguments, first, count, scratch); });
 }
 
+void grouped_solve_squares(const SolveItem* items, int64_t n, int64_t r, double damping, int threads) {
+  const Kernels<double>& kernel = kernels<double>();
+  for_each_group(n, r, threads, solve_squares_scratch(r), [&](int64_t first, int64_t count, double* scratch) {
+    kernel.solve_squares(items + first, count, r, damping, scratch);
+  });
+}
+
+void grouped_sylvester(const SylvesterArguments& arguments, int64_t n, int threads) {
+  const Kernels<double>& kernel = kernels<double>();
+  for_each_group(
+      n, arguments.r, threads, sylvester_scratch(arguments.r),
+      [&](int64_t first, int64_t count, double* scratch) { kernel.sylvester(arguments, first, count, scratch); });
+}
+
 }  // namespace lowrank

@@ -14,6 +14,7 @@ from .qr import grouped_qr
 from .solve import grouped_solve
 from .svd import grouped_svd
 from .svd_product import grouped_svd_product
+from .sylvester import grouped_sylvester
 
 __all__ = [
     "grouped_adamw_",
@@ -30,6 +31,7 @@ __all__ = [
     "grouped_solve",
     "grouped_svd",
     "grouped_svd_product",
+    "grouped_sylvester",
     "lora_down",
     "lora_linear",
     "lora_up",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import as_flag
-from ..ops import grouped_eigh, grouped_gram, grouped_preconditioner, grouped_solve
+from ..ops import grouped_gram, grouped_preconditioner, grouped_solve, grouped_sylvester
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import LikePairs
 from .preconditioned import DEFAULT_DAMPING, Active, PreconditionedOptimizer
@@ -80,7 +80,8 @@ class LoRAPro(PreconditionedOptimizer):
 
     def _step_both(self, pairs: LikePairs, active_a: Active, active_b: Active) -> None:
         group = self._group(pairs, "A")
-        gram_b, gram_a = self._grams(pairs, "B"), self._grams(pairs, "A")
+        tall_b, tall_a = active_b.tall_factors("B"), active_a.tall_factors("A")
+        gram_b, gram_a = self._grams(pairs, "B", tall_b), self._grams(pairs, "A", tall_a)
         damping_b, damping_a = (self._group(pairs, side)["damping"] for side in "BA")
         s = pairs[0].scale ** -2
         sign = -1.0 if group["maximize"] else 1.0
@@ -88,14 +89,14 @@ class LoRAPro(PreconditionedOptimizer):
         map_b, _ = grouped_preconditioner(gram_a, damping_a, weight=s)
         # Bᵀ∂B, (N, r, r): what the projection takes away from g_B lies in the range of B, hence a map of B itself. Solved, not
         # multiplied by the two inverses: their entries would cancel, at the price of cond(B)² cond(A)² in place of cond(B) cond(A).
-        overlap_b = grouped_gram(self._tall(pairs, "B"), active_b.tall_grads("B"), dtype=torch.float64)
+        overlap_b = grouped_gram(tall_b, active_b.tall_grads("B"), dtype=torch.float64)
         self._over_shards(overlap_b, pairs, "B")
         projection = s * grouped_solve(gram_a, grouped_solve(gram_b, overlap_b, damping_b), damping_a, side="right")
         x = torch.zeros_like(projection)
         if group["sylvester"]:
-            overlap_a = grouped_gram(active_a.tall_grads("A"), self._tall(pairs, "A"), dtype=torch.float64)
+            overlap_a = grouped_gram(active_a.tall_grads("A"), tall_a, dtype=torch.float64)
             self._over_shards(overlap_a, pairs, "A")
-            x = _solve_sylvester(gram_b, gram_a, -s * grouped_solve(gram_b, overlap_a, damping_b))
+            x = grouped_sylvester(gram_b, gram_a, -s * grouped_solve(gram_b, overlap_a, damping_b))
         # The maps of the factors themselves come from the gradients: they change sign with them.
         self._step_side(active_a, "A", grad_maps=map_a, param_maps=sign * x)
         self._step_side(active_b, "B", grad_maps=map_b, param_maps=-sign * (projection + x))
@@ -108,14 +109,4 @@ class LoRAPro(PreconditionedOptimizer):
             grams, _ = self._example_stacks(pairs)
             yield "grouped_solve", grams.device.type, (grams, grams, 0.0, True, grams)
             if self._group(pairs, "A")["sylvester"]:
-                yield "grouped_eigh", grams.device.type, (grams, grams[:, 0], grams)
-
-
-def _solve_sylvester(left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
-    """X of ``left X + X right = rhs`` for symmetric positive semidefinite (N, r, r) stacks; directions that neither has stay zero."""
-    values_l, vectors_l = grouped_eigh(left)
-    values_r, vectors_r = grouped_eigh(right)
-    sums = values_l[:, :, None] + values_r[:, None, :]
-    rotated = vectors_l.mT @ rhs @ vectors_r
-    floor = sums.amax(dim=(1, 2), keepdim=True) * torch.finfo(sums.dtype).eps
-    return vectors_l @ torch.where(sums > floor, rotated / sums, 0) @ vectors_r.mT
+                yield "grouped_sylvester", grams.device.type, (grams, grams, grams, grams)

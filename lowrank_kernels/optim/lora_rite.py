@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -107,7 +107,7 @@ class LoRARITE(PreconditionedOptimizer):
 
     def _step_pairs(self, pairs: LikePairs) -> None:
         active = {side: self._active(pairs, side) for side in "AB"}
-        maps = {side: self._maps(found, side) for side, found in active.items() if found.pairs}
+        maps = {side: self._maps(active, side) for side, found in active.items() if found.pairs}
         for side, (grad_maps, momentum_maps, direction_maps) in maps.items():
             if side == "B":  # maps act from the right there
                 grad_maps, momentum_maps, direction_maps = grad_maps.mT, momentum_maps.mT, direction_maps.mT
@@ -120,18 +120,18 @@ class LoRARITE(PreconditionedOptimizer):
                 bias_correction=False,
             )
 
-    def _maps(self, active: Active, side: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``(V̂ + ρ̂I + eps I)^{-1/2} R⁻ᵀ``, Π and R⁻¹ (each (N, r, r), fp64) for the factors of a side; moves V, ρ and Q."""
-        pairs = active.pairs
+    def _maps(self, active: Mapping[str, Active], side: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``(V̂ + ρ̂I + eps I)^{-1/2} R⁻ᵀ``, Π and R⁻¹ (each (N, r, r), fp64) for the ``active`` factors of a side; moves V, ρ and Q."""
+        pairs = active[side].pairs
         group, of_factors = self._group(pairs, side), states(self.state, self._factors_of(pairs, side))
         (_, beta2), bases = group["betas"], column(of_factors, "basis")
-        partners = self._tall(pairs, OTHER[side])
+        partners = self._partners(active, side)
         if partners[0].dtype != bases[0].dtype:
             partners = [x.to(bases[0].dtype) for x in partners]
         qs, rs = grouped_qr(partners, out=self._spare(pairs, side, bases))
         inverse_r = grouped_damped_inverse(rs.double(), group["damping"])
         change = grouped_gram(qs, bases, dtype=torch.float64)
-        energy = inverse_r.mT @ grouped_gram(active.tall_grads(side), dtype=torch.float64) @ inverse_r
+        energy = inverse_r.mT @ grouped_gram(active[side].tall_grads(side), dtype=torch.float64) @ inverse_r
 
         stacked = {key: self._stacked_state(pairs, side, key) for key in ("second", "escaped")}
         before = stacked["second"].double()

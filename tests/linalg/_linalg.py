@@ -97,6 +97,7 @@ CALLS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
     "grouped_svd": lambda xs: ops.grouped_svd(xs, 3)[0],
     "grouped_polar": lambda xs: ops.grouped_polar(xs),
     "grouped_eigh": lambda xs: list(ops.grouped_eigh(torch.stack([x.mT @ x for x in xs]))[1]),
+    "grouped_sylvester": lambda xs: list(ops.grouped_sylvester(*[torch.stack([x.mT @ x for x in xs]).double()] * 3)),
     "grouped_damped_inverse": lambda xs: list(ops.grouped_damped_inverse(torch.stack([(x.mT @ x).triu() for x in xs]), 0.1)),
     "grouped_preconditioner": lambda xs: list(ops.grouped_preconditioner(torch.stack([x.mT @ x for x in xs]).double(), 0.1)[0]),
 }

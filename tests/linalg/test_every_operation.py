@@ -75,6 +75,7 @@ def test_empty_lists() -> None:
     assert ops.grouped_polar([]) == []
     assert ops.grouped_eigh(torch.empty(0, 3, 3))[1].shape == (0, 3, 3)
     assert ops.grouped_damped_inverse(torch.empty(0, 3, 3)).shape == (0, 3, 3)
+    assert ops.grouped_sylvester(*[torch.empty(0, 3, 3, dtype=DOUBLE)] * 3).shape == (0, 3, 3)
     assert ops.grouped_preconditioner(torch.empty(0, 3, 3, dtype=DOUBLE))[0].shape == (0, 3, 3)
 
 
@@ -111,6 +112,7 @@ def test_opcheck(backend: str) -> None:
         ("grouped_eigh", namespace.grouped_eigh, (spd,)),
         ("grouped_eigh", namespace.grouped_eigvalsh, (spd.mT,)),
         ("grouped_damped_inverse", namespace.grouped_damped_inverse, (spd.triu(), 0.1)),
+        ("grouped_sylvester", namespace.grouped_sylvester, (spd, spd.mT, spd.triu().mT)),
         ("grouped_preconditioner", namespace.grouped_preconditioner, (spd, None, 0.1, 1.0, False, torch.float32)),
         ("grouped_preconditioner", namespace.grouped_preconditioner, (spd.mT, spd.triu(), 0.1, 0.5, True, DOUBLE)),
     ):

@@ -113,6 +113,13 @@ MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.grouped_eigh(EYE[0]), r"grouped_eigh: xs must be \(N, r, r\), got \(4, 4\)"),
     (lambda: ops.grouped_eigvalsh(EYE[:, :3]), r"grouped_eigvalsh: xs must be \(N, r, r\), got \(1, 3, 4\)"),
     (lambda: ops.grouped_eigh(EYE.bfloat16()), r"grouped_eigh: xs must be fp32 or fp64, got torch.bfloat16"),
+    (lambda: ops.grouped_sylvester(EYE, EYE, EYE), r"grouped_sylvester: left must be fp64, got torch.float32"),
+    (
+        lambda: ops.grouped_sylvester(EYE.double(), EYE, EYE),
+        r"grouped_sylvester: right must be torch.float64 of shape .* got",
+    ),
+    (lambda: ops.grouped_sylvester(*[EYE.double()] * 2, EYE.double()[:, :3, :3]), r"grouped_sylvester: rhs must be .* got .* \(1, 3, 3\)"),
+    (lambda: ops.grouped_sylvester([EYE], EYE, EYE), r"grouped_sylvester: left must be one stacked tensor"),
     (lambda: ops.grouped_damped_inverse([EYE[0]]), r"grouped_damped_inverse: rs must be one stacked tensor"),
     (lambda: ops.grouped_damped_inverse(EYE[0]), r"grouped_damped_inverse: rs must be \(N, r, r\), got \(4, 4\)"),
     (lambda: ops.grouped_damped_inverse(EYE.long()), r"grouped_damped_inverse: rs must be fp32 or fp64"),

@@ -14,17 +14,20 @@ from lowrank_kernels import AdamW, ops
 
 
 @on_every_backend
-@pytest.mark.parametrize("operation", ["grouped_eigh", "grouped_damped_inverse", "grouped_preconditioner", "grouped_solve"])
+@pytest.mark.parametrize(
+    "operation", ["grouped_eigh", "grouped_damped_inverse", "grouped_preconditioner", "grouped_solve", "grouped_sylvester"]
+)
 def test_stacks_that_are_negated_lazily(backend: str, operation: str) -> None:
     xs = torch.randn(3, 9, 4, dtype=DOUBLE)
     stack = xs.mT @ xs + (torch.eye(4) if operation != "grouped_damped_inverse" else 0)
     stack = stack.triu() if operation == "grouped_damped_inverse" else stack
-    rhs = torch.randn(3, 4, 5, dtype=DOUBLE)
+    rhs = torch.randn(3, 4, 4 if operation == "grouped_sylvester" else 5, dtype=DOUBLE)
     calls: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "grouped_eigh": lambda s, _: ops.grouped_eigh(s)[0],
         "grouped_damped_inverse": lambda s, _: ops.grouped_damped_inverse(s, 0.1),
         "grouped_preconditioner": lambda s, _: ops.grouped_preconditioner(s, 0.1)[0],
         "grouped_solve": lambda s, r: ops.grouped_solve(s, r, 0.1),
+        "grouped_sylvester": lambda s, r: ops.grouped_sylvester(s, s, r),
     }
     with running(operation, backend):
         torch.testing.assert_close(calls[operation](negated(stack), negated(rhs)), calls[operation](stack, rhs))

@@ -29,6 +29,7 @@ from lowrank_kernels.backends import registry
         "grouped_qr",
         "grouped_solve",
         "grouped_svd_product",
+        "grouped_sylvester",
     ],
 )
 def test_one_call_whatever_the_number_of_layers(operation: str) -> None:
@@ -45,6 +46,8 @@ def test_one_call_whatever_the_number_of_layers(operation: str) -> None:
             getattr(ops, operation)(torch.eye(8).repeat(layers, 1, 1))
         elif operation == "grouped_preconditioner":
             ops.grouped_preconditioner(torch.eye(8, dtype=torch.float64).repeat(layers, 1, 1))
+        elif operation == "grouped_sylvester":
+            ops.grouped_sylvester(*[torch.eye(8, dtype=torch.float64).repeat(layers, 1, 1)] * 3)
         elif operation in ("grouped_gram", "grouped_polar", "grouped_qr"):
             getattr(ops, operation)(xs)
         else:
@@ -96,6 +99,8 @@ def test_refusals_name_the_reason() -> None:
     for operation in (ops.grouped_eigh, ops.grouped_damped_inverse, ops.grouped_preconditioner):
         with pytest.raises(registry.BackendError, match="rank 129"):
             operation(torch.eye(129, dtype=torch.float64)[None])
+    with pytest.raises(registry.BackendError, match="rank 129"):
+        ops.grouped_sylvester(*[torch.eye(129, dtype=torch.float64)[None]] * 3)
     channels_last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = torch.zeros(2, 3, 4, 5)
     with pytest.raises(registry.BackendError, match="strides"):
@@ -143,6 +148,7 @@ def test_results_and_operands_without_memory_are_refused() -> None:
         "grouped_eigh": lambda: _csrc.eigh(1, 4, 0, square.data_ptr(), 16, 4, 1, 0, 0, 1),
         "grouped_damped_inverse": lambda: _csrc.damped_inverse(1, 4, 0, 0, 16, 4, 1, 0.1, square.data_ptr(), 1),
         "grouped_preconditioner": lambda: _csrc.preconditioner(1, 4, 0, square.data_ptr(), 0, 0.1, 1.0, False, 0, 0, 1),
+        "grouped_sylvester": lambda: _csrc.sylvester(1, 4, *[square.data_ptr(), (16, 4, 1)] * 2, square.data_ptr(), 0, 1),
         "grouped_lorsum": lambda: _csrc.lorsum(1, *lorsum, 0, 0, 0, 1, 0.0, True, 1),
         "grouped_altlora_turn": lambda: _csrc.altlora_turn(
             [x], [x], [], [], None, [x], 0, None, [], [1], 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, False, False, 4, 0, 0, 0.1, 0.1, 1.0, 1

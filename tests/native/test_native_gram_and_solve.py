@@ -189,12 +189,39 @@ def test_preconditioner_of_every_instruction_set(rank: int, dtype: torch.dtype, 
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+@pytest.mark.parametrize("rank", [1, 3, 4, 8, 16, 33])
+def test_sylvester_of_every_instruction_set(rank: int, instruction_set: str) -> None:
+    x, y, rhs = torch.randn(3, 19, rank, rank, dtype=torch.float64).unbind()
+    left, right, out = x @ x.mT + torch.eye(rank), y @ y.mT, torch.full_like(rhs, torch.nan)
+    native.sylvester.grouped_sylvester(left, right, rhs, out)
+    assert (left @ out + out @ right - rhs).abs().max() <= 1e-12 * (left.abs().max() + right.abs().max()) * out.abs().max() * rank
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rank", [1, 3, 4, 8, 16, 33])
+def test_square_right_hand_sides_of_every_instruction_set(rank: int, side: str, instruction_set: str) -> None:
+    """Among others: of these some are square by chance, and each gets what it gets alone."""
+    x = torch.randn(19, 2 * rank + 1, rank, dtype=torch.float64)
+    grams, rows = x.mT @ x, [rank if index % 3 else rank + 1 for index in range(19)]
+    rhs = [torch.randn((rank, d) if side == "left" else (d, rank), dtype=torch.float64) for d in rows]
+    rhs[4] = rhs[4].mT.contiguous().mT
+    solved = ops.grouped_solve(grams, rhs, 0.5, side=side)
+    for index, (gram, c, found) in enumerate(zip(grams + 0.5 * torch.eye(rank), rhs, solved, strict=True)):
+        residual = gram @ found - c if side == "left" else found @ gram - c
+        assert residual.abs().max() <= 1e-13 * rank * (gram.abs().max() * found.abs().max() + c.abs().max())
+        assert torch.equal(ops.grouped_solve(grams[index : index + 1], [c], 0.5, side=side)[0], found)
+    indefinite = grams - 1e3 * torch.eye(rank) * (torch.arange(19) == 7)[:, None, None]
+    again = ops.grouped_solve(indefinite, rhs, 0.5, side=side, out=[c.clone() for c in rhs])
+    assert all(c.isnan().all() if index == 7 else torch.equal(c, solved[index]) for index, c in enumerate(again))
+
+
 def test_small_stacks_do_not_depend_on_threads(threads: None) -> None:
     x = torch.randn(301, 16, 16, dtype=torch.float64)
 
     def work() -> tuple[Tensor, ...]:
         inverses = ops.grouped_damped_inverse(x.triu(), 0.1), *ops.grouped_preconditioner(x.mT @ x, 0.1, drifts=x)
-        return (*ops.grouped_eigh(x), ops.grouped_eigvalsh(x), *inverses)
+        systems = ops.grouped_solve(x.mT @ x, x, 0.1), ops.grouped_sylvester(x.mT @ x, x @ x.mT, x)
+        return (*ops.grouped_eigh(x), ops.grouped_eigvalsh(x), *inverses, *systems)
 
     results = [work() for _ in range(2)]
     torch.set_num_threads(1)

@@ -5,7 +5,22 @@ from ..extension import cause
 if cause is not None:
     raise ImportError(str(cause)) from cause
 
-from . import adamw, altlora_turn, damped_inverse, eigh, gram, lora_linear, lorsum, polar, preconditioner, qr, solve, svd, svd_product
+from . import (
+    adamw,
+    altlora_turn,
+    damped_inverse,
+    eigh,
+    gram,
+    lora_linear,
+    lorsum,
+    polar,
+    preconditioner,
+    qr,
+    solve,
+    svd,
+    svd_product,
+    sylvester,
+)
 
 __all__ = [
     "adamw",
@@ -21,4 +36,5 @@ __all__ = [
     "solve",
     "svd",
     "svd_product",
+    "sylvester",
 ]

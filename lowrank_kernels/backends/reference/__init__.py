@@ -15,6 +15,7 @@ from . import (
     solve,
     svd,
     svd_product,
+    sylvester,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "solve",
     "svd",
     "svd_product",
+    "sylvester",
 ]

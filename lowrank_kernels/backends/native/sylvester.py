@@ -1,0 +1,31 @@
+"""``grouped_sylvester`` on the CPU: one call into compiled code, matrices as lanes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..extension import csrc
+from ..registry import count_launch, implements
+from ._common import COMPILED, MAX_RANK, refuse_device
+
+
+def verify(left: Tensor, right: Tensor, rhs: Tensor, out: Tensor) -> tuple[bool, str]:
+    """Takes CPU matrices of any strides, up to rank 128."""
+    reason = refuse_device(out)
+    if reason is not None:
+        return False, reason
+    if out.shape[1] > MAX_RANK:
+        return False, f"rank {out.shape[1]}: the compiled code stops at {MAX_RANK}"
+    if not out.is_contiguous():
+        return False, f"out must be contiguous, got strides {out.stride()}"
+    return True, f"{COMPILED}, eigenvectors in fp64"
+
+
+@implements("grouped_sylvester", "native", verify)
+def grouped_sylvester(left: Tensor, right: Tensor, rhs: Tensor, out: Tensor) -> None:
+    """See the reference."""
+    count_launch()
+    rhs = rhs.contiguous()
+    csrc.sylvester(*out.shape[:2], left.data_ptr(), left.stride(), right.data_ptr(), right.stride(), rhs.data_ptr(), out.data_ptr(),
+                   torch.get_num_threads())  # fmt: skip
