@@ -285,6 +285,30 @@ def test_gradients_are_those_of_the_layers_apart_and_accumulate(method: str) -> 
     assert nothing_kept(shared)
 
 
+@pytest.mark.parametrize("method", ["lora", "sds"])
+@pytest.mark.parametrize("x_grad", [False, True])
+def test_a_layer_that_is_not_used_gets_no_gradient(x_grad: bool, method: str) -> None:
+    """None, as apart: an optimizer takes zeros for a step."""
+
+    def run(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+        model.zero_grad()
+        x = x.detach().requires_grad_(x_grad)
+        block = model[0]
+        outputs = block.q_proj(x), block.k_proj(x), block.v_proj(x)
+        (outputs[0].square().sum() + outputs[2].sum()).backward()
+        return [x.grad, *(p.grad for p in block.parameters())]
+
+    apart, shared = make(method)
+    assert shared[0].k_proj.shared_input is not None
+    found = run(shared, X)
+    assert shared[0].k_proj.lora_A.grad is None and shared[0].v_proj.lora_A.grad is not None
+    assert_same(found, run(apart, X))
+    with torch.no_grad():  # x Aᵀ of a layer whose outputs are used, but not differentiated, is no use of it either
+        shared[0].k_proj.lora_A.requires_grad_(False)
+        apart[0].k_proj.lora_A.requires_grad_(False)
+    assert_same(run(shared, X), run(apart, X))
+
+
 def test_a_frozen_input_gets_no_gradient_and_no_product() -> None:
     apart, shared = make()
     ys = [model[0].q_proj(X) + model[0].v_proj(X) for model in (apart, shared)]

@@ -40,22 +40,23 @@ def lora_down(
     """
     _check_down(x, factors, bases)
     x = x.to(autocast_dtype(x))
-    a = torch.cat(list(factors)).to(x.dtype)
     q = None if bases is None else torch.cat(list(bases)).detach().to(x.dtype)
+    eager = is_plain_eager(x, *factors)
+    if eager and torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
+        passed, *through = _apply_down(x, q, *factors)
+        count = len(factors)
+        return x if passed is None else passed, through[:count], None if q is None else through[count:]
+    a = torch.cat(list(factors)).to(x.dtype)
     through_q: Tensor | None
-    if not is_plain_eager(x, *factors):
-        if is_plain_node(x, *factors):
-            through_a, *rest = torch.ops.lowrank_kernels.lora_down(x, a, q)
-            through_q = rest[0] if rest else None
-            if through_q is not None and not x.requires_grad:  # then nothing reads its gradient
-                through_q = through_q.detach()
-        else:
-            through_a, through_q = F.linear(x, a), None if q is None else F.linear(x, q)
-    elif torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
-        passed, through_a, through_q = _apply_down(x, a, q)
-        x = x if passed is None else passed
-    else:
+    if eager:
         through_a, through_q = _down(x, a, q)
+    elif is_plain_node(x, *factors):
+        through_a, *rest = torch.ops.lowrank_kernels.lora_down(x, a, q)
+        through_q = rest[0] if rest else None
+        if through_q is not None and not x.requires_grad:  # then nothing reads its gradient
+            through_q = through_q.detach()
+    else:
+        through_a, through_q = F.linear(x, a), None if q is None else F.linear(x, q)
     ranks = [factor.shape[0] for factor in factors]
     return x, list(through_a.split(ranks, -1)), None if through_q is None else list(through_q.split(ranks, -1))
 
@@ -182,30 +183,49 @@ def _up(*args: Any) -> Tensor:
 
 
 class _Down(torch.autograd.Function):
-    """x, as a view that collects the gradients of the base layers (None where x wants no gradient), ``x Aᵀ`` and ``x Q_A``."""
+    """x, as a view that collects the gradients of the base layers (None where x wants no gradient), ``x Aᵀ`` of every layer, ``x Q_A`` of
+    every layer. A layer that is not used gets no gradient, as without the others: an optimizer would take zeros for one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, q: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        need_x, need_a, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_a else None, a if need_x else None, q if need_x else None)
+    def forward(ctx: Any, x: Tensor, q: Tensor | None, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, _, *needs = ctx.needs_input_grad
+        a = torch.cat(factors).to(x.dtype)
+        ctx.save_for_backward(x if any(needs) else None, a if need_x else None, q if need_x else None)
         ctx.set_materialize_grads(False)
-        through_a, through_q = _down(x, a, q)
-        if through_q is not None and not need_x:
-            ctx.mark_non_differentiable(through_q)
-        return x.view_as(x) if need_x else None, through_a, through_q
+        ctx.of_factors = [(factor.shape[0], factor.dtype) for factor in factors]
+        ranks = [rank for rank, _ in ctx.of_factors]
+        through_a, through_q = (() if through is None else through.split(ranks, -1) for through in _down(x, a, q))
+        if not need_x:
+            ctx.mark_non_differentiable(*through_q)
+        return (x.view_as(x) if need_x else None, *through_a, *through_q)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor | None, on_a: Tensor | None, on_q: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_x: Tensor | None, *on: Tensor | None) -> tuple[Tensor | None, ...]:
         x, a, q = ctx.saved_tensors
-        if on_a is None and on_q is None:
-            return grad_x, None, None
-        some = on_a if on_a is not None else on_q
-        assert some is not None
-        flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (grad_x, on_a, on_q, x)]
-        out = run("lora_down_backward", some.device.type, *flat, a, q)
-        of_x, of_a = out
-        return None if of_x is None else of_x.view(*some.shape[:-1], of_x.shape[-1]), of_a, None
+        ranks = [rank for rank, _ in ctx.of_factors]
+        count, some = len(ranks), next((grad for grad in on if grad is not None), None)
+        if some is None:
+            return (grad_x, *[None] * (1 + count))
+        whole = _joined(on[:count], ranks), _joined(on[count:], ranks)
+        flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (grad_x, *whole, x)]
+        of_x, of_a = run("lora_down_backward", some.device.type, *flat, a, q)
+        pieces = [None] * count if of_a is None else of_a.split(ranks)
+        of_factors = [
+            piece.to(dtype) if grad is not None and needed else None
+            for piece, grad, needed, (_, dtype) in zip(pieces, on, ctx.needs_input_grad[2:], ctx.of_factors, strict=False)
+        ]
+        return (None if of_x is None else of_x.view(*some.shape[:-1], of_x.shape[-1]), None, *of_factors)
+
+
+def _joined(grads: Sequence[Tensor | None], ranks: list[int]) -> Tensor | None:
+    """The gradients of the columns of one product; zero for those that have none, None if none has any."""
+    some = next((grad for grad in grads if grad is not None), None)
+    if some is None:
+        return None
+    zeros = (some.new_zeros(()).expand(*some.shape[:-1], rank) for rank in ranks)
+    return torch.cat([zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)], -1)
 
 
 class _Up(torch.autograd.Function):
