@@ -86,7 +86,7 @@ def test_forces_that_end_in_another_order() -> None:
     with pytest.raises(TypeError, match="^force: backends must be a string, .* got None"), registry.force(None):
         pass
     for call in (registry.implementations, lambda name: registry.select(name, "cpu", ())):
-        with pytest.raises(ValueError, match=r"^there is no operation 'x'; operations\(\) returns"):
+        with pytest.raises(ValueError, match=r"^there is no operation 'x'; backends.registry.operations\(\) returns"):
             call("x")
     assert not registry._forced_anywhere
 

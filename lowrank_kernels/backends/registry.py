@@ -89,7 +89,7 @@ def _of(operation: str) -> dict[str, Implementation]:
     try:
         return _implementations[operation]
     except (KeyError, TypeError):
-        raise ValueError(f"there is no operation {operation!r:.80}; operations() returns the names of all") from None
+        raise ValueError(f"there is no operation {operation!r:.80}; backends.registry.operations() returns the names of all") from None
 
 
 def unavailable() -> dict[str, str]:
@@ -208,8 +208,9 @@ def force(backends: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del _forced_anywhere[next(i for i, entry in enumerate(_forced_anywhere) if entry is mapping)]
         _forced.reset(token)
+        with _loading:  # another thread may leave at the same time
+            del _forced_anywhere[next(i for i, entry in enumerate(_forced_anywhere) if entry is mapping)]
 
 
 def select(operation: str, device_type: str, args: tuple[Any, ...]) -> Selection:
