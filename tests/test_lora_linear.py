@@ -567,3 +567,14 @@ def test_the_result_may_be_changed_in_place() -> None:
     y = ops.lora_linear(t["x"], t["weight"], t["bias"], a, t["b"])
     (ours,) = torch.autograd.grad(F.relu(y, inplace=True).sum(), a)
     torch.testing.assert_close(ours, torch.autograd.grad(expected, a)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_captured_is_the_input_behind_dropout() -> None:
+    """As the forward has it: 0 where an entry was dropped, whatever it was."""
+    t = {"a": torch.randn(3, 6, requires_grad=True), "b": torch.randn(5, 3, requires_grad=True)}
+    x, seen = torch.full((40, 6), 2.0), []
+    x[7] = torch.inf
+    y = ops.lora_linear(x, None, None, **t, dropout=0.5, capture=lambda x, grad: seen.append(x))
+    y[torch.arange(40) != 7].sum().backward()
+    (captured,) = seen
+    assert set(captured[:7].unique().tolist()) == {0.0, 4.0} and set(captured[7].unique().tolist()) == {0.0, torch.inf}

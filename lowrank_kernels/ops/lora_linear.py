@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import as_flag, as_number
+from ..backends.dropout import RESOLUTION, dropped
 from ..backends.dtypes import FLOATING, autocast_dtype, compute_dtype, under_autocast
 from ..backends.registry import implementations, run, select
 from ._library import LIBRARY, NAMESPACE, applies, define, is_plain_eager, is_transformed, no_backward
@@ -128,7 +129,7 @@ _by_seed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _draw(x: Tensor, rank: int, dropout: float) -> tuple[Tensor | None, Tensor | None, float]:
     """A mask or a seed for one call, and the probability of keeping an entry; nothing is read on the host."""
     if _by_seed(x.device, x.dtype, index(rank)):  # index: traced, a symbolic rank becomes a number
-        return None, torch.randint(2**63 - 1, (1,), device=x.device), max(1, round((1.0 - dropout) * 65536)) / 65536
+        return None, torch.randint(2**63 - 1, (1,), device=x.device), max(1, round((1.0 - dropout) * RESOLUTION)) / RESOLUTION
     keep = 1.0 - dropout
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep).view(-1, x.shape[-1]), None, keep
@@ -367,7 +368,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs
     if ctx.capture is not None and needs[3]:
         kept = mask if seed is None else run("dropout_mask", x.device.type, seed, *x.shape, ctx.keep)
-        ctx.capture((x if kept is None else x * kept * (1.0 / ctx.keep)).detach(), grad.detach())
+        ctx.capture(dropped(x, kept, ctx.keep).detach(), grad.detach())
     x = grad.new_empty(ctx.shape[0], 0) if x is None else x
     hidden = grad.new_empty(0) if hidden is None else hidden
     # With a graph of the backward pass, or traced, the operation stands in it as a node (one that refuses a second derivative).

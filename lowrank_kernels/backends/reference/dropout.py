@@ -12,14 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dropout import RESOLUTION
 from ..registry import implements
 from ._common import always
 
 ROUNDS = 7
 #: Columns that one counter serves.
 GROUP = 8
-#: Keep probabilities are multiples of one over this.
-RESOLUTION = 1 << 16
 _LOW = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 

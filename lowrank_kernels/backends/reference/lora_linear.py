@@ -6,15 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dropout import dropped
 from ..registry import implements
 from ._common import always
 from ._thin import stacked, token_sum
 from .dropout import dropout_mask
-
-
-def dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
-    """Inverted dropout with a given mask (True = kept): ``x ∘ mask / keep``."""
-    return x if mask is None else torch.where(mask, x * (1.0 / keep), 0.0)
 
 
 @implements("lora_linear", "reference", always)
