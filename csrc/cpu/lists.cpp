@@ -108,20 +108,20 @@ bool copy(const py::list& targets, const py::list& sources) {
   return true;
 }
 
-// Which two tensors of a list share memory, as their indices; (i, i): several elements of one tensor are the same (it
-// is expanded). None if there are none. Views with gaps are not held against others: columns of one matrix may
-// interleave.
-py::object sharing(const py::list& tensors) {
-  const TensorReader& reader = TensorReader::get();
+// Which two of n tensors share memory, as their indices; (i, i): several elements of one tensor are the same (it is
+// expanded). None if there are none. Views with gaps are not held against others: columns of one matrix may interleave.
+// read(i, &info): what is known of a tensor, or false.
+template <class Read>
+py::object first_sharing(Py_ssize_t n, const Read& read) {
   struct Range {
     const char *begin, *end;
     Py_ssize_t index;
   };
   std::vector<Range> ranges;
-  ranges.reserve(static_cast<size_t>(length(tensors)));
+  ranges.reserve(static_cast<size_t>(n));
   TensorInfo info;
-  for (Py_ssize_t i = 0; i < length(tensors); ++i) {
-    if (!reader.try_read(item(tensors, i), &info) || info.dtype < 0 || info.elements() == 0) continue;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    if (!read(i, &info) || info.dtype < 0 || info.elements() == 0) continue;
     for (int d = 0; d < info.ndim; ++d)
       if (info.strides[d] == 0 && info.sizes[d] > 1) return py::make_tuple(i, i);
     if (info.address == nullptr || !(info.is_contiguous() || (info.ndim == 2 && info.transposed().is_contiguous())))
@@ -135,6 +135,23 @@ py::object sharing(const py::list& tensors) {
     if (ranges[i].begin < ranges[i - 1].end) return py::make_tuple(first, second);
   }
   return py::none();
+}
+
+py::object sharing(const py::list& tensors) {
+  const TensorReader& reader = TensorReader::get();
+  return first_sharing(length(tensors),
+                       [&](Py_ssize_t i, TensorInfo* info) { return reader.try_read(item(tensors, i), info); });
+}
+py::object sharing_of_layout(const MatrixLayout& matrices) {
+  return first_sharing(static_cast<Py_ssize_t>(matrices.entries.size()), [&](Py_ssize_t i, TensorInfo* info) {
+    const MatrixLayout::Entry& entry = matrices.entries[static_cast<size_t>(i)];
+    *info = matrices.like;
+    info->address = entry.view.data;
+    info->ndim = 2;
+    info->sizes[0] = entry.rows, info->sizes[1] = entry.columns;
+    info->strides[0] = entry.view.row_stride, info->strides[1] = entry.view.column_stride;
+    return true;
+  });
 }
 
 // Whether each tensor is contiguous and begins where the one before it ends.
@@ -366,20 +383,21 @@ py::object first_sparse_gradient(const py::list& params, const py::list& indices
 }  // namespace
 
 void bind_lists(py::module_& m) {
+  py::class_<MatrixLayout>(m, "MatrixLayout", "Where the matrices of a list lie.")
+      .def_property_readonly("columns", &MatrixLayout::columns, "What all have; -1 if they differ.")
+      .def_property_readonly("tall", &MatrixLayout::tall, "Whether no matrix has more columns than rows.")
+      .def("fits", &MatrixLayout::fits, "Whether another list has the same dtype, device and sizes.");
   m.def("plain", &plain, "Whether all tensors of a list are their own memory: no subclass but Parameter.");
   m.def("signature", &signature, py::arg("tensors"), py::arg("transposed") = 0,
         "dtype, device and sizes of all tensors of a list; None if one is not plain and strided.");
   m.def("sizes", &sizes, "One dimension of all matrices of a list; None if one is no plain matrix.");
   m.def("copy", &copy, "Copies a list of contiguous tensors into another; false if they are not that.");
   m.def("sharing", &sharing, "Two tensors of a list that share memory, as their indices; None if there are none.");
+  m.def("sharing", &sharing_of_layout, "The same of matrices whose layout is known.");
   m.def("consecutive", &consecutive, "Whether the tensors of a list lie one behind the other, each contiguous.");
   m.def("alike", &alike, "Whether all tensors of a list are plain and of one dtype, device and number of dimensions.");
   m.def("held", &held, "What stands under some keys of some dictionaries of objects known by weak references.");
   m.def("first_sparse_gradient", &first_sparse_gradient, "The first of some parameters that has a sparse gradient.");
-  py::class_<MatrixLayout>(m, "MatrixLayout", "Where the matrices of a list lie.")
-      .def_property_readonly("columns", &MatrixLayout::columns, "What all have; -1 if they differ.")
-      .def_property_readonly("tall", &MatrixLayout::tall, "Whether no matrix has more columns than rows.")
-      .def("fits", &MatrixLayout::fits, "Whether another list has the same dtype, device and sizes.");
   m.def("matrix_layout", &matrix_layout, "Where plain and alike matrices lie; None if they are not that.");
   py::class_<StepLayout>(m, "StepLayout", "Where the tensors of a moment step lie; for adamw().")
       .def("matrices", &StepLayout::matrices, py::arg("grads"), py::arg("transposed"),

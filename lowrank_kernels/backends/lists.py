@@ -102,6 +102,11 @@ def matrix_layout(matrices: Sequence[Tensor]) -> Any:
     return csrc.matrix_layout(*as_stored(matrices)) if known is None else known
 
 
+def located(matrices: Sequence[Tensor]) -> Tall:
+    """The list with its layout, so that it is read once for all operations; for as long as no matrix moves."""
+    return Tall(*as_stored(matrices), matrix_layout(matrices))
+
+
 def signature(tensors: Sequence[Tensor]) -> Any:
     """Something to compare: the dtypes, devices and shapes of all; None if one is not plain, strided and floating."""
     stored, transposed = as_stored(tensors)
@@ -185,12 +190,15 @@ def states(state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> list[di
     return csrc.states(state, params) if _compiled() else [state[p] for p in params]
 
 
-def sharing(tensors: list[Tensor]) -> tuple[int, int] | None:
+def sharing(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Two tensors that share memory, as their indices; (i, i): tensor i has several elements in one place (it is expanded).
 
     Views with gaps are not held against others, since columns of one matrix may interleave. Without compiled code nothing is found.
     """
-    return csrc.sharing(tensors) if _compiled() else None
+    if not _compiled():
+        return None
+    layout = tensors.layout if type(tensors) is Tall else None
+    return csrc.sharing(as_stored(tensors)[0] if layout is None else layout)
 
 
 def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:

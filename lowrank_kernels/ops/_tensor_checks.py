@@ -92,8 +92,8 @@ def check_writable(operation: str, **given: Sequence[Tensor] | Tensor | None) ->
     """Refuse tensors that share memory, or that autograd would not see written."""
     if not is_eager():
         return
-    written = _tensors(given)
-    if (shared := sharing(written)) is not None:
+    written, only = _tensors(given), next(iter(given.values())) if len(given) == 1 else None
+    if (shared := sharing(only if isinstance(only, Tall) else written)) is not None:
         first, second = (_names(given)[index] for index in shared)
         if first == second:
             raise ValueError(f"{operation}: {first} is expanded: several of its elements are one; pass a contiguous tensor")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .._checks import as_flag, as_integer, check_choice
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import Tall, held
+from ..backends.lists import Tall, held, located
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
 from ._shared.arguments import AdamWOptions, ParamsT
@@ -300,7 +300,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         if bases is None:
             layers = owners()
             a, b, *bases = map(list, zip(*(self._views(pair, layers, decoupled=True) for pair in pairs), strict=True))
-        return Tall(gathered(a + b), len(pairs)), Tall(bases[0] + bases[1], len(pairs))
+        return located(Tall(gathered(a + b), len(pairs))), located(Tall(bases[0] + bases[1], len(pairs)))
 
     def _held_bases(self, pairs: LikePairs, factors_a: list[Tensor]) -> Sequence[list[Tensor]] | None:
         """Q_Aᵀ and Q_B of layers of ours; None if not all pairs have one that holds its A as a parameter.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import column, copy_, states
+from ..backends.lists import as_stored, column, copy_, located, states
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import FactorPair, LikePairs, Position
@@ -124,7 +124,7 @@ class LoRARITE(PreconditionedOptimizer):
         """``(V̂ + ρ̂I + eps I)^{-1/2} R⁻ᵀ``, Π and R⁻¹ (each (N, r, r), fp64) for the ``active`` factors of a side; moves V, ρ and Q."""
         pairs = active[side].pairs
         group, of_factors = self._group(pairs, side), states(self.state, self._factors_of(pairs, side))
-        (_, beta2), bases = group["betas"], column(of_factors, "basis")
+        (_, beta2), bases = group["betas"], located(column(of_factors, "basis"))
         partners = self._partners(active, side)
         if partners[0].dtype != bases[0].dtype:
             partners = [x.to(bases[0].dtype) for x in partners]
@@ -143,18 +143,18 @@ class LoRARITE(PreconditionedOptimizer):
         for key, value in (("second", second), ("escaped", escaped)):
             stacked[key].copy_(value)
             self._write_stacked_state(pairs, side, key, stacked[key])
-        copy_(bases, qs)
+        copy_(bases.stored, as_stored(qs)[0])
 
         eigenvalues, vectors = grouped_eigh(second)
         hat = (eigenvalues.clamp_min(0) + escaped[:, None]) / (1 - beta2 ** self._steps(pairs, side)) + group["eps"]
         return vectors @ (hat.rsqrt()[:, :, None] * vectors.mT) @ inverse_r.mT, change, inverse_r
 
     @staticmethod
-    def _spare(pairs: LikePairs, side: str, bases: list[Tensor]) -> list[Tensor]:
+    def _spare(pairs: LikePairs, side: str, bases: Sequence[Tensor]) -> Sequence[Tensor]:
         """Where the new bases go while the old ones are needed: kept from step to step where making them costs more than filling them."""
         spare = pairs.kept.get(side)
         if spare is None:
-            spare = list(map(torch.empty_like, bases))
+            spare = located(list(map(torch.empty_like, bases)))
             if sum(x.nbytes for x in spare) <= SPARE_BYTES:
                 pairs.kept[side] = spare
         return spare
