@@ -380,6 +380,10 @@ def test_reset_and_bad_layers() -> None:
     for factors in ((None, None), (a, None), (a[:1], b), (a, b[:, :1])):
         with pytest.raises((TypeError, ValueError), match="LowRankLinear: .*start_from"):
             layer.start_from(*factors)
+    hook = layer.base_layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="start_from needs plain LoRA over a plain"):
+        layer.start_from(a, b)
+    hook.remove()
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 

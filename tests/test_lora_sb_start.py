@@ -347,13 +347,24 @@ def test_reset_parameters_goes_back_to_the_start() -> None:
     assert torch.equal(model(x), y)
 
 
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 def test_starts_refuse_what_they_cannot_change() -> None:
     quantized = nn.Sequential(network(dtype=torch.float32), Quantized(nn.Linear(9, 9)))
     tied = Shared(None)
     computed = network()
     weight_norm(computed[0])
+    hooked = network()
+    hooked[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+    subclassed = nn.Sequential(network(), Doubling(9, 9).double())
     sum_of = lambda m, b: m(b).sum()  # noqa: E731
     for model, arguments, error, message in (
+        (lk.adapt(hooked, rank=2), {}, ValueError, "'2' would not compute what it did: its Linear has hooks"),
+        (lk.adapt(subclassed, rank=2), {}, ValueError, "'1' would .* its Doubling has hooks or a forward of its own"),
+        (lk.adapt(nn.Sequential(Doubling(9, 9)), rank=2), {"start": "lora-ga", "batches": [], "loss_fn": sum_of}, ValueError, "Doubling"),
         (lk.adapt(quantized, rank=2), {}, ValueError, "'1' has a Parameter of torch.int8"),
         (lk.adapt(tied, rank=2), {}, ValueError, "'second' is shared with another module"),
         (lk.adapt(computed, rank=2), {}, ValueError, "that of '0' is no parameter but computed"),

@@ -184,10 +184,11 @@ class LowRankLinear(nn.Module):
         same factors give the same weight again when an adapter is loaded over W0.
 
         Raises:
-            TypeError, ValueError: not a plain LoRA over a floating-point matrix, or one that was started before; factors of other shapes.
+            TypeError, ValueError: not a plain LoRA over a plain ``nn.Linear`` (a quantized weight, hooks, a forward of its own), or one
+                that was started before; factors of other shapes.
         """
-        if self.method != "lora" or not holds_matrix(self.base_layer) or self.start_A is not None:
-            raise ValueError("LowRankLinear: start_from needs plain LoRA over a floating-point weight that no start has changed yet")
+        if self.method != "lora" or not is_plain(self.base_layer) or self.start_A is not None:
+            raise ValueError("LowRankLinear: start_from needs plain LoRA over a plain nn.Linear whose weight no start has changed yet")
         for argument, factor, like in (("a", a, self.lora_A), ("b", b, self.lora_B)):
             if not isinstance(factor, Tensor):
                 raise TypeError(f"LowRankLinear: start_from takes tensors, got {argument}={factor!r:.80}")

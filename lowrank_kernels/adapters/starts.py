@@ -21,7 +21,7 @@ from ..ops import grouped_svd
 from ..optim._shared.shards import is_sharded
 from ._gradients import Gradients, LossFunction, share
 from ._model import adapted_layers, check_model, parallel_wrapper
-from .layer import LowRankLinear, holds_matrix
+from .layer import LowRankLinear, holds_matrix, is_plain
 
 UPDATES = ("adam", "sgd")
 #: The starts of :func:`initialize`, and the adapters that they are for.
@@ -155,7 +155,8 @@ def initialize(
     The last two start at a product that is not zero, so **they change the base weights**, in place: ``W0 ← W0 − s·B₀A₀``, as PEFT does.
     The layers keep B₀ and A₀. Hence an adapter file holds them, and :func:`~lowrank_kernels.load_adapter` loads it over the original base
     model; :func:`~lowrank_kernels.delta_weights` and :func:`~lowrank_kernels.export_peft` are relative to the original W0. A weight that
-    cannot change, since it is quantized or shared with another module, is refused.
+    cannot change, since it is quantized or shared with another module, is refused; so is a layer with hooks or a forward of its own, which
+    would compute from the changed weight what the adapter beside it does not make up for.
 
     Args:
         model: adapted with ``method="xs"`` for "svd", ``method="lora"`` for the others. Call it before the optimizer is made.
@@ -165,8 +166,9 @@ def initialize(
         oversample, iterations: of :func:`lowrank_kernels.ops.grouped_svd`.
 
     Raises:
-        TypeError, ValueError: no adapters of that method, an unknown start, weights that are sharded, not finite, quantized, shared, or
-            were changed by an earlier start, gradients as in :func:`lora_sb_init`, a rank too large. Nothing was changed then.
+        TypeError, ValueError: no adapters of that method, an unknown start, weights that are sharded, not finite, quantized, shared, were
+            changed by an earlier start or belong to a layer with hooks or a forward of its own, gradients as in :func:`lora_sb_init`, a
+            rank too large. Nothing was changed then.
     """
     root = check_model("initialize", model)
     check_choice("initialize", "start", start, STARTS, hint="; LoRA-SB's is lora_sb_init")
@@ -236,7 +238,7 @@ def check_changeable(function: str, root: nn.Module, layers: Mapping[str, LowRan
 
     Raises:
         ValueError: it is no floating-point matrix (quantized), it is computed from other parameters (weight norm), another module holds it
-            too, or an earlier start has changed it.
+            too, an earlier start has changed it, or its layer does more than to multiply by it (hooks, a forward of its own).
     """
     if not layers:
         return
@@ -249,6 +251,11 @@ def check_changeable(function: str, root: nn.Module, layers: Mapping[str, LowRan
             raise ValueError(
                 f"{function}: this start changes base weights, and {name!r} has a {type(base.weight).__name__} of {base.weight.dtype}; "
                 "leave it out of target_modules, or start a model with floating-point weights and quantize it then"
+            )
+        if not is_plain(base):  # W0 − s·B₀A₀ goes through it, the adapter's + s·B₀A₀ beside it
+            raise ValueError(
+                f"{function}: this start changes base weights, and {name!r} would not compute what it did: its {type(base).__name__} has "
+                "hooks or a forward of its own; leave it out of target_modules, or remove the hooks first"
             )
         if "weight" not in base._parameters:  # a write would go into what is computed anew when it is read
             raise ValueError(
