@@ -450,6 +450,25 @@ def test_export_of_tied_layers_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_layers_that_peft_would_pass_over_are_not_exported_in_silence(tmp_path: Path) -> None:
+    """nn.MultiheadAttention reads its out_proj's weight, and the encoder's fast path those of its Linears: in PEFT's layers that is W0."""
+    base = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)).eval()
+    model = randomize(lrk.adapt(copy.deepcopy(base), rank=2, target_modules=["out_proj"]))
+    with pytest.raises(ValueError, match=r"'0\.self_attn\.out_proj' is the out_proj of an nn\.MultiheadAttention.*[Ll]eave it out"):
+        lrk.export_peft(model, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    model = randomize(lrk.adapt(copy.deepcopy(base), rank=2, target_modules=["linear1", "linear2"]))
+    with pytest.warns(UserWarning, match=r"'0\.linear1' is in an nn\.TransformerEncoderLayer.*set_fastpath_enabled\(False\)"):
+        lrk.export_peft(model, tmp_path)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        x = torch.randn(2, 3, 8)
+        torch.testing.assert_close(load_with_peft(base, tmp_path)(x), model(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def written(folder: Path, name: str, scale: float) -> Tensor:
     tensors = load_file(folder / "adapter_model.safetensors")
     a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")

@@ -58,6 +58,13 @@ def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {clean_name(name): module for name, module in unwrap(model).named_modules() if isinstance(module, LowRankLinear)}
 
 
+def uncalled_layers(root: nn.Module) -> dict[str, LowRankLinear]:
+    """Our layers that nothing calls, by name: ``nn.MultiheadAttention`` reads the weight of its ``out_proj``."""
+    attentions = (m for m in root.modules() if isinstance(m, nn.MultiheadAttention) and type(m).forward is nn.MultiheadAttention.forward)
+    read = {id(attention.out_proj) for attention in attentions}
+    return {name: layer for name, layer in adapted_layers(root).items() if id(layer) in read}
+
+
 def compiled_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What stands in ``torch.compile`` wrappers inside the model, by name. A wrapper goes on calling what it was made of."""
     for name, module in root.named_modules():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .._checks import as_integer, check_path
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_svd_product
-from ._model import adapted_layers, check_model, clean_name
+from ._model import adapted_layers, check_model, clean_name, uncalled_layers
 from .io import (
     bare_name,
     check_target,
@@ -63,8 +64,9 @@ def export_peft(
         ``{layer name: ‖ΔW_written − ΔW‖_F / ‖ΔW‖_F}``; 0 where the layer is written exactly.
 
     Raises:
-        TypeError, ValueError: no adapters, ones on the meta device or sharded (FSDP2), a bad rank, folder or base model's name, or
-            trained parameters outside the adapters that PEFT's ``modules_to_save`` cannot express. Nothing was written then.
+        TypeError, ValueError: no adapters, ones on the meta device or sharded (FSDP2), one on the ``out_proj`` of an
+            ``nn.MultiheadAttention``, a bad rank, folder or base model's name, or trained parameters outside the adapters that PEFT's
+            ``modules_to_save`` cannot express. Nothing was written then.
         OSError: ``folder`` is none and cannot be made one, or one of the two files is no regular one. Nothing was written then either.
     """
     root = check_model("export_peft", model)
@@ -80,9 +82,17 @@ def export_peft(
     for name, layer in layers.items():
         if places[id(layer)] > 1:
             raise ValueError(f"export_peft: {name!r} stands in the model under several names; PEFT would adapt the first only")
+    uncalled = uncalled_layers(root)
+    if uncalled:
+        raise ValueError(
+            f"export_peft: {next(iter(uncalled))!r} is the out_proj of an nn.MultiheadAttention, which reads its weight and never calls "
+            "it: PEFT would load the adapter and compute without it. Leave it out of target_modules, or merge(model, unload=True) and save "
+            "the whole model"
+        )
     rank = None if rank is None else as_integer("export_peft", "rank", rank)
     refuse_unsavable("export_peft", live_tensors(root))
     saved = _peft_saved_modules(root, layers)
+    _warn_of_fast_path(root, layers)
     factors, errors = _peft_factors(layers, rank)
     config = _peft_config(root, layers, factors, saved, base_model_name_or_path)
     prefix = "base_model.model."
@@ -105,6 +115,19 @@ def export_peft(
 
     write_atomically(Path(folder) / CONFIG, write_config)
     return errors
+
+
+def _warn_of_fast_path(root: nn.Module, layers: Mapping[str, LowRankLinear]) -> None:
+    """Say where torch would read PEFT's base weights, as it reads ours with the adapter in them."""
+    encoders = [module for module in root.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    read = {id(linear) for encoder in encoders for linear in (encoder.linear1, encoder.linear2)}
+    name = next((name for name, layer in layers.items() if id(layer) in read), None)
+    if name is not None:
+        warnings.warn(
+            f"export_peft: {name!r} is in an nn.TransformerEncoderLayer, whose fast path for inference reads weights and would pass over "
+            "PEFT's adapter; call torch.backends.mha.set_fastpath_enabled(False) where PEFT loads it",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
