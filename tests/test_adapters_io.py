@@ -160,6 +160,24 @@ def test_dtypes_survive(tmp_path: Path, dtype: torch.dtype) -> None:
     assert other[0].lora_A.dtype == dtype and torch.equal(other(X.to(dtype)), model(X.to(dtype)))
 
 
+@pytest.mark.parametrize("method", ["lora", "sds", "xs"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_was_cast_comes_back(tmp_path: Path, dtype: torch.dtype, method: str) -> None:
+    base = nn.Sequential(nn.Linear(8, 6))
+    model = lrk.adapt(copy.deepcopy(base), method, rank=2)
+    if method == "xs":
+        lrk.initialize(model, "svd", oversample=4)
+        nn.init.normal_(model[0].lora_R)
+    model.to(dtype)
+    lrk.save_adapter(model, tmp_path / "a")
+    other = lrk.load_adapter(copy.deepcopy(base).to(dtype), tmp_path / "a")
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert {k: v.dtype for k, v in mine.items()} == {k: v.dtype for k, v in theirs.items()}
+    assert torch.equal(other(X.to(dtype)), model(X.to(dtype)))
+    assert lrk.load_adapter(base, tmp_path / "a")(X).isfinite().all()
+    lrk.load_adapter(lrk.load_adapter(nn.Sequential(nn.Linear(8, 6)), tmp_path / "a"), tmp_path / "a")
+
+
 def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     model = trained(Net())

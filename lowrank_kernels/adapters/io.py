@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._checks import as_flag, check_path, first_few
+from ..backends.dtypes import FLOATING
 from ..optim._shared.shards import is_sharded
 from ._model import adapted_layers, check_model, clean_name
 from .adapt import check_unadapted, install
@@ -386,6 +387,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
             )
         new[name] = LowRankLinear(module, layer.rank, layer.scale, method=layer.method, dropout=layer.dropout, dtype=a.dtype)
         new[name].train(module.training)
+        core = state.get(f"{name}.lora_R")
+        if layer.method == "xs" and core is not None and core.dtype in FLOATING:  # a model that was cast has it in the factors' dtype
+            new[name].lora_R.data = new[name].lora_R.data.to(core.dtype)
     state, starts = _split_starts("load_adapter", root, new, state)
     # The rest of the file is checked against the bare model (the names do not depend on the adapters), so that nothing
     # is changed before everything fits.
