@@ -124,7 +124,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], stric
     """Copy what :func:`adapter_state_dict` returned into an adapted model.
 
     Args:
-        model: adapted with the same method, ranks and targets.
+        model: adapted with the same method, ranks, targets, ``alpha`` and ``rank_scaling``. The state holds no scale s, and another one
+            goes unnoticed; what :func:`save_adapter` writes holds it, and :func:`load_adapter` compares.
         state: name → tensor, on any device.
         strict: the names must be exactly those that the model would save. If not, missing ones keep their values and
             unexpected ones are ignored, except that a tensor that the model has frozen is still loaded.
