@@ -197,3 +197,16 @@ def test_delta_weights_of_peft_models() -> None:
         lrk.delta_weights(dora)
     with pytest.raises(ValueError, match="another library's"):
         lrk.merge(dora)
+
+
+def test_delta_weights_name_the_adapters_that_they_leave_out() -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(*targets: str) -> nn.Module:
+        model = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 3), "embedding": nn.Embedding(5, 4), "linear": nn.Linear(4, 4)})
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets)))
+
+    assert list(lrk.delta_weights(adapted("conv", "embedding", "linear"))) == ["linear"]
+    for target, factor in (("conv", "lora_A.default.weight"), ("embedding", "lora_embedding_A.default")):
+        with pytest.raises(ValueError, match=rf"no low-rank adapter of a linear layer.*{target}\.{factor}.*left out"):
+            lrk.delta_weights(adapted(target))

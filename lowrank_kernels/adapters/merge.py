@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_flag
+from .._checks import as_flag, first_few
 from ..backends.dtypes import compute_dtype
-from ..pairs import Pair, pairs
+from ..pairs import Pair, is_adapter_parameter, pairs
 from ._model import adapted_layers, check_model, clean_name, replace_modules
 from .layer import LowRankLinear, is_plain
 from .shared import share_inputs
@@ -85,14 +85,18 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def delta_weights(model: nn.Module) -> dict[str, Tensor]:
-    """ΔW of every adapted layer, ``{name: (d_out, d_in)}``, in fp32 at least, without gradient.
+    """ΔW of every adapted linear layer, ``{name: (d_out, d_in)}``, in fp32 at least, without gradient.
 
     Names are those of the model before it was adapted, for our adapters as for PEFT's, so that ``name + ".weight"`` is
     the weight that ΔW is added to (before :func:`~lowrank_kernels.initialize` changed it, if it did). A layer with several active
     adapters gets their sum, one with none a zero.
 
+    Left out is what PEFT adapts beside linear layers: convolutions, embeddings and bare parameters; and what only looks like a pair of
+    matrices, as :func:`~lowrank_kernels.pairs` says.
+
     Raises:
-        ValueError: the model has no adapters, or one whose update is not ``s·B A`` (PEFT's DoRA, say).
+        ValueError: the model has no adapters, none of a linear layer (those left out are named), or one whose update is not ``s·B A``
+            (PEFT's DoRA, say).
     """
     root = check_model("delta_weights", model)
     names = {id(module): name for name, module in reversed(list(root.named_modules()))}
@@ -103,6 +107,12 @@ def delta_weights(model: nn.Module) -> dict[str, Tensor]:
         delta = pair.layer.delta_weight() if isinstance(pair.layer, LowRankLinear) else _foreign_delta(pair)
         deltas[name] = deltas[name] + delta if name in deltas else delta
     if not deltas:
+        others = [name for name, _ in root.named_parameters() if is_adapter_parameter(name)]
+        if others:
+            raise ValueError(
+                f"delta_weights: the model has no low-rank adapter of a linear layer with ΔW = s·B A; {first_few(others)} belong to other "
+                "ones (convolutions, embeddings, …), which are left out; use get_delta_weight of those layers"
+            )
         raise ValueError("delta_weights: the model has no low-rank adapters")
     return deltas
 
