@@ -169,6 +169,39 @@ def test_everything_is_as_before_also_after_an_exception() -> None:
     assert not torch.equal(outputs, model.eval()(make_batches(1)[0][0])), "the adapter works again"
 
 
+@pytest.mark.parametrize("method", ["xs", "lora"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_encoders_are_started_without_their_fast_path(method: str, enabled: bool) -> None:
+    """In eval mode, with all parameters frozen, torch's encoder reads weights and calls no layer; its attention never calls out_proj."""
+    base = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
+    ).double()
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    loss = lambda m, b: m(b).square().mean()  # noqa: E731
+
+    def start(model: nn.Module, function=loss, **options) -> lk.InitReport:
+        options |= {"batches": [x], "loss_fn": function, "progress": False}
+        return lk.initialize(model, "lora-ga", **options) if method == "lora" else lk.lora_sb_init(model, lr=0.1, **options)
+
+    def fails(m: nn.Module, b: Tensor) -> Tensor:
+        raise RuntimeError("half-way")
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        model, trained = (lk.adapt(copy.deepcopy(base), method, rank=2, target_modules=["linear1", "linear2"]) for _ in range(2))
+        with pytest.raises(RuntimeError, match="half-way"):
+            start(model, fails)
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+        assert start(model).energy == pytest.approx(start(trained, training=True).energy)
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+        whole = lk.adapt(copy.deepcopy(base), method, rank=2, target_modules=["linear1", "out_proj"])
+        with pytest.raises(ValueError, match=r"no gradient can reach 'layers\.0\.self_attn\.out_proj'.*reads the weight.*leave it out"):
+            start(whole)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def test_errors_change_nothing_and_say_what_to_do() -> None:
     model = lk.adapt(network(), method="xs", rank=2)
     model.unused = lk.LowRankLinear(nn.Linear(4, 4), 2, 1.0, method="xs")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._checks import as_flag, as_integer, check_choice, first_few
 from ..backends.dtypes import compute_dtype
 from ..optim._shared.distributed import data_parallel_group
+from ._model import uncalled_layers
 from .layer import LowRankLinear
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -67,23 +68,27 @@ def _capturing(gradient: _GradientSum) -> Callable[[Tensor, Tensor], Tensor]:
 
 @contextlib.contextmanager
 def _as_found(root: nn.Module, layers: Mapping[str, LowRankLinear], training: bool) -> Iterator[None]:
-    """What taking gradients switches, put back at the end: capture, training mode, requires_grad, statistics, random state."""
+    """What taking gradients switches, put back at the end: capture, training mode, requires_grad, statistics, random state, and torch's
+    fast path, in which an encoder whose parameters ask for no gradient calls no layer."""
     modes = [(module, module.training) for module in root.modules()]
     asking = [(p, p.requires_grad) for p in root.parameters()]
     norms = [module for module in root.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)] if training else []
     devices = {p.device for p, _ in asking if p.device.type == "cuda"}
+    fast = torch.backends.mha.get_fastpath_enabled()
     with (
         torch.random.fork_rng(devices=sorted(device.index for device in devices)),
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             root.train(bool(training))
             for p, _ in asking:
                 p.requires_grad_(False)
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for layer in layers.values():
                 layer._gradient_tap = None
             for module, mode in modes:
@@ -117,6 +122,12 @@ class Gradients:
             raise TypeError(f"{function}: loss_fn must be a function of the model and a batch, got {type(loss_fn).__name__}")
         for argument, flag in (("training", training), ("progress", progress)):
             as_flag(function, argument, flag)
+        uncalled = [name for name in uncalled_layers(root) if name in self.layers]
+        if uncalled:
+            raise ValueError(
+                f"{function}: no gradient can reach {first_few(map(repr, uncalled))}: nn.MultiheadAttention reads the weight of its "
+                "out_proj and never calls the layer; leave it out of target_modules"
+            )
         self._sums = {name: _GradientSum(layer, self._accumulate_on) for name, layer in self.layers.items()}
         self.bytes = sum(gradient.total.nbytes for gradient in self._sums.values())
         with _as_found(root, self.layers, training):

@@ -83,8 +83,8 @@ def lora_sb_init(
 
     One backward pass per batch. Gradients of all layers never exist at once: each adapted layer forms ``∂yᵀ x`` when the backward pass
     reaches it, adds it to its sum and drops it. So frozen, quantized (the gradient is that of the dequantized weight) and tied weights
-    (each use has its own) need nothing special. Weights, ``requires_grad``, ``.grad``, training mode and torch's random state are
-    afterwards what they were, even when something fails half-way; then the adapters are, too.
+    (each use has its own) need nothing special. Weights, ``requires_grad``, ``.grad``, training mode, torch's random state and its
+    switch for fast paths (off meanwhile) are afterwards what they were, even when something fails half-way; then the adapters are, too.
 
     Under ``torch.distributed`` every rank calls it with its own batches; sums are added over the ranks, and rank 0's factors are
     everybody's. The model inside a DDP wrapper is called, not the wrapper.
@@ -106,7 +106,8 @@ def lora_sb_init(
 
     Raises:
         TypeError, ValueError: no adapters of method "xs", sharded weights, no batch, a loss that is not a finite scalar or depends on no
-            adapted layer, a layer that no gradient or a gradient that is not finite reached (named). Nothing was changed then.
+            adapted layer, a layer that no gradient (the ``out_proj`` of ``nn.MultiheadAttention``, say) or a gradient that is not finite
+            reached (named). Nothing was changed then.
     """
     root = check_model("lora_sb_init", model)
     layers = _layers_of("lora_sb_init", model, "xs")
