@@ -186,6 +186,14 @@ def test_conv1d_of_transformers_is_refused_by_name() -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     with pytest.raises(TypeError, match=r"'0' is a Conv1D; only nn\.Linear"):
         lrk.adapt(nn.Sequential(conv1d(4, 4), nn.Linear(4, 4)), rank=2, target_modules=["0"])
+    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), conv1d(4, 4), conv1d(4, 4), nn.Linear(4, 5))
+    model.get_output_embeddings = lambda: model[4]
+    with pytest.raises(
+        ValueError,
+        match=r"no nn\.Linear to adapt: 'all-linear' leaves out '4' as the output head.*; 2 Conv1D \(the first is '2'\) are no nn\.Linear",
+    ):
+        lrk.adapt(model, rank=2)
+    lrk.adapt(model, rank=2, target_modules=["4"])
 
 
 def test_an_adapted_peft_model_is_refused() -> None:

@@ -6,10 +6,11 @@ import difflib
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._checks import as_number, first_few
@@ -232,6 +233,25 @@ def _warn_of_bare(named: dict[str, nn.Module], saved: Iterable[str]) -> None:
         )
 
 
+def _left_out(named: dict[str, nn.Module], heads: list[str]) -> str:
+    """For the message that "all-linear" found nothing: the heads that it leaves out, and what multiplies by a weight without being a
+    Linear."""
+    said = (
+        f": 'all-linear' leaves out {first_few(map(repr, heads))} as the output head; name it in target_modules to adapt it"
+        if heads
+        else ""
+    )
+    others = {
+        name: type(module).__name__
+        for name, module in named.items()
+        if not isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(w := module._parameters.get("weight"), Tensor) and w.dim() > 1
+    }
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(others.values()).items())
+        said += f"; {kinds} (the first is {next(iter(others))!r}) are no nn.Linear: rewrite them as such, or let PEFT adapt them"
+    return said
+
+
 def _match_targets(
     root: nn.Module,
     named: dict[str, nn.Module],
@@ -265,7 +285,8 @@ def _match_targets(
         matched = [name for name in named if _ends_with(name, wanted)]
     kept = [name for name in matched if not _inside(name, saved)]
     if not kept:
-        why = f"modules_to_save={list(modules_to_save or ())} leaves none of them" if matched else "the model has no nn.Linear to adapt"
+        nothing = f"the model has no nn.Linear to adapt{_left_out(named, linears)}"
+        why = f"modules_to_save={list(modules_to_save or ())} leaves none of them" if matched else nothing
         raise ValueError(f"adapt: target_modules={target_modules!r} matches nothing to adapt: {why}")
     for name in kept:
         if not isinstance(named[name], nn.Linear):
