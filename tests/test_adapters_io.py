@@ -104,6 +104,17 @@ def test_settings_that_are_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None
     lrk.load_adapter(lrk.adapt(copy.deepcopy(base), **SETTINGS | {"alpha": 4}), file)  # the same scale
 
 
+@pytest.mark.parametrize("keep", ["", "eval", "save"])
+def test_statistics_of_a_frozen_batch_norm_are_the_base_models(tmp_path: Path, keep: str) -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model = randomize(lrk.adapt(copy.deepcopy(base), rank=2, modules_to_save=["1"] if keep == "save" else None))
+    model[1].train(keep != "eval")
+    model(torch.randn(16, 8))
+    lrk.save_adapter(model, tmp_path / "a")
+    other = lrk.load_adapter(copy.deepcopy(base), tmp_path / "a")
+    assert torch.equal(other.eval()(X), model.eval()(X)) == bool(keep)
+
+
 def test_only_what_was_trained_is_saved() -> None:
     model = trained(Net())
     state = lrk.adapter_state_dict(model)

@@ -351,8 +351,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
 
     A model without adapters is adapted as the file says (in place, as :func:`~lowrank_kernels.adapt` does, with the file's other
     trained parameters set trainable); an adapted one must have the file's layers, methods, ranks and scales. Outputs
-    afterwards are those of the saved model, bit for bit. Where PiSSA or LoRA-GA started the saved model, the base weights are changed
-    again as they were then; so the model must have the original ones, or have been started by the same factors.
+    afterwards are those of the saved model, bit for bit, if the frozen rest is: BatchNorm in training mode moves its running statistics,
+    which are saved for ``modules_to_save`` only. Where PiSSA or LoRA-GA started the saved model, the base weights are changed again as they
+    were then; so the model must have the original ones, or have been started by the same factors.
 
     Args:
         model: the base model, adapted or not.
