@@ -132,6 +132,7 @@ def test_a_module_with_two_names_is_adapted_once_and_stays_tied() -> None:
         ({"alpha": 5e-324}, ValueError, "alpha must be larger"),
         ({"target_modules": torch.tensor(1)}, TypeError, "target_modules must be a list"),
         ({"rank_scaling": "sqrt"}, ValueError, "rank_scaling must be"),
+        ({"rank_scaling": ""}, ValueError, "rank_scaling must be"),
         ({"dropout": 1.0}, ValueError, "dropout must be in"),
         ({"dropout": "0"}, TypeError, "dropout must be a number"),
         ({"dtype": torch.int8}, TypeError, "dtype must be one of"),

@@ -61,7 +61,7 @@ def _capturing(gradient: _GradientSum) -> Callable[[Tensor, Tensor], Tensor]:
 
     def capture(x: Tensor, y: Tensor) -> Tensor:
         anchor = anchors.setdefault(y.device, torch.zeros((), device=y.device, requires_grad=True))
-        return _Capture.apply(y, x.detach() if not x.requires_grad else x, anchor, gradient)
+        return _Capture.apply(y, x, anchor, gradient)
 
     return capture
 

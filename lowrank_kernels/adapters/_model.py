@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from .._checks import check_module
+from ..pairs import pairs
 from .layer import LowRankLinear
 
 #: What ``torch.compile`` and checkpoint wrappers put into module names.
@@ -43,6 +44,11 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
 
 
+def ends_with(name: str, suffixes: Iterable[str]) -> bool:
+    """Whether the name is one of these, or ends with one as its last components: how names of layers are meant, by PEFT too."""
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+
+
 def check_model(function: str, model: object) -> nn.Module:
     """``model`` without its wrappers.
 
@@ -56,6 +62,16 @@ def check_model(function: str, model: object) -> nn.Module:
 def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """Our layers by name; one that has several names (tied modules) under its first."""
     return {clean_name(name): module for name, module in unwrap(model).named_modules() if isinstance(module, LowRankLinear)}
+
+
+def require_adapters(function: str, model: nn.Module) -> dict[str, LowRankLinear]:
+    """:func:`adapted_layers`; a model that has none is refused."""
+    root = check_model(function, model)
+    layers = adapted_layers(root)
+    if not layers:
+        foreign = f"; its adapters are another library's, use what that library has for {function}" if pairs(root) else ""
+        raise ValueError(f"{function}: the model has no adapter of `lowrank_kernels.adapt`{foreign}")
+    return layers
 
 
 def uncalled_layers(root: nn.Module) -> dict[str, LowRankLinear]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import warnings
 from collections import Counter
@@ -13,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._checks import as_number, first_few
+from .._checks import first_few
 from ..pairs import pairs
-from ._model import check_model, clean_name, compiled_modules, parallel_wrapper, replace_modules
-from .layer import LowRankLinear, check_settings
+from ._model import check_model, clean_name, compiled_modules, ends_with, parallel_wrapper, replace_modules
+from .layer import LowRankLinear, check_settings, scale_of
 
 ALL_LINEAR = "all-linear"
 #: Top-level names of classification heads in ``transformers``: a head starts at random and wants full training, not an adapter.
 _HEAD_NAMES = ("classifier", "score")
-_RANK_SCALINGS = ("lora", "rslora")
 
 
 def adapt(
@@ -128,22 +126,10 @@ def check_unadapted(function: str, model: nn.Module) -> None:
 
 
 def _scale(method: str, rank: int, alpha: float | None, rank_scaling: str | None) -> float:
-    scale_is_one = method == "xs" and alpha is None
-    if alpha is None:
-        alpha = 4.0 if method == "sds" else 8.0
-    if rank_scaling is None:
-        rank_scaling = "rslora" if method == "sds" else "lora"
-    alpha = as_number("adapt", "alpha", alpha, positive=True)
-    if rank_scaling not in _RANK_SCALINGS:
-        raise ValueError(f"adapt: rank_scaling must be 'lora' (s = α/r) or 'rslora' (s = α/√r), got {rank_scaling!r}")
-    scale = 1.0 if scale_is_one else alpha / (rank if rank_scaling == "lora" else math.sqrt(rank))
-    if not scale:
-        raise ValueError(f"adapt: alpha must be larger, got {alpha}: the scale s would be rounded to zero, and ΔW with it")
-    return scale
-
-
-def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+    """s, with the method's own α and rule where they are None."""
+    own_alpha, own_rule = (4.0, "rslora") if method == "sds" else (8.0, "lora")
+    scale = scale_of("adapt", rank, own_alpha if alpha is None else alpha, own_rule if rank_scaling is None else rank_scaling)
+    return 1.0 if method == "xs" and alpha is None else scale
 
 
 def _inside(name: str, parents: Iterable[str]) -> bool:
@@ -175,9 +161,9 @@ def _match_saved(named: dict[str, nn.Module], modules_to_save: Sequence[str] | N
         return {}
     wanted = _check_names("modules_to_save", modules_to_save)
     for suffix in wanted:
-        if not any(_ends_with(name, [suffix]) for name in named):
+        if not any(ends_with(name, [suffix]) for name in named):
             raise ValueError(f"adapt: no module matches {suffix!r} of modules_to_save; {_close_names([suffix], named)}")
-    saved = {name: module for name, module in named.items() if _ends_with(name, wanted)}
+    saved = {name: module for name, module in named.items() if ends_with(name, wanted)}
     for name, module in saved.items():
         parameters = dict(module.named_parameters())
         if not parameters:
@@ -274,15 +260,15 @@ def _match_targets(
             raise ValueError(f"adapt: target_modules={target_modules!r} is not a regular expression: {error}") from None
         matched = [name for name in named if pattern.fullmatch(name)]
         if not matched:
-            listed = [name for name in named if _ends_with(name, [target_modules])]
+            listed = [name for name in named if ends_with(name, [target_modules])]
             hint = f"for a name write a list, [{target_modules!r}]" if listed else _close_names([target_modules], linears)
             raise ValueError(f"adapt: no module's full name matches the regular expression {target_modules!r}; {hint}")
     else:
         wanted = _check_names("target_modules", target_modules)
         for suffix in wanted:
-            if not any(_ends_with(name, [suffix]) for name in named):
+            if not any(ends_with(name, [suffix]) for name in named):
                 raise ValueError(f"adapt: no module matches {suffix!r} of target_modules; {_close_names([suffix], linears)}")
-        matched = [name for name in named if _ends_with(name, wanted)]
+        matched = [name for name in named if ends_with(name, wanted)]
     kept = [name for name in matched if not _inside(name, saved)]
     if not kept:
         nothing = f"the model has no nn.Linear to adapt{_left_out(named, linears)}"

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from .._checks import as_integer, check_path
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_svd_product
-from ._model import adapted_layers, check_model, clean_name, uncalled_layers
+from ._model import adapted_layers, check_model, clean_name, ends_with, require_adapters, uncalled_layers
 from .io import (
     bare_name,
     check_target,
     joined,
     live_tensors,
     refuse_unsavable,
-    require_adapters,
     trained_modules,
     unshared,
     write_atomically,
@@ -176,7 +175,7 @@ def _truncated_svds(lefts: list[Tensor], rights: list[Tensor], inner: int) -> li
 
 def _peft_matches(root: nn.Module, suffixes: list[str]) -> set[str]:
     """The modules that PEFT will match with a list of names in a model like ours before it was adapted."""
-    return {name for name in _bare_modules(root) if any(name == s or name.endswith(f".{s}") for s in suffixes)}
+    return {name for name in _bare_modules(root) if ends_with(name, suffixes)}
 
 
 def _bare_modules(root: nn.Module) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .._checks import as_flag, check_path, first_few
 from ..backends.dtypes import FLOATING
 from ..optim._shared.shards import is_sharded
-from ._model import adapted_layers, check_model, clean_name
+from ._model import adapted_layers, check_model, clean_name, require_adapters
 from .adapt import check_unadapted, install
 from .layer import LowRankLinear, check_settings
 from .starts import check_changeable
@@ -111,13 +111,6 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     root = check_model("adapter_state_dict", model)
     require_adapters("adapter_state_dict", root)
     return {name: tensor.detach() for name, tensor in live_tensors(root).items()}
-
-
-def require_adapters(function: str, root: nn.Module) -> dict[str, LowRankLinear]:
-    layers = adapted_layers(root)
-    if not layers:
-        raise ValueError(f"{function}: the model has no adapter of `lowrank_kernels.adapt`")
-    return layers
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:

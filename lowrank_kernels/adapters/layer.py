@@ -64,6 +64,17 @@ def check_settings(function: str, method: str, rank: int, dropout: float, dtype:
         raise TypeError(f"{function}: dtype must be one of {', '.join(map(str, FLOATING))} or None, got {dtype!r}")
 
 
+def scale_of(function: str, rank: int, alpha: float, rank_scaling: str) -> float:
+    """s: α/r ("lora") or α/√r ("rslora"); what is none of these rules, or no α of a scale, is refused."""
+    alpha = as_number(function, "alpha", alpha, positive=True)
+    if rank_scaling not in ("lora", "rslora"):
+        raise ValueError(f"{function}: rank_scaling must be 'lora' (s = α/r) or 'rslora' (s = α/√r), got {rank_scaling!r}")
+    scale = alpha / (rank if rank_scaling == "lora" else math.sqrt(rank))
+    if not scale:
+        raise ValueError(f"{function}: alpha must be larger, got {alpha}: the scale s would be rounded to zero, and ΔW with it")
+    return scale
+
+
 class LowRankLinear(nn.Module):
     """``y = base(x) + x̃ ΔWᵀ`` with ``ΔW = s·B A`` (LoRA), ``s(Q_B A + B Q_Aᵀ)`` (SDS-LoRA Eq. 5,
     after its warm-up) or ``s·B R A`` (LoRA-XS).

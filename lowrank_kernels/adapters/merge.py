@@ -8,18 +8,9 @@ from torch import Tensor, nn
 from .._checks import as_flag, first_few
 from ..backends.dtypes import compute_dtype
 from ..pairs import Pair, is_adapter_parameter, pairs
-from ._model import adapted_layers, check_model, clean_name, replace_modules
+from ._model import check_model, clean_name, replace_modules, require_adapters
 from .layer import LowRankLinear, is_plain
 from .shared import share_inputs
-
-
-def _own_layers(function: str, model: nn.Module) -> dict[str, LowRankLinear]:
-    root = check_model(function, model)
-    layers = adapted_layers(root)
-    if not layers:
-        foreign = "; its adapters are another library's, use that library's merge" if pairs(root) else ""
-        raise ValueError(f"{function}: the model has no adapter of `lowrank_kernels.adapt`{foreign}")
-    return layers
 
 
 def merge(model: nn.Module, unload: bool = False) -> nn.Module:
@@ -44,7 +35,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
             false. Nothing was changed.
     """
     as_flag("merge", "unload", unload)
-    layers = _own_layers("merge", model)
+    layers = require_adapters("merge", model)
     for name, layer in layers.items():
         if not is_plain(layer.base_layer):
             raise ValueError(
@@ -79,7 +70,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no adapters of ours.
     """
-    for layer in _own_layers("unmerge", model).values():
+    for layer in require_adapters("unmerge", model).values():
         layer.merged = False
     return model
 

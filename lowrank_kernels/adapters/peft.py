@@ -6,7 +6,6 @@ files are ordinary LoRA files, and ``PeftModel.from_pretrained`` reads them with
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from peft import LoraConfig
@@ -14,9 +13,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .._checks import as_integer, as_number
+from .._checks import as_integer
 from ..ops import lora_linear
-from .layer import is_plain, runs_forward_of
+from .layer import is_plain, runs_forward_of, scale_of
 
 
 class KernelLinear(PeftLinear):
@@ -102,9 +101,6 @@ class DecoupledLoraConfig(LoraConfig):
         if decided:
             raise TypeError(f"DecoupledLoraConfig: {', '.join(sorted(decided))} follow from rank, alpha and rank_scaling; leave them out")
         rank = as_integer("DecoupledLoraConfig", "rank", rank)
-        if rank_scaling not in ("lora", "rslora"):
-            raise ValueError(f"DecoupledLoraConfig: rank_scaling must be 'lora' (s = α/r) or 'rslora' (s = α/√r), got {rank_scaling!r}")
-        alpha = as_number("DecoupledLoraConfig", "alpha", alpha, positive=True)
-        scale = alpha / (rank if rank_scaling == "lora" else math.sqrt(rank))
+        scale = scale_of("DecoupledLoraConfig", rank, alpha, rank_scaling)
         super().__init__(r=2 * rank, lora_alpha=2 * rank * scale, **options)  # type: ignore[arg-type]
         with_kernels(self)

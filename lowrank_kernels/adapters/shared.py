@@ -42,9 +42,8 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
     The hooks are those of non-reentrant checkpointing: what one checkpoint computed must not be used in another, which would be
     recomputed without it.
     """
-    version = -1 if x.is_inference() else x._version
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x), hooks
+    return version_of(x), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x), hooks
 
 
 def _factors(layer: LowRankLinear) -> tuple[Any, ...]:

@@ -123,7 +123,7 @@ def lora_sb_init(
         return total.sign_().mul_(-lr) if update == "adam" else total.mul_(-lr / gradients.seen)
 
     started = watch.seconds()
-    factors, energy = _truncate("lora_sb_init", layers, first_step, oversample, iterations)
+    factors, energy = _truncate(layers, first_step, oversample, iterations)
     for name, (u, s, v) in factors.items():
         _write(layers[name], u, v, torch.diag(s / layers[name].scale))
     return _report(energy, watch, started, gradients)
@@ -192,7 +192,7 @@ def initialize(
         gradients.sum_over(root, batches, loss_fn, training, progress)
         matrix, factor = gradients.take, 2
     started = watch.seconds()
-    factors, energy = _truncate("initialize", layers, matrix, oversample, iterations, factor)
+    factors, energy = _truncate(layers, matrix, oversample, iterations, factor)
     for name, (u, s, v) in factors.items():
         layer = layers[name]
         if start == "svd":
@@ -300,7 +300,6 @@ Triples = tuple[Tensor, Tensor, Tensor]
 
 @torch.no_grad()
 def _truncate(
-    function: str,
     layers: Mapping[str, LowRankLinear],
     matrix: Callable[[str], Tensor],
     oversample: int,
