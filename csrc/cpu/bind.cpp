@@ -340,7 +340,8 @@ void gram(const py::list& xs, int64_t x_transposed, const MatrixLayout* x_layout
     GramItem& item = items[i];
     item.rows = x.rows(i);
     item.x = x.view(what, i, item.rows, r);
-    if (!ys.is_none()) item.y = y.view(what, i, item.rows, k);
+    item.symmetric = ys.is_none();
+    if (!item.symmetric) item.y = y.view(what, i, item.rows, k);
     item.gram = first + i * r * k * (wide ? 8 : 4);
   }
   const py::gil_scoped_release released;

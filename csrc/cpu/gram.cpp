@@ -17,7 +17,7 @@ void run(DType dtype, bool wide, const GramItem* items, int64_t n, int64_t r, in
         kernel.gram_rows(dtype, wide, item, r, k, first, rows, reinterpret_cast<double*>(scratch), sums);
       },
       [&](int64_t i, const double* sums) {
-        const bool symmetric = items[i].y.data == nullptr;
+        const bool symmetric = items[i].symmetric;
         if (wide) {
           write_gram<double>(sums, r, k, symmetric, items[i].gram);
         } else {
@@ -29,11 +29,7 @@ void run(DType dtype, bool wide, const GramItem* items, int64_t n, int64_t r, in
 }  // namespace
 
 void grouped_gram(DType dtype, bool wide, const GramItem* items, int64_t n, int64_t r, int64_t k, int threads) {
-  if (dtype == DType::kFloat64) {
-    run<double>(dtype, wide, items, n, r, k, threads);
-  } else {
-    run<float>(dtype, wide, items, n, r, k, threads);
-  }
+  with_compute_type(dtype, [&](auto t) { run<decltype(t)>(dtype, wide, items, n, r, k, threads); });
 }
 
 }  // namespace lowrank

@@ -10,7 +10,7 @@ namespace lowrank::LOWRANK_ISA {
 
 // Whether the columns of x, and of y if there is one, are consecutive in memory.
 inline bool has_dense_columns(const GramItem& item) {
-  return item.x.row_stride == 1 && (item.y.data == nullptr || item.y.row_stride == 1);
+  return item.x.row_stride == 1 && (item.symmetric || item.y.row_stride == 1);
 }
 
 // Columns of T that are consecutive in memory; products and sums in A. Where that is T they are read where they are,
@@ -20,7 +20,7 @@ void gram_of_columns(const GramItem& item, int64_t r, int64_t k, int64_t first, 
                      double* sums) {
   constexpr bool kWidened = !std::is_same_v<A, T>;
   constexpr int64_t kBytes = sizeof(T);
-  const bool symmetric = item.y.data == nullptr;
+  const bool symmetric = item.symmetric;
   GramSums<A> gram(r, k, symmetric, scratch);
   // What is widened is copied, and more than eight columns are: at strides of whole pages they share the few lines of a
   // set of the first-level cache. A panel that its products copy is read from that cache and from the second one alike;
@@ -72,7 +72,7 @@ template <class A>
 void gram_of_panels(DType dtype, const GramItem& item, int64_t r, int64_t k, int64_t first, int64_t rows,
                     double* scratch, double* sums) {
   const int64_t height = gram_panel_rows(r > k ? r : k);
-  const bool symmetric = item.y.data == nullptr;
+  const bool symmetric = item.symmetric;
   GramSums<A> gram(r, k, symmetric, scratch);
   A* const x_panel = reinterpret_cast<A*>(scratch + gram_lanes(r, k));
   A *const y_panel = x_panel + height * r, *const dense = y_panel + height * k;
@@ -88,7 +88,7 @@ void gram_of_panels(DType dtype, const GramItem& item, int64_t r, int64_t k, int
 // Whether the rows of x, and of y if there is one, lie one behind the other; both have r columns.
 inline bool has_dense_rows(const GramItem& item, int64_t r) {
   const auto dense = [&](const View& view) { return view.column_stride == 1 && view.row_stride == r; };
-  return dense(item.x) && (item.y.data == nullptr || dense(item.y));
+  return dense(item.x) && (item.symmetric || dense(item.y));
 }
 
 // Dense rows of T, of x and y alike r, a block at a time: products and sums of a block in A, to which T is widened.
@@ -97,7 +97,7 @@ inline bool has_dense_rows(const GramItem& item, int64_t r) {
 template <class A, class T>
 void gram_of_dense_rows(const GramItem& item, int64_t r, int64_t first, int64_t rows, double* scratch, double* sums) {
   const int64_t height = gram_panel_rows(r), known = item.rows - first;
-  const bool symmetric = item.y.data == nullptr;
+  const bool symmetric = item.symmetric;
   const GramItem* const then =
       item.next && has_dense_rows(*item.next, r) && item.next->rows >= height ? item.next : nullptr;
   const auto row_of = [&](const View& view, int64_t row) {

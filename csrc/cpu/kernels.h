@@ -39,6 +39,7 @@ struct AdamWItem {
 // xᵀy, or xᵀx without y: (r, k), contiguous.
 struct GramItem {
   View x, y;
+  bool symmetric = true;  // there is no y; that of an empty matrix has no address either
   int64_t rows = 0;
   void* gram = nullptr;
   const GramItem* next = nullptr;  // as AdamWItem has it

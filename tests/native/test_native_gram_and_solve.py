@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,6 +48,18 @@ def test_gram_of_many_alike(rank: int, layout: str, instruction_set: str) -> Non
         for own, cross, x, y in zip(ops.grouped_gram(xs, dtype=result), ops.grouped_gram(xs, ys, dtype=result), xs, ys, strict=True):
             assert ((own.double() - x.double().mT @ x.double()).abs() <= gram_bound(x, x, result)).all()
             assert ((cross.double() - x.double().mT @ y.double()).abs() <= gram_bound(x, y, result)).all()
+
+
+def test_cross_grams_of_matrices_without_rows() -> None:
+    """Their memory is at no address, as that of a y that is not given; the first calls of a process have no larger scratch to overrun."""
+    code = """
+import torch
+from lowrank_kernels import ops
+filled = [bytearray(90_000) for _ in range(200)]  # so that the scratch is the last block of the heap
+ops.grouped_gram([torch.empty(0, 2)[:, 1:]], [torch.empty(0, 70)])
+filled += [bytearray(90_000) for _ in range(200)]  # which is found damaged
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_gram_keeps_bad_numbers_to_their_matrix() -> None:
