@@ -9,26 +9,11 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..registry import implements
-from ..sums import Factors, Sums, Sweeps
+from ..sums import THIN, Factors, Sums, Sweeps, ridge
 from ._common import always
 
 #: A term ``c P Qᵀ`` as (c, P, Q), or as (c, dense matrix, None).
 Weighted: TypeAlias = tuple[float | Tensor, Tensor, Tensor | None]
-
-#: Factors of up to so many columns are contracted in fp64; wider ones (the tokens of G = SᵀX) in the dtype of the arithmetic.
-THIN = 128
-
-
-def ridge(diagonal: Tensor, proximal: float, dtype: torch.dtype) -> Tensor:
-    """The λ of each column (r,), given the Gram's diagonal: large enough for a Cholesky in fp64, 1 for a zero column.
-
-    With λ = 0 it stands for the limit λ → 0, and for right-hand sides that were rounded to ``dtype``.
-    """
-    relative = 4 * len(diagonal) * torch.finfo(torch.float64).eps
-    if proximal == 0:
-        relative = max(relative, torch.finfo(dtype).eps)
-    values = (relative * diagonal).clamp_min(proximal)
-    return torch.where(values == 0, 1.0, values)
 
 
 def contracted(right: Tensor | None, other: Tensor) -> Tensor:

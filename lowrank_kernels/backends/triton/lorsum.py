@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dtypes import compute_dtype
+from ..dtypes import DTYPE_CODES, compute_dtype
 from ..registry import Verdict, implements
-from ..sums import Factors, Sums, Sweeps
+from ..sums import THIN, Factors, Sums, Sweeps, relative_ridge
 from ._device import rounded, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, first_chunks, signature, table, upload_numbers
@@ -39,15 +39,12 @@ from .solve import cholesky_kernel, substitute, substitute_back
 
 #: Up to which rank no register is spilled (tests/triton_kernels/test_triton_aot.py), by the dtype of the arithmetic.
 _LARGEST_RANK = {torch.float32: 128, torch.float64: 32}
-#: As the reference's: factors of up to so many columns are contracted in fp64.
-_THIN = 128
 #: What a row of terms is: one that is contracted, dense (V itself is the product), the start (weighted by λ), or the Gram matrix.
 _PAIR, _DENSE, _START, _GRAM = (tl.constexpr(kind) for kind in range(4))
 #: A term's row: kind, layer, term, columns k; own factor: address, strides (row, column), mode, dtype; maps; present value of the other
 #: side; the other factor: address, strides, mode, rows; rows a chunk, chunks, partial sums, whether it is wide.
 #: A layer's row: rows, present value, out, strides of out, first row of its terms, their number, flags and their number, and the other side's.
 _COLUMNS = tl.constexpr(20)
-_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 @triton.jit
@@ -333,17 +330,17 @@ class _Terms:
         self.sums += k * r * chunks
 
     def add_start(self, layer: int, start: Tensor, present: tuple[int, int]) -> None:
-        self._add(_START, layer, 0, start.shape[1], [*_factor(start), _CODES[start.dtype]], present, [0] * 4, present[0])
+        self._add(_START, layer, 0, start.shape[1], [*_factor(start), DTYPE_CODES[start.dtype]], present, [0] * 4, present[0])
 
     def add_pairs(self, layer: int, owns: list[Tensor], others: list[Tensor | None], present: tuple[int, int]) -> None:
         """The terms of a layer: the factors of this side, and of the other; None: the first is dense."""
         for term, (own, other) in enumerate(zip(owns, others, strict=True)):
-            factor = [*_factor(own), _CODES[own.dtype]]
+            factor = [*_factor(own), DTYPE_CODES[own.dtype]]
             if other is None:
                 self._add(_DENSE, layer, term, present[0], factor, present, [0] * 4, present[0])
                 continue
             k = own.shape[1]
-            self._add(_PAIR, layer, term, k, factor, present, _factor(other), triton.cdiv(max(512, 4 * k), 64) * 64, k > _THIN)
+            self._add(_PAIR, layer, term, k, factor, present, _factor(other), triton.cdiv(max(512, 4 * k), 64) * 64, k > THIN)
 
     def add_gram(self, layer: int, present: tuple[int, int]) -> None:
         self._add(_GRAM, layer, 0, self.sizes.R, [0] * 5, present, [0, self.sizes.R, 1, 1], 512)
@@ -437,10 +434,8 @@ def grouped_lorsum(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -
     partials, ridges, inverses = (torch.empty(size, dtype=torch.float64, device=device) for size in (partial_size, count * r, count * r))
     grams, factors = torch.empty(2, count, r, r, dtype=torch.float64, device=device)
     flags = torch.empty(ends[3] - ends[1], dtype=torch.int32, device=device)
-    relative = 4 * rank * torch.finfo(torch.float64).eps
-    if sweeps.proximal == 0:
-        relative = max(relative, torch.finfo(compute).eps)
-    kinds = {"PRESENT": sum({1 << _CODES[x.dtype] for x in (first, *sums.lefts[::count])}), "R": r}
+    relative = relative_ridge(rank, sweeps.proximal, compute)
+    kinds = {"PRESENT": sum({1 << DTYPE_CODES[x.dtype] for x in (first, *sums.lefts[::count])}), "R": r}
     with on_device(first):
         side = 0 if sweeps.u_first else 1
         launch(copy_kernel, (len(programs[3 - side]) // 2,), work.tensors, programs[3 - side], scratch, rank, START=TL_DTYPE[dtype], R=r,
@@ -482,7 +477,7 @@ def grouped_lorsum_product(xs: list[Tensor], sums: Sums, ys: list[Tensor]) -> No
     scratch = torch.empty(scratch_size, dtype=compute, device=device)
     partials = torch.empty(partial_size, dtype=torch.float64, device=device)
     flags = torch.empty(ends[2] - ends[0], dtype=torch.int32, device=device)
-    kinds = {"PRESENT": sum({1 << _CODES[x.dtype] for x in sums.lefts[::count]}), "R": r}
+    kinds = {"PRESENT": sum({1 << DTYPE_CODES[x.dtype] for x in sums.lefts[::count]}), "R": r}
     rows = {"R": r, "BLOCK_D": sizes.BLOCK_D, "num_warps": sizes.warps}
     with on_device(xs[0]):
         launch(copy_kernel, (len(of_xs) // 2,), work.tensors, of_xs, scratch, rank, START=TL_DTYPE[xs[0].dtype], **rows)

@@ -12,17 +12,13 @@ import torch
 from torch import Tensor
 
 from ...backends.dtypes import compute_dtype
+from ...backends.sums import ridge
 from ...ops import grouped_gram, grouped_lorsum_product, grouped_solve
 
 
 def damped(grams: Tensor, proximal: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``VᵀV + diag(λ)`` (N, r, r) and λ (N, r), as ``grouped_lorsum`` takes them: no column's is less than rounding needs."""
-    diagonal = grams.diagonal(dim1=1, dim2=2)
-    relative = 4 * grams.shape[1] * torch.finfo(torch.float64).eps
-    if proximal == 0:
-        relative = max(relative, torch.finfo(dtype).eps)
-    damping = (relative * diagonal).clamp_min(proximal)
-    damping = torch.where(damping == 0, 1.0, damping)
+    damping = ridge(grams.diagonal(dim1=1, dim2=2), proximal, dtype)
     return grams + damping.diag_embed(), damping
 
 
