@@ -69,11 +69,7 @@ void run(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int thr
 }  // namespace
 
 void grouped_adamw(const AdamWScalars& scalars, const AdamWItem* items, int64_t n, int threads) {
-  if (scalars.dtype == DType::kFloat64) {
-    run<double>(scalars, items, n, threads);
-  } else {
-    run<float>(scalars, items, n, threads);
-  }
+  with_compute_type(scalars.dtype, [&](auto t) { run<decltype(t)>(scalars, items, n, threads); });
 }
 
 }  // namespace lowrank

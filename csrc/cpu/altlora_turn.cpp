@@ -118,11 +118,7 @@ void run(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* item
 void grouped_altlora_turn(const AdamWScalars& scalars, const TurnArguments& turn, AdamWItem* items,
                           const GramItem* partners, int64_t n, int threads) {
   if (n == 0 || turn.r == 0) return;
-  if (scalars.dtype == DType::kFloat64) {
-    run<double>(scalars, turn, items, partners, n, threads);
-  } else {
-    run<float>(scalars, turn, items, partners, n, threads);
-  }
+  with_compute_type(scalars.dtype, [&](auto t) { run<decltype(t)>(scalars, turn, items, partners, n, threads); });
 }
 
 }  // namespace lowrank

@@ -45,6 +45,12 @@ enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3
 template <class T>
 constexpr DType kDTypeOf = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
 
+// Calls f(double()) for fp64, f(float()) for all others: in what the arithmetic is done.
+template <class F>
+void with_compute_type(DType dtype, const F& f) {
+  dtype == DType::kFloat64 ? f(double()) : f(float());
+}
+
 constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 struct BFloat16 {

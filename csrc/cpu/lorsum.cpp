@@ -93,11 +93,7 @@ void run(const LorsumScalars& s, const LorsumItem* items, int64_t n, int threads
 
 void grouped_lorsum(const LorsumScalars& scalars, const LorsumItem* items, int64_t n, int threads) {
   if (n == 0 || scalars.r == 0) return;
-  if (scalars.dtype == DType::kFloat64) {
-    run<double>(scalars, items, n, threads);
-  } else {
-    run<float>(scalars, items, n, threads);
-  }
+  with_compute_type(scalars.dtype, [&](auto t) { run<decltype(t)>(scalars, items, n, threads); });
 }
 
 }  // namespace lowrank

@@ -49,19 +49,11 @@ void run_polar(DType dtype, const PolarItem* items, int64_t n, int64_t r, int th
 }  // namespace
 
 void grouped_qr(DType dtype, const QrItem* items, int64_t n, int64_t r, int threads) {
-  if (dtype == DType::kFloat64) {
-    run_qr<double>(dtype, items, n, r, threads);
-  } else {
-    run_qr<float>(dtype, items, n, r, threads);
-  }
+  with_compute_type(dtype, [&](auto t) { run_qr<decltype(t)>(dtype, items, n, r, threads); });
 }
 
 void grouped_polar(DType dtype, const PolarItem* items, int64_t n, int64_t r, int threads) {
-  if (dtype == DType::kFloat64) {
-    run_polar<double>(dtype, items, n, r, threads);
-  } else {
-    run_polar<float>(dtype, items, n, r, threads);
-  }
+  with_compute_type(dtype, [&](auto t) { run_polar<decltype(t)>(dtype, items, n, r, threads); });
 }
 
 }  // namespace lowrank

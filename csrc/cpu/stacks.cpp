@@ -24,47 +24,34 @@ void for_each_group(int64_t n, int64_t r, int threads, int64_t scratch_elements,
   });
 }
 
-template <class T>
-void run_eigh(const Stack& xs, void* values, void* vectors, int64_t n, int64_t r, int threads) {
-  const Kernels<T>& kernel = kernels<T>();
-  for_each_group(n, r, threads, eigh_scratch(r), [&](int64_t first, int64_t count, double* scratch) {
-    kernel.eigh(xs, values, vectors, first, count, r, scratch);
-  });
-}
-
-template <class T>
-void run_damped_inverse(const Stack& rs, double damping, void* out, int64_t n, int64_t r, int threads) {
-  const Kernels<T>& kernel = kernels<T>();
-  for_each_group(n, r, threads, damped_inverse_scratch(r), [&](int64_t first, int64_t count, double* scratch) {
-    kernel.damped_inverse(rs, damping, out, first, count, r, scratch);
-  });
-}
-
 }  // namespace
 
 void grouped_eigh(DType dtype, const Stack& xs, void* values, void* vectors, int64_t n, int64_t r, int threads) {
-  if (dtype == DType::kFloat64) {
-    run_eigh<double>(xs, values, vectors, n, r, threads);
-  } else {
-    run_eigh<float>(xs, values, vectors, n, r, threads);
-  }
+  with_compute_type(dtype, [&](auto t) {
+    const auto eigh = kernels<decltype(t)>().eigh;
+    for_each_group(n, r, threads, eigh_scratch(r), [&](int64_t first, int64_t count, double* scratch) {
+      eigh(xs, values, vectors, first, count, r, scratch);
+    });
+  });
 }
 
 void grouped_damped_inverse(DType dtype, const Stack& rs, double damping, void* out, int64_t n, int64_t r,
                             int threads) {
-  if (dtype == DType::kFloat64) {
-    run_damped_inverse<double>(rs, damping, out, n, r, threads);
-  } else {
-    run_damped_inverse<float>(rs, damping, out, n, r, threads);
-  }
+  with_compute_type(dtype, [&](auto t) {
+    const auto damped_inverse = kernels<decltype(t)>().damped_inverse;
+    for_each_group(n, r, threads, damped_inverse_scratch(r), [&](int64_t first, int64_t count, double* scratch) {
+      damped_inverse(rs, damping, out, first, count, r, scratch);
+    });
+  });
 }
 
 void grouped_preconditioner(DType dtype, const PreconditionerArguments& arguments, int64_t n, int threads) {
-  const auto preconditioner =
-      dtype == DType::kFloat64 ? kernels<double>().preconditioner : kernels<float>().preconditioner;
-  for_each_group(
-      n, arguments.r, threads, preconditioner_scratch(arguments.r),
-      [&](int64_t first, int64_t count, double* scratch) { preconditioner(arguments, first, count, scratch); });
+  with_compute_type(dtype, [&](auto t) {
+    const auto preconditioner = kernels<decltype(t)>().preconditioner;
+    for_each_group(
+        n, arguments.r, threads, preconditioner_scratch(arguments.r),
+        [&](int64_t first, int64_t count, double* scratch) { preconditioner(arguments, first, count, scratch); });
+  });
 }
 
 void grouped_solve_squares(const SolveItem* items, int64_t n, int64_t r, double damping, int threads) {

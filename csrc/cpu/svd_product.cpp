@@ -38,11 +38,7 @@ void run(DType dtype, const SvdProductItem* items, int64_t n, int64_t k, int64_t
 }  // namespace
 
 void grouped_svd_product(DType dtype, const SvdProductItem* items, int64_t n, int64_t k, int64_t rank, int threads) {
-  if (dtype == DType::kFloat64) {
-    run<double>(dtype, items, n, k, rank, threads);
-  } else {
-    run<float>(dtype, items, n, k, rank, threads);
-  }
+  with_compute_type(dtype, [&](auto t) { run<decltype(t)>(dtype, items, n, k, rank, threads); });
 }
 
 }  // namespace lowrank

@@ -92,14 +92,14 @@ def test_forked_child(threads: None) -> None:
 
 def test_refusals_name_the_reason() -> None:
     wide_factor = torch.randn(300, 129)
-    with pytest.raises(registry.BackendError, match="rank 129"):
+    with pytest.raises(registry.BackendError, match="r = 129"):
         ops.grouped_qr([wide_factor])
-    with pytest.raises(registry.BackendError, match="129 columns"):
+    with pytest.raises(registry.BackendError, match="r = 129"):
         ops.grouped_svd_product([wide_factor], [wide_factor], 4)
     for operation in (ops.grouped_eigh, ops.grouped_damped_inverse, ops.grouped_preconditioner):
-        with pytest.raises(registry.BackendError, match="rank 129"):
+        with pytest.raises(registry.BackendError, match="r = 129"):
             operation(torch.eye(129, dtype=torch.float64)[None])
-    with pytest.raises(registry.BackendError, match="rank 129"):
+    with pytest.raises(registry.BackendError, match="r = 129"):
         ops.grouped_sylvester(*[torch.eye(129, dtype=torch.float64)[None]] * 3)
     channels_last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = torch.zeros(2, 3, 4, 5)

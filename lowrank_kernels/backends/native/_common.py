@@ -36,6 +36,11 @@ def refuse_device(tensor: Tensor) -> str | None:
     return None
 
 
+def refuse(tensor: Tensor, r: int) -> str | None:
+    """Why compiled CPU code cannot take ``tensor``, or matrices of r columns; None if it can."""
+    return refuse_device(tensor) or (None if r <= MAX_RANK else f"r = {r}: the compiled code stops at {MAX_RANK}")
+
+
 def strides(matrices: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """The row strides of all matrices, and their column strides."""
     pairs = [matrix.stride() for matrix in matrices]

@@ -8,12 +8,12 @@ from torch import Tensor
 from ..extension import csrc
 from ..moments import Maps, Numbers, Stepped
 from ..registry import count_launch, implements
-from ._common import COMPILED, MAX_RANK, refuse_device
+from ._common import COMPILED, refuse
 
 
 def verify(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | None, numbers: Numbers) -> tuple[bool, str]:
     """Takes CPU tensors: contiguous ones of any shape, matrices of any strides; ranks up to 128 with maps."""
-    reason = refuse_device(stepped.params[0])
+    reason = refuse(stepped.params[0], maps.rank(drifts))
     if reason is not None:
         return False, reason
     seen = isinstance(stepped.layout, csrc.StepLayout)  # lists.gather takes no others
@@ -22,8 +22,6 @@ def verify(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | 
         if index >= 0:
             shape, strides = tuple(tensors[index].shape), tensors[index].stride()
             return False, f"{name}[{index}] has strides {strides}, shape {shape}: tensors that are not matrices must be contiguous"
-    if maps.rank(drifts) > MAX_RANK:
-        return False, f"maps or drifts of rank {maps.rank(drifts)}: the compiled code stops at {MAX_RANK}"
     if drifts is not None and not drifts.is_contiguous():
         return False, f"drifts must be contiguous, got strides {drifts.stride()}"
     return True, f"{COMPILED}, one fused pass"

@@ -12,7 +12,7 @@ from ..extension import csrc
 from ..lists import as_stored
 from ..moments import Numbers, Stepped
 from ..registry import count_launch, implements
-from ._common import COMPILED, MAX_RANK, refuse_device
+from ._common import COMPILED, refuse
 
 
 def verify(
@@ -25,13 +25,8 @@ def verify(
     *others: object,
 ) -> tuple[bool, str]:
     """Takes ranks up to 128, on the CPU."""
-    reason = refuse_device(behind)
-    if reason is not None:
-        return False, reason
-    rank = behind.shape[-1]
-    if rank > MAX_RANK:
-        return False, f"rank {rank}: the compiled code stops at {MAX_RANK}"
-    return True, f"{COMPILED}, one call"
+    reason = refuse(behind, behind.shape[-1])
+    return (False, reason) if reason else (True, f"{COMPILED}, one call")
 
 
 @implements("grouped_altlora_turn_", "native", verify)

@@ -8,16 +8,14 @@ from torch import Tensor
 from ..dtypes import DTYPE_CODES
 from ..extension import csrc
 from ..registry import count_launch, implements
-from ._common import COMPILED, MAX_RANK, refuse_device
+from ._common import COMPILED, refuse
 
 
 def verify(xs: Tensor, values: Tensor, vectors: Tensor | None) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to rank 128 (where it still is faster than LAPACK)."""
-    reason = refuse_device(xs)
+    reason = refuse(xs, xs.shape[1])
     if reason is not None:
         return False, reason
-    if xs.shape[1] > MAX_RANK:
-        return False, f"rank {xs.shape[1]}: the compiled code stops at {MAX_RANK}"
     return True, f"{COMPILED}, Householder and implicit QL in fp64"
 
 

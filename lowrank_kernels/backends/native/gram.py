@@ -12,17 +12,14 @@ from ..dtypes import DTYPE_CODES
 from ..extension import csrc
 from ..lists import as_stored
 from ..registry import count_launch, implements
-from ._common import COMPILED, MAX_RANK, refuse_device
+from ._common import COMPILED, refuse
 
 
 def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layouts: Any = None) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to 128 columns."""
-    reason = refuse_device(grams)
+    reason = refuse(grams, max(grams.shape[1:]))
     if reason is not None:
         return False, reason
-    columns = max(grams.shape[1:])
-    if columns > MAX_RANK:
-        return False, f"matrices of {columns} columns: the compiled code stops at {MAX_RANK}"
     if not grams.is_contiguous():
         return False, f"grams must be contiguous, got strides {grams.stride()}"
     return True, f"{COMPILED}, accumulated in {str(grams.dtype).removeprefix('torch.')}"

@@ -16,7 +16,7 @@ from ..dtypes import DTYPE_CODES
 from ..extension import csrc
 from ..registry import count_launch, implements
 from ..sums import Factors, Sums, Sweeps
-from ._common import COMPILED, MAX_RANK, addresses, refuse_device, strides, table
+from ._common import COMPILED, addresses, refuse, strides, table
 
 #: Added to the dtype's code of a dense term.
 _DENSE = 4
@@ -29,11 +29,8 @@ def verify(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> tuple[
 
 
 def _refuse(factors: list[Tensor], lefts: list[Tensor]) -> str | None:
-    if factors[0].shape[1] > MAX_RANK:
-        return refuse_device(factors[0]) or f"rank {factors[0].shape[1]}: the compiled code stops at {MAX_RANK}"
-    if len(lefts) > csrc.max_lorsum_terms * len(factors):
-        return refuse_device(factors[0]) or f"{len(lefts) // len(factors)} terms: the compiled code stops at {csrc.max_lorsum_terms}"
-    return refuse_device(factors[0])
+    reason, terms = refuse(factors[0], factors[0].shape[1]), len(lefts) // len(factors)
+    return reason or (None if terms <= csrc.max_lorsum_terms else f"{terms} terms: the compiled code stops at {csrc.max_lorsum_terms}")
 
 
 @implements("grouped_lorsum", "native", verify)

@@ -11,16 +11,14 @@ from ..dtypes import DTYPE_CODES
 from ..extension import csrc
 from ..lists import as_stored
 from ..registry import count_launch, implements
-from ._common import COMPILED, MAX_RANK, refuse_device
+from ._common import COMPILED, refuse
 
 
 def verify(xs: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to rank 128."""
-    reason = refuse_device(xs[0])
+    reason = refuse(xs[0], xs[0].shape[1])
     if reason is not None:
         return False, reason
-    if xs[0].shape[1] > MAX_RANK:
-        return False, f"rank {xs[0].shape[1]}: the compiled code stops at {MAX_RANK}"
     return True, f"{COMPILED}, CholeskyQR and one-sided Jacobi"
 
 

@@ -8,16 +8,14 @@ from torch import Tensor
 from ..dtypes import DTYPE_CODES
 from ..extension import csrc
 from ..registry import count_launch, implements
-from ._common import COMPILED, MAX_RANK, refuse_device
+from ._common import COMPILED, refuse
 
 
 def verify(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, left: bool, out: list[Tensor] | Tensor) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to rank 128."""
-    reason = refuse_device(grams)
+    reason = refuse(grams, grams.shape[1])
     if reason is not None:
         return False, reason
-    if grams.shape[1] > MAX_RANK:
-        return False, f"rank {grams.shape[1]}: the compiled code stops at {MAX_RANK}"
     return True, f"{COMPILED}, Cholesky in {str(grams.dtype).removeprefix('torch.')}"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference.svd import grouped_svd as block_krylov_svd
 from ..registry import implements
-from ._common import MAX_RANK, refuse_device
+from ._common import refuse
 from .qr import grouped_qr
 
 
@@ -24,11 +24,9 @@ def verify(
     vs: list[Tensor],
 ) -> tuple[bool, str]:
     """Takes CPU matrices, with blocks of up to 128 columns."""
-    reason = refuse_device(xs[0])
+    reason = refuse(xs[0], ss.shape[1] + oversample)
     if reason is not None:
         return False, reason
-    if ss.shape[1] + oversample > MAX_RANK:
-        return False, f"blocks of {ss.shape[1] + oversample} columns: the compiled QR stops at {MAX_RANK}"
     return True, "torch's GEMMs, thin QRs in compiled code"
 
 

@@ -7,16 +7,14 @@ from torch import Tensor
 
 from ..extension import csrc
 from ..registry import count_launch, implements
-from ._common import COMPILED, MAX_RANK, refuse_device
+from ._common import COMPILED, refuse
 
 
 def verify(left: Tensor, right: Tensor, rhs: Tensor, out: Tensor) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to rank 128."""
-    reason = refuse_device(out)
+    reason = refuse(out, out.shape[1])
     if reason is not None:
         return False, reason
-    if out.shape[1] > MAX_RANK:
-        return False, f"rank {out.shape[1]}: the compiled code stops at {MAX_RANK}"
     if not out.is_contiguous():
         return False, f"out must be contiguous, got strides {out.stride()}"
     return True, f"{COMPILED}, eigenvectors in fp64"
