@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowrank_kernels import OPLoRA, adapt, pairs
+from lowrank_kernels import OPLoRA, adapt, average_gradients, pairs
 from lowrank_kernels.optim._shared.distributed import DataParallelGroup
 
 CASES: dict[str, dict[str, Any]] = {
@@ -64,3 +64,11 @@ def results(rank: int, world: int) -> dict[str, tuple[list[np.ndarray], int]]:
         return found
     finally:
         DataParallelGroup.mean = mean  # type: ignore[method-assign]
+
+
+def mean_of_large_gradients(rank: int, world: int) -> list[float]:
+    """What ``average_gradients`` makes of fp16 gradients of which the sum is beyond 65504 and the mean is not."""
+    parameter = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    parameter.grad = torch.tensor([40000.0, 65504.0, -60000.0 * rank], dtype=torch.float16)
+    average_gradients([parameter])
+    return parameter.grad.tolist()

@@ -396,6 +396,10 @@ def two_ranks(ranks: Ranks) -> list[dict]:
     return ranks(oplora_ranks.results)
 
 
+def test_the_mean_over_ranks_is_finite_where_the_sum_is_not(ranks: Ranks) -> None:
+    assert ranks(oplora_ranks.mean_of_large_gradients) == [[40000.0, 65504.0, -30000.0]] * 2
+
+
 @pytest.mark.parametrize("case", oplora_ranks.CASES)
 def test_two_ranks_with_half_the_batch_are_one(case: str, two_ranks: list[dict]) -> None:
     (zero, sent), (one, _) = (results[case] for results in two_ranks)

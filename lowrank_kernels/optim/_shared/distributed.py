@@ -25,8 +25,8 @@ class DataParallelGroup:
         if not tensors:
             return []
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        flat /= self.size  # before they are added, as DDP has it: the sum of fp16 numbers may be infinite where their mean is not
         distributed.all_reduce(flat, group=self.group)
-        flat /= self.size
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
