@@ -616,6 +616,28 @@ class TestBadInput:
         with pytest.raises(ValueError, match="basis must be"):
             ODLoRA(make_model("ours"), total_steps=100, basis="svd")
 
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("round_steps", 0, "ODLoRA: round_steps must be ≥ 1, got 0"),
+            ("round_steps", 2.5, "ODLoRA: round_steps must be an integer, got 2.5"),
+            ("start_steps", -1, "ODLoRA: start_steps must be ≥ 0, got -1"),
+        ],
+    )
+    def test_edited_rounds(self, key: str, value: object, message: str) -> None:
+        model = make_model("ours")
+        optimizer = ODLoRA(model, total_steps=60, rounds=2, round_steps=3)
+        optimizer.param_groups[0][key] = value
+        with pytest.raises((TypeError, ValueError), match=message):
+            train(model, optimizer, 0, 1)
+
+    def test_edited_warmup(self) -> None:
+        model = make_model("ours")
+        optimizer = SDSLoRA(model, lr=1e-2, total_steps=60)
+        optimizer.param_groups[0]["start_steps"] = 1.5
+        with pytest.raises(TypeError, match="SDSLoRA: warmup_steps must be an integer, got 1.5"):
+            train(model, optimizer, 0, 1)
+
     def test_capturable(self) -> None:
         with pytest.raises(ValueError, match="capturable"):
             SDSLoRA(make_model("ours"), lr=1e-2, total_steps=100, capturable=True)

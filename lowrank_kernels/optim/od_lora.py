@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -71,6 +72,11 @@ class ODLoRA(DecoupledOptimizer):
             method_defaults={"round_steps": round_steps},
             **options,
         )
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        as_integer(type(self).__name__, "round_steps", group["round_steps"])
+        as_integer(type(self).__name__, "start_steps", group["start_steps"], 0, math.inf)
+        super()._check_hyperparameters(group)
 
     def _is_decoupled(self, group: dict[str, Any], step: int) -> bool:
         return step >= group["round_steps"]

@@ -59,7 +59,6 @@ class SDSLoRA(DecoupledOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        warmup_steps = as_integer("SDSLoRA", "warmup_steps", warmup_steps, 0)
         super().__init__(
             params,
             lr,
@@ -76,6 +75,10 @@ class SDSLoRA(DecoupledOptimizer):
             process_group=process_group,
             **options,
         )
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        as_integer(type(self).__name__, "warmup_steps", group["start_steps"], 0)
+        super()._check_hyperparameters(group)
 
     def _is_decoupled(self, group: dict[str, Any], step: int) -> bool:
         return step >= group["start_steps"]
