@@ -75,6 +75,15 @@ def test_groups_closures_and_schedulers() -> None:
         torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-12, atol=0)
 
 
+def test_the_update_cannot_be_edited_mid_run() -> None:
+    model = xs_model()
+    optimizer = lk.LoRASB(model, lr=1e-2, update="sgd", momentum=0.9)
+    run(model, optimizer, 0, 1)
+    optimizer.param_groups[0].update(update="adam", momentum=0.0)
+    with pytest.raises(ValueError, match="LoRASB: update of param_groups.* from 'sgd' to 'adam'"):
+        run(model, optimizer, 1, 2)
+
+
 def test_explain_names_the_core(capsys) -> None:
     model = xs_model(dtype=torch.float32)
     explanation = lk.explain(model, lk.LoRASB(model))

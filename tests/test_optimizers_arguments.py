@@ -60,6 +60,45 @@ def test_edited_groups_are_checked_before_anything_changes(build) -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("build", "edit"),
+    [
+        *((OPTIMIZERS["OPLoRA"], {key: value}) for key, value in (("momentum_mode", "naive"), ("momentum_rank", 2), ("metric", "kfac"))),
+        *((OPTIMIZERS["OPLoRA-sketch"], {key: value}) for key, value in (("gradient", "dense"), ("sketch_width", 3))),
+        (lambda m, **k: lk.OPLoRA(m, metric="kfac", **k), {"metric": None}),
+        (lambda m, **k: lk.OPLoRA(m, metric="kfac", **k), {"metric_rank": 2}),
+        (OPTIMIZERS["AltLoRAPlus"], {"order": "joint"}),
+        (OPTIMIZERS["SDSLoRA"], {"start_steps": 20}),
+        (lambda m, **k: lk.ODLoRA(m, total_steps=60, rounds=2, round_steps=3, **k), {"round_steps": 2}),
+    ],
+)
+def test_what_says_which_state_there_is_cannot_be_edited_mid_run(build, edit: dict) -> None:
+    model = make_model("ours")
+    optimizer = build(model)
+    ((key, value),) = edit.items()
+    for optimizer_now, model_now in ((optimizer, model), copy.deepcopy((optimizer, model))):
+        run(model_now, optimizer_now, 0, 2)
+        saved = optimizer_now.state_dict()
+        before = copy.deepcopy((model_now.state_dict(), saved["state"]))
+        for loaded in (False, True):
+            if loaded:
+                optimizer_now.load_state_dict(saved)
+            (group,) = optimizer_now.param_groups
+            kept, group[key] = group[key], value
+            with pytest.raises(
+                ValueError, match=rf"{key} of param_groups\[0\] cannot change once the optimizer has stepped, from {kept!r} to"
+            ):
+                run(model_now, optimizer_now, 2, 3)
+            group[key] = kept
+        torch.testing.assert_close((model_now.state_dict(), optimizer_now.state_dict()["state"]), before, rtol=0, atol=0)
+        run(model_now, optimizer_now, 2, 3)
+        # A copy remembers what it was made with, too.
+        copied_model, copied = copy.deepcopy((model_now, optimizer_now))
+        copied.param_groups[0][key] = value
+        with pytest.raises(ValueError, match=f"{key} of"):
+            run(copied_model, copied, 3, 4)
+
+
 @every_optimizer
 def test_warnings_name_the_line_that_led_to_them(build) -> None:
     model = make_model("peft", dtype=torch.float32)

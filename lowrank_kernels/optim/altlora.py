@@ -61,6 +61,7 @@ class AltLoRA(PreconditionedOptimizer):
     factors_share_steps = True
     counts = frozenset({"turn", "late"})
     positions = frozenset({"late"})
+    fixed = frozenset({"order"})
     small_arguments = frozenset({"grad_maps", "momentum_maps", "drifts"})
 
     def __init__(

@@ -120,6 +120,7 @@ class DecoupledOptimizer(LowRankOptimizer):
     factors_share_steps = True
     moves_both_factors = True
     counts = positions = frozenset({STILL_PLAIN})
+    fixed = frozenset({"start_steps"})
 
     def __init__(
         self,

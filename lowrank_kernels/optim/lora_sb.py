@@ -46,6 +46,7 @@ class LoRASB(LowRankOptimizer):
     """
 
     trains_pairs, trains_cores = False, True
+    fixed = frozenset({"update"})
 
     def __init__(
         self,

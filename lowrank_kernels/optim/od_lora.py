@@ -35,6 +35,8 @@ class ODLoRA(DecoupledOptimizer):
         TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
+    fixed = DecoupledOptimizer.fixed | {"round_steps"}
+
     def __init__(
         self,
         params: ParamsT,

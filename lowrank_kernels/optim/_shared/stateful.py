@@ -56,6 +56,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
     #: The hyperparameters of all groups that were checked last, and what of ``defaults`` is none but the method's own count.
     _checked: Sequence[Any] = ()
     counts: frozenset[str] = frozenset()
+    #: The hyperparameters that say which state there is, or what it and the counters mean: none of them changes after the first step.
+    fixed: frozenset[str] = frozenset()
     #: What of a group is a list of positions of its parameters; in a ``state_dict()`` it is a list of one bool per parameter.
     positions: frozenset[str] = frozenset()
     #: Whether factors are stepped by AdamW, as parameters that are none are; else a method steps them itself.
@@ -174,12 +176,29 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _check_edits(self) -> None:
         """:meth:`_check_hyperparameters` of the groups, if one was edited (a schedule edits lr) since that was last done."""
-        values = [group.get(key) for group in self.param_groups for key in self._hyperparameters]
+        values = self._values()
         if len(values) != len(self._checked) or not all(map(operator.is_, values, self._checked)):
+            self._refuse_edits_of_fixed()
             for group in self.param_groups:
                 self._check_hyperparameters(group)
                 group["betas"] = tuple(group["betas"])  # a list could be edited in place, unseen
-            self._checked = [group.get(key) for group in self.param_groups for key in self._hyperparameters]
+            self._checked = self._values()
+
+    def _values(self) -> list[Any]:
+        """The hyperparameters of all groups, one after the other."""
+        return [group.get(key) for group in self.param_groups for key in self._hyperparameters]
+
+    def _refuse_edits_of_fixed(self) -> None:
+        """Refuse a change of what is :attr:`fixed`, once there is state."""
+        keys, before = self._hyperparameters, iter(self._checked)
+        for index, group in enumerate(self.param_groups if self.state else ()):
+            for key, old in zip(keys, before, strict=False):
+                new = group.get(key)
+                if key in self.fixed and new is not old and (type(new) is not type(old) or new != old):
+                    raise ValueError(
+                        f"{type(self).__name__}: {key} of param_groups[{index}] cannot change once the optimizer has stepped, from {old!r} "
+                        f"to {new!r:.80}; set it back, or build a new optimizer. Nothing was changed"
+                    )
 
     # ---------------------------------------------------------------- pairs
 
@@ -440,6 +459,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     if isinstance(value, Tensor):
                         dtype = compute_dtype(p.dtype) if value.is_floating_point() else value.dtype
                         self.state[p][name] = value.detach().to(p.device, dtype, copy=True).contiguous()
+        self._checked = self._values()
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         """What the state of each parameter holds under the hyperparameters of ``group``, as tensors without memory."""
@@ -462,4 +482,4 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_pairing", "_scale", "_constructed", "_nonfinite_grads", "_atomic", "skipped_steps", "_torn")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "_checked": self._checked}
