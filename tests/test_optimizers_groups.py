@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -179,6 +180,27 @@ def test_a_factor_in_the_place_of_another_is_refused_by_its_name(build) -> None:
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     params[1] = old
     optimizer.step()
+
+
+@every_optimizer
+@pytest.mark.parametrize("steps", [0, 2])
+def test_layers_that_a_state_dict_decouples_are_refused_at_the_next_step(build, steps: int) -> None:
+    decoupled, model = make_model("ours"), make_model("ours")
+    run(decoupled, lk.SDSLoRA(decoupled, lr=1e-2, refresh_every=1, warmup_steps=1), 0, 2)
+    optimizer = build(model)
+    run(model, optimizer, 0, steps)
+    model.load_state_dict(decoupled.state_dict())
+    for p in model.parameters():
+        p.grad = None
+    loss_of(model, steps).backward()
+    if isinstance(optimizer, lk.AdamW):  # which trains whatever A and B mean
+        optimizer.step()
+        return
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises((RuntimeError, ValueError), match=r"0 is decoupled, .* this method trains plain LoRA|should be plain LoRA"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), decoupled.state_dict().values(), strict=True))
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("groups", [[{}], [{"lr": 1.0}]])

@@ -271,6 +271,7 @@ class OPLoRA(OverlappingOptimizer):
     # ---------------------------------------------------------------- the step
 
     def _before_update(self) -> None:
+        self._refuse_switched()
         if self.state and not self._has_state():
             self._refuse_replaced_factors()  # said by its name, not as a gradient that is not what was captured
         self._gradients = self._captured_gradients()

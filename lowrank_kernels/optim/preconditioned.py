@@ -75,6 +75,9 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _accept_pairs(self) -> None:
         self._refuse_decoupled()
 
+    def _before_update(self) -> None:
+        self._refuse_switched()
+
     def _accept_as_given(self) -> None:
         super()._accept_as_given()
         for pair in self._pairs:

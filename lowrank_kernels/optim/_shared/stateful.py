@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...backends.dtypes import compute_dtype
 from ...backends.lists import PLAIN, complete, signature
-from ...pairs import factors_of, owners
+from ...pairs import factors_of, owners, switch_count
 from .arguments import (
     ParamsT,
     check_hyperparameters,
@@ -64,6 +64,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
     adamw_takes_factors = True
     #: Whether the step of a factor reads its partner, also where that is frozen (LoRA-FA).
     reads_frozen_partners = False
+    #: ``switch_count()`` when no layer was last found to be decoupled.
+    _plain_at: int | None = None
     #: The pairs as :meth:`_alike` has them, and of which parameters.
     _buckets: tuple[object, list[LikePairs]] = (None, [])
 
@@ -274,6 +276,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """A method refuses here the pairs that it cannot train; called whenever pairs were found."""
 
     def _refuse_decoupled(self) -> None:
+        """Refuse decoupled layers, for a method that trains plain LoRA."""
         layers = owners()
         for pair in self._pairs:
             if pair.holds_bases and getattr(layers.get(id(self._at(pair.a))), "decoupled", False):
@@ -281,6 +284,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: {pair.name} is decoupled, ΔW = s(Q_B A + B Q_Aᵀ); this method trains plain LoRA, "
                     "ΔW = sBA. Train it with SDSLoRA, or adapt the model with method='lora'"
                 )
+        self._plain_at = switch_count()  # to look may be to find that a layer has switched
+
+    def _refuse_switched(self) -> None:
+        """The same of layers that have become decoupled since then, as by a state dict of the model; before a step changes anything."""
+        if self._plain_at != switch_count():
+            self._refuse_decoupled()
 
     def _rank(self, pair: FactorPair) -> int:
         """The trained rank r."""
