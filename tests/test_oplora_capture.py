@@ -38,6 +38,40 @@ def test_micro_batches_add_up_exactly(kind: dict, library: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("dims", [2, 3])
+@every_kind
+@every_library
+def test_one_buffer_for_all_batches_changes_nothing(kind: dict, library: str, dims: int, asks: bool) -> None:
+    fresh, refilled = make_model(library), make_model(library)
+    optimizers = make(fresh, **kind), make(refilled, **kind)
+    buffer = torch.zeros((16, 12) if dims == 2 else (2, 8, 12), dtype=torch.float64, requires_grad=asks)
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for micro in range(2):
+            x, y = batch(2 * step + micro)
+            (fresh(x.clone().requires_grad_(asks)) - y).square().mean().backward()
+            with torch.no_grad():
+                buffer.copy_(x.view_as(buffer))
+            (refilled(buffer).view_as(y) - y).square().mean().backward()
+        with torch.no_grad():
+            buffer.fill_(7.0)  # the next batch is there before the step
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_alike(refilled, fresh, 1e-9)
+
+
+def test_activations_are_not_copied() -> None:
+    model = make_model("ours")
+    optimizer = make(model)
+    seen = {}
+    model[2].register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    loss_of(model, 0).backward()
+    first, second = (recorder.gradient.pieces[0][0] for recorder in optimizer._recorders[:2])
+    assert second.data_ptr() == seen["x"].data_ptr() and first.shape == (16, 12)
+
+
 def test_layers_without_gradient_miss_the_step_and_shared_ones_count_twice() -> None:
     model = Shared()
     optimizer = make(model, proximal=0.0)

@@ -6,6 +6,7 @@ kind) are seen once, a forward pass without a backward pass leaves nothing behin
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...pairs import owners
-from .full_gradient import FullGradient
+from .full_gradient import Factors, FullGradient
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,13 @@ class Recorder:
                 "gradients with overlap=False"
             )
         self._task = task
-        x = x.to(s.dtype)  # as the GEMM saw it: under autocast other libraries' layers get a wider x
-        rows = (x.reshape(-1, x.shape[-1]), s.reshape(-1, s.shape[-1])) if self.patches is None else self.patches.rows(x, s)
-        self.gradient.add(*rows)
+        seen, x = x, x.to(s.dtype)  # as the GEMM saw it: under autocast other libraries' layers get a wider x
+        if self.patches is not None:
+            self.gradient.add(*self.patches.rows(x, s))
+        else:
+            kept = x is seen and isinstance(self.gradient, Factors) and _is_the_users(x)
+            x, s = x.reshape(-1, x.shape[-1]), s.reshape(-1, s.shape[-1])
+            self.gradient.add(_copied(x) if kept else x, s)
         if self.notify is not None:
             self.notify()
 
@@ -102,6 +107,34 @@ class Recorder:
         return self_without
 
 
+def _is_the_users(x: Tensor) -> bool:
+    """Whether X, the first input of the node whose backward pass is running, is a tensor that autograd did not make, or a view of one: a
+    buffer of the user's, who may fill it with the next batch before ``step()`` reads it."""
+    node = torch._C._current_autograd_node()
+    found = node.next_functions[0][0]
+    while found is not None and len(found.next_functions) == 1:  # as views have it
+        found = found.next_functions[0][0]
+    leaf = getattr(found, "variable", None)
+    return found is None or (leaf is not None and leaf.untyped_storage().data_ptr() == x.untyped_storage().data_ptr())
+
+
+#: Where the last copy of :func:`_copied` is, as long as somebody holds it.
+_last_copy: weakref.ref[Tensor] | None = None
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A copy of X; layers that have one X in a backward pass, as query, key and value, get one copy."""
+    global _last_copy
+    made = None if _last_copy is None else _last_copy()
+    now = (torch._C._current_graph_task_id(), x.data_ptr(), x._version, x.shape, x.stride(), x.dtype)
+    if made is None or made.made_from != now:  # type: ignore[attr-defined]
+        made = x.clone()
+        # What was copied is held as well: no other tensor gets its address.
+        made.made_from, made.original = now, x  # type: ignore[attr-defined]
+        _last_copy = weakref.ref(made)
+    return made
+
+
 def _emptied(gradient: FullGradient) -> FullGradient:
     twin = object.__new__(type(gradient))
     twin.__dict__.update(gradient.__dict__)
@@ -113,7 +146,7 @@ class _Watch(torch.autograd.Function):
     """The identity on ``lora_B``'s output, with the adapter's input among its saved tensors."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, recorder: Recorder, layer: nn.Module) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, recorder: Recorder, layer: nn.Module) -> Tensor:
         ctx.save_for_backward(x)
         ctx.recorder, ctx.layer = recorder, layer
         return y.view_as(y)
@@ -122,7 +155,7 @@ class _Watch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         ctx.recorder(x.detach(), grad.detach(), ctx.layer.weight.grad is None)
-        return grad, None, None, None
+        return None, grad, None, None
 
 
 class _SeeInput:
@@ -148,7 +181,7 @@ class _SeeOutput:
         x, self.recorder.pending = self.recorder.pending, None
         if x is None or not output.requires_grad:
             return None
-        return _Watch.apply(output, x, self.recorder, module)
+        return _Watch.apply(x, output, self.recorder, module)
 
 
 def watch(a: nn.Module, b: nn.Module, recorder: Recorder) -> list[Any]:

@@ -25,7 +25,8 @@ MISMATCH = 0.3
 
 
 class Factors:
-    """X and S as they are, in their own dtype: exact; memory tokens·(d_in + d_out), of which X is the one that autograd held."""
+    """X and S as they are, in their own dtype: exact; memory tokens·(d_in + d_out), of which X is the one that autograd held; of a
+    tensor of the user's, which may be refilled before ``step()``, a copy."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[Tensor, Tensor]] = []
