@@ -55,8 +55,10 @@ class OPLoRA(OverlappingOptimizer):
     G is not in ``.grad``: the optimizer sees the inputs X and the output gradients S of the layers (``G = SᵀX``) in the backward
     pass, by a slot of our layers or by hooks on other libraries'. A and B keep their ordinary ``.grad``, and what was done to it between
     backward and ``step()``, unscaling and clipping by norms, is done to G: the factor is measured, layer by layer, as
-    ``c = ⟨∂B, s·GAᵀ⟩ / ‖s·GAᵀ‖²`` (by A's gradient where A = 0). If ∂B is no multiple of the captured ``s·GAᵀ``, or not finite, ``step()``
-    raises before it changes anything; that check is its one wait for the device.
+    ``c = ⟨∂B, s·GAᵀ⟩ / ‖s·GAᵀ‖²`` (by A's gradient where A = 0). If more than 30 % of ∂B, as a norm, is no multiple of the captured
+    ``s·GAᵀ``, or it is not finite, ``step()`` raises before it changes anything; that check is its one wait for the device. What changes
+    less than that passes, and the step is c times the captured G: ``clip_grad_value_`` of a few elements, noise on ``.grad``, or a
+    ``torch.autograd.grad`` through the layers between backward and ``step()``, whose gradient is captured too and not in ``.grad``.
 
     Convolutions (PEFT's 1-d and 2-d ones, not in groups) are linear layers of their patches: G is (d_out, d_in·k·k), A and B are matrices
     (r, d_in·k·k) and (d_out, r), and a token is a position of the output. There are many, and X holds every input k·k times: "dense" is
