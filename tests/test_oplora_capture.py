@@ -15,6 +15,7 @@ from _oplora import LR, Shared, assert_alike, deltas, every_gradient, every_kind
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import lowrank_kernels as lk
 from benchmarks.naive.oplora import OPLoRALayer
 from lowrank_kernels import pairs
 from lowrank_kernels.optim._shared.full_gradient import Factors, Probes, Sketch, random_matrix, reconstruct
@@ -304,6 +305,36 @@ def test_layers_that_are_never_seen_are_named(how: str, named: str) -> None:
     with pytest.raises(RuntimeError, match=rf"no backward pass was seen .* of {named} layers with a gradient.*tied.*VeLoRA"):
         optimizer.step()
     assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*(peft_config|no pair of matrices)")
+@pytest.mark.parametrize("how", ["ours", "peft", "peft's parameters"])
+def test_layers_that_are_never_called_are_refused_by_name(how: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.attention(x, x, x)[0])
+
+    model: nn.Module = Block()
+    if how == "ours":
+        model, named = lk.adapt(model, rank=2), r"attention\.out_proj"
+    elif how == "peft":
+        config = peft.LoraConfig(r=2, target_modules=["attention", "last"])
+        model, named = peft.get_peft_model(model, config), r"\S*attention\.default, \S*attention\.base_layer\.out_proj\.default"
+    else:
+        config = peft.LoraConfig(r=2, target_modules=["last"], target_parameters=["attention.in_proj_weight"])
+        model, named = peft.get_peft_model(model, config), r"\S*attention\.default"
+    with pytest.raises(ValueError, match=rf"OPLoRA: {named} belong.*MultiheadAttention"):
+        make(model)
+    assert not any(module._forward_hooks for module in model.modules())
+    for name, p in model.named_parameters():
+        p.requires_grad_("last" in name and "lora" in name)
+    optimizer = make(model)  # what is frozen is not asked for
+    model(torch.randn(2, 3, 8)).sum().backward()
+    optimizer.step()
 
 
 def test_loading_neither_opens_what_was_closed_nor_keeps_more() -> None:

@@ -23,9 +23,22 @@ from .pairing import FactorPair, Position
 #: Why there may be a gradient whose backward pass was not seen.
 UNSEEN = (
     "Probable causes: a second step() on one gradient; an optimizer made after the forward pass, or after torch.compile compiled layers of "
-    "that class, in another model too (torch._dynamo.reset() makes it compile anew); factors tied to another layer's; layers that read the "
-    "weights of their factors in place of calling them (PEFT's VeLoRA). The last two need another optimizer"
+    "that class, in another model too (torch._dynamo.reset() makes it compile anew); factors tied to another layer's; layers of which the "
+    "weights are read and which are not called (out_proj of nn.MultiheadAttention; PEFT's target_parameters and VeLoRA). The last two need "
+    "another optimizer, or are to be left out of what is adapted"
 )
+
+
+def never_called(model: nn.Module) -> set[int]:
+    """By id, the parameters of adapters of which the weights are read and which are never called: nobody sees their inputs."""
+    found: set[int] = set()
+    for module in model.modules():
+        base: Any = getattr(module, "base_layer", None)
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+            found.update(map(id, module.out_proj.parameters()))
+        elif isinstance(base, nn.MultiheadAttention) or (base is not None and type(module).__name__ == "ParamWrapper"):  # PEFT's
+            found.update({id(p) for p in module.parameters()} - {id(p) for p in base.parameters()})
+    return found
 
 
 class WatchingOptimizer(LowRankOptimizer):
@@ -67,6 +80,14 @@ class WatchingOptimizer(LowRankOptimizer):
         model = None if self._model is None else self._model()
         # Parameters only: our layers' `weight` is W0 + ΔW, computed when it is read.
         modules = {} if model is None else {id(w): m for m in model.modules() if (w := m._parameters.get("weight")) is not None}
+        unseen = set() if model is None else never_called(model)
+        uncalled = [pair.name for pair in new if id(self._at(pair.a)) in unseen]
+        if uncalled:
+            raise ValueError(
+                f"{type(self).__name__}: {first_few(uncalled)} belong(s) to layers of which the weights are read and which are not called "
+                "(out_proj of nn.MultiheadAttention; PEFT's target_parameters), so that their inputs cannot be seen; leave them out of "
+                "target_modules, freeze their factors, or use another optimizer"
+            )
         for pair in new:
             group, partner = self._group(pair), self.param_groups[pair.b[0]]
             different = [key for key in self.defaults if key != "weight_decay" and group[key] != partner[key]]
