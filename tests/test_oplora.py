@@ -356,6 +356,13 @@ def test_refusals() -> None:
     for bad in (0.0, float("nan")):
         with pytest.raises(ValueError, match="max_norm must be positive"):
             optimizer.clip_full_grad_norm_(bad)
+    for bad in ("a", None, True):
+        with pytest.raises(TypeError, match="OPLoRA: max_norm must be a number, got"):
+            optimizer.clip_full_grad_norm_(bad)
+    loss_of(model, 0).backward()
+    grads = [p.grad.clone() for p in trainable(model)]
+    assert optimizer.clip_full_grad_norm_(float("inf")) > 0
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(trainable(model), grads, strict=True))
     a, b = (next(p for n, p in model.named_parameters() if n == f"0.lora_{x}") for x in "AB")
     with pytest.raises(ValueError, match="different lr"):
         make([{"params": [a]}, {"params": [b], "lr": 1.0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from itertools import product
@@ -10,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..._checks import as_integer, first_few
+from ..._checks import as_integer, as_number, first_few
 from ...pairs import owners
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
@@ -203,8 +204,8 @@ class WatchingOptimizer(LowRankOptimizer):
         Returns:
             The norm before clipping, a tensor.
         """
-        if not max_norm > 0:
-            raise ValueError(f"{type(self).__name__}: max_norm must be positive, got {max_norm}")
+        if not (isinstance(max_norm, float) and max_norm == math.inf):  # which clips nothing, as torch has it
+            max_norm = as_number(type(self).__name__, "max_norm", max_norm, positive=True)
         probes = as_integer(type(self).__name__, "probes", probes)
         of_factors = {id(self._at(position)) for pair in self._pairs for position in (pair.a, pair.b)}
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
