@@ -231,23 +231,26 @@ def test_attached_probe_takes_the_method_and_averages_micro_batches() -> None:
             pair.B.copy_(random(*pair.B.shape, seed=pair.B.shape[0]))
     optimizer = lrk.ScaledAdamW(model, lr=1e-3, damping=DELTA)
     probe = FullGradientProbe(model, every=2).attach(optimizer)
-    expected = []
+    expected, expected_norms = [], []
     for step in range(4):
         factors = [(p.A.detach().clone(), p.B.detach().clone()) for p in lrk.pairs(model)]
         optimizer.zero_grad()
-        values = []
+        values, norms = [], []
         for micro in (2 * step, 2 * step + 1):
             gradients = full_gradients(model, micro)
             values.append(
                 [float(cosine(G, dense("preconditioned", G, A, B, DELTA)[0])) for G, (A, B) in zip(gradients, factors, strict=True)]
             )
+            norms.append([float(G.norm()) for G in gradients])
             loss_of(model, micro).backward()
         optimizer.step()
         if step % 2 == 0:
             expected += [sum(pair) / 2 for pair in zip(*values, strict=True)]
+            expected_norms += [sum(pair) / 2 for pair in zip(*norms, strict=True)]
     probe.detach()
     assert {row["method"] for row in probe.rows} == {"preconditioned"} and {row["step"] for row in probe.rows} == {1, 3}
     assert [row["alignment"] for row in probe.rows] == pytest.approx(expected, rel=1e-9)
+    assert [row["gradient_norm"] for row in probe.rows] == pytest.approx(expected_norms, rel=1e-9)
     assert not any(pair.layer.base_layer.weight.requires_grad for pair in lrk.pairs(model))
 
 

@@ -48,8 +48,10 @@ class FullGradientProbe:
     the time is that of the weight gradients which frozen layers save, up to half as much again as the linear layers take, and of
     two thin products a layer. Steps in between cost nothing: no hook, no requires_grad.
 
-    Several backward passes in one step (gradient accumulation) are averaged; under data parallelism each rank sees the gradient of
-    its own shard.
+    Of several backward passes in one step (gradient accumulation) each one's gradient is measured, and the row has the means of these
+    measures, those that are NaN left out: with two micro-batches ``gradient_norm`` is the mean of two norms, not the norm of the mean
+    gradient, which is smaller wherever the two disagree. (A base weight that is trained has its sum so far in ``.grad``, and that is
+    measured.) Drifts, stable ranks and spectra are of the step. Under data parallelism each rank sees the gradient of its own shard.
 
     Measures of a layer, all of the same batch and of the factors as they were in the forward pass:
         ``alignment``: cos(G, G̃), and ``alignment_unscaled``, what it would be if the singular values of the same subspaces were
