@@ -366,6 +366,28 @@ def test_freezing_the_idle_factor_changes_nothing_but_its_backward(method: type[
         assert all(torch.equal(p, q) for p, q in zip(free.parameters(), frozen.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("method", [AltLoRA, AltLoRAPlus])
+def test_freezing_the_idle_factor_can_be_switched_off(method: type[LowRankOptimizer], copied: bool) -> None:
+    free, frozen = make_model("ours"), make_model("ours")
+    options = {"lr": 1e-2, "damping": 1e-3}
+    optimizers = [method(free, **options), method(frozen, freeze_idle=True, **options)]
+    for step in range(8):
+        if step == 3:
+            if copied:
+                frozen, optimizers[1] = copy.deepcopy((frozen, optimizers[1]))
+            optimizers[1].param_groups[0]["freeze_idle"] = False
+        if step == 5:
+            for model in (free, frozen):  # what the user freezes from then on stays so
+                model[0].lora_A.requires_grad_(False)
+        for model, optimizer in zip((free, frozen), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(free.parameters(), frozen.parameters(), strict=True))
+    assert [p.requires_grad for p in frozen.parameters()] == [p.requires_grad for p in free.parameters()]
+
+
 @every_method
 def test_misuse_is_named(method: type[LowRankOptimizer]) -> None:
     name = method.__name__

@@ -49,7 +49,8 @@ class AltLoRA(PreconditionedOptimizer):
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
             DistributedDataParallel and torch.compile do not cope with parameters whose ``requires_grad`` changes. It is the optimizer's
             then: a factor that you froze is thawed at its turn, and after the last step half of the factors stay frozen, which
-            ``for p in optimizer.param_groups[0]["params"]: p.requires_grad_(True)`` undoes.
+            ``for p in optimizer.param_groups[0]["params"]: p.requires_grad_(True)`` undoes. Switched off in a group, it thaws them in the
+            next step.
 
     State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. A frozen factor has
     it too if its partner is trained. ``group["late"]`` holds the positions of factors that missed their last turn.
@@ -62,6 +63,8 @@ class AltLoRA(PreconditionedOptimizer):
     counts = frozenset({"turn", "late"})
     positions = frozenset({"late"})
     fixed = frozenset({"order"})
+    #: What ``freeze_idle`` holds frozen.
+    _idle: frozenset[Position] = frozenset()
     small_arguments = frozenset({"grad_maps", "momentum_maps", "drifts"})
 
     def __init__(
@@ -234,9 +237,23 @@ class AltLoRA(PreconditionedOptimizer):
                 self._freeze_idle([pair], ORDERS[group["order"]][group["turn"]])
 
     def _freeze_idle(self, pairs: list[FactorPair], next_turn: str) -> None:
+        active, idle = set(), set()
         for pair in pairs:
             for side in "AB":
-                self._at(self._position(pair, side)).requires_grad_(side in next_turn)
+                position = self._position(pair, side)
+                self._at(position).requires_grad_(side in next_turn)
+                (active if side in next_turn else idle).add(position)
+        self._idle = self._idle - active | idle
+
+    def _before_update(self) -> None:
+        super()._before_update()
+        left = {position for position in self._idle if not self.param_groups[position[0]]["freeze_idle"]}
+        for position in left:  # freeze_idle was switched off since
+            self._at(position).requires_grad_(True)
+        self._idle -= left
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_idle": self._idle}
 
 
 class AltLoRAPlus(AltLoRA):
