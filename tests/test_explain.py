@@ -6,6 +6,7 @@ import pytest
 import torch
 from _models import make_model, trainable
 from _optimizers import OPTIMIZERS, every_optimizer
+from _ranks import Ranks
 from torch import nn
 
 import lowrank_kernels as lk
@@ -85,6 +86,31 @@ def test_explain_says_what_a_step_then_calls(name: str, rank: int, trained: str)
     called = {call for _ in range(2 if trained == "B" else 1) for call in step()}
     assert called <= said
     assert {operation for operation, _ in said - called} <= OCCASIONAL.get(name, set())
+
+
+def explained(rank: int, world: int, method: str, options: dict) -> set[tuple[str, str]]:
+    """What ``explain`` says on one rank of two, of a model that FSDP2 has sharded; on the other one it is not called."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = lk.adapt(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)), "sds", rank=2)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)), shard_placement_fn=lk.shard_placement(model))
+    optimizer = getattr(lk, method)(model, lr=1e-2, **options)
+
+    def gather(*_: object, **__: object) -> None:
+        raise AssertionError("explain() asks the other ranks")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+        return {(choice.operation, choice.backend) for choice in lk.explain(optimizer).choices} if rank == 0 else set()
+
+
+@pytest.mark.parametrize(("method", "options"), [("SDSLoRA", {"total_steps": 40}), ("ODLoRA", {"total_steps": 400}), ("ScaledAdamW", {})])
+def test_one_rank_alone_is_explained_what_all_do(method: str, options: dict, ranks: Ranks) -> None:
+    model = lk.adapt(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)), "sds", rank=2)
+    optimizer = getattr(lk, method)(model, lr=1e-2, **options)
+    whole = {(choice.operation, choice.backend) for choice in lk.explain(optimizer).choices}
+    assert ranks(explained, method, options)[0] == whole
 
 
 def test_explain_is_short_and_takes_either_order(capsys) -> None:

@@ -237,7 +237,8 @@ class AltLoRA(PreconditionedOptimizer):
                 self._freeze_idle([pair], ORDERS[group["order"]][group["turn"]])
 
     def _freeze_idle(self, pairs: list[FactorPair], next_turn: str) -> None:
-        active, idle = set(), set()
+        active: set[Position] = set()
+        idle: set[Position] = set()
         for pair in pairs:
             for side in "AB":
                 position = self._position(pair, side)

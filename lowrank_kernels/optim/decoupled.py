@@ -594,9 +594,18 @@ class DecoupledOptimizer(LowRankOptimizer):
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
         for pairs in self._alike(self._pairs):
-            factors, bases = map(list, self._tall(pairs))
-            device, rank, count = factors[0].device, factors[0].shape[1], len(pairs)
-            dtype = compute_dtype(factors[0].dtype)
-            rs, ss = (torch.empty(shape, dtype=dtype, device=device) for shape in ((2 * count, rank, rank), (count, rank)))
-            yield "grouped_qr", device.type, (factors, bases, bases, rs)
-            yield "grouped_svd_product", device.type, (factors[count:], factors[:count], bases[count:], ss, bases[:count])
+            # By their shapes, those of whole factors: sharded ones would have to be gathered, which needs all ranks.
+            factor, rank, count = self._at(pairs[0].a), self._rank(pairs[0]), len(pairs)
+            device, wide = factor.device, compute_dtype(factor.dtype)
+            widths, heights = [self._at(pair.a).shape[1] for pair in pairs], [self._at(pair.b).shape[0] for pair in pairs]
+            (rights, lefts), (thin_a, thin_b) = (
+                (
+                    [torch.empty(rank, width, dtype=dtype, device=device).mT for width in widths],
+                    [torch.empty(height, rank, dtype=dtype, device=device) for height in heights],
+                )
+                for dtype in (wide, factor.dtype)
+            )
+            rs, ss = (torch.empty(shape, dtype=wide, device=device) for shape in ((2 * count, rank, rank), (count, rank)))
+            thin = thin_a + thin_b
+            yield "grouped_qr", device.type, (thin, thin, thin, rs)
+            yield "grouped_svd_product", device.type, (lefts, rights, lefts, ss, rights)
