@@ -193,8 +193,6 @@ class AltLoRA(PreconditionedOptimizer):
         if group["order"] not in tuple(ORDERS):
             raise ValueError(f"{type(self).__name__}: order must be 'B' (first), 'A' (first) or 'joint', got {group['order']!r}")
         as_flag(type(self).__name__, "freeze_idle", group["freeze_idle"])
-        if not 0.0 <= group.get("momentum", 0.0) < 1.0:
-            raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if group["capturable"] and group["order"] != "joint":
             raise ValueError(
                 f"{type(self).__name__}: capturable=True needs order='joint', got order={group['order']!r}: whose turn it is is decided on "
@@ -296,5 +294,5 @@ class AltLoRAPlus(AltLoRA):
 
 
 def _alternation(order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:
-    # The turn is the host's, apart from the step counter, which is the device's when capturable: one CUDA graph for each turn.
+    # The turn is a counter of its own, the host's: the step counter is the device's when capturable, as it may be where none has turns.
     return {"order": order, "damping": damping, "freeze_idle": freeze_idle, "turn": 0, "late": []}

@@ -72,8 +72,6 @@ class LoRASB(LowRankOptimizer):
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
         check_choice(type(self).__name__, "update", group["update"], UPDATES)
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if group["momentum"] and group["update"] == "adam":
             raise ValueError(f"{type(self).__name__}: momentum is for update='sgd'; Adam's is betas[0]")
 
@@ -126,16 +124,7 @@ class LoRASB(LowRankOptimizer):
         # W(WᵀgW)Wᵀ, not (WWᵀ)g(WWᵀ): the entries of the inverses cancel, at the price of cond(B)² cond(A)².
         stacked = torch.stack([params[i].grad for i in active])  # type: ignore[misc]
         grads = (left @ (left.mT @ stacked.to(left.dtype) @ right) @ right.mT).to(stacked.dtype)
-        options: dict[str, Any] = {}
-        if group["update"] == "sgd":
-            # The moment step averages, m = μ m + (1-μ) g; SGD adds up. Dividing the step by 1-μ makes them equal.
-            keep = 1.0 - group["momentum"]
-            options = {
-                "betas": (group["momentum"], 0.0),
-                "bias_correction": False,
-                "lr": group["lr"] / keep,
-                "weight_decay": self._factor_decay(group) * keep,
-            }
+        options = self._sgd(group, is_second=False) if group["update"] == "sgd" else {}
         members = [cores[i].position[1] for i in active]
         self._adamw(cores[0].position[0], members, is_factor=True, is_second=False, grads=list(grads), **options)
 

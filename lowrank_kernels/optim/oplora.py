@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_integer, as_number, check_choice, check_module
+from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 from ..ops.lorsum import lorsum_in_step
@@ -138,8 +138,6 @@ class OPLoRA(OverlappingOptimizer):
         **options: Unpack[AdamWOptions],
     ) -> None:
         seed = as_integer("OPLoRA", "seed", seed, -math.inf, math.inf)
-        if model is not None:
-            check_module("OPLoRA", model)
         method = {
             "momentum": momentum,
             "sweeps": sweeps,
@@ -170,8 +168,6 @@ class OPLoRA(OverlappingOptimizer):
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
         super()._check_hyperparameters(group)
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"Invalid momentum value: {group['momentum']}")
         as_integer(name, "sweeps", group["sweeps"], 1, MOST_SWEEPS)
         as_number(name, "proximal", group["proximal"], 0.0)
         for key, allowed in (("momentum_mode", MOMENTUM_MODES), ("gradient", KINDS), ("metric", METRICS)):

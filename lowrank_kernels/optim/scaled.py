@@ -82,11 +82,6 @@ class ScaledGD(ScaledAdamW):
         method = {"damping": damping, "momentum": momentum}
         super(ScaledAdamW, self).__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
 
-    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        super()._check_hyperparameters(group)
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"Invalid momentum value: {group['momentum']}")
-
     def _keeps_state(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"])
 
@@ -94,11 +89,4 @@ class ScaledGD(ScaledAdamW):
         return moments(part, "exp_avg") if self._keeps_state(group) else {}
 
     def _moments(self, group: dict[str, Any], side: str) -> dict[str, Any]:
-        # The moment step averages, m = μ m + (1-μ) ĝ; SGD adds up. Dividing the step by 1-μ makes them equal.
-        keep = 1.0 - group["momentum"]
-        return {
-            "betas": (group["momentum"], 0.0),
-            "bias_correction": False,
-            "lr": self._lr(group, is_second=side == "B") / keep,
-            "weight_decay": self._factor_decay(group) * keep,
-        }
+        return self._sgd(group, is_second=side == "B")

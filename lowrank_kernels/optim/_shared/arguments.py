@@ -195,6 +195,8 @@ def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
     for index, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not 0.0 <= group.get("momentum", 0.0) < 1.0:
+        raise ValueError(f"Invalid momentum value: {group['momentum']}")
     for key in OPTIONAL:
         decay = group.get(key)
         if decay is not None and not decay >= 0.0:

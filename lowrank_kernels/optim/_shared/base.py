@@ -231,6 +231,19 @@ class LowRankOptimizer(StatefulOptimizer):
         """The weight decay of the factors of a group."""
         return group["weight_decay"] if group["factor_weight_decay"] is None else group["factor_weight_decay"]
 
+    def _sgd(self, group: dict[str, Any], is_second: bool) -> dict[str, Any]:
+        """What makes the moment step of factors that of ``torch.optim.SGD`` with heavy-ball momentum μ, and weight decay decoupled.
+
+        The moment step averages, m = μ m + (1-μ) g; SGD adds up. Dividing the step by 1-μ makes them equal.
+        """
+        keep = 1.0 - group["momentum"]
+        return {
+            "betas": (group["momentum"], 0.0),
+            "bias_correction": False,
+            "lr": self._lr(group, is_second) / keep,
+            "weight_decay": self._factor_decay(group) * keep,
+        }
+
     def _adamw(
         self,
         group_index: int,
