@@ -323,6 +323,24 @@ def test_memory_is_at_most_adams_and_what_the_gradient_is_said_to_hold(kind: dic
     assert kept(optimizer) - metric - 2 * storages(head.parameters()) == {"naive": 4 * rank * heights}.get(mode, factors)
 
 
+@pytest.mark.parametrize("mode", ["projected", "naive"])
+def test_momentum_that_goes_through_zero_forgets(mode: str) -> None:
+    model = make_model("ours")
+    optimizer = make(model, momentum_mode=mode)
+    for step in range(5):
+        if step == 2:
+            optimizer.param_groups[0]["momentum"] = 0.0
+            twin = copy.deepcopy(model)
+            other = make(twin, momentum_mode=mode)
+        if step == 3:
+            optimizer.param_groups[0]["momentum"] = 0.8
+        for module, method in [(model, optimizer)] + ([(twin, other)] if step >= 2 else []):
+            method.zero_grad()
+            loss_of(module, step).backward()
+            method.step()
+    assert_alike(model, twin, 1e-9)
+
+
 def test_refusals() -> None:
     model = make_model("ours")
     for bad, message in (

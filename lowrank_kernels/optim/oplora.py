@@ -322,14 +322,14 @@ class OPLoRA(OverlappingOptimizer):
         steps = -lr * inverse_scales
         kept = torch.ones_like(steps) - group["lr"] * self._factor_decay(group)
         terms, coefficients = [(us, vs)], [kept]
-        if momentum:
+        if mus:  # also while α is 0, scheduled or edited: then M becomes G
             # A term has one dtype: M_U is fp32 where A is 16-bit.
             terms.append((mus, widened(vs, mus[0].dtype) if group["momentum_mode"] == "naive" else mvs))
             coefficients.append(momentum * steps)
             if group["momentum_mode"] != "lowrank":
                 new_momentum = self._projected_momentum(gradients, mus, mvs, vs)
         self._lorsum((us, vs), terms, coefficients, gradients, steps, begin_writing, metrics)
-        if not momentum:
+        if not mus:
             return
         if group["momentum_mode"] != "lowrank":
             begin_writing()
