@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from _models import make_model
+from _optimizers import run
 from torch import Tensor, nn
 
 import lowrank_kernels as lk
@@ -93,6 +95,23 @@ def test_a_step_reads_nothing_on_the_host(method: str) -> None:
     assert not +found
     assert all(not torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))
     assert isinstance(optimizer.param_groups[0]["step"], Tensor) and optimizer.param_groups[0]["step"].item() == 2
+
+
+@pytest.mark.parametrize("how", ["edited", "loaded"])
+def test_the_counter_is_where_a_capturable_step_counts(how: str) -> None:
+    models = [make_model("ours") for _ in range(2)]
+    plain, other = (lk.AdamW(model, lr=1e-2) for model in models)
+    for first, capturable in enumerate((False, True, False)):
+        if how == "edited":
+            other.param_groups[0]["capturable"] = capturable
+        else:
+            saved = other.state_dict()
+            saved["param_groups"][0]["capturable"] = capturable
+            other.load_state_dict(saved)
+        for model, optimizer in zip(models, (plain, other), strict=True):
+            run(model, optimizer, 2 * first, 2 * first + 2)
+        assert isinstance(other.param_groups[0]["step"], Tensor) == capturable
+    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
 
 
 def test_the_watch_can_fail() -> None:

@@ -184,7 +184,18 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 self._check_hyperparameters(group)
                 group["betas"] = tuple(group["betas"])  # a list could be edited in place, unseen
+                if self.state:
+                    self._place_counter(group)
             self._checked = self._values()
+
+    @staticmethod
+    def _place_counter(group: dict[str, Any]) -> None:
+        """Put a group's step counter where it counts: on the device if ``capturable``, since a graph repeats what it reads there alone."""
+        on_device = isinstance(group["step"], Tensor)
+        if group["capturable"] and not on_device:
+            group["step"] = torch.tensor(float(group["step"]), device=next((p.device for p in group["params"]), None))
+        elif on_device and not group["capturable"]:
+            group["step"] = int(group["step"])
 
     def _values(self) -> list[Any]:
         """The hyperparameters of all groups, one after the other."""
@@ -370,8 +381,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._refuse_replaced_factors()
         created, wanted = False, self._reads_of_frozen()
         for group_index, group in enumerate(self.param_groups):
-            if group["capturable"] and not isinstance(group["step"], Tensor):
-                group["step"] = torch.tensor(float(group["step"]), device=group["params"][0].device)
+            self._place_counter(group)
             parts = None
             for index, p in enumerate(group["params"]):
                 # Asked for what it lacks, torch's defaultdict has an empty state, which is none, unless the method keeps none.
@@ -468,6 +478,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     if isinstance(value, Tensor):
                         dtype = compute_dtype(p.dtype) if value.is_floating_point() else value.dtype
                         self.state[p][name] = value.detach().to(p.device, dtype, copy=True).contiguous()
+            self._place_counter(group)
         self._checked = self._values()
 
     def _expected_states(self, group_index: int, group: dict[str, Any]) -> Iterator[tuple[Position, dict[str, Tensor]]]:
