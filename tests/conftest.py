@@ -26,6 +26,18 @@ def seed() -> None:
     np.random.seed(0)
 
 
+@pytest.fixture
+def guarded_scratch() -> Iterator[None]:
+    """Compiled code that writes behind its scratch ends the process, and says so; elsewhere a kept, larger scratch may take it."""
+    from lowrank_kernels.backends.extension import csrc
+
+    if csrc is not None:
+        csrc.guard_scratch(True)
+    yield
+    if csrc is not None:
+        csrc.guard_scratch(False)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where Triton kernels can run: the GPU if there is one, else the CPU by the interpreter."""

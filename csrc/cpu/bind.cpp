@@ -14,6 +14,7 @@
 #include "cpu/kernels.h"
 #include "cpu/layouts.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/sizes.h"
 #include "cpu/tensors.h"
 
@@ -508,6 +509,8 @@ void bind_cpu(py::module_& m) {
   m.def("lorsum", &lorsum,
         "Rank-r approximations of sums of low-rank matrices of a list, by alternating least squares.");
   m.attr("max_lorsum_terms") = kMaxLorsumTerms;
+  m.def("guard_scratch", &guard_scratch, py::arg("guard"),
+        "For tests: end the process where a kernel writes behind its scratch.");
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use now.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Use 'avx512', 'avx2' or 'portable' kernels from now on; False (and no change) where that cannot run.");

@@ -39,10 +39,10 @@ struct AdamWItem {
 // xᵀy, or xᵀx without y: (r, k), contiguous.
 struct GramItem {
   View x, y;
-  bool symmetric = true;  // there is no y; that of an empty matrix has no address either
   int64_t rows = 0;
   void* gram = nullptr;
   const GramItem* next = nullptr;  // as AdamWItem has it
+  bool symmetric = true;           // there is no y; that of an empty matrix has no address either
 };
 
 // out = rhs (gram + damping)⁻¹ for `rows` rows; only the lower triangle of the (r, r) gram, contiguous, is read.

@@ -22,8 +22,13 @@ class Scratch {
  private:
   std::unique_ptr<char[]> memory_;
   size_t capacity_ = 0;
-  size_t bytes_;
+  size_t asked_, bytes_;  // for each worker: what was asked for, and how far apart they are
   char* aligned_;
+  int guarded_ = 0;  // so many workers' memory has a guard behind it
 };
+
+// For tests: from now on nothing is kept, and the process ends, saying so, where a worker wrote behind its memory. What
+// was kept may be larger than what is asked for, and hides that.
+void guard_scratch(bool guard);
 
 }  // namespace lowrank

@@ -11,7 +11,7 @@ from lowrank_kernels.backends import registry
 
 
 @pytest.fixture(autouse=True)
-def forced_native() -> Iterator[None]:
+def forced_native(guarded_scratch: None) -> Iterator[None]:
     with registry.force("native"):
         yield
 
