@@ -217,6 +217,12 @@ def factors_of(model: nn.Module, convolutions: bool = False) -> tuple[list[Pair]
     return list(found.values()), others
 
 
+def uncalled_projections(model: nn.Module) -> list[nn.Module]:
+    """The ``out_proj`` of every ``nn.MultiheadAttention`` that reads its weight and never calls it."""
+    plain = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and type(m).forward is nn.MultiheadAttention.forward)
+    return [attention.out_proj for attention in plain]
+
+
 def shard_placement(model: nn.Module) -> Callable[[nn.Parameter], Any]:
     """``shard_placement_fn`` for FSDP2: every A (r, d_in) is sharded along d_in, everything else along its first dimension (FSDP2's rule).
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from .._checks import check_module
-from ..pairs import pairs
+from ..pairs import pairs, uncalled_projections
 from .layer import LowRankLinear
 
 #: What ``torch.compile`` and checkpoint wrappers put into module names.
@@ -76,8 +76,7 @@ def require_adapters(function: str, model: nn.Module) -> dict[str, LowRankLinear
 
 def uncalled_layers(root: nn.Module) -> dict[str, LowRankLinear]:
     """Our layers that nothing calls, by name: ``nn.MultiheadAttention`` reads the weight of its ``out_proj``."""
-    attentions = (m for m in root.modules() if isinstance(m, nn.MultiheadAttention) and type(m).forward is nn.MultiheadAttention.forward)
-    read = {id(attention.out_proj) for attention in attentions}
+    read = set(map(id, uncalled_projections(root)))
     return {name: layer for name, layer in adapted_layers(root).items() if id(layer) in read}
 
 

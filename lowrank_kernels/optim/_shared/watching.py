@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import as_integer, as_number, first_few
-from ...pairs import owners
+from ...pairs import owners, uncalled_projections
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, unwatch, watch
@@ -32,12 +32,10 @@ UNSEEN = (
 
 def never_called(model: nn.Module) -> set[int]:
     """By id, the parameters of adapters of which the weights are read and which are never called: nobody sees their inputs."""
-    found: set[int] = set()
+    found = {id(p) for projection in uncalled_projections(model) for p in projection.parameters()}
     for module in model.modules():
         base: Any = getattr(module, "base_layer", None)
-        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
-            found.update(map(id, module.out_proj.parameters()))
-        elif isinstance(base, nn.MultiheadAttention) or (base is not None and type(module).__name__ == "ParamWrapper"):  # PEFT's
+        if isinstance(base, nn.MultiheadAttention) or (base is not None and type(module).__name__ == "ParamWrapper"):  # PEFT's
             found.update({id(p) for p in module.parameters()} - {id(p) for p in base.parameters()})
     return found
 
