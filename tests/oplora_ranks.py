@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_kernels import OPLoRA, adapt, average_gradients, pairs
-from lowrank_kernels.optim._shared.distributed import DataParallelGroup
+from lowrank_kernels.parallel.ranks import DataParallelGroup
 
 CASES: dict[str, dict[str, Any]] = {
     "factors": {},

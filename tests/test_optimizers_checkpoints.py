@@ -16,7 +16,7 @@ from _ranks import Ranks
 from torch import nn
 
 import lowrank_kernels as lk
-from lowrank_kernels.optim._shared.shards import local_parts
+from lowrank_kernels.parallel.shards import local_parts
 
 
 @every_optimizer

@@ -20,6 +20,7 @@ ROOMS = (
     "backends.triton",
     "ops",
     "pairs",
+    "parallel",
     "optim._shared",
     "optim",
     "diagnostics",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import as_flag, as_integer, check_choice, first_few
 from ..backends.dtypes import compute_dtype
-from ..optim._shared.distributed import data_parallel_group
+from ..parallel.ranks import data_parallel_group
 from ._model import uncalled_layers
 from .layer import LowRankLinear
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .._checks import as_flag, check_path, first_few
 from ..backends.dtypes import FLOATING
-from ..optim._shared.shards import is_sharded
+from ..parallel.shards import is_sharded
 from ._model import adapted_layers, check_model, clean_name, require_adapters
 from .adapt import check_unadapted, install
 from .layer import LowRankLinear, check_settings

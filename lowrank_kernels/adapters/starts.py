@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_svd
-from ..optim._shared.shards import is_sharded
+from ..parallel.shards import is_sharded
 from ._gradients import Gradients, LossFunction, share
 from ._model import adapted_layers, check_model, parallel_wrapper
 from .layer import LowRankLinear, holds_matrix, is_plain

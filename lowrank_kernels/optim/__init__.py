@@ -6,8 +6,8 @@ methods share is in ``_shared``; what all of them take is described in ``_shared
 
 import sys
 
+from ..parallel.shards import average_gradients
 from ._shared import capture, full_gradient, pairing
-from ._shared.shards import average_gradients
 from .adamw import AdamW
 from .altlora import AltLoRA, AltLoRAPlus
 from .lora_pro import LoRAPro

@@ -13,9 +13,9 @@ from ..backends.dtypes import compute_dtype
 from ..backends.lists import matrix_layout
 from ..backends.moments import Stepped
 from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
+from ..parallel.shards import is_sharded
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import FactorPair, LikePairs, Position
-from ._shared.shards import is_sharded
 from ._shared.state import may_step, moments
 from .preconditioned import DEFAULT_DAMPING, OTHER, RANK_DIM, Active, PreconditionedOptimizer
 

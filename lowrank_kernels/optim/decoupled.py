@@ -21,13 +21,13 @@ from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, held, located
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
+from ..parallel.ranks import DataParallelGroup, data_parallel_group, exchange, shares
+from ..parallel.shards import KEEP_WHOLE, assign, gathered, is_sharded, shard_dims
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.base import LowRankOptimizer
-from ._shared.distributed import DataParallelGroup, data_parallel_group
 from ._shared.idle_halves import IdleHalf, owner, remove_all
 from ._shared.notices import warn
 from ._shared.pairing import FactorPair, LikePairs, Position
-from ._shared.shards import KEEP_WHOLE, assign, exchange, gathered, is_sharded, shard_dims, shares
 from ._shared.state import check_is_state_dict
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import as_stored, column, copy_, located, states
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
+from ..parallel.shards import KEEP_WHOLE
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.pairing import FactorPair, LikePairs, Position
-from ._shared.shards import KEEP_WHOLE
 from ._shared.state import moments
 from .preconditioned import DEFAULT_DAMPING, OTHER, Active, PreconditionedOptimizer
 

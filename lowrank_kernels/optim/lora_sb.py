@@ -12,10 +12,10 @@ from torch import Tensor
 from .._checks import check_choice
 from ..ops import grouped_eigh, grouped_gram
 from ..pairs import core_owners
+from ..parallel.shards import FLATTENED, KEEP_WHOLE, is_sharded
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.base import LowRankOptimizer
 from ._shared.pairing import Core
-from ._shared.shards import FLATTENED, KEEP_WHOLE, is_sharded
 from ._shared.state import moments
 
 UPDATES = ("adam", "sgd")

@@ -15,15 +15,15 @@ from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 from ..ops.lorsum import lorsum_in_step
+from ..parallel.ranks import data_parallel_group
+from ..parallel.shards import KEEP_WHOLE
 from ._shared.arguments import LARGEST, AdamWOptions, ParamsT
 from ._shared.background import Tensors
-from ._shared.distributed import data_parallel_group
 from ._shared.full_gradient import KINDS, Gradients, on_device, random_matrix, widened
 from ._shared.kfac import Kronecker, track
 from ._shared.lorsum import composed_lorsum, damped
 from ._shared.overlapping import OverlappingOptimizer
 from ._shared.pairing import FactorPair, Position
-from ._shared.shards import KEEP_WHOLE
 
 MOMENTUM_MODES = ("lowrank", "projected", "naive")
 METRICS = (None, "kfac")

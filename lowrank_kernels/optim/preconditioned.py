@@ -18,9 +18,9 @@ from ..backends.dtypes import compute_dtype
 from ..backends.lists import Gathered, Tall, column, consecutive, gather, holds, states
 from ..backends.moments import Maps
 from ..ops import grouped_gram, grouped_preconditioner
+from ..parallel.shards import is_sharded, local_parts, shard_dims, shard_group
 from ._shared.base import LowRankOptimizer
 from ._shared.pairing import FactorPair, LikePairs, Position
-from ._shared.shards import is_sharded, local_parts, shard_dims, shard_group
 
 #: Absolute damping δ of every Gram matrix. `python -m benchmarks.damping` is the experiment behind the number, on factors with singular
 #: values down to 1e-6 and on LoRA's own start: at 1e-7 and below runs of ScaledGD and LoRA-RITE blow up, at 1e-6 none does, but four

@@ -4,7 +4,6 @@
   ``explain_calls`` for ``explain()``.
 * What an optimizer holds, saves and loads: ``stateful``; its ``arguments``, the ``pairing`` of its parameters, what ``state`` must be, and
   the ``idle_halves`` of factors that it does not train.
-* Several processes: ``distributed``, ``shards``.
 * The full gradient: ``capture`` sees it, ``full_gradient`` holds it; ``watching`` and ``overlapping`` are the optimizers that step by it,
   the latter in the ``background`` of the backward pass. OPLoRA's equations: ``lorsum`` (6 and 10), ``kfac`` (the metrics).
 """

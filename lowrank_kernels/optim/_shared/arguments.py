@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..._checks import as_flag, as_number, check_choice, check_module
 from ...pairs import pairs
-from .shards import FLATTENED
+from ...parallel.shards import FLATTENED
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module
 

@@ -17,9 +17,9 @@ from ...backends.lists import Gathered, first_sparse_gradient, gather
 from ...backends.moments import Maps, Numbers, Stepped
 from ...ops.adamw import adamw_as_gathered_
 from ...pairs import core_owners
+from ...parallel.shards import local_parts
 from .nonfinite import which_nonfinite
 from .notices import warn
-from .shards import local_parts
 from .state import misfit
 from .stateful import StatefulOptimizer
 from .step_entry import entered

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...backends.dtypes import compute_dtype
 from ...ops import grouped_gram, grouped_lorsum_product, grouped_qr
-from .distributed import DataParallelGroup
+from ...parallel.ranks import DataParallelGroup
 from .pairing import FactorPair
 
 #: Above this share of ``.grad`` that is no multiple of the captured gradient, the two are of different backward passes. Rounding in bf16

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from .shards import local_parts, shard_group
+from ...parallel.shards import local_parts, shard_group
 
 
 def first_nonfinite(grads: list[Tensor]) -> int | None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..._checks import as_flag
 from ...backends.registry import do_nothing
+from ...parallel.ranks import data_parallel_group
 from .arguments import ParamsT
 from .background import EarlyWork, Tensors, start
-from .distributed import data_parallel_group
 from .full_gradient import Gradients
 from .pairing import FactorPair
 from .watching import WatchingOptimizer

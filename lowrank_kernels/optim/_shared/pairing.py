@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._checks import first_few
 from ...pairs import Pair, halves_by_name, is_adapter_parameter, live_layers, own_pair, pairs_by_name
-from .shards import FLATTENED, PARTITIONED, made_by_zero
+from ...parallel.shards import FLATTENED, PARTITIONED, made_by_zero
 
 #: (group index, index within the group).
 Position: TypeAlias = tuple[int, int]

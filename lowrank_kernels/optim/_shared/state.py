@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...backends.dtypes import compute_dtype
 from ...backends.lists import PLAIN
+from ...parallel.shards import is_sharded
 from .pairing import Position, name_at
-from .shards import is_sharded
 
 #: From a group's index and hyperparameters to what the state of each of its parameters should hold, as tensors without memory.
 ExpectedStates: TypeAlias = Callable[[int, dict[str, Any]], Iterable[tuple[Position, dict[str, Tensor]]]]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...backends.dtypes import compute_dtype
 from ...backends.lists import PLAIN, complete, signature
 from ...pairs import factors_of, owners, switch_count
+from ...parallel.shards import FLATTENED, is_sharded
 from .arguments import (
     ParamsT,
     check_hyperparameters,
@@ -31,7 +32,6 @@ from .arguments import (
 from .idle_halves import take_over
 from .notices import warn
 from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
-from .shards import FLATTENED, is_sharded
 from .state import as_saved, check_is_state_dict, checked_state_dict, may_step, moments
 
 #: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).

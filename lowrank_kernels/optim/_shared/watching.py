@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..._checks import as_integer, as_number, first_few
 from ...pairs import owners, uncalled_projections
+from ...parallel.ranks import data_parallel_group
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, unwatch, watch
-from .distributed import data_parallel_group
 from .explain_calls import thin_call
 from .full_gradient import Dense, Factors, FullGradient, Gradients, Probes, Sketch
 from .pairing import FactorPair, Position

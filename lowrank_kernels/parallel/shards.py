@@ -1,19 +1,19 @@
 """FSDP2's parameters: what a rank holds of them, whole matrices from shards and back, and gradients of parameters that are kept whole
-beside sharded ones. And work that ranks with equal factors divide among them instead of each doing all of it."""
+beside sharded ones."""
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from ...backends.lists import PLAIN, plain
-from .distributed import data_parallel_group
+from ..backends.lists import PLAIN, plain
+from .ranks import data_parallel_group
 
 #: How to train, under FSDP2, factors that a method needs whole.
 KEEP_WHOLE = (
@@ -103,39 +103,6 @@ def gathered(tensors: list[Tensor]) -> list[Tensor]:
             joined = parts.reshape(-1, *piece.shape[1:])[: tensors[index].shape[dim]]
             found[index] = joined.movedim(0, dim)
     return found
-
-
-def shares(costs: Sequence[float], ranks: int) -> list[int]:
-    """Which rank does which of the jobs: the dearest first, each to the rank that has least to do. The same answer on every rank."""
-    loads, doers = [0.0] * ranks, [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        doers[index] = min(range(ranks), key=loads.__getitem__)
-        loads[doers[index]] += costs[index]
-    return doers
-
-
-def exchange(tensors: Sequence[Tensor], doers: Sequence[int], group: Any) -> None:
-    """Write ``tensors[i]``, right on rank ``doers[i]`` of the group, on all others: one all-gather per dtype and device.
-
-    What is sent is as long as the largest share. Afterwards the tensors are equal to the last bit on all ranks.
-    """
-    rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
-    alike: defaultdict[Any, list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        alike[tensor.dtype, tensor.device].append(index)
-    for (dtype, device), members in alike.items():
-        held = [[i for i in members if doers[i] == doer] for doer in range(ranks)]
-        sizes = [[tensors[i].numel() for i in mine] for mine in held]
-        mine = torch.zeros(max(map(sum, sizes)), dtype=dtype, device=device)
-        if held[rank]:
-            torch.cat([tensors[i].reshape(-1) for i in held[rank]], out=mine[: sum(sizes[rank])])
-        everybodys = mine.new_empty(ranks * len(mine))
-        distributed.all_gather_into_tensor(everybodys, mine, group=group)
-        others = [doer for doer in range(ranks) if doer != rank and held[doer]]
-        rows = everybodys.view(ranks, -1)
-        found = [part for doer in others for part in rows[doer, : sum(sizes[doer])].split(sizes[doer])]
-        targets = [tensors[i] for doer in others for i in held[doer]]
-        torch._foreach_copy_(targets, [part.view(target.shape) for part, target in zip(found, targets, strict=True)])
 
 
 def assign(target: Tensor, value: Tensor) -> None:

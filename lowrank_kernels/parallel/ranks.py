@@ -1,0 +1,72 @@
+"""Process groups: the ranks over which gradients are averaged, or which have equal factors and divide the work among them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+class DataParallelGroup:
+    """The ranks over which gradients are averaged, or work is divided: how many, and which one this is."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
+
+    def own(self, doers: Sequence[int]) -> list[int]:
+        """Which of the works that ``doers`` divides are this rank's, by index."""
+        return [index for index, doer in enumerate(doers) if doer == self.rank]
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The mean over the ranks of every tensor, by one all-reduce of them all. Equal to the last bit on all ranks."""
+        if not tensors:
+            return []
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        flat /= self.size  # before they are added, as DDP has it: the sum of fp16 numbers may be infinite where their mean is not
+        distributed.all_reduce(flat, group=self.group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def data_parallel_group(process_group: Any) -> DataParallelGroup | None:
+    """The ranks of a group (None: the default one); None if there is no other rank, or ``process_group`` is False."""
+    if process_group is False or not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return DataParallelGroup(process_group) if distributed.get_world_size(process_group) > 1 else None
+
+
+def shares(costs: Sequence[float], ranks: int) -> list[int]:
+    """Which rank does which of the jobs: the dearest first, each to the rank that has least to do. The same answer on every rank."""
+    loads, doers = [0.0] * ranks, [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        doers[index] = min(range(ranks), key=loads.__getitem__)
+        loads[doers[index]] += costs[index]
+    return doers
+
+
+def exchange(tensors: Sequence[Tensor], doers: Sequence[int], group: Any) -> None:
+    """Write ``tensors[i]``, right on rank ``doers[i]`` of the group, on all others: one all-gather per dtype and device.
+
+    What is sent is as long as the largest share. Afterwards the tensors are equal to the last bit on all ranks.
+    """
+    rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
+    alike: defaultdict[Any, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        alike[tensor.dtype, tensor.device].append(index)
+    for (dtype, device), members in alike.items():
+        held = [[i for i in members if doers[i] == doer] for doer in range(ranks)]
+        sizes = [[tensors[i].numel() for i in mine] for mine in held]
+        mine = torch.zeros(max(map(sum, sizes)), dtype=dtype, device=device)
+        if held[rank]:
+            torch.cat([tensors[i].reshape(-1) for i in held[rank]], out=mine[: sum(sizes[rank])])
+        everybodys = mine.new_empty(ranks * len(mine))
+        distributed.all_gather_into_tensor(everybodys, mine, group=group)
+        others = [doer for doer in range(ranks) if doer != rank and held[doer]]
+        rows = everybodys.view(ranks, -1)
+        found = [part for doer in others for part in rows[doer, : sum(sizes[doer])].split(sizes[doer])]
+        targets = [tensors[i] for doer in others for i in held[doer]]
+        torch._foreach_copy_(targets, [part.view(target.shape) for part, target in zip(found, targets, strict=True)])
