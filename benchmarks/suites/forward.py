@@ -17,7 +17,7 @@ from lowrank_kernels.ops import lora_down, lora_linear, lora_up
 
 from ..compiled import compiled
 from ..harness import Case, Trial, worst
-from ..shapes import MODELS, SHARED, layers, names
+from ..shapes import MODELS, SHARED, names
 from . import Setting, on, suite
 
 SCALE = 0.5
@@ -410,7 +410,3 @@ def shared_cases(setting: Setting, decoupled: bool) -> Iterator[Case]:
             flops={setting.dtype: 2 * setting.tokens * (passes * weights + (factors * passes + (1 if backward else 0)) * thin)},
             tokens=setting.tokens,
         )
-
-
-def _block(setting: Setting) -> list[tuple[int, int]]:
-    return layers(setting.model, setting.choice)[: len(setting.layers) // MODELS[setting.model].blocks]
