@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _numerics import orthogonality
 from cuda_standin import TorchPrimitives
 
 from lowrank_kernels.backends.extension import csrc
@@ -381,11 +382,6 @@ def run_qr(primitives, xs, previous=None):
     rs = torch.full((len(xs), rank, rank), torch.nan, dtype=wide, device=xs[0].device)
     cuda_qr.compute_qr(primitives, xs, previous, qs, rs)
     return qs, rs
-
-
-def orthogonality(q: torch.Tensor) -> float:
-    q = q.double()
-    return (q.mT @ q - torch.eye(q.shape[1], dtype=torch.float64, device=q.device)).abs().max().item()
 
 
 def check_qr(xs, previous, qs, rs) -> None:

@@ -41,22 +41,10 @@ on_every_backend = pytest.mark.parametrize("backend", ["reference", "native"])
 in_both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp64"])
 
 
-def conditioned(rows: int, columns: int, kappa: float) -> Tensor:
-    """A random fp64 matrix with singular values spread evenly, on a logarithmic scale, from 1 down to 1/kappa."""
-    u, _ = torch.linalg.qr(torch.randn(rows, columns, dtype=DOUBLE))
-    v, _ = torch.linalg.qr(torch.randn(columns, columns, dtype=DOUBLE))
-    return u * torch.logspace(0, -math.log10(kappa), columns, dtype=DOUBLE) @ v.mT
-
-
 def relative(error: Tensor, of: Tensor) -> float:
     """``‖error‖_F / ‖of‖_F`` in fp64, scaled first so that no square under- or overflows."""
     peak = of.double().abs().max().clamp_min(torch.finfo(DOUBLE).tiny)
     return float((error.double() / peak).norm() / (of.double() / peak).norm())
-
-
-def orthogonality(q: Tensor) -> float:
-    """``‖QᵀQ − I‖_max`` in fp64."""
-    return float((q.double().mT @ q.double() - torch.eye(q.shape[1], dtype=DOUBLE)).abs().max())
 
 
 def awkward(kind: str, rows: int, rank: int, dtype: torch.dtype) -> Tensor:

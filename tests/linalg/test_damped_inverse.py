@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _linalg import DOUBLE, WORST_KAPPA, conditioned, in_both_dtypes, on_every_backend, orthogonality, running
+from _linalg import DOUBLE, WORST_KAPPA, in_both_dtypes, on_every_backend, running
+from _numerics import conditioned, orthogonality
 
 from lowrank_kernels import ops
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from _linalg import DOUBLE, SINGLE, conditioned, in_both_dtypes, on_every_backend, orthogonality, running
+from _linalg import DOUBLE, SINGLE, in_both_dtypes, on_every_backend, running
+from _numerics import conditioned, orthogonality
 from torch import Tensor
 
 from lowrank_kernels import ops

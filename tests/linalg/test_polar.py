@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from _linalg import AWKWARD, BOUND, HEIGHTS, awkward, conditioned, in_both_dtypes, on_every_backend, orthogonality, relative, running
+from _linalg import AWKWARD, BOUND, HEIGHTS, awkward, in_both_dtypes, on_every_backend, relative, running
+from _numerics import conditioned, orthogonality
 
 from lowrank_kernels import ops
 

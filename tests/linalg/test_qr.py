@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _linalg import (
-    AWKWARD,
-    BOUND,
-    DOUBLE,
-    HEIGHTS,
-    WORST_KAPPA,
-    awkward,
-    conditioned,
-    in_both_dtypes,
-    on_every_backend,
-    orthogonality,
-    relative,
-    running,
-)
+from _linalg import AWKWARD, BOUND, DOUBLE, HEIGHTS, WORST_KAPPA, awkward, in_both_dtypes, on_every_backend, relative, running
+from _numerics import conditioned, orthogonality
 from torch import Tensor
 
 from lowrank_kernels import ops

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _linalg import BOUND, DOUBLE, SINGLE, in_both_dtypes, on_every_backend, orthogonality, running, transposed_places
+from _linalg import BOUND, DOUBLE, SINGLE, in_both_dtypes, on_every_backend, running, transposed_places
+from _numerics import orthogonality
 from torch import Tensor
 
 from lowrank_kernels import ops

@@ -8,20 +8,8 @@ import sys
 
 import pytest
 import torch
-from _linalg import (
-    AWKWARD,
-    BOUND,
-    DOUBLE,
-    HEIGHTS,
-    SINGLE,
-    awkward,
-    conditioned,
-    in_both_dtypes,
-    on_every_backend,
-    orthogonality,
-    running,
-    transposed_places,
-)
+from _linalg import AWKWARD, BOUND, DOUBLE, HEIGHTS, SINGLE, awkward, in_both_dtypes, on_every_backend, running, transposed_places
+from _numerics import conditioned, orthogonality
 from torch import Tensor
 
 from benchmarks.harness import peak_temporary_bytes

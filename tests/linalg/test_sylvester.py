@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from _linalg import DOUBLE, conditioned, on_every_backend, running
+from _linalg import DOUBLE, on_every_backend, running
+from _numerics import conditioned
 from torch import Tensor
 
 from lowrank_kernels import ops

@@ -35,12 +35,6 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str = "rows", sc
     return out.copy_(values)
 
 
-def conditioned(rows: int, columns: int, kappa: float, dtype: torch.dtype) -> Tensor:
-    left, right = (torch.linalg.qr(torch.randn(n, columns, dtype=torch.float64))[0] for n in (rows, columns))
-    exponents = torch.linspace(0, -1, columns, dtype=torch.float64)
-    return ((left * kappa**exponents) @ right.mT).to(dtype)
-
-
 def assert_close_to_fp64(out: Tensor, torch_out: Tensor, exact: Tensor, torch_single: Tensor | None = None) -> None:
     """The rule of the house: at most twice the error of torch in the same dtype, plus 8 eps of the largest entry.
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from _native import DTYPES, LAYOUTS, RANKS, conditioned, matrix, native, wide
+from _native import DTYPES, LAYOUTS, RANKS, matrix, native, wide
+from _numerics import conditioned
 from torch import Tensor
 
 from lowrank_kernels import ops
@@ -142,7 +143,7 @@ def test_solve_reports_what_is_not_positive_definite(gram_dtype: torch.dtype) ->
 
 def test_solve_of_an_ill_conditioned_gram_with_little_damping() -> None:
     """σ₁ = 10, κ = 1e6: in fp64 a damping of 1e-6 is enough; B = 0 leaves the damping alone."""
-    x = conditioned(300, 8, 1e6, torch.float64) * 10
+    x = conditioned(300, 8, 1e6) * 10
     grams = torch.stack([x.mT @ x, torch.zeros(8, 8, dtype=torch.float64)])
     solutions = ops.grouped_solve(grams, torch.eye(8, dtype=torch.float64).expand(2, 8, 8), 1e-6)
     exact = torch.linalg.inv(grams + 1e-6 * torch.eye(8, dtype=torch.float64))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,9 +16,3 @@ def assert_accurate(out: Tensor, torch_out: Tensor, exact: Tensor, name: str) ->
     # In fp64 ``exact`` is rounded as much as ``out`` is, and torch's result is ``exact`` itself.
     bound = 2 * theirs + (32 if out.dtype == torch.float64 else 8) * torch.finfo(out.dtype).eps * exact.abs().max()
     assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"
-
-
-def conditioned(rows: int, rank: int, condition: float) -> Tensor:
-    q = torch.linalg.qr(torch.randn(rows, rank, dtype=torch.float64))[0]
-    turn = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))[0]
-    return q * torch.logspace(0, -math.log10(condition), rank, dtype=torch.float64) @ turn

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from _triton_kernels import WIDE, conditioned
+from _numerics import conditioned
+from _triton_kernels import WIDE
 from torch import Tensor
 
 pytest.importorskip("triton")
