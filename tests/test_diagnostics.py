@@ -254,6 +254,24 @@ def test_attached_probe_takes_the_method_and_averages_micro_batches() -> None:
     assert not any(pair.layer.base_layer.weight.requires_grad for pair in lrk.pairs(model))
 
 
+def test_a_probe_that_measures_is_not_begun_again() -> None:
+    model = make_model("ours")
+    optimizer = lrk.ScaledAdamW(model, lr=1e-3, damping=DELTA)
+    probe = FullGradientProbe(model, damping=0.0, ratio=1.0)
+    probe.detach()  # it is not attached
+    probe.attach(optimizer)
+    assert (probe.damping, probe.ratio) == (0.0, 1.0)  # as they were given
+    with pytest.raises(RuntimeError, match=r"attached to an optimizer already; detach\(\) it first"):
+        probe.attach(optimizer)
+    with pytest.raises(RuntimeError, match="it measures a step already"), probe:
+        pass
+    probe.detach()
+    assert not any(pair.layer.base_layer.weight.requires_grad for pair in lrk.pairs(model))
+    with FullGradientProbe(model) as another:
+        loss_of(model, 0).backward()
+    assert another.rows
+
+
 def test_checkpointing_and_layers_that_are_used_twice() -> None:
     model = make_model("ours", shapes=[(12, 12)])
     layer = model[0]

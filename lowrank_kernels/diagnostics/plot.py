@@ -75,10 +75,7 @@ def plot(paths: Sequence[str | Path], output: str | Path, window: int = 5, label
     if Path(output).exists() and not Path(output).is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "plot: output is no folder; name another one", os.fspath(output))
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
     except ImportError as error:
         raise ImportError("diagnostics: plots need the package matplotlib: pip install matplotlib") from error
     rows = [row for path in paths for row in read(path)]
@@ -90,12 +87,12 @@ def plot(paths: Sequence[str | Path], output: str | Path, window: int = 5, label
     def save(figure: Any, name: str) -> None:
         written.append(folder / f"{name}.png")
         figure.savefig(written[-1], dpi=150)
-        plt.close(figure)
 
     for name, (title, panels) in FIGURES.items():
         if not any(key in values for steps in means.values() for values in steps.values() for _, _, lines in panels for key, *_ in lines):
             continue
-        figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained", squeeze=False)
+        figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), squeeze=False)
         figure.suptitle(title)
         for axes, (heading, label, lines) in zip(all_axes[0], panels, strict=True):
             for index, (run, steps) in enumerate(means.items()):
@@ -112,7 +109,8 @@ def plot(paths: Sequence[str | Path], output: str | Path, window: int = 5, label
         save(figure, name)
     spectra = {run: _last_spectrum(rows, run) for run in means}
     if any(spectra.values()):
-        figure, axes = plt.subplots(figsize=(5, 3.8), layout="constrained")
+        figure = Figure(figsize=(5, 3.8), layout="constrained")
+        axes = figure.subplots()
         for index, (run, values) in enumerate(spectra.items()):
             if values:
                 axes.semilogy(range(1, len(values) + 1), values, "o-", markersize=3, color=f"C{index}", label=names.get(run, run))

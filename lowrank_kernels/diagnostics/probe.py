@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .._checks import as_integer, as_number, check_module
 from ..pairs import Pair, pairs
@@ -65,8 +66,8 @@ class FullGradientProbe:
         method: a key of ``diagnostics.RULES``; None: that of the attached optimizer, else "sds" for decoupled layers,
             "lora-xs" for those with a core R, "lora" for others.
             With "sds" the rank-2r layers of other libraries are read as ``[Q_B B] [A; Q_Aᵀ]``.
-        damping: δ of the preconditioned family.
-        ratio: learning rate of B over that of A (LoRA+).
+        damping: δ of the preconditioned family; None: the attached optimizer's, else 0.
+        ratio: learning rate of B over that of A (LoRA+); None: the attached optimizer's, else 1.
         every: measure the first step and then each ``every``-th.
         csv: a file to append to.
         run: the name of this run in the file; several runs in one file are compared by ``plot``.
@@ -86,8 +87,8 @@ class FullGradientProbe:
         model: nn.Module,
         *,
         method: str | None = None,
-        damping: float = 0.0,
-        ratio: float = 1.0,
+        damping: float | None = None,
+        ratio: float | None = None,
         every: int = 1,
         csv: str | Path | None = None,
         run: str = "run",
@@ -95,8 +96,8 @@ class FullGradientProbe:
     ) -> None:
         check_module("FullGradientProbe", model)
         cored = method is not None and rule(method).terms == CORE
-        self.damping = as_number("FullGradientProbe", "damping", damping, 0.0)
-        self.ratio = as_number("FullGradientProbe", "ratio", ratio, positive=True)
+        self.damping = None if damping is None else as_number("FullGradientProbe", "damping", damping, 0.0)
+        self.ratio = None if ratio is None else as_number("FullGradientProbe", "ratio", ratio, positive=True)
         self.every = as_integer("FullGradientProbe", "every", every)
         if not pairs(model):
             raise ValueError("FullGradientProbe: found no pair of low-rank factors in the model; adapt(model, …) first")
@@ -108,6 +109,7 @@ class FullGradientProbe:
         self.step = 0
         self._recorder = Recorder(csv, run, tensorboard)
         self._armed: _Measurement | None = None
+        self._handle: RemovableHandle | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -137,33 +139,46 @@ class FullGradientProbe:
         group = optimizer.param_groups[0]
         if self.method is None:
             self.method = RULE_OF.get(type(optimizer).__name__)
-        self.damping = self.damping or float(group.get("damping", 0.0))
-        self.ratio = float(group.get("lr_ratio", 1.0)) if self.ratio == 1.0 else self.ratio
+        if self.damping is None:
+            self.damping = float(group.get("damping", 0.0))
+        if self.ratio is None:
+            self.ratio = float(group.get("lr_ratio", 1.0))
         return self
 
     def attach(self, optimizer: torch.optim.Optimizer) -> FullGradientProbe:
-        """:meth:`adopt` it, and measure around its steps from now on, with no other change of the training loop; :meth:`detach` ends it."""
+        """:meth:`adopt` it, and measure around its steps from now on, with no other change of the training loop; :meth:`detach` ends it.
+
+        Raises:
+            TypeError: it is no optimizer.
+            RuntimeError: the probe is attached already.
+        """
+        if self._handle is not None:
+            raise RuntimeError("FullGradientProbe: it is attached to an optimizer already; detach() it first, or make a probe for each")
         self.adopt(optimizer)
 
         def next_step(*_: Any) -> None:
             self._end()
             self._begin()
 
-        self._handle = optimizer.register_step_post_hook(next_step)
         self._begin()
+        self._handle = optimizer.register_step_post_hook(next_step)
         return self
 
     def detach(self) -> None:
-        """Stop; the step that has begun is not measured."""
-        self._handle.remove()
-        self._end(failed=True)
+        """Stop; the step that has begun is not measured. Nothing happens if it is not attached."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+            self._end(failed=True)
 
     # ---------------------------------------------------------------- one step
 
     def _begin(self) -> None:
+        if self._armed is not None:
+            raise RuntimeError("FullGradientProbe: it measures a step already; attach() it, or enter `with probe:` in each step, not both")
         self.step += 1
         if (self.step - 1) % self.every == 0:
-            self._armed = _Measurement(self.model, self.method, self.damping, self.ratio)
+            self._armed = _Measurement(self.model, self.method, self.damping or 0.0, 1.0 if self.ratio is None else self.ratio)
 
     def _end(self, *, failed: bool = False) -> None:
         if self._armed is None:
