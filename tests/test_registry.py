@@ -141,6 +141,17 @@ def test_an_extension_of_another_version_is_refused_and_the_reference_runs(inter
     )
 
 
+def test_a_triton_that_lacks_what_the_kernels_need_is_remembered_not_raised() -> None:
+    run(
+        "import sys, types; old, language = types.ModuleType('triton'), types.ModuleType('triton.language')\n"
+        "old.language, old.__path__ = language, []\n"
+        "sys.modules.update({'triton': old, 'triton.language': language})\n"
+        "import torch; from lowrank_kernels import ops; from lowrank_kernels.backends import registry\n"
+        "ops.grouped_gram([torch.randn(9, 3)])\n"
+        "assert 'triton cannot be imported: AttributeError' in registry.unavailable()['triton'], registry.unavailable()\n"
+    )
+
+
 def test_a_refusal_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
     exceptions = "native,lora_linear=reference,lora_linear_backward=reference"

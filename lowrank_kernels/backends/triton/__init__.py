@@ -9,10 +9,10 @@ before the first import of triton).
 try:
     import triton
     import triton.language  # noqa: F401
-except Exception as error:  # a broken installation raises more than ImportError
-    raise ImportError(f"triton cannot be imported: {type(error).__name__}: {error}") from error
 
-from . import adamw, altlora_turn, dropout, gram, lora_linear, lora_shared, lorsum, polar, preconditioner, qr, solve, svd, svd_product
+    from . import adamw, altlora_turn, dropout, gram, lora_linear, lora_shared, lorsum, polar, preconditioner, qr, solve, svd, svd_product
+except Exception as error:  # a broken installation raises more than ImportError, and an old one lacks what the kernels are made of
+    raise ImportError(f"triton cannot be imported: {type(error).__name__}: {error}") from error
 
 __all__ = [
     "adamw",
