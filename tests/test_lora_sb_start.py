@@ -56,11 +56,21 @@ def test_batches_weigh_as_many_as_they_have_samples_and_stop_at_samples() -> Non
     whole, parts, first = (lk.adapt(network(), method="xs", rank=2) for _ in range(3))
     init(whole, [(x, y)], update="sgd")
     init(parts, [{"x": x[:9], "y": y[:9]}, {"x": x[9:], "y": y[9:]}], lambda m, b: mse(m, (b["x"], b["y"])), update="sgd")
-    report = init(first, [(x, y), (x * torch.nan, y)], update="sgd", samples=12)
+    ignored = {"names": ["a"] * 12, "empty": []}
+    report = init(first, [(ignored, x, y), (ignored, x * torch.nan, y)], lambda m, b: mse(m, b[1:]), update="sgd", samples=12)
     assert report.samples == 12
     for p, q, r in zip(pairs(whole), pairs(parts), pairs(first), strict=True):
         torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-8, atol=1e-12)
         assert torch.equal(pair_delta(p), pair_delta(r))
+
+
+def test_inputs_may_be_single_vectors() -> None:
+    one, many = (lk.adapt(network(), method="xs", rank=1) for _ in range(2))
+    x, y = make_batches(1, rows=1)[0]
+    init(one, [(x[0], y[0])], update="sgd")
+    init(many, [(x, y)], update="sgd")
+    for p, q in zip(pairs(one), pairs(many), strict=True):
+        torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-8, atol=1e-12)
 
 
 class Shared(nn.Module):

@@ -31,7 +31,7 @@ class _GradientSum:
 
     def add(self, grad: Tensor, x: Tensor) -> None:
         """``∂yᵀ x`` of one backward pass through the layer, times the number of samples that its loss was the mean of."""
-        grad, x = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)
+        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]).to(grad.dtype)
         self.calls += 1
         if self.total.dtype == grad.dtype and self.total.device == grad.device:
             self.total.addmm_(grad.mT, x, alpha=self.weight)  # nothing but the sum itself is ever held
@@ -183,12 +183,17 @@ def _check_loss(function: str, loss: Any, index: int) -> None:
 
 def _sample_count(batch: Any) -> int:
     """Rows of the first tensor in a batch of nested sequences and mappings; 1 if there is none."""
+    first = next(_tensors(batch), None)
+    return 1 if first is None or first.ndim == 0 else first.shape[0]
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of nested sequences and mappings, in their order."""
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    parts: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
-    if isinstance(batch, (str, bytes)):
-        return 1
-    return next((_sample_count(part) for part in parts if isinstance(part, (Tensor, Mapping, Sequence))), 1)
+        yield batch
+    elif isinstance(batch, (Mapping, Sequence)) and not isinstance(batch, (str, bytes)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
 
 
 def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
