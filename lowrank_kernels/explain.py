@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,13 @@ def _model_calls(model: nn.Module) -> Iterator[tuple[str, str, str, tuple[object
         yield "lora_linear_backward", a.device.type, what, (y, x, weight, a, b, *bases, hidden, 1.0, None, 1.0, needs, core)
 
 
+def _count(taken: Any) -> int:
+    """Of how many matrices a call is, by what it takes first: a list, a stack, or a tuple of such."""
+    while not isinstance(taken, Tensor) and not isinstance(taken[0], Tensor):
+        taken = taken[0]
+    return len(taken)
+
+
 def explain(
     model: nn.Module | torch.optim.Optimizer | None = None, optimizer: nn.Module | torch.optim.Optimizer | None = None
 ) -> Explanation:
@@ -127,7 +135,7 @@ def explain(
         raise TypeError(f"explain: optimizer must be one of lowrank_kernels, got {type(optimizer).__module__}.{type(optimizer).__name__}")
     calls = list(_model_calls(model)) if model is not None else []
     if optimizer is not None:
-        calls += [(op, device, f"{len(args[0])} tensors", args) for op, device, args in optimizer._example_calls()]
+        calls += [(op, device, f"{_count(args[0])} tensors", args) for op, device, args in optimizer._example_calls()]
     choices = []
     for operation, device, what, args in calls:
         selection = registry.select(operation, device, args)

@@ -30,6 +30,13 @@ def test_explain_names_a_backend_and_a_reason_for_every_operation(build, capsys)
         lk.explain(model, torch.optim.AdamW(trainable(model)))
 
 
+@pytest.mark.parametrize("build", [lk.AltLoRAPlus, lk.LoRARITE, lk.OPLoRA])
+def test_explain_counts_matrices(build) -> None:
+    model = lk.adapt(torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(7))), rank=2)
+    steps = [c for c in lk.explain(build(model)).choices if c.operation.startswith("grouped_")]
+    assert steps and {c.what for c in steps} == {"7 tensors"}
+
+
 #: What steps call now and then only: refreshes, the inverses of constant factors.
 OCCASIONAL = {"SDSLoRA": {"grouped_qr", "grouped_svd_product"}, "ODLoRA": {"grouped_qr", "grouped_svd_product"}, "LoRASB": {"grouped_gram"}}
 EXPLAINED = {
