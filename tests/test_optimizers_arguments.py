@@ -221,6 +221,13 @@ def test_what_no_step_takes_the_constructor_refuses(given) -> None:
         OPTIMIZERS["SDSLoRA"](make_model("ours"), **given)
 
 
+@pytest.mark.parametrize("method", [lk.AltLoRA, lk.ScaledGD, lk.OPLoRA])
+@pytest.mark.parametrize("given", [{"betas": (0.95, 0.999)}, {"eps": 1e-6}])
+def test_adamws_numbers_are_refused_where_the_factors_have_none(method, given) -> None:
+    with pytest.raises(TypeError, match=f"{method.__name__}: {next(iter(given))} is AdamW's.*the factors take momentum=.*in a group"):
+        method(make_model("ours"), **given)
+
+
 def test_integers_that_no_tensor_takes_do_not_tear_a_step() -> None:
     optimizer = lk.LoRARITE(model := make_model("ours"), eps=10**30)
     run(model, optimizer, 0, 1)

@@ -14,7 +14,7 @@ from ..backends.lists import matrix_layout
 from ..backends.moments import Stepped
 from ..ops.altlora_turn import altlora_turn_as_gathered_, as_a_whole
 from ..parallel.shards import is_sharded
-from ._shared.arguments import AdamWOptions, ParamsT
+from ._shared.arguments import AdamWOptions, ParamsT, refuse_adams
 from ._shared.pairing import FactorPair, LikePairs, Position
 from ._shared.state import may_step, moments
 from .preconditioned import DEFAULT_DAMPING, OTHER, RANK_DIM, Active, PreconditionedOptimizer
@@ -79,6 +79,7 @@ class AltLoRA(PreconditionedOptimizer):
         freeze_idle: bool = False,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        refuse_adams(type(self), options)
         method = {"momentum": momentum, **_alternation(order, damping, freeze_idle)}
         super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
 

@@ -17,7 +17,7 @@ from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 from ..ops.lorsum import lorsum_in_step
 from ..parallel.ranks import data_parallel_group
 from ..parallel.shards import KEEP_WHOLE
-from ._shared.arguments import LARGEST, AdamWOptions, ParamsT
+from ._shared.arguments import LARGEST, AdamWOptions, ParamsT, refuse_adams
 from ._shared.background import Tensors
 from ._shared.full_gradient import KINDS, Gradients, on_device, random_matrix, widened
 from ._shared.kfac import Kronecker, track
@@ -137,6 +137,7 @@ class OPLoRA(OverlappingOptimizer):
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        refuse_adams(type(self), options)
         seed = as_integer("OPLoRA", "seed", seed, -math.inf, math.inf)
         method = {
             "momentum": momentum,

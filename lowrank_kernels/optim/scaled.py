@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from ._shared.arguments import AdamWOptions, ParamsT
+from ._shared.arguments import AdamWOptions, ParamsT, refuse_adams
 from ._shared.pairing import LikePairs
 from ._shared.state import moments
 from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
@@ -79,6 +79,7 @@ class ScaledGD(ScaledAdamW):
         damping: float = DEFAULT_DAMPING,
         **options: Unpack[AdamWOptions],
     ) -> None:
+        refuse_adams(type(self), options)
         method = {"damping": damping, "momentum": momentum}
         super(ScaledAdamW, self).__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
 

@@ -64,6 +64,16 @@ def pythons_hyperparameter(key: str, value: Any) -> Any:
     return float(value) if key in NUMBERS and type(value) is int and abs(value) <= LARGEST else value
 
 
+def refuse_adams(method: type, options: Mapping[str, Any]) -> None:
+    """Refuse betas and eps for a method whose factors have a momentum alone: they would be those of the other parameters, silently."""
+    for given in ("betas", "eps"):
+        if given in options:
+            raise TypeError(
+                f"{method.__name__}: {given} is AdamW's, which steps only what is no factor here; the factors take momentum=. For the other "
+                f"parameters, give {given} in a group of theirs: [{{'params': factors}}, {{'params': others, '{given}': {options[given]!r}}}]"
+            )
+
+
 def refuse_unknown(method: type, unknown: Mapping[str, Any]) -> None:
     """As Python refuses a keyword argument that nobody takes, with the one that may be meant."""
     if unknown:
