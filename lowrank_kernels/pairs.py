@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,11 +45,13 @@ class HoldsPair(Protocol):
 
 
 _live_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_live_layers_lock = threading.Lock()  # a set that another thread adds to cannot be iterated over
 
 
 def register_layer(layer: nn.Module) -> None:
     """Make one of our layers findable from its bare parameters (:func:`owners`); layers call it when they come to life."""
-    _live_layers.add(layer)
+    with _live_layers_lock:
+        _live_layers.add(layer)
 
 
 _switches = 0
@@ -67,7 +70,7 @@ def switch_count() -> int:
 
 def owners() -> dict[int, nn.Module]:
     """``id(lora_A) → layer`` of every live layer of ours, read anew, since frameworks swap parameters."""
-    return {id(_factor_a(layer)): layer for layer in _live_layers}
+    return {id(_factor_a(layer)): layer for layer in live_layers()}
 
 
 def _factor_a(layer: nn.Module) -> Tensor:
@@ -78,12 +81,13 @@ def _factor_a(layer: nn.Module) -> Tensor:
 
 def live_layers() -> list[nn.Module]:
     """Every live layer of ours; unlike :func:`owners` also those that share their A."""
-    return list(_live_layers)
+    with _live_layers_lock:
+        return list(_live_layers)
 
 
 def core_owners() -> dict[int, nn.Module]:
     """``id(lora_R) → layer`` of every live layer of ours that has a core; as :func:`owners`."""
-    return {id(layer.lora_R): layer for layer in _live_layers if "lora_R" in layer._parameters}
+    return {id(layer.lora_R): layer for layer in live_layers() if "lora_R" in layer._parameters}
 
 
 def own_pair(name: str, layer: HoldsPair) -> Pair:
