@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import FLOATING, autocast_dtype, compute_dtype
+from ..backends.versions import Seen, version_of
 from ..ops import lora_linear, lora_up
 from ..pairs import count_switch, register_layer
 
@@ -46,11 +47,6 @@ def is_plain(base: nn.Linear) -> bool:
     False for quantized layers and other subclasses with a ``forward`` of their own, and as :func:`runs_forward_of` says.
     """
     return runs_forward_of(nn.Linear, base) and holds_matrix(base)
-
-
-def version_of(tensor: Tensor) -> int:
-    """What changes when a tensor is written in place (inference tensors do not count their writes)."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def check_settings(function: str, method: str, rank: int, dropout: float, dtype: torch.dtype | None) -> None:
@@ -165,7 +161,7 @@ class LowRankLinear(nn.Module):
         self._decoupled = False
         self._merged = False
         self._merged_weight: Tensor | None = None
-        self._merged_state: tuple[float, list[tuple[Tensor, int]]] | None = None
+        self._merged_from: tuple[float, Seen] | None = None
         self.reset_parameters()
         register_layer(self)
 
@@ -272,7 +268,7 @@ class LowRankLinear(nn.Module):
                 f"LowRankLinear: a {type(self.base_layer).__name__} with hooks, a quantized weight or a forward of its own cannot be merged"
             )
         self._merged = bool(value)
-        self._merged_weight = self._merged_state = None
+        self._merged_weight = self._merged_from = None
         if value:
             self._cached_weight()
 
@@ -324,18 +320,12 @@ class LowRankLinear(nn.Module):
             tensors += [self.q_a, self.q_b]
         if self.method == "xs":
             tensors.append(self.lora_R)
-        if self._merged_weight is None or not self._is_merged_from(tensors):
+        scale, seen = self._merged_from or (None, None)
+        if self._merged_weight is None or scale != self.scale or seen is None or not seen.still(tensors):
             with torch.inference_mode(False):  # it outlives that mode, and autograd takes none of its tensors
                 self._merged_weight = self.merged_weight()
-            self._merged_state = self.scale, [(tensor, version_of(tensor)) for tensor in tensors]
+            self._merged_from = self.scale, Seen(tensors)
         return self._merged_weight
-
-    def _is_merged_from(self, tensors: list[Tensor]) -> bool:
-        """Whether the cache is of these tensors as they are. It holds them: a new one may get the id of one that is gone. (Not by weak
-        references, with which torch would not swap a parameter's contents, as it does under ``torch.__future__``.)"""
-        scale, seen = self._merged_state or (None, [])
-        same = scale == self.scale and len(seen) == len(tensors)
-        return same and all(held is x and version == version_of(x) for (held, version), x in zip(seen, tensors, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """``base(x) + x̃ ΔWᵀ`` (…, d_out) of x (…, d_in), x̃ being x with dropout; one product with ``W0 + ΔW`` where the merged weight
@@ -402,19 +392,19 @@ class LowRankLinear(nn.Module):
         if self.start_A is None and f"{prefix}start_A" in state_dict:  # the base weight beside it has been changed
             self.start_A, self.start_B = torch.empty_like(self.lora_A), torch.empty_like(self.lora_B)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._merged_weight = self._merged_state = None
+        self._merged_weight = self._merged_from = None
         self._decoupled_read = self._decoupled_wrapper = None
         if self.method == "sds":
             self._read_decoupled(self.is_decoupled)  # now: a compiled graph takes the host's copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
         super()._apply(fn, recurse)
-        self._merged_weight = self._merged_state = None  # the next merged forward computes it where the parameters now are
+        self._merged_weight = self._merged_from = None  # the next merged forward computes it where the parameters now are
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A merged layer is saved with its factors and the flag; the sum of the weights is computed anew.
-        caches = dict.fromkeys(("_merged_weight", "_merged_state", "_gradient_tap", "_decoupled_read", "_decoupled_wrapper"))
+        caches = dict.fromkeys(("_merged_weight", "_merged_from", "_gradient_tap", "_decoupled_read", "_decoupled_wrapper"))
         return self.__dict__ | caches
 
     def __setstate__(self, state: dict[str, Any]) -> None:

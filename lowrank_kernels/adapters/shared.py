@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.dtypes import autocast_dtype
+from ..backends.versions import version_of
 from ..ops import lora_down
 from ..ops._library import is_plain_eager
 from ._model import adapted_layers, check_model
-from .layer import LowRankLinear, version_of
+from .layer import LowRankLinear
 
 #: Names of layers that share an input, as ``transformers`` and others call them.
 SHARED_NAMES: tuple[tuple[str, ...], ...] = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice
+from ..backends.versions import Seen
 from ..ops import grouped_eigh, grouped_gram
 from ..pairs import core_owners
 from ..parallel.shards import FLATTENED, KEEP_WHOLE, is_sharded
@@ -28,7 +29,8 @@ class LoRASB(LowRankOptimizer):
 
     For orthonormal factors and s = 1 that is ∂R itself. Factors stored in bf16 are orthonormal to three digits only; the correction, from
     the factors as they are stored, keeps the step optimal all the same, because ∂R is summed in fp32. The inverse Gram
-    matrices are taken in fp64, once: the factors are constant (they are looked at again when something has written to them).
+    matrices are taken in fp64, once: the factors are constant (and anew when something has written to them; not through ``.data``, whose
+    writes torch does not count).
 
     Under ``update="sgd"`` ΔW does not depend on s (Theorem 4), under "adam" it does, as with every method that normalizes the gradient of
     its own parameters. The model is adapted with ``method="xs"`` and started by :func:`~lowrank_kernels.lora_sb_init`. Parameters that
@@ -61,7 +63,7 @@ class LoRASB(LowRankOptimizer):
         momentum: float = 0.0,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        self._kept_whitening: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+        self._kept_whitening: dict[Any, tuple[Seen, Tensor, Tensor]] = {}
         method = {"update": update, "momentum": momentum}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
@@ -138,13 +140,13 @@ class LoRASB(LowRankOptimizer):
                 raise ValueError(f"{type(self).__name__}: the layer of the core {core.name} is gone, and with it its factors A and B")
             layers.append(layer)
         factors = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
-        stamp = [(id(x), x._version, x.data_ptr()) for x in factors]
         key = (cores[0].position[0], factors[0].device, len(factors[0]), self._at(cores[0].position).dtype)
-        if key not in self._kept_whitening or self._kept_whitening[key][0] != stamp:
+        kept = self._kept_whitening.get(key)
+        if kept is None or not kept[0].still(factors):
             scales = torch.tensor([1 / core.scale for core in cores], dtype=torch.float64, device=factors[0].device)
             left = _whitening_of([layer.lora_B for layer in layers], cores) * scales[:, None, None]
-            self._kept_whitening[key] = (stamp, left, _whitening_of([layer.lora_A.mT for layer in layers], cores))
-        return self._kept_whitening[key][1:]
+            kept = self._kept_whitening[key] = Seen(factors), left, _whitening_of([layer.lora_A.mT for layer in layers], cores)
+        return kept[1:]
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()
