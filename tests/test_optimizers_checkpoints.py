@@ -151,25 +151,6 @@ def test_ranks_resume_from_full_state_dicts_bit_for_bit(name: str, ranks: Ranks)
 
 
 @every_optimizer
-def test_checkpoints_with_positions_load(build) -> None:
-    """Older versions saved ``missed`` as it is in memory, a dictionary by position, and ``late`` as the positions."""
-    model, twin = make_model("ours"), make_model("ours")
-    optimizer, resumed = build(in_two_groups(model, False)), build(in_two_groups(twin, False))
-    run_with_an_idle_layer(model, optimizer, 0, 7)
-    saved = copy.deepcopy(optimizer.state_dict())
-    for group, here in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        assert isinstance(group["missed"], list) and isinstance(here["missed"], dict)
-        group.update({key: copy.deepcopy(here[key]) for key in ("missed", "late") if key in here})
-    twin.load_state_dict(model.state_dict())
-    for state_dict in (optimizer.state_dict(), saved):
-        resumed.load_state_dict(state_dict)
-        assert_same(model, optimizer, twin, resumed)
-    for either, its in ((model, optimizer), (twin, resumed)):
-        run_with_an_idle_layer(either, its, 7, 11)
-    assert_same(model, optimizer, twin, resumed)
-
-
-@every_optimizer
 def test_low_precision_parameters_keep_float32_state_through_a_checkpoint(build) -> None:
     def bf16_model() -> nn.Module:
         return make_model("peft", rank=2, dtype=torch.bfloat16)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,16 +82,6 @@ def test_no_module_waits_for_itself() -> None:
         at_once = [other for other, now in imports(module) if now]
         graph[module] = {*at_once, *(package for other in at_once for package in packages(other) - begun)}
     graphlib.TopologicalSorter(graph).prepare()
-
-
-def test_pickles_find_what_has_moved() -> None:
-    for name, classes in {
-        "pairing": ("Core", "FactorPair", "Pairing"),
-        "capture": ("Patches", "Recorder"),
-        "full_gradient": ("Factors",),
-    }.items():
-        module = importlib.import_module(f"lowrank_kernels.optim.{name}")
-        assert all(getattr(module, kind).__module__ == f"lowrank_kernels.optim._shared.{name}" for kind in classes)
 
 
 PAGE = (ROOT.parent / "docs" / "formulas.md").read_text(encoding="utf-8")

@@ -4,10 +4,7 @@ Families: ``decoupled`` (SDS-LoRA, OD-LoRA) and ``preconditioned`` (ScaledGD, Sc
 methods share is in ``_shared``; what all of them take is described in ``_shared.base.LowRankOptimizer``.
 """
 
-import sys
-
 from ..parallel.shards import average_gradients
-from ._shared import capture, full_gradient, pairing
 from .adamw import AdamW
 from .altlora import AltLoRA, AltLoRAPlus
 from .lora_pro import LoRAPro
@@ -17,9 +14,6 @@ from .od_lora import ODLoRA
 from .oplora import OPLoRA
 from .scaled import ScaledAdamW, ScaledGD
 from .sds_lora import SDSLoRA
-
-# Pickles of whole optimizers, and of models that OPLoRA trains, look for these modules where they lay before.
-sys.modules.update({f"{__name__}.{module.__name__.rpartition('.')[2]}": module for module in (capture, full_gradient, pairing)})
 
 __all__ = [
     "AdamW",

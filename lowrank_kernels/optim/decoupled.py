@@ -28,7 +28,6 @@ from ._shared.base import LowRankOptimizer
 from ._shared.idle_halves import IdleHalf, owner, remove_all
 from ._shared.notices import warn
 from ._shared.pairing import FactorPair, LikePairs, Position
-from ._shared.state import check_is_state_dict
 
 Action: TypeAlias = Callable[[list[FactorPair]], None]
 
@@ -576,8 +575,6 @@ class DecoupledOptimizer(LowRankOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for found in (self.defaults, *self.param_groups):  # older pickles
-            found.setdefault(STILL_PLAIN, [])
         if "_idle_hooks" not in self.__dict__:  # a copy
             self._begin_hooking()
         self.__dict__.setdefault("_told_of_halves", True)
@@ -585,11 +582,6 @@ class DecoupledOptimizer(LowRankOptimizer):
         self._hook_idle_halves()
         for hook in self._idle_hooks.values():
             hook.forget()
-
-    def _checked_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        check_is_state_dict(type(self).__name__, state_dict)
-        groups = [{STILL_PLAIN: [], **saved} for saved in state_dict["param_groups"]]  # older checkpoints have it where there was one
-        return super()._checked_state_dict({**state_dict, "param_groups": groups})
 
     def _example_calls(self) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield from super()._example_calls()

@@ -69,8 +69,8 @@ def refuse_adams(method: type, options: Mapping[str, Any]) -> None:
     for given in ("betas", "eps"):
         if given in options:
             raise TypeError(
-                f"{method.__name__}: {given} is AdamW's, which steps only what is no factor here; the factors take momentum=. For the other "
-                f"parameters, give {given} in a group of theirs: [{{'params': factors}}, {{'params': others, '{given}': {options[given]!r}}}]"
+                f"{method.__name__}: {given} is AdamW's, which steps only what is no factor here; the factors take momentum=. For the "
+                f"other parameters, give {given} in a group of theirs: {{'params': others, '{given}': {options[given]!r}}}"
             )
 
 

@@ -82,25 +82,19 @@ def as_saved(group: Mapping[str, Any], positions: Iterable[str], due: Sequence[i
 
 
 def _by_position(name: str, which: str, saved: Mapping[str, Any], positions: Iterable[str]) -> dict[str, Any]:
-    """A group of a checkpoint, with what :func:`as_saved` did undone; older versions saved the dictionary and the positions."""
+    """A group of a checkpoint, with what :func:`as_saved` did undone."""
     count, found = len(saved["params"]), dict(saved)
     for key in ("missed", *positions):
         value = saved[key]
-        if isinstance(value, Mapping) and key == "missed":
-            continue
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{name}: {which} of the checkpoint has {key} {value!r:.80}, no list; it is damaged")
         if key == "missed":
             entries = {i: number for i, number in enumerate(value) if not (type(number) is int and number == 0)}
-        elif all(isinstance(mark, bool) for mark in value):
-            entries = {i: mark for i, mark in enumerate(value) if mark}
         else:
-            wrong = [i for i in value if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count]
+            wrong = [mark for mark in value if not isinstance(mark, bool)]
             if wrong:
-                raise ValueError(
-                    f"{name}: {which} of the checkpoint has {key} with {wrong[0]!r:.80}, no position of its parameters; it is damaged"
-                )
-            continue
+                raise ValueError(f"{name}: {which} of the checkpoint has {key} with {wrong[0]!r:.80}, no bool; it is damaged")
+            entries = {i: mark for i, mark in enumerate(value) if mark}
         # Of a group that torch has put together anew (flattened, on other ranks), the list is that of one it was made of.
         if len(value) != count and entries:
             raise ValueError(
@@ -111,8 +105,8 @@ def _by_position(name: str, which: str, saved: Mapping[str, Any], positions: Ite
     return found
 
 
-#: No run takes more steps, and what compiled code counts with has room for it.
-MOST_STEPS = 2**53
+#: No run takes more steps, and compiled code counts with 32 bits.
+MOST_STEPS = 2**31 - 1
 
 
 def whole_number(value: Any) -> int | None:
@@ -138,10 +132,6 @@ def check_counters(name: str, which: str, saved: Mapping[str, Any], updates_due:
     if cleared_at > step:
         raise ValueError(f"{name}: {which} of the checkpoint has cleared_at {cleared_at} after only {step} steps; it is damaged")
     for position, count in saved["missed"].items():
-        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(saved["params"]):
-            raise ValueError(
-                f"{name}: {which} of the checkpoint has missed[{position!r:.80}], no position of its parameters; it is damaged"
-            )
         due = updates_due(position)
         if isinstance(count, Tensor) or (whole := whole_number(count)) is None or whole > due:
             raise ValueError(
@@ -196,7 +186,6 @@ def checked_state_dict(
             )
         if len(set(saved["params"])) != len(saved["params"]):
             raise ValueError(f"{name}: param_groups[{index}] of the checkpoint names a parameter twice; it is damaged")
-        in_lists = not isinstance(saved["missed"], Mapping)
         saved = _by_position(name, f"param_groups[{index}]", saved, positions)
         taken.append(saved)
         merged = {**group, **saved}
@@ -207,12 +196,11 @@ def checked_state_dict(
         check_counters(name, f"param_groups[{index}]", saved, due)
         for key, (position, expected) in zip(saved["params"], expected_states(index, merged), strict=True):
             never = due(position[1]) == saved["missed"].get(position[1], 0)
-            if key not in state and in_lists:
-                if not expected and not never:
-                    state[key] = {}  # torch.distributed.checkpoint keeps nothing of it
-                else:  # it gets its state, and the count that this takes, by a step
-                    saved["missed"].pop(position[1], None)
-            elif key in state:
+            if key not in state and not expected and not never:
+                state[key] = {}  # torch.distributed.checkpoint keeps nothing of it
+            elif key not in state:  # it gets its state, and the count that this takes, by a step
+                saved["missed"].pop(position[1], None)
+            else:
                 which, of_parameter = name_at(groups, position), state[key]
                 _check_saved_state(name, which, group["params"][position[1]], of_parameter, expected)
                 moved = [k for k in expected if never and k.startswith("exp_avg") and bool((of_parameter[k] != 0).any())]
