@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
+from ..backends.lists import partition
 from ..ops import grouped_svd
 from ..parallel.shards import is_sharded
 from ._gradients import Gradients, LossFunction, share
@@ -310,13 +311,15 @@ def _truncate(
 
     Same-shaped layers go in one batch, but no batch is larger than the largest layer: that is the memory which the gradients needed.
     """
+
+    def kind(name: str) -> tuple[Any, ...]:
+        layer = layers[name]
+        return layer.out_features, layer.in_features, layer.rank, layer.lora_A.device, _wide(layer)
+
     largest = max(layer.in_features * layer.out_features for layer in layers.values())
-    alike: defaultdict[Any, list[str]] = defaultdict(list)
-    for name, layer in layers.items():
-        alike[layer.out_features, layer.in_features, layer.rank, layer.lora_A.device, _wide(layer)].append(name)
     factors: dict[str, Triples] = {}
     energy: dict[str, float] = {}
-    for (d_out, d_in, rank, *_), names in alike.items():
+    for (d_out, d_in, rank, *_), names in partition(layers, kind).items():
         count = max(1, largest // (d_out * d_in))
         for chunk in (names[i : i + count] for i in range(0, len(names), count)):
             matrices = [matrix(name) for name in chunk]

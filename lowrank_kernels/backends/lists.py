@@ -6,14 +6,17 @@ With hundreds of small tensors, what Python does for each of them is most of a s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .dtypes import FLOATING
 from .extension import csrc
+
+Item = TypeVar("Item")
 
 #: Types of tensors that are their own memory; FSDP2's DTensor is none.
 PLAIN = frozenset((Tensor, nn.Parameter))
@@ -50,6 +53,14 @@ class Tall(Sequence[Tensor]):
 def _compiled() -> bool:
     """Whether to ask compiled code: it is built, and this is no graph being traced, into which it cannot go."""
     return csrc is not None and not torch.compiler.is_compiling()
+
+
+def partition(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+    """The items of each key, in their order; the keys in the order of their first items."""
+    found: defaultdict[Any, list[Item]] = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
+    return found
 
 
 def as_stored(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._checks import as_integer, check_path
+from ..backends.lists import partition
 from .record import Row, layer_means, read
 
 #: File name → title, and panels: (title, label of the y axis, [(measure, style, note)]).
@@ -39,10 +39,8 @@ FIGURES: dict[str, tuple[str, list[tuple[str, str, list[tuple[str, str, str]]]]]
 
 def curves(rows: list[Row]) -> dict[str, dict[int, dict[str, float]]]:
     """Means over the layers: run → step → measure."""
-    found: defaultdict[str, defaultdict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        found[row["run"]][row["step"]].append(row)
-    return {run: {step: layer_means(members) for step, members in sorted(steps.items())} for run, steps in found.items()}
+    by_run = {run: partition(own, lambda row: row["step"]) for run, own in partition(rows, lambda row: row["run"]).items()}
+    return {run: {step: layer_means(members) for step, members in sorted(steps.items())} for run, steps in by_run.items()}
 
 
 def smooth(values: list[float], window: int) -> list[float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._checks import as_integer, as_number, check_module
+from ..backends.lists import partition
 from ..pairs import Pair, pairs
 from .measures import (
     CORE,
@@ -207,9 +208,7 @@ class _Measurement:
         self.frames: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         #: Stable ranks of A and B and the spectrum of ΔW; taken now, since the step may change the factors before they are written down.
         self.state: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.buckets: defaultdict[Any, list[int]] = defaultdict(list)
-        for index, layer in enumerate(self.layers):
-            self.buckets[layer.method, layer.through_b.shape[1], layer.through_b.dtype, layer.through_b.device].append(index)
+        self.buckets = partition(range(len(self.layers)), lambda i: self.layers[i].kind)
         for members in self.buckets.values():
             count, layers = len(members), [self.layers[i] for i in members]
             found = frames([layer.through_b for layer in layers] + [layer.through_a for layer in layers])
@@ -221,10 +220,7 @@ class _Measurement:
         self.bases = {i: [q.clone() for q in layer.bases] for i, layer in enumerate(self.layers) if layer.bases is not None}
         self.handles: list[Any] = []
         self.was_frozen: list[Tensor] = []
-        on_weight: defaultdict[int, list[int]] = defaultdict(list)
-        for index, layer in enumerate(self.layers):
-            on_weight[id(layer.weight)].append(index)
-        for indices in on_weight.values():
+        for indices in partition(range(len(self.layers)), lambda i: id(self.layers[i].weight)).values():
             self._hook(self.layers[indices[0]].weight, indices)
 
     def _hook(self, weight: Tensor, indices: list[int]) -> None:
@@ -329,6 +325,8 @@ class _Layer:
         self.core = core.detach().to(self.b.dtype) if isinstance(core, Tensor) else None
         own = "sds" if self.bases is not None else "lora" if self.core is None else "lora-xs"
         self.method = own if method in (None, "sds") else str(method)
+        #: What layers have in common that are measured in one batch.
+        self.kind = self.method, self.through_b.shape[1], self.through_b.dtype, self.through_b.device
         if self.bases is not None and self.method != "sds":
             raise ValueError(f"FullGradientProbe: {self.name} is decoupled; its method is 'sds', got {method!r}")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .._checks import as_flag, as_integer, check_choice
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import Tall, held, located
+from ..backends.lists import Tall, held, located, partition
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
 from ..parallel.ranks import DataParallelGroup, data_parallel_group, exchange, shares
@@ -368,9 +368,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         All in the dtype of the state: what is written into 16-bit factors and bases is rounded then, and once.
         """
         layers = owners()
-        by_form: defaultdict[bool, list[FactorPair]] = defaultdict(list)
-        for pair in due:
-            by_form[self._decoupled_after(pair, self.param_groups[pair.a[0]]["step"] - 1)].append(pair)
+        by_form = partition(due, lambda pair: self._decoupled_after(pair, self.param_groups[pair.a[0]]["step"] - 1))
         for decoupled, pairs in [(form, alike) for form, some in by_form.items() for alike in self._alike(some)]:
             old = [self._views(pair, layers, decoupled) for pair in pairs]
             whole = gathered([v.a for v in old] + [v.b for v in old])
@@ -380,12 +378,9 @@ class DecoupledOptimizer(LowRankOptimizer):
                 rights = [torch.cat([a, v.q_a.mT], dim=1) for v, a in zip(old, rights, strict=True)]
             wide = compute_dtype(lefts[0].dtype)
             thin = [_no_wider_than_tall(left.to(wide), right.to(wide)) for left, right in zip(lefts, rights, strict=True)]
-            by_width: defaultdict[int, list[int]] = defaultdict(list)
-            for index, (left, _) in enumerate(thin):
-                by_width[left.shape[1]].append(index)
             found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-            for members in by_width.values():
-                lefts, rights = [thin[i][0] for i in members], [thin[i][1] for i in members]
+            for some in partition(enumerate(thin), lambda item: item[1][0].shape[1]).values():
+                members, (lefts, rights) = [i for i, _ in some], map(list, zip(*(factors for _, factors in some), strict=True))
                 found.update(zip(members, zip(*self._svd_products(lefts, rights, self._rank(pairs[0])), strict=True), strict=True))
             for index, pair in enumerate(pairs):
                 u, sigma, v = found[index]

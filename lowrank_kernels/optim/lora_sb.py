@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from .._checks import check_choice
+from ..backends.lists import partition
 from ..backends.versions import Seen
 from ..ops import grouped_eigh, grouped_gram
 from ..pairs import core_owners
@@ -102,13 +102,14 @@ class LoRASB(LowRankOptimizer):
         for cores in self._alike_cores():
             self._step_cores(cores)
 
-    def _alike_cores(self) -> Iterator[list[Core]]:
+    def _alike_cores(self) -> Iterable[list[Core]]:
         """The cores in lists of one device, dtype, rank and parameter group."""
-        buckets: defaultdict[Any, list[Core]] = defaultdict(list)
-        for core in self._cores:
+
+        def kind(core: Core) -> tuple[Any, ...]:
             r = self._at(core.position)
-            buckets[r.device, r.dtype, len(r), core.position[0]].append(core)
-        yield from buckets.values()
+            return r.device, r.dtype, len(r), core.position[0]
+
+        return partition(self._cores, kind).values()
 
     def _step_cores(self, cores: list[Core]) -> None:
         group = self.param_groups[cores[0].position[0]]
@@ -160,11 +161,8 @@ class LoRASB(LowRankOptimizer):
 
 def _whitening_of(tall: list[Tensor], cores: list[Core]) -> Tensor:
     """W with ``WWᵀ = (XᵀX)⁻¹`` of every factor X (d, r), in fp64: XW has orthonormal columns."""
-    by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
-    for index, x in enumerate(tall):
-        by_dtype[x.dtype].append(index)
     whitening = torch.empty(len(tall), tall[0].shape[1], tall[0].shape[1], dtype=torch.float64, device=tall[0].device)
-    for members in by_dtype.values():
+    for members in partition(range(len(tall)), lambda i: tall[i].dtype).values():
         values, vectors = grouped_eigh(grouped_gram([tall[i] for i in members], dtype=torch.float64))
         floor = values[:, -1] * values.shape[1] * torch.finfo(torch.float64).eps
         for index, full_rank in zip(members, (values[:, 0] > floor).tolist(), strict=True):

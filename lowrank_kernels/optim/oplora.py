@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
+from ..backends.lists import partition
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 from ..ops.lorsum import lorsum_in_step
 from ..parallel.ranks import data_parallel_group
@@ -336,10 +337,7 @@ class OPLoRA(OverlappingOptimizer):
             begin_writing()
             torch._foreach_copy_([*mus, *mvs], new_momentum)
             return
-        by_rank: defaultdict[int, list[int]] = defaultdict(list)
-        for index, mu in enumerate(mus):
-            by_rank[mu.shape[1]].append(index)
-        for members in by_rank.values():
+        for members in partition(range(len(mus)), lambda i: mus[i].shape[1]).values():
             some = gradients if len(members) == len(pairs) else gradients.of(members)
             target = [mus[i] for i in members], [mvs[i] for i in members]
             kept, ones = torch.full_like(some.coefficients, momentum), torch.ones_like(some.coefficients)

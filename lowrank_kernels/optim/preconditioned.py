@@ -6,7 +6,6 @@ The Gram matrices are accumulated and solved in fp64: they square the condition 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .._checks import as_number
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import Gathered, Tall, column, consecutive, gather, holds, states
+from ..backends.lists import Gathered, Tall, column, consecutive, gather, holds, partition, states
 from ..backends.moments import Maps
 from ..ops import grouped_gram, grouped_preconditioner
 from ..parallel.shards import is_sharded, local_parts, shard_dims, shard_group
@@ -102,13 +101,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
     def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[LikePairs]:
         """As the base class has it, and of one scale, which then is a number and not a tensor to be sent to the device."""
         for alike in super()._alike(pairs):
-            if len({pair.scale for pair in alike}) == 1:
-                yield alike
-                continue
-            by_scale: defaultdict[float, list[FactorPair]] = defaultdict(list)
-            for pair in alike:
-                by_scale[pair.scale].append(pair)
-            yield from map(LikePairs, by_scale.values())
+            yield from map(LikePairs, partition(alike, lambda pair: pair.scale).values())
 
     def _update(self) -> None:
         for group_index, kinds in enumerate(self._kinds):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from ..backends.lists import partition
 
 
 class DataParallelGroup:
@@ -54,10 +55,7 @@ def exchange(tensors: Sequence[Tensor], doers: Sequence[int], group: Any) -> Non
     What is sent is as long as the largest share. Afterwards the tensors are equal to the last bit on all ranks.
     """
     rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
-    alike: defaultdict[Any, list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        alike[tensor.dtype, tensor.device].append(index)
-    for (dtype, device), members in alike.items():
+    for (dtype, device), members in partition(range(len(tensors)), lambda i: (tensors[i].dtype, tensors[i].device)).items():
         held = [[i for i in members if doers[i] == doer] for doer in range(ranks)]
         sizes = [[tensors[i].numel() for i in mine] for mine in held]
         mine = torch.zeros(max(map(sum, sizes)), dtype=dtype, device=device)

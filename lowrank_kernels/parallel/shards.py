@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ..backends.lists import PLAIN, plain
+from ..backends.lists import PLAIN, partition, plain
 from .ranks import data_parallel_group
 
 #: How to train, under FSDP2, factors that a method needs whole.
@@ -138,11 +138,8 @@ def average_gradients(params: nn.Module | Iterable[Tensor], process_group: Any =
     ranks = data_parallel_group(process_group)
     if ranks is None:
         return
-    alike: defaultdict[Any, list[Tensor]] = defaultdict(list)
-    for p in found:
-        if p.requires_grad and not is_sharded(p):
-            alike[p.dtype, p.device].append(p)
-    for members in alike.values():
+    whole = [p for p in found if p.requires_grad and not is_sharded(p)]
+    for members in partition(whole, lambda p: (p.dtype, p.device)).values():
         used = torch.tensor([float(p.grad is not None) for p in members], dtype=members[0].dtype, device=members[0].device)
         *means, used = ranks.mean([*(torch.zeros_like(p) if p.grad is None else p.grad for p in members), used])
         for index, (p, mean) in enumerate(zip(members, means, strict=True)):

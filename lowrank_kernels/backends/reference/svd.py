@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import compute_dtype
+from ..lists import partition
 from ..registry import implements
 from ._common import always
 
@@ -111,10 +111,7 @@ def grouped_svd(
     own results. ``thin_qr`` is for backends that have a faster one.
     """
     rank = ss.shape[1]
-    by_shape: defaultdict[torch.Size, list[int]] = defaultdict(list)
-    for index, x in enumerate(xs):
-        by_shape[x.shape].append(index)
-    for shape, members in by_shape.items():
+    for shape, members in partition(range(len(xs)), lambda i: xs[i].shape).items():
         wide = [xs[i].to(compute_dtype(xs[i].dtype)) for i in members]
         stack = wide[0][None] if len(wide) == 1 else torch.stack(wide)
         low, high = stack.flatten(1).aminmax(dim=1)  # NaN if there is one

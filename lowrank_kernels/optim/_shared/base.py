@@ -6,14 +6,13 @@ A method is a subclass that says what happens to the factors of each pair; every
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backends.lists import Gathered, first_sparse_gradient, gather
+from ...backends.lists import Gathered, first_sparse_gradient, gather, partition
 from ...backends.moments import Maps, Numbers, Stepped
 from ...ops.adamw import adamw_as_gathered_
 from ...pairs import core_owners
@@ -210,10 +209,7 @@ class LowRankOptimizer(StatefulOptimizer):
             if found.layout is not None:
                 self._adamw(group_index, found.members, **kind, found=found)
                 continue
-            by_place: defaultdict[Any, list[int]] = defaultdict(list)
-            for index, p in zip(found.members, found.params, strict=True):
-                by_place[p.device, p.dtype].append(index)
-            for members in by_place.values():
+            for members in partition(found.members, lambda index: _place(group["params"][index])).values():
                 self._adamw(group_index, members, **kind)
 
     def _miss(self, group: dict[str, Any], index: int) -> None:
@@ -302,12 +298,13 @@ class LowRankOptimizer(StatefulOptimizer):
     ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         """The moment step of those parameters of a group that are trained, with these maps, rank_dims and drifts."""
         group, parts = self.param_groups[group_index], self._trained_parts(group_index)
-        buckets: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for index in members:
-            p = group["params"][index]
-            if p.requires_grad:
-                buckets[p.device, p.dtype].append(p.detach()[parts[index]] if index in parts else p.detach())
-        for (device, _), tensors in buckets.items():
-            own = local_parts(tensors)
+        trained = [index for index in members if group["params"][index].requires_grad]
+        for (device, _), indices in partition(trained, lambda index: _place(group["params"][index])).items():
+            whole = [group["params"][index].detach() for index in indices]
+            own = local_parts([p[parts[index]] if index in parts else p for index, p in zip(indices, whole, strict=True)])
             numbers = Numbers.of(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")}, step=1)
             yield "grouped_adamw_", device.type, (Stepped(own, own, [], []), maps, list(rank_dims), drifts, numbers)
+
+
+def _place(p: Tensor) -> tuple[torch.device, torch.dtype]:
+    return p.device, p.dtype

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...backends.dtypes import compute_dtype
+from ...backends.lists import partition
 from ...ops import grouped_gram, grouped_lorsum_product, grouped_qr
 from ...parallel.ranks import DataParallelGroup
 from .pairing import FactorPair
@@ -169,11 +169,7 @@ KINDS = ("factors", "dense", "sketch")
 def reconstruct(sketches: list[Sketch]) -> tuple[list[Tensor], list[Tensor]]:
     """The thin factors of the sketched matrices: lefts Q (d_out, p) and rights ``Z (ΨᵀQ)⁺ᵀ`` (d_in, p)."""
     lefts, rights = ([torch.empty(0)] * len(sketches) for _ in range(2))
-    by_width: defaultdict[int, list[int]] = defaultdict(list)
-    for index, sketch in enumerate(sketches):
-        assert sketch.y is not None
-        by_width[sketch.y.shape[1]].append(index)
-    for members in by_width.values():
+    for members in partition(range(len(sketches)), lambda i: sketches[i].y.shape[1]).values():  # type: ignore[union-attr]
         qs, _ = grouped_qr([sketches[index].y for index in members])  # type: ignore[misc]
         inner_qs, inner_rs = grouped_qr(_times([sketches[index].psi.mT for index in members], qs))
         inverses = torch.linalg.solve_triangular(inner_rs, torch.stack(inner_qs).mT.to(inner_rs.dtype), upper=True)
@@ -186,10 +182,7 @@ def reconstruct(sketches: list[Sketch]) -> tuple[list[Tensor], list[Tensor]]:
 def _times(matrices: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     """The products of all of them; the others may differ in width."""
     products: list[Tensor] = [torch.empty(0)] * len(others)
-    by_width: defaultdict[int, list[int]] = defaultdict(list)
-    for index, other in enumerate(others):
-        by_width[other.shape[1]].append(index)
-    for members in by_width.values():
+    for members in partition(range(len(others)), lambda i: others[i].shape[1]).values():
         found = grouped_lorsum_product([[matrices[index] for index in members]], [others[index] for index in members], [1.0])
         for index, product in zip(members, found, strict=True):
             products[index] = product

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ...backends.lists import partition
 from ...ops import grouped_lorsum_product, grouped_svd_product
 from ...ops.lorsum import lorsum_in_step
 from .full_gradient import Gradients, on_device
@@ -73,9 +73,7 @@ def track(
     shares = (1.0 - decay) * torch.cat([(gradients.coefficients / parts).square(), torch.ones_like(tokens)]) / torch.cat([tokens] * 2)
     known = 1.0 - decay ** on_device(updates * 2, device)[:, None]
     stretched, shrunk = ([torch.empty(0)] * len(bases) for _ in range(2))
-    by_rank: defaultdict[int, list[int]] = defaultdict(list)
-    for index, basis in enumerate(bases):
-        by_rank[basis.shape[1]].append(index)
+    by_rank = partition(range(len(bases)), lambda i: bases[i].shape[1])
     for rank, members in by_rank.items():
         old, old_values = [bases[i] for i in members], [values[i] for i in members]
         seen = [(lefts + rights)[i] for i in members]

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor
 
+from ...backends.lists import partition
 from ...parallel.shards import local_parts, shard_group
 
 
 def first_nonfinite(grads: list[Tensor]) -> int | None:
     """The index of the first gradient that is not finite, None if all are; one wait for the device per device."""
-    by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
-    for index, grad in enumerate(grads):
-        if grad.numel():
-            by_device[grad.device].append(index)
     found = []
-    for indices in by_device.values():
+    for indices in partition((i for i, grad in enumerate(grads) if grad.numel()), lambda i: grads[i].device).values():
         # The largest absolute value is finite if and only if all are, and no dtype overflows on the way.
         finite = torch.stack(torch._foreach_norm([grads[i] for i in indices], float("inf"))).isfinite()
         if not finite.all():

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -14,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from ..._checks import first_few
+from ...backends.lists import partition
 from ...pairs import Pair, halves_by_name, is_adapter_parameter, live_layers, own_pair, pairs_by_name
 from ...parallel.shards import FLATTENED, PARTITIONED, made_by_zero
 
@@ -128,9 +128,7 @@ class Pairing:
     def by_kind(self, group_index: int, second_has_own_lr: bool, among: Iterable[int]) -> list[Kind]:
         """Those parameters of a group in lists of one kind."""
         factors, second, lone = (of[group_index] for of in (self.factors, self.second_factors, self.lone_factors))
-        kinds: defaultdict[tuple[bool, bool, bool], list[int]] = defaultdict(list)
-        for index in among:
-            kinds[index in factors, second_has_own_lr and index in second, index in lone].append(index)
+        kinds = partition(among, lambda index: (index in factors, second_has_own_lr and index in second, index in lone))
         return [(is_factor, is_second, members) for (is_factor, is_second, _), members in kinds.items()]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Never
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends.dtypes import compute_dtype
-from ...backends.lists import PLAIN, complete, signature
+from ...backends.lists import PLAIN, complete, partition, signature
 from ...pairs import factors_of, owners, switch_count
 from ...parallel.shards import FLATTENED, is_sharded
 from .arguments import (
@@ -308,14 +307,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _alike(self, pairs: Iterable[FactorPair]) -> Iterator[LikePairs]:
         """The pairs in lists of one device, dtype, rank and parameter groups: what one call of an operation takes."""
-        buckets: defaultdict[Any, list[FactorPair]] = defaultdict(list)
-        groups = [group["params"] for group in self.param_groups]
-        for pair in pairs:
-            (group_a, index), (group_b, _) = pair.a, pair.b
-            a = groups[group_a][index]
+
+        def kind(pair: FactorPair) -> tuple[Any, ...]:
+            a = self._at(pair.a)
             mesh = None if type(a) in PLAIN else getattr(a, "device_mesh", None)
-            buckets[a.device, a.dtype, self._rank(pair), group_a, group_b, mesh].append(pair)
-        yield from map(LikePairs, buckets.values())
+            return a.device, a.dtype, self._rank(pair), pair.a[0], pair.b[0], mesh
+
+        return map(LikePairs, partition(pairs, kind).values())
 
     def _all_alike(self) -> list[LikePairs]:
         """:meth:`_alike` of all pairs; kept from step to step while the parameters' dtypes, devices and shapes stay as they are."""
