@@ -204,6 +204,19 @@ def test_rank_deficient_factors_keep_their_start(backend: str, dtype: torch.dtyp
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank, tokens", [(5, 2), (8, 3), (16, 7), (32, 4)])
+def test_fewer_tokens_than_columns_lose_no_digits(backend: str, dtype: torch.dtype, rank: int, tokens: int) -> None:
+    """Without λ: after one sweep both factors are of a lower rank than they have columns, and their Gram matrices singular to rounding."""
+    u, v = torch.zeros(50, rank, dtype=dtype), torch.randn(40, rank, dtype=dtype)
+    s, x = torch.randn(50, tokens, dtype=dtype), torch.randn(40, tokens, dtype=dtype)
+    with running(backend):
+        (u,), (v,) = ops.grouped_lorsum(([u], [v]), [([u], [v]), ([s], [x])], [1.0, -0.1], 2, 0.0)
+    exact = -0.1 * s.double() @ x.double().mT
+    assert (u.double() @ v.double().mT - exact).norm() <= 1e3 * torch.finfo(dtype).eps * exact.norm()
+
+
+@on_every_backend
 def test_ill_conditioned_systems_are_solved_in_fp64(backend: str) -> None:
     """σ₁ = 10, κ = 1e6, λ = 1e-6: an fp32 Cholesky of VᵀV + λI fails."""
     left, _ = torch.linalg.qr(torch.randn(60, 8, dtype=torch.float64))

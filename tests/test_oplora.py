@@ -147,6 +147,18 @@ def test_the_metric_keeps_the_largest_part_of_the_statistics() -> None:
     assert optimizer.state[pair.B]["metric_values"].shape == (4,)
 
 
+def test_the_metric_of_few_tokens_is_exact() -> None:
+    """Of fewer tokens than the metric's rank the statistics are known whole, and D_V is (1 - decay) XᵀX/n."""
+    model = make_model("ours")
+    optimizer = make(model, **{**KFAC, "lr": 0.0, "metric_rank": 8})
+    x, y = (t[:3] for t in batch(0))
+    (model(x) - y).square().sum().backward()
+    optimizer.step()
+    state = optimizer.state[pairs(model)[0].A]
+    W, sigma = state["metric_basis"], state["metric_values"]
+    torch.testing.assert_close(W * sigma @ W.T, 0.1 * x.T @ x / 3, rtol=0, atol=1e-12)
+
+
 @every_library
 @every_kind
 def test_resuming_is_bit_for_bit(kind: dict, library: str) -> None:

@@ -39,7 +39,7 @@ template <class T>
 class LorsumScratch {
  public:
   LorsumScratch(int64_t r, const Sizes& sizes, int jobs, int workers)
-      : small_((5 * r + 1) * small_pitch(r)),
+      : small_(6 * r * small_pitch(r)),
         grams_(sizes.grams),
         sums_(kLorsumColumns * small_pitch(r)),
         factors_(round_up(sizes.factors, 16)),

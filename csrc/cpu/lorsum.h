@@ -140,20 +140,37 @@ void expand(const T* x, int64_t x_pitch, int64_t x_columns, const T* c, int64_t 
   for (; k < rows; k += L) some_rows(k, std::integral_constant<int, 1>());
 }
 
-// out (rows, r) = c · sums (rows, r) · map (r, r); of sums and map the rows are `pitch` apart. Several rows at a time,
-// whose chains of additions overlap.
+// H = gram + Λ as the inverse of its Cholesky factor, H⁻¹ = WWᵀ, and as Wᵀ.
+struct Inverse {
+  double *upper, *lower;
+};
+
+// out (rows, r) = c · sums (rows, r) · H⁻¹; of sums the rows are `pitch` apart. By W and then by Wᵀ: what rounding does
+// to H⁻¹ itself, once formed, is as large as its inverse's largest entries and in all directions, where that of its
+// factors lies in those that H hardly has. Several rows at a time, whose chains of additions overlap.
 template <class T>
-void apply_map(const double* sums, int64_t rows, double c, const double* map, int64_t r, int64_t pitch, T* out) {
+void apply_inverse(const double* sums, int64_t rows, double c, const Inverse& inverse, int64_t r, int64_t pitch,
+                   T* out) {
   constexpr int R = 8, L = kLanes<double>;
+  alignas(kLineBytes) double between[R * kMaxRank];
   for (int64_t t = 0; t < rows; t += R) {
     const double* from[R];
     for (int q = 0; q < R; ++q) from[q] = sums + (t + q < rows ? t + q : rows - 1) * pitch;
+    const auto sum = [&](const double* map, int64_t begin, int64_t end, Vec<double>* total) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Vec<double> row = load(map + i * pitch);
+        for (int q = 0; q < R; ++q) total[q] += splat(from[q][i]) * row;
+      }
+    };
     for (int64_t j = 0; j < r; j += L) {
       Vec<double> total[R] = {};
-      for (int64_t i = 0; i < r; ++i) {
-        const Vec<double> column = load(map + i * pitch + j);
-        for (int q = 0; q < R; ++q) total[q] += splat(from[q][i]) * column;
-      }
+      sum(inverse.upper + j, 0, j + L < r ? j + L : r, total);
+      for (int q = 0; q < R; ++q) store(between + q * pitch + j, total[q]);
+    }
+    for (int q = 0; q < R; ++q) from[q] = between + q * pitch;
+    for (int64_t j = 0; j < r; j += L) {
+      Vec<double> total[R] = {};
+      sum(inverse.lower + j, j, r, total);
       double values[L];
       for (int q = 0; q < R && t + q < rows; ++q) {
         store(values, splat(c) * total[q]);
@@ -163,26 +180,24 @@ void apply_map(const double* sums, int64_t rows, double c, const double* map, in
   }
 }
 
-// H⁻¹ for H = gram + Λ, and Λ, which is λ, but in no column less than the rounding error of its diagonal entry, and 1
-// in a zero column. False if H is not positive definite: something is not finite.
-inline bool invert(const double* gram, int64_t r, double proximal, double relative, double* ridge, double* upper,
-                   double* factor, double* inverse) {
+// W for H = gram + Λ, and Λ, a diagonal matrix: λ, but in no column less than the rounding error of its diagonal entry,
+// and 1 in a zero column. False if H is not positive definite: something is not finite.
+inline bool invert(const double* gram, int64_t r, double proximal, double relative, double* ridge, double* factor,
+                   const Inverse& inverse) {
   const int64_t pitch = small_pitch(r);
-  std::memcpy(upper, gram, static_cast<size_t>(r * pitch) * sizeof(double));
+  std::memcpy(factor, gram, static_cast<size_t>(r * pitch) * sizeof(double));
+  std::memset(ridge, 0, static_cast<size_t>(r * pitch) * sizeof(double));
   for (int64_t i = 0; i < r; ++i) {
     const double floor = relative * gram[i * pitch + i];
-    ridge[i] = floor > proximal ? floor : proximal;
-    if (ridge[i] == 0) ridge[i] = 1;
-    upper[i * pitch + i] += ridge[i];
+    double& own = ridge[i * pitch + i];
+    own = floor > proximal ? floor : proximal;
+    if (own == 0) own = 1;
+    factor[i * pitch + i] += own;
   }
-  if (!cholesky_upper(upper, r, 0)) return false;
-  invert_upper(upper, r, factor);
+  if (!cholesky_upper(factor, r, 0)) return false;
+  invert_upper(factor, r, inverse.upper);
   for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < r; ++j) {
-      double sum = 0;
-      for (int64_t k = i > j ? i : j; k < r; ++k) sum += factor[i * pitch + k] * factor[j * pitch + k];
-      inverse[i * pitch + j] = sum;
-    }
+    for (int64_t j = 0; j < pitch; ++j) inverse.lower[i * pitch + j] = j < r ? inverse.upper[j * pitch + i] : 0;
   }
   return true;
 }
@@ -341,24 +356,22 @@ class Lorsum {
 
   bool half_sweep(int side, const T* other) {
     const Factor<T>& g = factor_[1 - side];
-    double *ridge = work_.small + 2 * r_ * pitch_, *upper = ridge + pitch_, *inverse = upper + r_ * pitch_;
-    double* scratch = inverse + r_ * pitch_;
+    double *ridge = work_.small + 2 * r_ * pitch_, *factor = ridge + r_ * pitch_;
+    const Inverse inverse{factor + r_ * pitch_, factor + 2 * r_ * pitch_};
     // With λ = 0 the ridge stands for λ → 0 and for right-hand sides that were rounded to T.
     double relative = 4 * static_cast<double>(r_) * std::numeric_limits<double>::epsilon();
     const double own = static_cast<double>(std::numeric_limits<T>::epsilon());
     if (s_.proximal == 0 && own > relative) relative = own;
-    if (!invert(g.gram, r_, s_.proximal, relative, ridge, upper, scratch, inverse)) return false;
-    sweep_one_side(side, other, ridge, inverse);
+    if (!invert(g.gram, r_, s_.proximal, relative, ridge, factor, inverse)) return false;
+    sweep_one_side(side, other, ridge, &inverse);
     return true;
   }
 
   // now = start ΛH⁻¹ + Σ_j P_j (c_j (Q_jᵀ other) H⁻¹), and its Gram; or, without Λ and H⁻¹, the sum of products alone.
-  void sweep_one_side(int side, const T* other, const double* ridge, const double* inverse) {
+  void sweep_one_side(int side, const T* other, const double* ridge, const Inverse* inverse) {
     const Factor<T>& f = factor_[side];
     T* const start_map = work_.coefficients;
-    for (int64_t i = 0; i < r_ && ridge != nullptr; ++i) {
-      for (int64_t j = 0; j < r_; ++j) start_map[i * r_ + j] = static_cast<T>(ridge[i] * inverse[i * pitch_ + j]);
-    }
+    if (inverse != nullptr) apply_inverse(ridge, r_, 1, *inverse, r_, pitch_, start_map);
     int64_t blocks = 0;
     T* next = start_map + r_ * r_;
     for (int64_t j = 0; j < s_.terms; ++j) {
@@ -385,7 +398,7 @@ class Lorsum {
   }
 
   // Rows [first, first + kLorsumColumns) of c (QᵀV) H⁻¹, of c V H⁻¹ or of c (D V) H⁻¹.
-  void form_coefficients(int64_t j, int side, int64_t first, const T* other, const double* inverse, int worker) const {
+  void form_coefficients(int64_t j, int side, int64_t first, const T* other, const Inverse* inverse, int worker) const {
     const LorsumTerm& term = item_.terms[j];
     const Factor<T>& g = factor_[1 - side];
     const Path way = path_of(j, side);
@@ -414,7 +427,7 @@ class Lorsum {
     }
     T* out = coefficients_[j] + first * r_;
     if (inverse != nullptr) {
-      apply_map(sums, count, term.c, inverse, r_, pitch_, out);
+      apply_inverse(sums, count, term.c, *inverse, r_, pitch_, out);
       return;
     }
     for (int64_t t = 0; t < count; ++t) {

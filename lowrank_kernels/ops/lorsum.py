@@ -154,7 +154,8 @@ def grouped_lorsum(
     Returns:
         ``(us, vs)``. r × r systems are accumulated and solved in fp64, all else in fp32 at least. In column j the λ that is used is at
         least ``τ·(VᵀV)_jj``, with τ = 4·r·eps(fp64), for λ = 0 eps of the arithmetic if that is more (fp32: 1.2e-7): so with a
-        rank-deficient V the directions that V does not span keep their start instead of becoming NaN, as in the limit λ → 0.
+        rank-deficient V the directions that V does not span keep their start, to a digit or two, instead of becoming NaN, as in the limit
+        λ → 0; they do not show in UVᵀ, which has its digits.
         A layer with NaN or Inf in anything that belongs to it, or whose arithmetic overflows, gives NaN in its own U and V; the
         others are not touched by it.
 

@@ -26,16 +26,20 @@ def contracted(right: Tensor | None, other: Tensor) -> Tensor:
 def half_sweep(start: Tensor, other: Tensor, terms: list[Weighted], proximal: float) -> Tensor:
     """``(Σ c P (Qᵀ other) + λ start) (otherᵀ other + λ I)⁻¹``.
 
-    The inverse is applied to the small products, in fp64: rounded to fp32 first they would lose what it magnifies.
+    The small products are solved for, in fp64: rounded to fp32 first they would lose what the inverse magnifies; and an inverse itself
+    has errors as large as its largest entries in all directions, where a solution's lie in those that ``other`` hardly spans.
     """
     wide = other.double()
     gram = wide.mT @ wide
     damping = ridge(gram.diagonal(), proximal, start.dtype)
     factor, info = torch.linalg.cholesky_ex(gram + damping.diag())
-    inverse = torch.cholesky_solve(torch.eye(len(gram), dtype=gram.dtype, device=gram.device), factor)
-    total = start @ (damping[:, None] * inverse).to(start.dtype)
+
+    def solved(rows: Tensor) -> Tensor:
+        return torch.cholesky_solve(rows.mT, factor).mT.to(start.dtype)
+
+    total = start @ solved(damping.diag())
     for c, left, right in terms:
-        total = total + left @ (c * contracted(right, other) @ inverse).to(start.dtype)
+        total = total + left @ solved(c * contracted(right, other))
     return torch.where((info == 0) & factor.isfinite().all(), total, torch.nan)
 
 
