@@ -97,8 +97,7 @@ class LoRASB(LowRankOptimizer):
         return moments(part, "exp_avg") if self._keeps_state(group) else {}
 
     def _update(self) -> None:
-        for group_index, group in enumerate(self.param_groups):
-            self._moment_step(group_index, [i for i in range(len(group["params"])) if i not in self._factors[group_index]])
+        self._step_rest()
         for cores in self._alike_cores():
             self._step_cores(cores)
 

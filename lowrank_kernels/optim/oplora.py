@@ -278,9 +278,7 @@ class OPLoRA(OverlappingOptimizer):
         self._results = self._early_results(self._gradients)
 
     def _update(self) -> None:
-        for group_index, group in enumerate(self.param_groups):
-            rest = [i for i in range(len(group["params"])) if i not in self._factors[group_index]]
-            self._moment_step(group_index, rest)
+        self._step_rest()
         stepped = {id(pair) for gradients in self._gradients for pair in gradients.pairs}
         for pair in self._pairs:
             if id(pair) not in stepped:

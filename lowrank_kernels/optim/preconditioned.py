@@ -104,10 +104,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
             yield from map(LikePairs, partition(alike, lambda pair: pair.scale).values())
 
     def _update(self) -> None:
-        for group_index, kinds in enumerate(self._kinds):
-            for is_factor, _, members in kinds[False]:
-                if not is_factor:
-                    self._moment_step(group_index, members)
+        self._step_rest()
         for pairs in self._all_alike():
             self._step_pairs(pairs)
 

@@ -19,6 +19,7 @@ from ...pairs import core_owners
 from ...parallel.shards import local_parts
 from .nonfinite import which_nonfinite
 from .notices import warn
+from .pairing import Kind
 from .state import misfit
 from .stateful import StatefulOptimizer
 from .step_entry import entered
@@ -193,14 +194,18 @@ class LowRankOptimizer(StatefulOptimizer):
 
     def _update(self) -> None:
         """What a step does, once ``group["step"]`` counts it. Here: AdamW for all."""
-        for group_index in range(len(self.param_groups)):
-            self._moment_step(group_index)
+        for group_index, kinds in enumerate(self._kinds):
+            self._moment_step(group_index, kinds[self.param_groups[group_index]["lr_ratio"] != 1.0])
 
-    def _moment_step(self, group_index: int, indices: Iterable[int] | None = None) -> None:
-        """AdamW on those parameters of the group (all, if not told) that have a gradient: one call per device, dtype and kind."""
+    def _step_rest(self) -> None:
+        """AdamW for all that is no factor."""
+        for group_index, kinds in enumerate(self._kinds):
+            if rest := [kind for kind in kinds[False] if not kind[0]]:
+                self._moment_step(group_index, rest)
+
+    def _moment_step(self, group_index: int, kinds: Iterable[Kind]) -> None:
+        """AdamW on those parameters of a group, of these kinds, that have a gradient: one call per device, dtype and kind."""
         group, parts = self.param_groups[group_index], self._trained_parts(group_index)
-        own_lr = group["lr_ratio"] != 1.0
-        kinds = self._kinds[group_index][own_lr] if indices is None else self._by_kind(group_index, own_lr, indices)
         for is_factor, is_second, of_kind in kinds:
             kind: dict[str, Any] = {"is_factor": is_factor, "is_second": is_second, "parts": parts}
             found = gather(group["params"], of_kind, self.state)

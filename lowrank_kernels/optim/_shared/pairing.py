@@ -106,7 +106,7 @@ class Pairing:
     Attributes:
         pairs, cores: the factors.
         factors, second_factors, lone_factors: by group, the indices of all factors, of the Bs among them, and of the lone ones.
-        kinds: by group, :meth:`by_kind` of all parameters, by whether Bs have an lr of their own.
+        kinds: by group, all parameters in lists of one kind, by whether Bs have an lr of their own.
     """
 
     def __init__(
@@ -123,12 +123,11 @@ class Pairing:
             [frozenset(i for g, i in positions if g == index) for index in range(len(sizes))]
             for positions in (factor_positions(self.pairs, self.cores), {pair.b for pair in self.pairs}, set(lone))
         )
-        self.kinds = [{own_lr: self.by_kind(g, own_lr, range(size)) for own_lr in (False, True)} for g, size in enumerate(sizes)]
+        self.kinds = [{own_lr: self._by_kind(g, size, own_lr) for own_lr in (False, True)} for g, size in enumerate(sizes)]
 
-    def by_kind(self, group_index: int, second_has_own_lr: bool, among: Iterable[int]) -> list[Kind]:
-        """Those parameters of a group in lists of one kind."""
+    def _by_kind(self, group_index: int, size: int, second_has_own_lr: bool) -> list[Kind]:
         factors, second, lone = (of[group_index] for of in (self.factors, self.second_factors, self.lone_factors))
-        kinds = partition(among, lambda index: (index in factors, second_has_own_lr and index in second, index in lone))
+        kinds = partition(range(size), lambda index: (index in factors, second_has_own_lr and index in second, index in lone))
         return [(is_factor, is_second, members) for (is_factor, is_second, _), members in kinds.items()]
 
 

@@ -249,9 +249,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _kinds(self) -> list[dict[bool, list[Kind]]]:
         return self._pairing.kinds
 
-    def _by_kind(self, group_index: int, second_has_own_lr: bool, among: Iterable[int]) -> list[Kind]:
-        return self._pairing.by_kind(group_index, second_has_own_lr, among)
-
     def _at(self, position: Position) -> Tensor:
         return self.param_groups[position[0]]["params"][position[1]]
 
