@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import lowrank_kernels as lk
 from benchmarks.naive.oplora import OPLoRALayer
 from lowrank_kernels import pairs
-from lowrank_kernels.optim._shared.full_gradient import Factors, Probes, Sketch, random_matrix, reconstruct
+from lowrank_kernels.optim._shared.full_gradient import Probes, Sketch, TokenFactors, random_matrix, reconstruct
 
 
 @every_library
@@ -260,8 +260,8 @@ def test_nothing_is_kept_and_hooks_go_with_the_optimizer(library: str, monkeypat
     model = make_model(library)
     optimizer = make(model)
     seen: list[weakref.ref] = []
-    add = Factors.add
-    monkeypatch.setattr(Factors, "add", lambda self, x, s: (seen.append(weakref.ref(s)), add(self, x, s))[1])
+    add = TokenFactors.add
+    monkeypatch.setattr(TokenFactors, "add", lambda self, x, s: (seen.append(weakref.ref(s)), add(self, x, s))[1])
     for step in range(2):
         optimizer.zero_grad()
         loss_of(model, step).backward()

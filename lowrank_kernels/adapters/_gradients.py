@@ -100,7 +100,7 @@ def _as_found(root: nn.Module, layers: Mapping[str, LowRankLinear], training: bo
                     buffer.copy_(value)
 
 
-class Gradients:
+class BaseGradients:
     """The summed gradients of W0 for all layers, over all batches and ranks."""
 
     def __init__(self, function: str, layers: Mapping[str, LowRankLinear], accumulate_on: str, samples: int | None) -> None:
@@ -222,7 +222,7 @@ def _add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def share(tensor: Tensor) -> None:
+def broadcast_from_first(tensor: Tensor) -> None:
     """Rank 0's values for all ranks."""
     if data_parallel_group(None) is not None:
         torch.distributed.broadcast(tensor, 0)

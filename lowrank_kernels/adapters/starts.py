@@ -20,7 +20,7 @@ from ..backends.dtypes import compute_dtype
 from ..backends.lists import partition
 from ..ops import grouped_svd
 from ..parallel.shards import is_sharded
-from ._gradients import Gradients, LossFunction, share
+from ._gradients import BaseGradients, LossFunction, broadcast_from_first
 from ._model import adapted_layers, check_model, parallel_wrapper
 from .layer import LowRankLinear, holds_matrix, is_plain
 
@@ -115,19 +115,19 @@ def lora_sb_init(
     lr = as_number("lora_sb_init", "lr", lr, positive=True)
     check_choice("lora_sb_init", "update", update, UPDATES)
     _check_svd("lora_sb_init", oversample, iterations)
-    watch = _Watch(next(iter(layers.values())).lora_A.device)
-    gradients = Gradients("lora_sb_init", layers, accumulate_on, samples)
+    meter = _CostMeter(next(iter(layers.values())).lora_A.device)
+    gradients = BaseGradients("lora_sb_init", layers, accumulate_on, samples)
     gradients.sum_over(root, batches, loss_fn, training, progress)
 
     def first_step(name: str) -> Tensor:
         total = gradients.take(name)
         return total.sign_().mul_(-lr) if update == "adam" else total.mul_(-lr / gradients.seen)
 
-    started = watch.seconds()
+    started = meter.seconds()
     factors, energy = _truncate(layers, first_step, oversample, iterations)
     for name, (u, s, v) in factors.items():
         _write(layers[name], u, v, torch.diag(s / layers[name].scale))
-    return _report(energy, watch, started, gradients)
+    return _report(energy, meter, started, gradients)
 
 
 def initialize(
@@ -181,18 +181,18 @@ def initialize(
         raise TypeError("initialize: 'lora-ga' needs batches= and loss_fn=, the other starts take neither")
     gamma = as_number("initialize", "gamma", gamma, positive=True)
     _check_svd("initialize", oversample, iterations)
-    watch = _Watch(next(iter(layers.values())).lora_A.device)
-    gradients: Gradients | None = None
+    meter = _CostMeter(next(iter(layers.values())).lora_A.device)
+    gradients: BaseGradients | None = None
     matrix: Callable[[str], Tensor] = partial(_finite_weight, layers)
     factor = 1
     if batches is not None and loss_fn is not None:
         for name, layer in layers.items():
             if 2 * layer.rank > min(layer.in_features, layer.out_features):
                 raise ValueError(f"initialize: 'lora-ga' takes 2r singular vectors, too many for {name!r} with r = {layer.rank}")
-        gradients = Gradients("initialize", layers, accumulate_on, samples)
+        gradients = BaseGradients("initialize", layers, accumulate_on, samples)
         gradients.sum_over(root, batches, loss_fn, training, progress)
         matrix, factor = gradients.take, 2
-    started = watch.seconds()
+    started = meter.seconds()
     factors, energy = _truncate(layers, matrix, oversample, iterations, factor)
     for name, (u, s, v) in factors.items():
         layer = layers[name]
@@ -204,13 +204,13 @@ def initialize(
         else:
             c = layer.out_features**0.25 / math.sqrt(gamma)
             layer.start_from(c * v[:, : layer.rank].mT, c * u[:, layer.rank :])
-    return _report(energy, watch, started, gradients)
+    return _report(energy, meter, started, gradients)
 
 
-def _report(energy: dict[str, float], watch: _Watch, started: float, gradients: Gradients | None) -> InitReport:
-    seconds = watch.seconds()
-    seen, held, where = (0, 0, str(watch.device)) if gradients is None else (gradients.seen, gradients.bytes, gradients.where)
-    return InitReport(energy, seen, seconds, seconds - started, held, where, watch.peak_growth())
+def _report(energy: dict[str, float], meter: _CostMeter, started: float, gradients: BaseGradients | None) -> InitReport:
+    seconds = meter.seconds()
+    seen, held, where = (0, 0, str(meter.device)) if gradients is None else (gradients.seen, gradients.bytes, gradients.where)
+    return InitReport(energy, seen, seconds, seconds - started, held, where, meter.peak_growth())
 
 
 # -------------------------------------------------------------------------------------------------------------------- layers
@@ -331,7 +331,7 @@ def _truncate(
             energy |= dict(zip(chunk, shares, strict=True))
     for triple in factors.values():
         for tensor in triple:
-            share(tensor)
+            broadcast_from_first(tensor)
     return factors, {name: energy[name] for name in layers}
 
 
@@ -350,7 +350,7 @@ def _check_svd(function: str, oversample: int, iterations: int | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- costs
 
 
-class _Watch:
+class _CostMeter:
     """Time and peak memory since it was made."""
 
     def __init__(self, device: torch.device) -> None:

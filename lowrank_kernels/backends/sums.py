@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 #: code on the CPU, which is bound by its arithmetic, has fp64 up to max(r, 32) columns.
 THIN = 128
 
-#: Left factors (d_out, r) and right factors (d_in, r) of all layers.
-Factors: TypeAlias = tuple[list[Tensor], list[Tensor]]
+#: Left factors (d_out, ·) and right factors (d_in, ·) of all layers.
+FactorLists: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 class Sums(NamedTuple):

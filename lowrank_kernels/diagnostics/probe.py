@@ -28,7 +28,7 @@ from .measures import (
     stable_ranks,
     subspace_drift,
 )
-from .record import Recorder, Row
+from .record import Row, RowWriter
 
 
 class FullGradientProbe:
@@ -108,13 +108,13 @@ class FullGradientProbe:
                 raise ValueError(f"FullGradientProbe: method={method!r} is of layers with a core R (method='xs'), and {pair.name} has none")
         self.model, self.method = model, method
         self.step = 0
-        self._recorder = Recorder(csv, run, tensorboard)
+        self._row_writer = RowWriter(csv, run, tensorboard)
         self._armed: _Measurement | None = None
         self._handle: RemovableHandle | None = None
 
     @property
     def rows(self) -> list[Row]:
-        return self._recorder.rows
+        return self._row_writer.rows
 
     # ---------------------------------------------------------------- context manager
 
@@ -127,7 +127,7 @@ class FullGradientProbe:
 
     def log(self, **values: float) -> None:
         """Record numbers of the whole model (``loss=…``) at the present step."""
-        self._recorder.write([{"step": self.step, "layer": "", **values}])
+        self._row_writer.write([{"step": self.step, "layer": "", **values}])
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> FullGradientProbe:
         """Take the method, δ and LoRA+'s ratio from an optimizer, unless they were given.
@@ -195,7 +195,7 @@ class FullGradientProbe:
                 "after the probe has begun (inside `with probe:`)",
                 stacklevel=3,
             )
-        self._recorder.write(rows)
+        self._row_writer.write(rows)
 
 
 class _Measurement:

@@ -22,7 +22,7 @@ COLUMNS = (
 TEXT = ("run", "layer", "method")
 
 
-class Recorder:
+class RowWriter:
     """Keeps rows, appends them to a CSV, and sends the means over the layers to TensorBoard."""
 
     def __init__(self, path: str | Path | None, run: str, tensorboard: str | Path | None) -> None:

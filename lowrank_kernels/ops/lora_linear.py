@@ -101,7 +101,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-class _Sketch(NamedTuple):
+class _TensorSpec(NamedTuple):
     """All that the backends' ``verify`` functions look at in a tensor."""
 
     device: torch.device
@@ -118,7 +118,7 @@ def _by_seed(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
     """
     if device.type == "meta":
         return False
-    x, a, b = (_Sketch(device, dtype, shape) for shape in ((1, 1), (rank, 1), (1, rank)))
+    x, a, b = (_TensorSpec(device, dtype, shape) for shape in ((1, 1), (rank, 1), (1, rank)))
     return select("lora_linear", device.type, (x, None, None, a, b, None, None, 1.0, None, 1.0)).implementation.backend == "triton"
 
 

@@ -12,15 +12,13 @@ from torch import Tensor
 from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run, run_in_place
-from ..backends.sums import Sums, Sweeps
+from ..backends.sums import FactorLists, Sums, Sweeps
 from ._library import define, is_eager, is_plain_eager, no_backward, records_nothing
 from ._tensor_checks import check_apart, check_list, check_same_length, check_writable
 
 NAME = "grouped_lorsum"
-#: Two lists over the layers: left factors (d_out, ·) and right factors (d_in, ·).
-Factors: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
 #: A term of the sum, of every layer: P_j and Q_j of P_j Q_jᵀ, or dense matrices.
-Term: TypeAlias = Factors | Sequence[Tensor]
+Term: TypeAlias = FactorLists | Sequence[Tensor]
 #: Of one term: one number for all layers, or one for each.
 Coefficient: TypeAlias = float | Tensor | Sequence[float]
 
@@ -119,14 +117,14 @@ def _check_coefficients(
 
 
 def grouped_lorsum(
-    targets: Factors,
+    targets: FactorLists,
     terms: Sequence[Term],
     coefficients: Tensor | Sequence[Coefficient],
     sweeps: int = 2,
     proximal: float = 0.0,
     first: str = "u",
     *,
-    out: Factors | None = None,
+    out: FactorLists | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """LoRSum (OPLoRA, Listing 1): ``U_i V_iᵀ ≈ Σ_j c_ji P_ji Q_jiᵀ`` for all layers of a list, the sum itself never formed.
 
@@ -170,7 +168,7 @@ def grouped_lorsum(
     return lorsum_in_step(targets, terms, coefficients, sweeps, proximal, first, out=out, begin_writing=begin_writing)
 
 
-def _check_out(targets: Factors, terms: Sequence[Term], out: Factors) -> None:
+def _check_out(targets: FactorLists, terms: Sequence[Term], out: FactorLists) -> None:
     """Refuse an ``out`` that shares memory, with itself or with what is read: of that it may only be the targets, also as a term."""
     check_writable(NAME, **{"out[0]": out[0], "out[1]": out[1]})
     if is_eager():
@@ -188,14 +186,14 @@ def _sides(term: Term) -> list[tuple[str, Sequence[Tensor]]]:
 
 
 def lorsum_in_step(
-    targets: Factors,
+    targets: FactorLists,
     terms: Sequence[Term],
     coefficients: Tensor | Sequence[Coefficient],
     sweeps: int = 2,
     proximal: float = 0.0,
     first: str = "u",
     *,
-    out: Factors | None = None,
+    out: FactorLists | None = None,
     begin_writing: Callable[[], object] = do_nothing,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """:func:`grouped_lorsum` as our optimizers call it.

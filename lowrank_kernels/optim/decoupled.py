@@ -21,8 +21,8 @@ from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, held, located, partition
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
-from ..parallel.ranks import DataParallelGroup, data_parallel_group, exchange, shares
-from ..parallel.shards import KEEP_WHOLE, assign, gathered, is_sharded, shard_dims
+from ..parallel.ranks import DataParallelGroup, assign_ranks, data_parallel_group, exchange
+from ..parallel.shards import KEEP_WHOLE, all_gathered, assign, is_sharded, shard_dims
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.base import LowRankOptimizer
 from ._shared.idle_halves import IdleHalf, owner, remove_all
@@ -282,7 +282,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             if ranks is None:
                 _renew(factors, bases, polar)
                 continue
-            doers = shares([factor.numel() for factor in factors.stored], ranks.size)
+            doers = assign_ranks([factor.numel() for factor in factors.stored], ranks.size)
             mine = ranks.own(doers)
             _renew([factors[i] for i in mine], [bases[i] for i in mine], polar)
             exchange(list(bases), doers, ranks.group)
@@ -300,7 +300,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         if bases is None:
             layers = owners()
             a, b, *bases = map(list, zip(*(self._views(pair, layers, decoupled=True) for pair in pairs), strict=True))
-        return located(Tall(gathered(a + b), len(pairs))), located(Tall(bases[0] + bases[1], len(pairs)))
+        return located(Tall(all_gathered(a + b), len(pairs))), located(Tall(bases[0] + bases[1], len(pairs)))
 
     def _held_bases(self, pairs: LikePairs, factors_a: list[Tensor]) -> Sequence[list[Tensor]] | None:
         """Q_Aᵀ and Q_B of layers of ours; None if not all pairs have one that holds its A as a parameter.
@@ -371,7 +371,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         by_form = partition(due, lambda pair: self._decoupled_after(pair, self.param_groups[pair.a[0]]["step"] - 1))
         for decoupled, pairs in [(form, alike) for form, some in by_form.items() for alike in self._alike(some)]:
             old = [self._views(pair, layers, decoupled) for pair in pairs]
-            whole = gathered([v.a for v in old] + [v.b for v in old])
+            whole = all_gathered([v.a for v in old] + [v.b for v in old])
             lefts, rights = whole[len(old) :], [a.mT for a in whole[: len(old)]]
             if decoupled:
                 lefts = [torch.cat([v.q_b, b], dim=1) for v, b in zip(old, lefts, strict=True)]
@@ -397,7 +397,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         ranks = self._ranks()
         if ranks is None:
             return grouped_svd_product(lefts, rights, rank)
-        doers = shares([left.numel() + right.numel() for left, right in zip(lefts, rights, strict=True)], ranks.size)
+        doers = assign_ranks([left.numel() + right.numel() for left, right in zip(lefts, rights, strict=True)], ranks.size)
         us, vs = ([x.new_empty(len(x), rank) for x in side] for side in (lefts, rights))
         ss = torch.zeros(len(lefts), rank, dtype=compute_dtype(lefts[0].dtype), device=lefts[0].device)
         mine = ranks.own(doers)

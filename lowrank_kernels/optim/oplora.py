@@ -20,7 +20,7 @@ from ..parallel.ranks import data_parallel_group
 from ..parallel.shards import KEEP_WHOLE
 from ._shared.arguments import LARGEST, AdamWOptions, ParamsT, refuse_adams
 from ._shared.background import Tensors
-from ._shared.full_gradient import KINDS, Gradients, on_device, random_matrix, widened
+from ._shared.full_gradient import KINDS, FullGradients, on_device, random_matrix, widened
 from ._shared.kfac import Kronecker, track
 from ._shared.lorsum import composed_lorsum, damped
 from ._shared.overlapping import OverlappingOptimizer
@@ -308,7 +308,7 @@ class OPLoRA(OverlappingOptimizer):
             [state["metric_values"] for state in (*of_b, *of_a) if "metric_values" in state],
         )
 
-    def _step_pairs(self, gradients: Gradients, updates: list[int], begin_writing: Callable[[], object], tensors: Tensors) -> None:
+    def _step_pairs(self, gradients: FullGradients, updates: list[int], begin_writing: Callable[[], object], tensors: Tensors) -> None:
         """Algorithm 1: first the metrics take X and S in, then U and V move, with M as it was, and last M."""
         a, us, mus, mvs, bases, values = tensors
         pairs, group = gradients.pairs, self._group(gradients.pairs[0])
@@ -346,7 +346,7 @@ class OPLoRA(OverlappingOptimizer):
         targets: Any,
         terms: list[Any],
         coefficients: list[Tensor],
-        gradients: Gradients,
+        gradients: FullGradients,
         scaled: Tensor,
         begin_writing: Callable[[], object],
         metrics: tuple[Kronecker, Kronecker] | None = None,
@@ -362,7 +362,7 @@ class OPLoRA(OverlappingOptimizer):
             begin_writing()
             torch._foreach_copy_([*targets[0], *targets[1]], [*us, *vs])
 
-    def _projected_momentum(self, gradients: Gradients, mus: list[Tensor], mvs: list[Tensor], vs: list[Tensor]) -> list[Tensor]:
+    def _projected_momentum(self, gradients: FullGradients, mus: list[Tensor], mvs: list[Tensor], vs: list[Tensor]) -> list[Tensor]:
         """``M_U = (αM + G) V (VᵀV)⁻¹`` and ``M_V = V``; or, "naive", ``M_U = αM_U + GV (VᵀV)⁻¹`` alone; with the V of this gradient."""
         group, dtype = self._group(gradients.pairs[0]), gradients.dtype
         naive = group["momentum_mode"] == "naive"

@@ -40,7 +40,7 @@ def data_parallel_group(process_group: Any) -> DataParallelGroup | None:
     return DataParallelGroup(process_group) if distributed.get_world_size(process_group) > 1 else None
 
 
-def shares(costs: Sequence[float], ranks: int) -> list[int]:
+def assign_ranks(costs: Sequence[float], ranks: int) -> list[int]:
     """Which rank does which of the jobs: the dearest first, each to the rank that has least to do. The same answer on every rank."""
     loads, doers = [0.0] * ranks, [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

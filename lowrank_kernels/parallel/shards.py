@@ -69,7 +69,7 @@ def shard_group(tensor: Tensor) -> Any:
     return tensor.device_mesh.get_group(dims[0][0]) if dims else None  # type: ignore[attr-defined]
 
 
-def gathered(tensors: list[Tensor]) -> list[Tensor]:
+def all_gathered(tensors: list[Tensor]) -> list[Tensor]:
     """The whole of every tensor, on every rank; plain ones are themselves. One all-gather per group, dtype and device.
 
     Each is sharded along at most one mesh dimension, in ``torch.chunk``'s pieces; what is sent are these, padded to the first one's size.

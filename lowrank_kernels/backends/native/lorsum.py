@@ -7,6 +7,7 @@ gradients are read in place where they are of the arithmetic's dtype, 2K times i
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -15,26 +16,26 @@ from torch import Tensor
 from ..dtypes import DTYPE_CODES
 from ..extension import csrc
 from ..registry import count_launch, implements
-from ..sums import Factors, Sums, Sweeps
+from ..sums import FactorLists, Sums, Sweeps
 from ._common import COMPILED, addresses, refuse, strides, table
 
 #: Added to the dtype's code of a dense term.
 _DENSE = 4
 
 
-def verify(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> tuple[bool, str]:
+def verify(targets: FactorLists, sums: Sums, sweeps: Sweeps, out: FactorLists) -> tuple[bool, str]:
     """Takes CPU tensors of any strides, up to rank 128 and 16 terms."""
     refused = _refuse(targets[0], sums.lefts)
     return (False, refused) if refused else (True, f"{COMPILED}, all sweeps of a layer in its core's cache")
 
 
-def _refuse(factors: list[Tensor], lefts: list[Tensor]) -> str | None:
+def _refuse(factors: Sequence[Tensor], lefts: Sequence[Tensor]) -> str | None:
     reason, terms = refuse(factors[0], factors[0].shape[1]), len(lefts) // len(factors)
     return reason or (None if terms <= csrc.max_lorsum_terms else f"{terms} terms: the compiled code stops at {csrc.max_lorsum_terms}")
 
 
 @implements("grouped_lorsum", "native", verify)
-def grouped_lorsum(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> None:
+def grouped_lorsum(targets: FactorLists, sums: Sums, sweeps: Sweeps, out: FactorLists) -> None:
     """See the reference."""
     (us, vs), (lefts, rights, numbers, coefficients) = targets, sums
     factors = (us, vs, *out)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..registry import implements
-from ..sums import THIN, Factors, Sums, Sweeps, ridge
+from ..sums import THIN, FactorLists, Sums, Sweeps, ridge
 from ._common import always
 
 #: A term ``c P Qᵀ`` as (c, P, Q), or as (c, dense matrix, None).
@@ -44,7 +44,7 @@ def half_sweep(start: Tensor, other: Tensor, terms: list[Weighted], proximal: fl
 
 
 @implements("grouped_lorsum", "reference", always)
-def grouped_lorsum(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> None:
+def grouped_lorsum(targets: FactorLists, sums: Sums, sweeps: Sweeps, out: FactorLists) -> None:
     """Write the factors of layer i into ``out[0][i]`` and ``out[1][i]``, which may be the start, ``targets``, themselves."""
     (us, vs), (lefts, rights, numbers, coefficients) = targets, sums
     layers = len(us)

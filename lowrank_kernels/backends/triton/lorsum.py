@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..dtypes import DTYPE_CODES, compute_dtype
 from ..registry import Verdict, implements
-from ..sums import THIN, Factors, Sums, Sweeps, relative_ridge
+from ..sums import THIN, FactorLists, Sums, Sweeps, relative_ridge
 from ._device import rounded, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, first_chunks, signature, table, upload_numbers
@@ -299,7 +299,7 @@ class _Sizes:
         self.expanding_warps = 8
 
 
-def verify(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> Verdict:
+def verify(targets: FactorLists, sums: Sums, sweeps: Sweeps, out: FactorLists) -> Verdict:
     """Refuses ranks above 128 (32 in fp64) and other devices than a GPU."""
     return _verdict(targets[0])
 
@@ -346,7 +346,7 @@ class _Terms:
         self._add(_GRAM, layer, 0, self.sizes.R, [0] * 5, present, [0, self.sizes.R, 1, 1], 512)
 
 
-def _layout(targets: Factors, sums: Sums, out: Factors, sizes: _Sizes) -> Layout:
+def _layout(targets: FactorLists, sums: Sums, out: FactorLists, sizes: _Sizes) -> Layout:
     """The terms for U and for V, layer by layer, then the layers' U and V; facts: words of scratch, of partial sums, programs of each of the four."""
     (us, vs), (lefts, rights, *_) = targets, sums
     count, r = len(us), sizes.R
@@ -415,7 +415,7 @@ def _sent(sums: Sums, device: torch.device) -> Tensor:
 
 
 @implements("grouped_lorsum", "triton", verify)
-def grouped_lorsum(targets: Factors, sums: Sums, sweeps: Sweeps, out: Factors) -> None:
+def grouped_lorsum(targets: FactorLists, sums: Sums, sweeps: Sweeps, out: FactorLists) -> None:
     """See the reference; 8K + 2 launches for K sweeps, nothing read on the host."""
     first = targets[0][0]
     count, rank, dtype, device = len(targets[0]), first.shape[1], first.dtype, first.device

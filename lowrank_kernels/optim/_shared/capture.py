@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...pairs import owners
-from .full_gradient import Factors, FullGradient
+from .full_gradient import FullGradient, TokenFactors
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Recorder:
         if self.patches is not None:
             self.gradient.add(*self.patches.rows(x, s))
         else:
-            kept = x is seen and isinstance(self.gradient, Factors) and _is_the_users(x)
+            kept = x is seen and isinstance(self.gradient, TokenFactors) and _is_the_users(x)
             x, s = x.reshape(-1, x.shape[-1]), s.reshape(-1, s.shape[-1])
             self.gradient.add(_copied(x) if kept else x, s)
         if self.notify is not None:
@@ -142,7 +142,7 @@ def _emptied(gradient: FullGradient) -> FullGradient:
     return twin
 
 
-class _Watch(torch.autograd.Function):
+class _SeeGradient(torch.autograd.Function):
     """The identity on ``lora_B``'s output, with the adapter's input among its saved tensors."""
 
     @staticmethod
@@ -181,7 +181,7 @@ class _SeeOutput:
         x, self.recorder.pending = self.recorder.pending, None
         if x is None or not output.requires_grad:
             return None
-        return _Watch.apply(x, output, self.recorder, module)
+        return _SeeGradient.apply(x, output, self.recorder, module)
 
 
 def watch(a: nn.Module, b: nn.Module, recorder: Recorder) -> list[Any]:

@@ -24,7 +24,7 @@ from .pairing import FactorPair
 MISMATCH = 0.3
 
 
-class Factors:
+class TokenFactors:
     """X and S as they are, in their own dtype: exact; memory tokens·(d_in + d_out), of which X is the one that autograd held; of a
     tensor of the user's, which may be refilled before ``step()``, a copy."""
 
@@ -162,7 +162,7 @@ class Sketch:
         return self._psi(self.y.shape[0], self.y.shape[1], self.y)
 
 
-FullGradient = Factors | Dense | Sketch
+FullGradient = TokenFactors | Dense | Sketch
 KINDS = ("factors", "dense", "sketch")
 
 
@@ -203,7 +203,7 @@ def widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return wide
 
 
-class Gradients:
+class FullGradients:
     """The full gradients of layers that agree in rank, dtype and device: as a term of LoRSum.
 
     What stands in the term is the mean over ranks only for sketches; else it is this rank's part, and :meth:`times` is the mean.
@@ -239,7 +239,7 @@ class Gradients:
         else:
             self.lefts, self.rights = map(list, zip(*map(self._thin, held, factors), strict=True))  # type: ignore[arg-type]
 
-    def _thin(self, held: Factors, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _thin(self, held: TokenFactors, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         a, b = factors
         return (b.new_empty(len(b), 0), a.new_empty(a.shape[1], 0)) if held.empty else held.factors()
 
@@ -284,7 +284,7 @@ class Gradients:
             self._with_a = self.times([a.mT for a, _ in self.factors])
         return self._with_a
 
-    def of(self, members: list[int]) -> Gradients:
+    def of(self, members: list[int]) -> FullGradients:
         """Those of some layers."""
         some = copy.copy(self)
         for name in ("pairs", "factors", "held", "multipliers", "lefts"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...backends.lists import partition
 from ...ops import grouped_lorsum_product, grouped_svd_product
 from ...ops.lorsum import lorsum_in_step
-from .full_gradient import Gradients, on_device
+from .full_gradient import FullGradients, on_device
 from .lorsum import composed_lorsum
 
 
@@ -40,7 +40,7 @@ def _columns_times(bases: list[Tensor], values: Tensor) -> list[Tensor]:
 
 
 def track(
-    gradients: Gradients,
+    gradients: FullGradients,
     bases: list[Tensor],
     values: list[Tensor],
     updates: list[int],

@@ -14,7 +14,7 @@ from ...backends.registry import do_nothing
 from ...parallel.ranks import data_parallel_group
 from .arguments import ParamsT
 from .background import EarlyWork, Tensors, start
-from .full_gradient import Gradients
+from .full_gradient import FullGradients
 from .pairing import FactorPair
 from .watching import WatchingOptimizer
 
@@ -41,7 +41,7 @@ class OverlappingOptimizer(WatchingOptimizer):
         """What a step of these layers changes: A, B and the state."""
         raise NotImplementedError
 
-    def _step_pairs(self, gradients: Gradients, updates: list[int], begin_writing: Callable[[], object], tensors: Tensors) -> None:
+    def _step_pairs(self, gradients: FullGradients, updates: list[int], begin_writing: Callable[[], object], tensors: Tensors) -> None:
         """One step, the ``updates``-th of each layer, of layers that agree in rank, dtype, device and groups, on tensors as
         :meth:`_tensors` has them. ``begin_writing`` is called before the first of these is written.
         """
@@ -68,7 +68,7 @@ class OverlappingOptimizer(WatchingOptimizer):
             raise RuntimeError(f"{type(self).__name__}: overlap=True is for one process; several ranks work with overlap=False")
         if self._at(pair.b) not in self.state or self._at(pair.a) not in self.state:
             return  # the first step creates the state
-        gradients = Gradients([pair], [(self._matrix(pair.a), self._matrix(pair.b))], [recorder.gradient], [recorder.scale], None)
+        gradients = FullGradients([pair], [(self._matrix(pair.a), self._matrix(pair.b))], [recorder.gradient], [recorder.scale], None)
         gradients.coefficients = torch.full((1,), 1.0 / recorder.scale, dtype=torch.float64, device=gradients.factors[0][0].device)
         (update,) = self._updates([pair])
 
@@ -84,7 +84,7 @@ class OverlappingOptimizer(WatchingOptimizer):
 
     # ---------------------------------------------------------------- in the step
 
-    def _early_results(self, gradients: list[Gradients]) -> list[list[Tensors]]:
+    def _early_results(self, gradients: list[FullGradients]) -> list[list[Tensors]]:
         """For each list of layers, what was computed early of each of them, as :meth:`_tensors` has it; nothing, if it was not for all of
         them as they and the group are now.
 
@@ -116,7 +116,7 @@ class OverlappingOptimizer(WatchingOptimizer):
         for pair, tensors in zip(pairs, targets, strict=True):
             self._write_back([pair], *tensors[:2])
 
-    def _check_unscaled(self, gradients: list[Gradients]) -> None:
+    def _check_unscaled(self, gradients: list[FullGradients]) -> None:
         for found in gradients:
             for pair, c, m in zip(found.pairs, found.coefficients.tolist(), found.multipliers, strict=True):
                 if abs(c * m - 1.0) > UNSCALED:

@@ -18,7 +18,7 @@ from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, unwatch, watch
 from .explain_calls import thin_call
-from .full_gradient import Dense, Factors, FullGradient, Gradients, Probes, Sketch
+from .full_gradient import Dense, FullGradient, FullGradients, Probes, Sketch, TokenFactors
 from .pairing import FactorPair, Position
 
 #: Why there may be a gradient whose backward pass was not seen.
@@ -117,7 +117,7 @@ class WatchingOptimizer(LowRankOptimizer):
         group = self.param_groups[group_index]
         if group["gradient"] == "sketch":
             return Sketch(group["sketch_width"], self._probes.setdefault(group_index, Probes(self._seed)))
-        return Dense() if group["gradient"] == "dense" else Factors()
+        return Dense() if group["gradient"] == "dense" else TokenFactors()
 
     def _close_when_collected(self) -> None:
         self._closing = weakref.finalize(self, unwatch, self._recorders, self._handles)
@@ -156,7 +156,7 @@ class WatchingOptimizer(LowRankOptimizer):
 
     # ---------------------------------------------------------------- their full gradients
 
-    def _captured_gradients(self) -> list[Gradients]:
+    def _captured_gradients(self) -> list[FullGradients]:
         """G of all layers that have one, in lists of what one call takes, and checked."""
         active, unseen, ranks = [], [], data_parallel_group(self._process_group)
         for pair, recorder in zip(self._pairs, self._recorders, strict=True):
@@ -182,7 +182,7 @@ class WatchingOptimizer(LowRankOptimizer):
             mine = [recorders[id(pair)] for pair in alike]
             factors = [(self._matrix(pair.a), self._matrix(pair.b)) for pair in alike]
             held, scales = [recorder.gradient for recorder in mine], [recorder.scale for recorder in mine]
-            gradients = Gradients(alike, factors, held, scales, ranks)
+            gradients = FullGradients(alike, factors, held, scales, ranks)
             gradients.measure([self._grad(pair.a) for pair in alike], [self._grad(pair.b) for pair in alike], type(self).__name__)
             found.append(gradients)
         return found
