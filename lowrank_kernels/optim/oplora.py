@@ -112,6 +112,7 @@ class OPLoRA(OverlappingOptimizer):
     trains_convolutions = True
     moves_both_factors = True
     adamw_takes_factors = False
+    numbers = (*OverlappingOptimizer.numbers, "proximal", "metric_decay", "metric_damping")
     fixed = frozenset({"momentum_mode", "momentum_rank", "gradient", "sketch_width", "metric", "metric_rank"})
     early_reads = ("lr", "momentum", "maximize", "sweeps", "proximal", "momentum_mode", "metric", "metric_decay", "metric_damping")
 

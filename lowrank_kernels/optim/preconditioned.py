@@ -64,6 +64,7 @@ class PreconditionedOptimizer(LowRankOptimizer):
 
     adamw_takes_factors = False
     reads_frozen_partners = True
+    numbers = (*LowRankOptimizer.numbers, "damping")
     #: Which r×r matrices the moment step of factors has, by the names of its arguments.
     small_arguments = frozenset({"grad_maps"})
 

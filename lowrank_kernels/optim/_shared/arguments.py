@@ -18,9 +18,6 @@ from ...parallel.shards import FLATTENED
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module
 
-#: The hyperparameters of all methods that are numbers.
-NUMBERS: tuple[str, ...] = ("lr", "eps", "weight_decay", "factor_weight_decay", "lr_ratio", "momentum", "damping", "proximal")
-NUMBERS += ("metric_decay", "metric_damping")
 #: The largest that one may be, a float and an integer: more, torch multiplies no fp32 tensor by, and adds to none.
 LARGEST, LARGEST_INTEGER = torch.finfo(torch.float32).max, torch.iinfo(torch.int64).max
 #: Those that may be None.
@@ -58,10 +55,10 @@ def pythons_number(value: Any) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
-def pythons_hyperparameter(key: str, value: Any) -> Any:
-    """:func:`pythons_number`, and an integer among the :data:`NUMBERS` as a float."""
+def pythons_hyperparameter(key: str, value: Any, numbers: Sequence[str]) -> Any:
+    """:func:`pythons_number`, and an integer among the ``numbers`` as a float."""
     value = pythons_number(value)
-    return float(value) if key in NUMBERS and type(value) is int and abs(value) <= LARGEST else value
+    return float(value) if key in numbers and type(value) is int and abs(value) <= LARGEST else value
 
 
 def refuse_adams(method: type, options: Mapping[str, Any]) -> None:
@@ -168,12 +165,12 @@ def check_parameters(name: str, group: dict[str, Any]) -> None:
             raise ValueError(f"{name}: {which} is expanded, several of its elements are one number in memory; clone() it first")
 
 
-def check_hyperparameters(name: str, group: dict[str, Any]) -> None:
-    """``torch.optim.AdamW``'s checks, in its words, and that numbers are numbers."""
+def check_hyperparameters(name: str, group: dict[str, Any], numbers: Sequence[str]) -> None:
+    """``torch.optim.AdamW``'s checks, in its words, and that the ``numbers`` are numbers."""
     lr, betas = group["lr"], group["betas"]
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
         raise ValueError(f"{name}: betas must be two numbers, got {betas!r}")
-    for key, value in [*((key, group.get(key, 0.0)) for key in NUMBERS), *(("betas", beta) for beta in betas)]:
+    for key, value in [*((key, group.get(key, 0.0)) for key in numbers), *(("betas", beta) for beta in betas)]:
         if type(value) is float and abs(value) <= LARGEST:
             continue
         # In a group that is made, weight_decay is a number.

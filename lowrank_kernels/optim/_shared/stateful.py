@@ -55,6 +55,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
     #: The hyperparameters of all groups that were checked last, and what of ``defaults`` is none but the method's own count.
     _checked: Sequence[Any] = ()
     counts: frozenset[str] = frozenset()
+    #: The hyperparameters that are numbers, in the order in which they are checked; a method adds its own.
+    numbers: tuple[str, ...] = ("lr", "eps", "weight_decay", "factor_weight_decay", "lr_ratio", "momentum")
     #: The hyperparameters that say which state there is, or what it and the counters mean: none of them changes after the first step.
     fixed: frozenset[str] = frozenset()
     #: What of a group is a list of positions of its parameters; in a ``state_dict()`` it is a list of one bool per parameter.
@@ -129,7 +131,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         )
         super().__init__(
             groups_of(name, params, self.reads_frozen_partners),
-            {key: pythons_hyperparameter(key, value) for key, value in defaults.items()},
+            {key: pythons_hyperparameter(key, value, self.numbers) for key, value in defaults.items()},
         )
         self._constructed = True
         self._find_pairs(since_group=0)
@@ -145,7 +147,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if "params" not in param_group:
                 raise ValueError(f"{type(self).__name__}: a parameter group must have 'params', got the keys {list(param_group)}")
             for key, value in param_group.items():
-                param_group[key] = value if key == "params" else pythons_hyperparameter(key, value)
+                param_group[key] = value if key == "params" else pythons_hyperparameter(key, value, self.numbers)
             self._check_hyperparameters({**self.defaults, **param_group})
             if isinstance(param_group.get("params"), nn.Module):
                 raise TypeError(f"{type(self).__name__}: params of a group must be tensors, got a module; pass its parameters()")
@@ -168,7 +170,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         """Refuse hyperparameters out of range; a method adds its own."""
-        check_hyperparameters(type(self).__name__, group)
+        check_hyperparameters(type(self).__name__, group, self.numbers)
 
     @cached_property
     def _hyperparameters(self) -> tuple[str, ...]:
