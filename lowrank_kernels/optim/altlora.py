@@ -44,8 +44,7 @@ class AltLoRA(PreconditionedOptimizer):
         order: whose turn is first: "B" (B = 0 at the start, so A's gradient is zero), "A", or "joint": both in every step, from the
             factors as they were. A factor whose partner is frozen (LoRA-FA) still moves at its own turns alone, every second step; "joint"
             moves it in each. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
-        damping: δ, absolute. The default is from ``python -m benchmarks.damping``: with less, runs blow up or end higher; with more,
-            AltLoRA slows down. 0 is refused where the first step inverts the Gram matrix of a factor that is zero.
+        damping: δ, absolute (see :data:`DEFAULT_DAMPING`). 0 is refused where the first step inverts the Gram matrix of a zero factor.
         freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
             DistributedDataParallel and torch.compile do not cope with parameters whose ``requires_grad`` changes. It is the optimizer's
             then: a factor that you froze is thawed at its turn, and after the last step half of the factors stay frozen, which

@@ -30,8 +30,7 @@ class LoRAPro(PreconditionedOptimizer):
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
         sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB + δI)⁻¹ ∂A Aᵀ`` (δ on the right-hand side alone; through the eigenvectors of
             the two Grams); False: X = 0, which ``capturable`` needs.
-        damping: δ, absolute. The default is from ``python -m benchmarks.damping``: with less, runs blow up or end higher; with more,
-            AltLoRA slows down. 0 is refused where the first step inverts the Gram matrix of a factor that is zero.
+        damping: δ, absolute (see :data:`DEFAULT_DAMPING`). 0 is refused where the first step inverts the Gram matrix of a zero factor.
 
     Raises:
         TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.

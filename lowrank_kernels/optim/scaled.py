@@ -18,8 +18,7 @@ class ScaledAdamW(PreconditionedOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
-        damping: δ, absolute. The default is from ``python -m benchmarks.damping``: with less, runs blow up or end higher; with more,
-            AltLoRA slows down. 0 is refused where the first step inverts the Gram matrix of a factor that is zero.
+        damping: δ, absolute (see :data:`DEFAULT_DAMPING`). 0 is refused where the first step inverts the Gram matrix of a zero factor.
 
     Raises:
         TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
@@ -62,8 +61,7 @@ class ScaledGD(ScaledAdamW):
         momentum: μ of ``m ← μ m + ĝ``; 0 keeps no state for the factors. OneCycleLR and CyclicLR cycle ``betas`` instead, which are
             those of the parameters that are no factors: pass them ``cycle_momentum=False``.
         weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
-        damping: δ, absolute. The default is from ``python -m benchmarks.damping``: with less, runs blow up or end higher; with more,
-            AltLoRA slows down. 0 is refused where the first step inverts the Gram matrix of a factor that is zero.
+        damping: δ, absolute (see :data:`DEFAULT_DAMPING`). 0 is refused where the first step inverts the Gram matrix of a zero factor.
 
     Raises:
         TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
