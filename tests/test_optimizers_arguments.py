@@ -99,6 +99,15 @@ def test_what_says_which_state_there_is_cannot_be_edited_mid_run(build, edit: di
             run(copied_model, copied, 3, 4)
 
 
+def test_an_edit_of_what_is_fixed_names_the_argument_that_it_comes_from() -> None:
+    model = make_model("ours")
+    optimizer = lk.SDSLoRA(model, total_steps=40, warmup_steps=10)
+    run(model, optimizer, 0, 1)
+    optimizer.param_groups[0]["start_steps"] = 20
+    with pytest.raises(ValueError, match=r"start_steps of param_groups\[0\] .* build a new optimizer with warmup_steps=…"):
+        run(model, optimizer, 1, 2)
+
+
 @every_optimizer
 def test_warnings_name_the_line_that_led_to_them(build) -> None:
     model = make_model("peft", dtype=torch.float32)

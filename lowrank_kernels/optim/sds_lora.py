@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -40,6 +41,8 @@ class SDSLoRA(DecoupledOptimizer):
     Raises:
         TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
+
+    argument_names: Mapping[str, str] = {"start_steps": "warmup_steps"}
 
     def __init__(
         self,

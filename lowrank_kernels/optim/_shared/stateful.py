@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Never
 
@@ -59,6 +59,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
     numbers: tuple[str, ...] = ("lr", "eps", "weight_decay", "factor_weight_decay", "lr_ratio", "momentum")
     #: The hyperparameters that say which state there is, or what it and the counters mean: none of them changes after the first step.
     fixed: frozenset[str] = frozenset()
+    #: Of which argument a hyperparameter comes, where that has another name.
+    argument_names: Mapping[str, str] = {}
     #: What of a group is a list of positions of its parameters; in a ``state_dict()`` it is a list of one bool per parameter.
     positions: frozenset[str] = frozenset()
     #: Whether factors are stepped by AdamW, as parameters that are none are; else a method steps them itself.
@@ -209,9 +211,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for key, old in zip(keys, before, strict=False):
                 new = group.get(key)
                 if key in self.fixed and new is not old and (type(new) is not type(old) or new != old):
+                    given = f" with {self.argument_names[key]}=…" if key in self.argument_names else ""
                     raise ValueError(
                         f"{type(self).__name__}: {key} of param_groups[{index}] cannot change once the optimizer has stepped, from {old!r} "
-                        f"to {new!r:.80}; set it back, or build a new optimizer. Nothing was changed"
+                        f"to {new!r:.80}; set it back, or build a new optimizer{given}. Nothing was changed"
                     )
 
     # ---------------------------------------------------------------- pairs
