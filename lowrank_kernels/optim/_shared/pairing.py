@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -131,15 +131,19 @@ class Pairing:
         return [(is_factor, is_second, members) for (is_factor, is_second, _), members in kinds.items()]
 
 
-class Method(Protocol):
-    """What is asked of an optimizer; :class:`LowRankOptimizer` says what the answers mean."""
+class Method:
+    """What a method says of the factors that it takes; every optimizer is one."""
 
-    requires_pairs: bool
-    factors_share_steps: bool
-    trains_pairs: bool
-    trains_cores: bool
-    trains_convolutions: bool
-    moves_both_factors: bool
+    #: A method that makes no sense without pairs refuses parameters in which there are none.
+    requires_pairs = True
+    #: Whose turn it is, or which phase: where the step decides about a pair, A and B must count the same steps.
+    factors_share_steps = False
+    #: What a method trains as factors: pairs (A, B), cores R between constant factors. Others get AdamW with the rest.
+    trains_pairs, trains_cores = True, False
+    #: Whether it takes the factors of convolutions, as matrices (r, d_in·k·k) and (d_out, r). Else AdamW trains them with the rest.
+    trains_convolutions = False
+    #: Whether a step moves both factors of a pair, so that both are trained or both frozen.
+    moves_both_factors = False
 
 
 def name_at(groups: Sequence[dict[str, Any]], position: Position) -> str:

@@ -30,26 +30,16 @@ from .arguments import (
 )
 from .idle_halves import take_over
 from .notices import warn
-from .pairing import Core, FactorPair, Kind, LikePairs, Pairing, Position, find_pairs, name_at
+from .pairing import Core, FactorPair, Kind, LikePairs, Method, Pairing, Position, find_pairs, name_at
 from .state import as_saved, check_is_state_dict, checked_state_dict, may_step, moments
 
 #: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).
 REST_WEIGHT_DECAY = 1e-2
 
 
-class StatefulOptimizer(torch.optim.Optimizer):
+class StatefulOptimizer(torch.optim.Optimizer, Method):
     """What :class:`~lowrank_kernels.optim._shared.base.LowRankOptimizer` holds; its arguments and its state are described there."""
 
-    #: A method that makes no sense without pairs refuses parameters in which there are none.
-    requires_pairs = True
-    #: Whose turn it is, or which phase: where the step decides about a pair, A and B must count the same steps.
-    factors_share_steps = False
-    #: What a method trains as factors: pairs (A, B), cores R between constant factors. Others get AdamW with the rest.
-    trains_pairs, trains_cores = True, False
-    #: Whether it takes the factors of convolutions, as matrices (r, d_in·k·k) and (d_out, r). Else AdamW trains them with the rest.
-    trains_convolutions = False
-    #: Whether a step moves both factors of a pair, so that both are trained or both frozen.
-    moves_both_factors = False
     #: The model, where it was given, for what is added later; it is not kept alive, nor part of a copy.
     _model: weakref.ref[nn.Module] | None = None
     #: The hyperparameters of all groups that were checked last, and what of ``defaults`` is none but the method's own count.
