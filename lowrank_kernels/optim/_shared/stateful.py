@@ -30,7 +30,8 @@ from .arguments import (
 )
 from .idle_halves import take_over
 from .notices import warn
-from .pairing import Core, FactorPair, Kind, LikePairs, Method, Pairing, Position, find_pairs, name_at
+from .pairing import Core, FactorPair, Kind, LikePairs, Method, Pairing, Position, name_at
+from .search import find_pairs
 from .state import as_saved, check_is_state_dict, checked_state_dict, may_step, moments
 
 #: AdamW's weight decay, for parameters that are no factors, when the user does not give one. Factors get none (papers).
