@@ -325,6 +325,25 @@ class TestSharing:
         found, expected = (torch.utils._pytree.tree_leaves(call(out)) for out in ((spare[:2], spare[2:]), None))
         assert all(map(torch.equal, found, expected))
 
+    def test_lists_of_results(self) -> None:
+        if lists.csrc is None:
+            pytest.skip("needs the compiled extension")
+        grams, xs = 2 * torch.eye(4).repeat(2, 1, 1), [torch.randn(4, 4), torch.randn(4, 4)]
+        before, stack = [x.clone() for x in xs], torch.stack(xs)
+        for call, names in (
+            (lambda: ops.grouped_polar(xs, out=xs), r"grouped_polar: out\[0\] is written and shares memory with xs\[0\]"),
+            (lambda: ops.grouped_solve(grams, xs, out=xs[::-1]), r"grouped_solve: out\[1\] is written and shares memory with rhs\[0\]"),
+            (lambda: ops.grouped_solve(grams, xs, out=[x.mT for x in xs]), r"out\[0\] is written and shares memory with rhs\[0\]"),
+            (lambda: ops.grouped_solve(grams, xs, out=list(grams)), r"out\[0\] is written and shares memory with grams"),
+            (lambda: ops.grouped_solve(grams, stack, out=grams), r"out is written and shares memory with grams"),
+        ):
+            with pytest.raises(ValueError, match=names):
+                call()
+        assert all(map(torch.equal, xs, before)) and torch.equal(grams, 2 * torch.eye(4).repeat(2, 1, 1))
+        ops.grouped_solve(grams, xs, out=xs)
+        ops.grouped_solve(grams, stack, out=stack)
+        assert all(map(torch.equal, (*xs, *stack), [x / 2 for x in (*before, *before)]))
+
     def test_lorsum_into_its_targets(self) -> None:
         us, vs = ([torch.randn(rows, 2) for rows in (9, 7)] for _ in range(2))
         expected = ops.grouped_lorsum((us, vs), [(us, vs)], [0.5])

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.dtypes import FLOATING
-from ..backends.lists import Tall, alike, as_stored, sharing
-from ._library import is_eager
+from ..backends.lists import Tall, alike, as_stored, sharing, signature
+from ._library import is_eager, is_list
 
 #: Arguments by name: lists of tensors, single ones, or nothing.
 Given = Mapping[str, Sequence[Tensor] | Tensor | None]
@@ -106,16 +106,22 @@ def check_writable(operation: str, **given: Sequence[Tensor] | Tensor | None) ->
                 )
 
 
-def check_apart(operation: str, written: Given, read: Given) -> None:
-    """Refuse writing into memory that is read, too; what is written has been found to be apart (:func:`check_writable`)."""
+def check_apart(operation: str, written: Given, read: Given, in_place: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
+    """Refuse writing into memory that is read, too; what is written has been found to be apart (:func:`check_writable`).
+
+    ``in_place``: what is read, with what is written in its place: the two may be one tensor.
+    """
     if not is_eager():
         return
     targets, sources = _tensors(written), _tensors(read)
     if sharing(targets + sources) is None:
         return
+    own = {x.data_ptr() for x, new in in_place if x.data_ptr() == new.data_ptr() and x.stride() == new.stride()}
+    if own and sharing(targets + [x for x in sources if x.data_ptr() not in own]) is None:
+        return
     for source, name in zip(sources, _names(read), strict=True):  # which may share memory with each other
         first, second = sharing([*targets, source]) or (0, 0)
-        if first != second:
+        if first != second and source.data_ptr() not in own:
             raise ValueError(f"{operation}: {_names(written)[first]} is written and shares memory with {name}; pass a tensor of its own")
 
 
@@ -151,6 +157,18 @@ def check_same_shapes(operation: str, argument: str, tensors: Sequence[Tensor], 
     for index, (tensor, like) in enumerate(zip(tensors, others, strict=True)):
         if tensor.shape != like.shape:
             raise ValueError(f"{operation}: {argument}[{index}] has shape {tuple(tensor.shape)}, {other}[{index}] has {tuple(like.shape)}")
+
+
+def check_like(
+    operation: str, argument: str, tensors: Sequence[Tensor], other: str, others: Sequence[Tensor], *, written: bool = False
+) -> None:
+    """Refuse a list whose tensors have not the dtype, device and shapes of the ``others``, which have been checked."""
+    plain = is_list(tensors) and forward_ad._current_level < 0
+    if plain and (wanted := signature(others)) is not None and signature(tensors) == wanted:
+        return
+    check_list(operation, argument, tensors, like=others[0] if others else None, written=written)  # what fails is explained
+    check_same_length(operation, **{other: others, argument: tensors})
+    check_same_shapes(operation, argument, tensors, other, others)
 
 
 def check_lists(operation: str, **lists: Any) -> None:

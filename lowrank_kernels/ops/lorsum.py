@@ -13,7 +13,7 @@ from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run, run_in_place
 from ..backends.sums import FactorLists, Sums, Sweeps
-from ._library import define, is_eager, is_plain_eager, no_backward, records_nothing
+from ._library import define, is_plain_eager, no_backward, records_nothing
 from ._tensor_checks import check_apart, check_list, check_same_length, check_writable
 
 NAME = "grouped_lorsum"
@@ -170,14 +170,11 @@ def grouped_lorsum(
 
 def _check_out(targets: FactorLists, terms: Sequence[Term], out: FactorLists) -> None:
     """Refuse an ``out`` that shares memory, with itself or with what is read: of that it may only be the targets, also as a term."""
-    check_writable(NAME, **{"out[0]": out[0], "out[1]": out[1]})
-    if is_eager():
-        pairs = zip((*targets[0], *targets[1]), (*out[0], *out[1]), strict=True)
-        own = {new.data_ptr() for start, new in pairs if new.data_ptr() == start.data_ptr()}
-        parts = {f"terms[{j}]{side}": part for j, term in enumerate(terms) for side, part in _sides(term)}
-        read = {"targets[0]": targets[0], "targets[1]": targets[1], **parts}
-        others = {f"{name}[{i}]": x for name, part in read.items() for i, x in enumerate(part) if x.data_ptr() not in own}
-        check_apart(NAME, {"out[0]": out[0], "out[1]": out[1]}, others)
+    written = {"out[0]": out[0], "out[1]": out[1]}
+    check_writable(NAME, **written)
+    parts = {f"terms[{j}]{side}": part for j, term in enumerate(terms) for side, part in _sides(term)}
+    in_place = zip((*targets[0], *targets[1]), (*out[0], *out[1]), strict=True)
+    check_apart(NAME, written, {"targets[0]": targets[0], "targets[1]": targets[1], **parts}, in_place)
 
 
 def _sides(term: Term) -> list[tuple[str, Sequence[Tensor]]]:

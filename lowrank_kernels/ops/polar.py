@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.registry import run
 from ._library import define, no_backward
-from ._tensor_checks import check_list, check_same_length, check_same_shapes, check_writable
+from ._tensor_checks import check_apart, check_like, check_list, check_writable
 
 
 def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) -> list[Tensor]:
@@ -19,14 +19,14 @@ def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) 
 
     Args:
         xs: tall matrices (d_i, r) of one r, dtype and device; any heights, any strides.
-        out: where to write the results, of the same shapes.
+        out: where to write the results, of the same shapes; no memory shared with xs.
 
     Returns:
         (d_i, r) with orthonormal columns; for a rank-deficient X completed to a full orthonormal basis. A matrix with NaN or
         Inf gives NaN in its own result only.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, or the tensors of ``out`` share memory; nothing was computed.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or ``out`` shares memory; nothing was computed.
         RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
 
     The result is a constant for autograd; its backward says so.
@@ -37,10 +37,9 @@ def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) 
             raise ValueError(f"grouped_polar: xs[{index}] must be tall with {xs[0].shape[1]} columns, got {tuple(x.shape)}")
     if out is None:
         return torch.ops.lowrank_kernels.grouped_polar(list(xs))
-    check_same_length("grouped_polar", xs=xs, out=out)
-    check_list("grouped_polar", "out", out, like=xs[0] if xs else None, written=True)
-    check_same_shapes("grouped_polar", "out", out, "xs", xs)
+    check_like("grouped_polar", "out", out, "xs", xs, written=True)
     check_writable("grouped_polar", out=out)
+    check_apart("grouped_polar", {"out": out}, {"xs": xs})
     if xs:
         torch.ops.lowrank_kernels.grouped_polar_out(list(xs), list(out))
         torch.autograd.graph.increment_version(list(out))

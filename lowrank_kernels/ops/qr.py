@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import Tall, as_stored, signature, sizes, width
+from ..backends.lists import Tall, as_stored, sizes, width
 from ..backends.registry import run
 from ._library import are_plain_eager, define, fitting_layouts, for_eager, is_eager, no_backward, records_nothing
-from ._tensor_checks import check_list, check_same_length, check_same_shapes, check_writable
+from ._tensor_checks import check_like, check_list, check_same_length, check_writable
 
 _ops = torch.ops.lowrank_kernels
 
@@ -26,15 +26,10 @@ def _check(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, out: Sequenc
                 raise ValueError(f"grouped_qr: xs[{index}] has rank {shape[1]}, xs[0] has {ranks[0]}; call once per rank")
             if shape[0] < shape[1]:
                 raise ValueError(f"grouped_qr: xs[{index}] must be tall, got {shape}; pass its transpose (`.mT`, no copy)")
-    expected = signature(xs)
     for name, others in (("previous", previous), ("out", out)):
-        if others is None:
-            continue
-        check_same_length("grouped_qr", xs=xs, **{name: others})
-        if expected is not None and signature(others) == expected:
-            continue
-        check_list("grouped_qr", name, others, like=xs[0] if xs else None, written=name == "out")
-        check_same_shapes("grouped_qr", name, others, "xs", xs)
+        if others is not None:
+            check_same_length("grouped_qr", xs=xs, **{name: others})
+            check_like("grouped_qr", name, others, "xs", xs, written=name == "out")
 
 
 def grouped_qr(

@@ -11,13 +11,13 @@ from torch.autograd import forward_ad
 
 from .._checks import as_number, check_choice
 from ..backends.dtypes import FLOATING
-from ..backends.lists import signature, sizes
+from ..backends.lists import sizes
 from ..backends.registry import run
 from ._library import are_plain_eager, define, is_plain_eager, no_backward, records_nothing
 from ._tensor_checks import (
+    check_apart,
+    check_like,
     check_list,
-    check_same_length,
-    check_same_shapes,
     check_stack,
     check_strided,
     check_writable,
@@ -57,8 +57,8 @@ def grouped_solve(
         of its dtype (or not finite) gives NaN in its own result; the others are not touched by it.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or ``damping`` do not fit, or the tensors of ``out`` share memory; nothing was
-            computed.
+        TypeError, ValueError: shapes, dtypes, devices or ``damping`` do not fit, or ``out`` shares memory with anything but the rhs that it
+            is; nothing was computed.
         RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
 
     The result is a constant for autograd: its backward raises an error that says so.
@@ -93,6 +93,8 @@ def grouped_solve(
     if out is not None:
         _check_out(rhs, out)
         check_writable(name, out=out)
+        in_place = [(rhs, out)] if isinstance(rhs, Tensor) else zip(rhs, out, strict=True)
+        check_apart(name, {"out": out}, {"grams": grams, "rhs": rhs}, in_place)  # type: ignore[arg-type]
     unrecorded = records_nothing(grams, rhs, out)
     if isinstance(rhs, Tensor):
         eager = unrecorded and is_plain_eager(grams, rhs, out)  # type: ignore[arg-type]
@@ -119,11 +121,7 @@ def _check_out(rhs: Sequence[Tensor] | Tensor, out: Any) -> None:
         if out.is_neg():
             refuse_negated("grouped_solve", "out")
         return
-    if out is rhs or (isinstance(out, list) and (wanted := signature(rhs)) is not None and signature(out) == wanted):
-        return
-    check_list("grouped_solve", "out", out, like=rhs[0] if rhs else None, written=True)  # what fails is explained
-    check_same_length("grouped_solve", rhs=rhs, out=out)
-    check_same_shapes("grouped_solve", "out", out, "rhs", rhs)
+    check_like("grouped_solve", "out", out, "rhs", rhs, written=True)
 
 
 def _empty_result(grams: Tensor, rhs: list[Tensor], damping: float, left: bool) -> list[Tensor]:
