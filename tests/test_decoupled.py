@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from benchmarks.naive.od_lora import ODLoRALayer
 from benchmarks.naive.sds_lora import SDSLoRALayer
-from lowrank_kernels import AltLoRAPlus, LowRankLinear, ODLoRA, SDSLoRA, adapt, pairs
+from lowrank_kernels import AdamW, AltLoRAPlus, LowRankLinear, ODLoRA, SDSLoRA, adapt, pairs
 from lowrank_kernels.optim.decoupled import refresh_due
 from lowrank_kernels.pairs import owners
 
@@ -426,12 +427,61 @@ def change_layers(model: nn.Module, optimizer: SDSLoRA, change: str) -> None:
             twin.lora_A, twin.lora_B = layer.lora_A, layer.lora_B
 
 
-def test_no_warmup_over_plain_layers_names_the_warmup() -> None:
-    model = make_model("ours")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_continues_from_a_decoupled_peft_adapter_that_was_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As with a layer of ours: from where it was, along the same trajectory; also of bases that were rounded to bf16 and loaded as fp32."""
+    import peft
+
+    from lowrank_kernels.adapters.peft import DecoupledLoraConfig
+
+    def base(dtype: torch.dtype = dtype) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 9)).to(dtype)
+
+    config = DecoupledLoraConfig(rank=3, alpha=2.0, target_modules=["0", "2"])
+    model = peft.get_peft_model(base(), config, autocast_adapter_dtype=False)
+    train(model, SDSLoRA(model, lr=1e-2, total_steps=40), 0, 40)
+    model.save_pretrained(tmp_path)
+    wide = torch.promote_types(dtype, torch.float32)
+    loaded = peft.PeftModel.from_pretrained(base(wide), tmp_path, is_trainable=True)
+    twin = adapt(base(wide), "sds", rank=3, alpha=2.0)
+    with torch.no_grad():
+        for ours, theirs in zip(pairs(twin), pairs(loaded), strict=True):
+            for target, half in ((ours.A, theirs.A[:3]), (ours.layer.q_a, theirs.A[3:]), (ours.B, theirs.B[:, 3:])):
+                target.copy_(half)
+            ours.layer.q_b.copy_(theirs.B[:, :3])
+            ours.layer.decoupled = True
+    start = [pair_delta(p) for p in pairs(loaded)]
+    models = (loaded, twin)
+    optimizers = [SDSLoRA(m, lr=1e-6, total_steps=40, warmup_steps=0) for m in models]
+    for first, last, lr in ((0, 1, 1e-6), (1, 30, 1e-2)):
+        for m, optimizer in zip(models, optimizers, strict=True):
+            optimizer.param_groups[0]["lr"] = lr
+            train(m, optimizer, first, last)
+        if first == 0:
+            jump = 1e-4 if dtype == wide else 2e-2  # the first refresh makes whole what rounding has taken from the bases
+            assert all((pair_delta(p) - d).abs().max() < jump for p, d in zip(pairs(loaded), start, strict=True))
+    tolerance = {"rtol": 0, "atol": 1e-9 if dtype == torch.float64 else 2e-2}
+    for ours, theirs, before in zip(pairs(twin), pairs(loaded), start, strict=True):
+        torch.testing.assert_close(pair_delta(theirs).double(), pair_delta(ours).double(), **tolerance)
+        assert (pair_delta(theirs) - before).norm() < 2 * before.norm()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_no_warmup_over_plain_layers_names_the_warmup(library: str) -> None:
+    model = make_model(library)
+    before = copy.deepcopy(model.state_dict())
     optimizer = SDSLoRA(model, lr=1e-2, refresh_every=100, warmup_steps=0)
-    with pytest.raises(RuntimeError, match="SDSLoRA: warmup_steps=0 continues with layers that are decoupled already, and 0 is plain"):
-        train(model, optimizer, 0, 1)
-    assert not optimizer.state
+    which = re.escape(pairs(model)[0].name)
+    message = f"SDSLoRA: warmup_steps=0 continues with layers that are decoupled already, and {which} is plain LoRA; give it warm-up steps"
+    for trained in (0, 3):  # and LoRA that was trained
+        if trained:
+            model.load_state_dict(before)
+            train(model, AdamW(model, lr=1e-2), 0, trained)
+        now = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match=message):
+            train(model, optimizer, 0, 1)
+        assert not optimizer.state and all(torch.equal(now[key], value) for key, value in model.state_dict().items())
 
 
 def test_a_model_of_another_step_is_refused_at_the_next_one() -> None:
@@ -546,7 +596,7 @@ class TestBadInput:
         before = [p.detach().clone() for p in model.parameters()]
         optimizer = SDSLoRA(model, lr=1e-2, total_steps=100)
         loss_of(model, 0).backward()
-        with pytest.raises(RuntimeError, match="second half of lora_B must be zero"):
+        with pytest.raises(RuntimeError, match=r"second half of lora_B must be zero.* if it is decoupled, .*warmup_steps=0\)"):
             optimizer.step()
         assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)) and not optimizer.state
 

@@ -36,6 +36,9 @@ _requires_grad = attrgetter("requires_grad")
 #: What a group calls the places of the As of pairs that were frozen when the others were decoupled.
 STILL_PLAIN = "still_plain"
 
+#: How far ``QᵀQ`` may be from I, each entry, of bases that were saved in bf16 or trained in it: twice what rounding Q to it makes of I.
+ROUNDED_BASES = 2 * torch.finfo(torch.bfloat16).eps
+
 #: Where a layer of ours holds its A, Q_Aᵀ and Q_B.
 _HELD = (("_parameters", "lora_A"), ("_buffers", "q_a"), ("_buffers", "q_b"))
 
@@ -423,24 +426,37 @@ class DecoupledOptimizer(LowRankOptimizer):
             group = self.param_groups[pair.a[0]]
             decoupled = self._decoupled_after(pair, group["step"])
             frozen = not (self._at(pair.a).requires_grad or self._at(pair.b).requires_grad)
+            without = "; or, since it is frozen, leave it out of the parameters" if frozen and not pair.holds_bases else ""
             if pair.holds_bases:
-                if self._layer(pair, layers).decoupled != decoupled and not frozen:
-                    if decoupled and not group["step"]:
-                        raise RuntimeError(
-                            f"{name}: warmup_steps=0 continues with layers that are decoupled already, and {pair.name} is plain LoRA; "
-                            "give it warm-up steps (1 or more), or load the model that it is to continue with"
-                        )
-                    states = ("plain LoRA", "decoupled")
-                    raise RuntimeError(
-                        f"{name}: after {group['step']} steps {pair.name} should be {states[decoupled]}, but it is "
-                        f"{states[not decoupled]}: model and optimizer come from different steps; load both from one checkpoint"
-                    )
-            elif group["step"] == 0 and self._at(pair.b)[_half(False, self._rank(pair), decoupled, idle=True)].any():
+                agrees = frozen or self._layer(pair, layers).decoupled == decoupled
+            else:  # later their counters are all there is to tell the halves apart
+                agrees = group["step"] > 0 or not decoupled or self._has_bases(pair)
+            if not agrees and decoupled and not group["step"]:
+                raise RuntimeError(
+                    f"{name}: warmup_steps=0 continues with layers that are decoupled already, and {pair.name} is plain LoRA; "
+                    f"give it warm-up steps (1 or more), or load the model that it is to continue with{without}"
+                )
+            if not agrees:
+                states = ("plain LoRA", "decoupled")
+                raise RuntimeError(
+                    f"{name}: after {group['step']} steps {pair.name} should be {states[decoupled]}, but it is "
+                    f"{states[not decoupled]}: model and optimizer come from different steps; load both from one checkpoint"
+                )
+            rest = _half(False, self._rank(pair), False, idle=True)
+            if not (pair.holds_bases or decoupled or group["step"]) and self._at(pair.b)[rest].any():
                 raise RuntimeError(
                     f"{name}: {pair.name}: the second half of lora_B must be zero at the start (half of a rank-2r LoRA layer becomes "
-                    "the frozen basis). Start from LoRA's default initialization (B = 0), or load the optimizer's state as well"
-                    f"{'; or, since it is frozen, leave it out of the parameters' if frozen else ''}"
+                    "the frozen basis). Start from LoRA's default initialization (B = 0), or load the optimizer's state as well, or, if "
+                    f"it is decoupled, continue with SDSLoRA(…, warmup_steps=0){without}"
                 )
+
+    def _has_bases(self, pair: FactorPair) -> bool:
+        """Whether the idle halves of a foreign pair, were it decoupled, are bases: orthonormal, as far as bf16 can hold such."""
+        a, b = all_gathered([self._at(pair.a), self._at(pair.b)])
+        rank, wide = self._rank(pair), compute_dtype(a.dtype)
+        bases = torch.stack([q.mT @ q for q in (a[rank:].mT.to(wide), b[:, :rank].to(wide))])
+        off = bases - torch.eye(rank, dtype=wide, device=bases.device)
+        return bool((off.abs() <= ROUNDED_BASES).all())
 
     # ---------------------------------------------------------------- the two kinds of layers
 
