@@ -268,9 +268,9 @@ FILES = {
     ),
     "head shape": (lambda p: rewrite(p, lambda t: {"head.out.bias": torch.zeros(4)}), ValueError, r"head.out.bias has shape \(4,\)"),
     "flag": (
-        lambda p: rewrite(p, lambda t: {"layers.1.is_decoupled": torch.tensor(7, dtype=torch.uint8)}),
+        lambda p: rewrite(p, lambda t: {"layers.1.is_decoupled": torch.full_like(t["layers.1.is_decoupled"], 7)}),
         ValueError,
-        "is_decoupled must be 0 or 1, got 7",
+        r"is_decoupled must be 0 or 1 \(.*\), got 7",
     ),
     "extra": (lambda p: rewrite(p, lambda t: {"head.more": torch.zeros(1)}), ValueError, "head.more"),
 }

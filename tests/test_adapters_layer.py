@@ -7,12 +7,15 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from _adapters import IDS, Net, adapted_net, names_of, randomize
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lrk
@@ -296,7 +299,7 @@ def copied_in_place(twin: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def averaged(twin: nn.Module, model: nn.Module) -> nn.Module:
-    mean = torch.optim.swa_utils.AveragedModel(twin, use_buffers=True)
+    mean = swa_utils.AveragedModel(twin, use_buffers=True)
     mean.update_parameters(model)
     return mean
 
@@ -312,6 +315,67 @@ def test_the_decoupled_flag_follows_its_buffer(follow: Callable[[nn.Module, nn.M
     assert torch.equal(follow(twin, model)(IDS), model(IDS))
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     assert torch.equal(torch.func.functional_call(randomize(adapted_net(), False), tensors, (IDS,)), model(IDS))
+
+
+def plain_net() -> nn.Module:
+    """:func:`adapted_net` in its warm-up."""
+    model = lrk.adapt(Net().double(), "sds", rank=2, target_modules=["query", "value", "up", "down"])
+    return randomize(model, decoupled=False)
+
+
+AVERAGES = {
+    "EMA": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9)},
+    "EMA, one by one": {"avg_fn": swa_utils.get_ema_avg_fn(0.999)},
+    "SWA": {},
+    "SWA, many at once": {"multi_avg_fn": swa_utils.get_swa_multi_avg_fn()},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("average", AVERAGES)
+def test_averages_of_models_are_saved_and_copied_as_what_they_compute(average: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """From before the switch on: an integer flag was rounded to 0 where the average computed with bases, and the file held plain LoRA."""
+    model = plain_net().to(dtype)
+    mean = swa_utils.AveragedModel(model, use_buffers=True, **AVERAGES[average])
+    for step in range(6):
+        if step == 3:
+            randomize(model.float()).to(dtype)
+        mean.update_parameters(model)
+    with torch.no_grad():  # as Lightning writes the average into the model
+        for x, y in zip([*model.parameters(), *model.buffers()], [*mean.module.parameters(), *mean.module.buffers()], strict=True):
+            x.data.copy_(y.data)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, lrk.LowRankLinear)}
+    assert all(layer.decoupled and layer.is_decoupled > 0 for layer in (*layers.values(), mean.module.blocks[0].query))
+    lrk.save_adapter(model, tmp_path / "adapter.safetensors")
+    twins = [copy.deepcopy(model), copy.deepcopy(mean).module, adapted_net().to(dtype), adapted_net().to(dtype)]
+    twins[2].load_state_dict(model.state_dict())
+    lrk.load_adapter(twins[3], tmp_path / "adapter.safetensors")
+    for twin in twins:
+        deltas = lrk.delta_weights(twin)
+        assert all(torch.equal(deltas[name], layer.delta_weight()) for name, layer in layers.items())
+    lrk.export_peft(model, tmp_path / "peft")
+    exported = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    a, b = (exported[f"base_model.model.blocks.0.query.lora_{side}.weight"] for side in "AB")
+    query = layers["blocks.0.query"]
+    assert torch.equal(a, torch.cat([query.lora_A, query.q_a])) and torch.equal(b, torch.cat([query.q_b, query.lora_B], dim=1))
+
+
+@pytest.mark.parametrize("asks", ["state_dict", "adapter_state_dict", "delta_weights", "deepcopy", "merge", "export"])
+def test_a_flag_that_was_written_unseen_is_seen_by_what_saves_or_copies(asks: str, tmp_path: Path) -> None:
+    model = adapted_net()
+    model(IDS)
+    plain = plain_net()
+    for x, y in zip([*model.parameters(), *model.buffers()], [*plain.parameters(), *plain.buffers()], strict=True):
+        x.data.copy_(y.data)
+    {
+        "state_dict": model.state_dict,
+        "adapter_state_dict": lambda: lrk.adapter_state_dict(model),
+        "delta_weights": lambda: lrk.delta_weights(model),
+        "deepcopy": lambda: copy.deepcopy(model),
+        "merge": lambda: lrk.unmerge(lrk.merge(model)),
+        "export": lambda: lrk.export_peft(model, tmp_path / "peft"),
+    }[asks]()
+    assert torch.equal(model(IDS), plain(IDS)) and not model.blocks[0].query.decoupled
 
 
 def test_the_decoupled_flag_is_read_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +416,7 @@ def test_moving_to_another_dtype_moves_everything() -> None:
     model.float()
     layer = model.blocks[0].query
     assert {layer.lora_A.dtype, layer.q_a.dtype, layer.q_b.dtype, layer.base_layer.weight.dtype} == {torch.float32}
-    assert layer.is_decoupled.dtype == torch.uint8
+    assert layer.is_decoupled.dtype == torch.float32 and layer.decoupled
     torch.testing.assert_close(model(IDS), y.float(), rtol=1e-4, atol=1e-5 * float(y.detach().abs().max()))
 
 

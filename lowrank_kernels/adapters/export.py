@@ -134,6 +134,7 @@ def _peft_factors(layers: Mapping[str, LowRankLinear], rank: int | None) -> tupl
     """``{name: (lora_A, lora_B)}`` with ``ΔW = s·lora_B @ lora_A``, and the relative errors."""
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in layers.items():
+        layer.reread_decoupled()
         a, b = layer.lora_A.detach(), layer.lora_B.detach()
         if layer.decoupled:
             a, b = torch.cat([a, layer.q_a]), torch.cat([layer.q_b, b], dim=1)

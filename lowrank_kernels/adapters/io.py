@@ -55,6 +55,7 @@ Starts = dict[str, tuple[Tensor, Tensor]]
 
 def _factor_tensors(layer: LowRankLinear) -> dict[str, Tensor]:
     """The layer's own parameters and buffers (not its base layer's): everything that ΔW depends on except s."""
+    layer.reread_decoupled()
     return {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
 
 
@@ -333,8 +334,8 @@ def _check_layer(name: str, layer: LayerSettings, state: Mapping[str, Tensor]) -
         if f"{name}.{kind}" not in state:
             raise ValueError(f"the tensor {name}.{kind} is missing")
     flag = state.get(f"{name}.is_decoupled")
-    if flag is not None and (flag.numel() != 1 or int(flag) not in (0, 1)):
-        raise ValueError(f"{name}.is_decoupled must be 0 or 1, got {flag.tolist()}")
+    if flag is not None and (flag.numel() != 1 or not 0 <= float(flag) <= 1):
+        raise ValueError(f"{name}.is_decoupled must be 0 or 1 (between them in an average of models), got {flag.tolist()}")
     if state[f"{name}.lora_A"].ndim != 2 or state[f"{name}.lora_A"].shape[0] != layer.rank:
         raise ValueError(f"{name}.lora_A has shape {tuple(state[f'{name}.lora_A'].shape)}, but its rank is {layer.rank}")
 

@@ -77,8 +77,8 @@ class LowRankLinear(nn.Module):
 
     Parameters and buffers (the base layer's are frozen and stay its own):
         ``lora_A`` (r, d_in), ``lora_B`` (d_out, r): the trainable factors; A starts Kaiming-uniform, B at zero.
-        ``q_a`` = Q_Aᵀ (r, d_in), ``q_b`` = Q_B (d_out, r), ``is_decoupled``: only with ``method="sds"``. They are part of the
-        ``state_dict``; an optimizer (``SDSLoRA``, ``ODLoRA``) writes them.
+        ``q_a`` = Q_Aᵀ (r, d_in), ``q_b`` = Q_B (d_out, r), ``is_decoupled`` (0: no; what is not 0, as in an average of models: yes):
+        only with ``method="sds"``. They are part of the ``state_dict``; an optimizer (``SDSLoRA``, ``ODLoRA``) writes them.
         ``lora_R`` (r, r): only with ``method="xs"``, and the only parameter then, fp32 at least; ``lora_A`` and ``lora_B`` are buffers. All
         three are zero until ``lora_sb_init`` or ``initialize`` gives them values.
         ``start_A``, ``start_B``: None; or, after :meth:`start_from` (PiSSA, LoRA-GA), copies of the factors as they were then. The base
@@ -155,7 +155,8 @@ class LowRankLinear(nn.Module):
         if method == "sds":
             self.register_buffer("q_a", torch.zeros(rank, d_in, dtype=dtype, device=weight.device))
             self.register_buffer("q_b", torch.zeros(d_out, rank, dtype=dtype, device=weight.device))
-            self.register_buffer("is_decoupled", torch.zeros((), dtype=torch.uint8, device=weight.device))
+            # Of the factors' kind, and not an integer: averages of models (EMA) would be rounded, mostly to 0.
+            self.register_buffer("is_decoupled", torch.zeros((), dtype=dtype, device=weight.device))
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         self._decoupled = False
@@ -229,6 +230,12 @@ class LowRankLinear(nn.Module):
             self._decoupled_read = self.is_decoupled, version_of(self.is_decoupled)
         self._note_decoupled(bool(value))
 
+    def reread_decoupled(self) -> None:
+        """Bring :attr:`decoupled` up to date also with a write that torch does not count, through ``.data``. What saves, copies, exports or
+        merges the layer calls it, so that the layer goes on computing what that holds; a forward would wait for the device each time."""
+        self._decoupled_read = None
+        _ = self.decoupled
+
     def _note_decoupled(self, value: bool) -> None:
         """The host's copy; optimizers ask whether any layer's has changed."""
         if value != self._decoupled:
@@ -270,6 +277,7 @@ class LowRankLinear(nn.Module):
         self._merged = bool(value)
         self._merged_weight = self._merged_from = None
         if value:
+            self.reread_decoupled()
             self._cached_weight()
 
     @property
@@ -299,6 +307,7 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """ΔW (d_out, d_in), computed and returned in fp32 (fp64 for fp64 factors), without gradient; ``s(B A − B₀A₀)`` after a start."""
+        self.reread_decoupled()
         if self.start_A is None or self.start_B is None:
             return self._delta_weight()
         dtype = compute_dtype(self.lora_A.dtype)
@@ -388,6 +397,10 @@ class LowRankLinear(nn.Module):
         state = f"decoupled={self.decoupled}, merged={self._merged}"
         return f"rank={self.rank}, scale={self.scale:g}, method={self.method!r}, dropout={self.dropout}, {state}"
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.reread_decoupled()
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.start_A is None and f"{prefix}start_A" in state_dict:  # the base weight beside it has been changed
             self.start_A, self.start_B = torch.empty_like(self.lora_A), torch.empty_like(self.lora_B)
@@ -403,6 +416,7 @@ class LowRankLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        self.reread_decoupled()
         # A merged layer is saved with its factors and the flag; the sum of the weights is computed anew.
         caches = dict.fromkeys(("_merged_weight", "_merged_from", "_gradient_tap", "_decoupled_read", "_decoupled_wrapper"))
         return self.__dict__ | caches

@@ -57,6 +57,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
 
 
 def _merged_linear(layer: LowRankLinear) -> nn.Linear:
+    layer.reread_decoupled()
     base = layer.base_layer
     linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     linear.weight = nn.Parameter(layer.merged_weight(), requires_grad=base.weight.requires_grad)
