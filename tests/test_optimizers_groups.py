@@ -81,6 +81,50 @@ def test_add_param_group(build) -> None:
         torch.testing.assert_close(pair_delta(p), pair_delta(q), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("steps", [0, 3])
+@every_optimizer
+def test_a_partner_that_is_added_later(build, steps: int, side: str) -> None:
+    """A lone factor, stepped by AdamW, becomes one of a pair, with a checkpoint that goes on alike; or the partner is refused."""
+    model = make_model("ours")
+    if method_of(build) != "SDSLoRA":
+        model = lk.adapt(nn.Sequential(*(m.base_layer if isinstance(m, lk.LowRankLinear) else m for m in model)), rank=2)
+    later = pairs(model)[1].A if side == "A" else pairs(model)[1].B
+    first = [p for p in trainable(model) if p is not later]
+    if method_of(build) == "SDSLoRA":
+        with pytest.raises(ValueError, match=f"is the {'B' if side == 'A' else 'A'} of a layer, its partner was left out"):
+            build(first)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = build(first)
+    run(model, optimizer, 0, steps)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    if steps and method_of(build) in ("AltLoRA", "AltLoRAPlus", "LoRARITE"):
+        with pytest.raises(ValueError, match="were added at different steps; add both in one add_param_group, or make a new optimizer"):
+            optimizer.add_param_group({"params": [later]})
+        now = model.state_dict(), optimizer.state_dict()
+        assert all(torch.equal(now[0][key], value) for key, value in before[0].items())
+        assert now[1]["param_groups"] == before[1]["param_groups"] and now[1]["state"].keys() == before[1]["state"].keys()
+        run(model, optimizer, steps, steps + 3)
+        return
+    optimizer.add_param_group({"params": [later]})
+    assert len(optimizer._pairs) == 3
+    run(model, optimizer, steps, steps + 3)
+    twin, state = copy.deepcopy(model), optimizer.state_dict()
+    of_twin = {id(p): q for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
+    resumed = build([{"params": [of_twin[id(p)] for p in group["params"]]} for group in optimizer.param_groups])
+    resumed.load_state_dict(state)
+    for m, o in ((model, optimizer), (twin, resumed)):
+        run(m, o, steps + 3, steps + 8)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(p.isfinite().all() for p in trainable(model))
+
+
+def method_of(build) -> str:
+    return type(build(lk.adapt(nn.Sequential(nn.Linear(4, 4)), "sds", rank=1))).__name__
+
+
 def test_parameters_without_names_are_taken_beside_a_model() -> None:
     model, head = make_model("ours"), nn.Linear(9, 2).double()
     optimizer = lk.AdamW(model, lr=1e-2)

@@ -115,7 +115,8 @@ class Method:
 
     #: A method that makes no sense without pairs refuses parameters in which there are none.
     requires_pairs = True
-    #: Whose turn it is, or which phase: where the step decides about a pair, A and B must count the same steps.
+    #: Whether A and B must count the same steps: where the step decides about a pair (whose turn it is, which phase), and where the state
+    #: of a factor is not what a lone one, stepped before its partner was added, has gathered.
     factors_share_steps = False
     #: What a method trains as factors: pairs (A, B), cores R between constant factors. Others get AdamW with the rest.
     trains_pairs, trains_cores = True, False

@@ -94,7 +94,9 @@ class _Search:
         if self.scale is not None and scale != self.scale:
             self.unlike = self.unlike or f"{name} has s = {scale:g}"
         if self.method.factors_share_steps and groups[a[0]]["step"] != groups[b[0]]["step"]:
-            raise ValueError(f"{self.name}: A and B of {name} were added at different steps; add both in one add_param_group")
+            raise ValueError(
+                f"{self.name}: A and B of {name} were added at different steps; add both in one add_param_group, or make a new optimizer"
+            )
         self.pairs.append(FactorPair(name, 1.0 if scale is None else scale, a, b, hasattr(pair.layer, "q_a")))
         del self.free[id(pair.A)], self.free[id(pair.B)]
 
