@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from _models import loss_of, make_model
+from _models import loss_of, make_model, trainable
 from _optimizers import OPTIMIZERS, every_optimizer, run
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
-from lowrank_kernels import backends
+from lowrank_kernels import backends, ops
 
 
 def mixed_parameters(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -127,6 +129,45 @@ def test_capturable_and_tensor_lr_change_nothing(build) -> None:
     for p, q in zip(plain.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
     assert all(isinstance(g["step"], torch.Tensor) and float(g["step"]) == 20 for g in capturable.param_groups)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@every_optimizer
+def test_a_tensor_lr_may_have_dimensions(build, backend: str | None) -> None:
+    """As torch's AdamW has it; beside parameters that have none, and written in place, as schedulers do."""
+    found = []
+    for shape in ((), (1,), (1, 1)):
+        lr = torch.full(shape, 1e-2, dtype=torch.float64)
+        model, lone = make_model("ours"), nn.Parameter(torch.ones((), dtype=torch.float64))
+        optimizer = build([{"params": trainable(model)}, {"params": [lone, nn.Parameter(torch.ones(3).double())]}], lr=lr)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=5)
+        with backends.force(backend) if backend else contextlib.nullcontext():
+            for step in range(15):
+                optimizer.zero_grad()
+                (loss_of(model, step) + sum((3 * p).square().sum() for p in optimizer.param_groups[1]["params"])).backward()
+                optimizer.step()
+                if step == 12:
+                    lr.mul_(0.5)
+                if step < 10:
+                    scheduler.step()
+        found.append([p.detach() for group in optimizer.param_groups for p in group["params"]])
+        assert optimizer.param_groups[0]["lr"] is lr
+    for p, *others in zip(*found, strict=True):
+        for q in others:
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_the_moment_step_takes_numbers_that_have_dimensions(shape: tuple[int, ...]) -> None:
+    found = []
+    for dims in ((), shape):
+        lr, step = (torch.full(dims, value) for value in (1e-2, 3.0))
+        tensors = [[torch.full(size, value) for size in ((), (3,), (0, 2))] for value in (1.0, 0.5, 0.1, 0.2)]
+        for backend in (None, "reference"):
+            with backends.force(backend) if backend else contextlib.nullcontext():
+                ops.grouped_adamw_(*tensors, lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, step=step)
+        found.append([x for values in tensors for x in values])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 def launches_per_step(build, layers: int) -> list[int]:

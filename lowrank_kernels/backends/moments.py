@@ -21,8 +21,14 @@ class StepNumbers(TypedDict):
     maximize: NotRequired[bool]
 
 
+def scalar(value: Any) -> Any:
+    """A number; a tensor of one element as one without dimensions, which would become those of the result: a view, so that what a schedule
+    writes into the one is seen in the other."""
+    return value.reshape(()) if isinstance(value, Tensor) and value.ndim else value
+
+
 class Numbers(NamedTuple):
-    """:class:`StepNumbers` in a fixed order, defaults filled in. ``lr`` and ``step`` may be tensors of one element."""
+    """:class:`StepNumbers` in a fixed order, defaults filled in. ``lr`` and ``step`` may be tensors without dimensions."""
 
     lr: float | Tensor
     beta1: float
@@ -47,7 +53,7 @@ class Numbers(NamedTuple):
         bias_correction: bool = True,
         maximize: bool = False,
     ) -> Numbers:
-        return cls(lr, *betas, eps, weight_decay, step, list(missed), bool(bias_correction), bool(maximize))
+        return cls(scalar(lr), *betas, eps, weight_decay, scalar(step), list(missed), bool(bias_correction), bool(maximize))
 
 
 class Stepped(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import partition
+from ..backends.moments import scalar
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 from ..ops.lorsum import lorsum_in_step
 from ..parallel.ranks import data_parallel_group
@@ -318,10 +319,10 @@ class OPLoRA(OverlappingOptimizer):
             settings = group["metric_decay"], group["metric_damping"], group["sweeps"]
             metrics = track(gradients, bases, values, updates, *settings, begin_writing)
         vs = [x.mT for x in a]
-        lr, momentum = group["lr"] * (-1.0 if group["maximize"] else 1.0), group["momentum"]
+        rate, momentum = scalar(group["lr"]), group["momentum"]
         inverse_scales = on_device([1.0 / pair.scale for pair in pairs], us[0].device)
-        steps = -lr * inverse_scales
-        kept = torch.ones_like(steps) - group["lr"] * self._factor_decay(group)
+        steps = (rate if group["maximize"] else -rate) * inverse_scales
+        kept = torch.ones_like(steps) - rate * self._factor_decay(group)
         terms, coefficients = [(us, vs)], [kept]
         if mus:  # also while α is 0, scheduled or edited: then M becomes G
             # A term has one dtype: M_U is fp32 where A is 16-bit.
