@@ -146,7 +146,7 @@ def test_low_precision_factors_are_rounded_once(method: type[LowRankOptimizer]) 
                 if state := optimizer.state.get(getattr(layer, name)):
                     reference.state[getattr(twin, name)] = {key: value.double() for key, value in state.items()}
         for theirs, mine in zip(reference.param_groups, optimizer.param_groups, strict=True):
-            theirs.update({key: mine[key] for key in ("step", "turn") if key in mine})
+            theirs["step"] = mine["step"]
         reference.step()
         optimizer.step()
         for twin, layer in zip(exact, problem.model, strict=True):
@@ -364,6 +364,7 @@ def test_freezing_the_idle_factor_changes_nothing_but_its_backward(method: type[
             if step:
                 assert factors[turn[(step + 1) % 2]].grad is None, "the idle factor's gradient was computed"
         assert all(torch.equal(p, q) for p, q in zip(free.parameters(), frozen.parameters(), strict=True))
+    assert "turn" not in optimizers[0].state_dict()["param_groups"][0], "whose turn it is follows from the step, and from nothing beside it"
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -491,6 +492,37 @@ def test_atomic_undoes_a_step_that_moves_stacked_state(
     problem.run(optimizer, 3)
     whole.run(plain, 3)
     assert all(map(torch.equal, problem.deltas(), whole.deltas()))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("order", ["A", "B", "joint"])
+def test_a_step_that_is_undone_leaves_the_turn_as_it_was(order: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it fails after it has frozen the factor whose turn it was."""
+    models = [make_model("ours"), make_model("ours")]
+    optimizers = [AltLoRAPlus(model, lr=1e-2, order=order, freeze_idle=True, atomic=True) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+    freeze, frozen = AltLoRAPlus._freeze_idle, [p.requires_grad for p in models[0].parameters()]
+
+    def fails(self, *args: object) -> None:
+        freeze(self, *args)
+        monkeypatch.setattr(AltLoRAPlus, "_freeze_idle", freeze)
+        raise RuntimeError("simulated")
+
+    monkeypatch.setattr(AltLoRAPlus, "_freeze_idle", fails)
+    loss_of(models[0], steps).backward()
+    with pytest.raises(RuntimeError, match="simulated"):
+        optimizers[0].step()
+    assert [p.requires_grad for p in models[0].parameters()] == frozen
+    for step in range(steps, steps + 3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
 @every_method

@@ -59,7 +59,7 @@ class AltLoRA(PreconditionedOptimizer):
     """
 
     factors_share_steps = True
-    counts = frozenset({"turn", "late"})
+    counts = frozenset({"late"})
     positions = frozenset({"late"})
     fixed = frozenset({"order"})
     #: What ``freeze_idle`` holds frozen.
@@ -105,16 +105,16 @@ class AltLoRA(PreconditionedOptimizer):
         side = "B" if index in self._second_factors[group_index] else "A"
         return (group["step"] + (1 if group["order"] == side else 0)) // 2
 
-    def _update(self) -> None:
-        super()._update()
-        for group in self.param_groups:
-            group["turn"] = 1 - group["turn"]
+    @staticmethod
+    def _whose_turn(group: dict[str, Any], later: int = 0) -> str:
+        """Whose turn the step is that is counted last, or one that is so much later. Where there are turns the host counts (see
+        :meth:`_check_hyperparameters`); a counter on the device is not read."""
+        first, second = ORDERS[group["order"]]
+        return first if first == second or (group["step"] + later) % 2 else second
 
     def _step_pairs(self, pairs: LikePairs) -> None:
         group = self._group(pairs, "A")
-        turns = ORDERS[group["order"]]
-        turn, next_turn = turns[group["turn"]], turns[1 - group["turn"]]
-        active = {side: self._active(pairs, side) for side in turn}
+        active = {side: self._active(pairs, side) for side in self._whose_turn(group)}
         for side, found in active.items():
             self._note_late(pairs, found.pairs, side)
         active = {side: found for side, found in active.items() if found.pairs}
@@ -128,7 +128,7 @@ class AltLoRA(PreconditionedOptimizer):
         for side, realigned in behind.items():
             self._carry_twice(late[side], side, realigned)
         if group["freeze_idle"]:
-            self._freeze_idle(pairs, next_turn)
+            self._freeze_idle(pairs, self._whose_turn(group, later=1))
 
     def _jointly(self, pairs: LikePairs) -> bool:
         """Whether the operations of a step are called one by one."""
@@ -232,7 +232,7 @@ class AltLoRA(PreconditionedOptimizer):
         for pair in self._pairs:
             group = self.param_groups[pair.a[0]]
             if group["freeze_idle"]:
-                self._freeze_idle([pair], ORDERS[group["order"]][group["turn"]])
+                self._freeze_idle([pair], self._whose_turn(group, later=1))
 
     def _freeze_idle(self, pairs: list[FactorPair], next_turn: str) -> None:
         active: set[Position] = set()
@@ -294,5 +294,4 @@ class AltLoRAPlus(AltLoRA):
 
 
 def _alternation(order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:
-    # The turn is a counter of its own, the host's: the step counter is the device's when capturable, as it may be where none has turns.
-    return {"order": order, "damping": damping, "freeze_idle": freeze_idle, "turn": 0, "late": []}
+    return {"order": order, "damping": damping, "freeze_idle": freeze_idle, "late": []}
