@@ -48,6 +48,9 @@ def test_checkpoint_probe_moves_nothing(build) -> None:
         group["lr"] = lr
     assert len(optimizer.state) == len(before) and all(g["step"] == 0 for g in optimizer.param_groups)
     assert all(torch.equal(p, b) for p, b in zip(trainable(model), before, strict=True))
+    warming = build(other := make_model("ours"), lr=0.0)  # a schedule that begins at 0 is none
+    run(other, warming, 0, 1)
+    assert all(g["step"] == 1 for g in warming.param_groups)
     fresh = make_model("ours")
     run(fresh, build(fresh), 0, 15)
     run(model, optimizer, 0, 15)

@@ -51,6 +51,23 @@ def test_lone_factors_are_decayed_as_factors(named: bool) -> None:
             assert len(optimizer._lone_factors[0]) == 1, "the core: of the first layer lora_B has a partner, if a frozen one"
 
 
+def test_a_bias_of_an_adapter_is_decayed_as_what_is_no_factor() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 6)), peft.LoraConfig(r=2, target_modules=["0"], lora_bias=True))
+    for decay, of_factors, of_rest in ((None, 0.0, 0.01), (0.5, 0.5, 0.5)):
+        for method in (lk.AdamW, lk.AltLoRA, lk.ScaledAdamW):
+            with torch.no_grad():
+                for p in trainable(model):
+                    p.fill_(1.0).grad = torch.zeros_like(p)
+            optimizer = method(model, lr=0.1, weight_decay=decay)
+            optimizer.step(), optimizer.step()  # either factor's turn
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    turns = 1 if method is lk.AltLoRA and not name.endswith("bias") else 2
+                    expected = (1 - 0.1 * (of_rest if name.endswith("bias") else of_factors)) ** turns
+                    torch.testing.assert_close(p.detach(), torch.full_like(p, expected), rtol=1e-6, atol=0)
+
+
 @every_optimizer
 def test_weight_decay_can_be_edited_and_resumed(build) -> None:
     """As torch's: the group's number is read in every step. Factors have it where they were given it, or a number of their own."""

@@ -43,9 +43,10 @@ class LowRankOptimizer(StatefulOptimizer):
         capturable: ``step()`` reads nothing on the host and can be captured in a CUDA graph, after one ordinary step, which makes the
             state and the device tables. The graph keeps what the host knew when it was captured: numbers (an lr to be scheduled must be
             a tensor on the device, changed in place), and which parameters have a gradient.
-        weight_decay: decoupled, multiplied by lr. None means 0 for adapters and AdamW's 0.01 for everything else; a
-            number holds for both. In a group, ``weight_decay`` is that of everything else, and of factors too where
-            ``factor_weight_decay`` is None, which a number makes it; a number there is that of factors. Both may be edited.
+        weight_decay: decoupled, multiplied by lr. None means 0 for adapters and AdamW's 0.01 for everything else (also for a bias beside a
+            factor, PEFT's ``lora_bias=True``); a number holds for both. In a group, ``weight_decay`` is that of everything else, and of
+            factors too where ``factor_weight_decay`` is None, which a number makes it; a number there is that of factors. Both may be
+            edited.
         amsgrad, differentiable: not supported; True is an error.
         foreach, fused: accepted as ``torch.optim.AdamW`` accepts them; there is one, fused, implementation.
         scale: s of every pair whose module is not known (only tensors or names were given). Where it is known, its s is taken, as it is
@@ -63,6 +64,9 @@ class LowRankOptimizer(StatefulOptimizer):
     in fp32 (fp64 for fp64 parameters). The step counter is one per group, ``group["step"]`` (a device tensor when
     ``capturable``); ``group["missed"]`` counts, by position, the steps in which a parameter had no gradient. In a ``state_dict()`` it is a
     list, one count per parameter of the group: ``torch.distributed.checkpoint`` keeps no empty containers and no keys but strings.
+
+    A first step in which every group's lr is the number 0 and all gradients are exactly zero is how ``torch.distributed.checkpoint`` asks
+    for that state: it makes the state and is not counted. A schedule that begins at 0 is counted, since some gradient is not zero then.
     """
 
     #: What the step found that is under way.
