@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +211,95 @@ def test_delta_weights_name_the_adapters_that_they_leave_out() -> None:
     for target, factor in (("conv", "lora_A.default.weight"), ("embedding", "lora_embedding_A.default")):
         with pytest.raises(ValueError, match=rf"no low-rank adapter of a linear layer.*{target}\.{factor}.*left out"):
             lrk.delta_weights(adapted(target))
+
+
+# --- heads that transformers ties to the embeddings ------------------------------------------------------------------
+
+
+def tied_model(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    if kind == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes, max_position_embeddings=16)).eval()  # a tied bias, too
+
+
+@pytest.mark.parametrize(("kind", "head"), [("llama", "lm_head"), ("bert", "cls.predictions.decoder")])
+def test_an_adapted_head_stays_tied_and_is_saved(kind: str, head: str, tmp_path: Path) -> None:
+    model = tied_model(kind)
+    of_class = dict(type(model)._tied_weights_keys)
+    before = dict(model.all_tied_weights_keys)
+    lrk.adapt(model, rank=2, target_modules=[head])
+    ties = {name.replace(head, f"{head}.base_layer"): source for name, source in before.items()}
+    assert model._tied_weights_keys == model.all_tied_weights_keys == ties and type(model)._tied_weights_keys == of_class
+    model.save_pretrained(tmp_path / "adapted")  # which refuses what is tied without its knowledge
+    model.tie_weights()
+    layer = model.get_submodule(head)
+    assert layer.base_layer.weight is model.get_input_embeddings().weight
+    randomize(model)
+    expected = model(IDS).logits
+    assert copy.deepcopy(model)._tied_weights_keys == ties
+    if kind == "llama":  # what stays tied in BERT, a bias, needs the setting
+        with pytest.warns(UserWarning, match=r"no longer tied to the embeddings; its config\.tie_word_embeddings is False now"):
+            lrk.merge(model, unload=True)
+    else:
+        lrk.merge(model, unload=True)
+    assert head + ".weight" not in model._tied_weights_keys and type(model)._tied_weights_keys == of_class
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "merged")
+    for merged in (model, type(model).from_pretrained(tmp_path / "merged").eval()):
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_resized_after_adapting_is_refused_by_name() -> None:
+    model = lrk.adapt(tied_model("llama"), rank=2, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match=r"base layer's weight is \(50, 16\) now, the factors are those of a 40 × 16 one; resize a layer"):
+        model.resize_token_embeddings(50)
+    with pytest.raises(ValueError, match=r"weight must be \(40, 16\).*an adapted layer cannot be resized"):
+        model(IDS)
+    model = lrk.adapt(tied_model("llama"), rank=2, target_modules=["lm_head"])
+    with pytest.warns(UserWarning, match="no longer tied"):
+        lrk.merge(model, unload=True)
+    model.resize_token_embeddings(50)
+    assert model(IDS).logits.shape[-1] == 50
+
+
+class Ties(nn.Module):
+    """What keeps a record of tied weights, of any kind."""
+
+    def __init__(self, ties: object) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+        for head in self.heads[1:]:
+            head.weight = self.heads[0].weight
+        self.rest = nn.Linear(4, 4)
+        self._tied_weights_keys = ties
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool) -> dict[str, str]:
+        return {f"heads.{i}.weight": "heads.0.weight" for i in (1, 2)}
+
+
+@pytest.mark.parametrize("targets", [["rest"], ["heads.2"], ["heads.0"], ["heads.0", "heads.1", "heads.2"]], ids=str)
+@pytest.mark.parametrize("ties", [{r"heads.[12]": "heads.0"}, ["heads.1.weight", r"heads\.2\.w"], {}, None], ids=str)
+def test_records_of_ties_follow_the_layers(ties: object, targets: list[str]) -> None:
+    model = Ties(copy.copy(ties))
+    lrk.adapt(model, rank=2, target_modules=targets)
+    adapted = {f"{name}.weight": f"{name}.base_layer.weight" for name in targets}
+    names = ["heads.1.weight", "heads.2.weight"]
+    if not ties or targets == ["rest"] or (isinstance(ties, list) and targets == ["heads.0"]):
+        expected = ties
+    elif isinstance(ties, list):
+        expected = [adapted.get(name, name) if name in adapted or name == names[0] else ties[1] for name in names]
+    else:
+        expected = {adapted.get(name, name): adapted.get("heads.0.weight", "heads.0.weight") for name in names}
+    assert model._tied_weights_keys == expected
+    lrk.merge(model, unload=True)
+    if not ties or targets == ["rest"] or (isinstance(ties, list) and targets == ["heads.0"]):
+        assert model._tied_weights_keys == ties
+    elif len(targets) == 3:
+        assert not model._tied_weights_keys
+    elif targets == ["heads.2"]:
+        assert model._tied_weights_keys == (["heads.1.weight"] if isinstance(ties, list) else {"heads.1.weight": "heads.0.weight"})
+    else:  # the others are tied among themselves
+        assert model._tied_weights_keys == {"heads.2.weight": "heads.1.weight"}

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from .._checks import first_few
 from ..pairs import pairs
 from ._model import check_model, clean_name, compiled_modules, ends_with, parallel_wrapper, replace_modules
+from ._ties import ties_when_adapted, write_ties
 from .layer import LowRankLinear, check_settings, scale_of
 
 ALL_LINEAR = "all-linear"
@@ -99,10 +100,12 @@ def install(function: str, root: nn.Module, layers: dict[int, nn.Module], traine
             f"{function}: {alone!r} was compiled by itself, torch.compile(linear), and would go on without the adapter; compile a module "
             "that holds the layer, or compile it afterwards"
         )
+    ties = ties_when_adapted(root, layers)
     root.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
     replace_modules(root, layers)
+    write_ties(ties)
 
 
 def check_unadapted(function: str, model: nn.Module) -> None:

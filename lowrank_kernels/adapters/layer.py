@@ -287,7 +287,16 @@ class LowRankLinear(nn.Module):
         base = self.base_layer.weight
         if not holds_matrix(self.base_layer):
             return base
+        self._check_size(base)
         return base + self._delta_weight().to(base.dtype)
+
+    def _check_size(self, base: Tensor) -> None:
+        if base.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"LowRankLinear: the base layer's weight is {tuple(base.shape)} now, the factors are those of a "
+                f"{self.out_features} × {self.in_features} one; resize a layer (resize_token_embeddings) before it is adapted, or after "
+                "merge(model, unload=True)"
+            )
 
     @property
     def bias(self) -> Tensor | None:
@@ -317,8 +326,9 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """``W0 + ΔW`` (d_out, d_in) as a new tensor, summed in fp32 at least and rounded once to the base weight's dtype."""
-        delta = self._delta_weight()
         base = self.base_layer.weight
+        self._check_size(base)
+        delta = self._delta_weight()
         return (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
 
     def _cached_weight(self) -> Tensor:

@@ -9,6 +9,7 @@ from .._checks import as_flag, first_few
 from ..backends.dtypes import compute_dtype
 from ..pairs import Pair, is_adapter_parameter, pairs
 from ._model import check_model, clean_name, replace_modules, require_adapters
+from ._ties import ties_when_unloaded, write_ties
 from .layer import LowRankLinear, is_plain
 from .shared import share_inputs
 
@@ -28,7 +29,8 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
     Args:
         model: a model that :func:`~lowrank_kernels.adapt` has adapted.
         unload: replace each adapter layer by a plain ``nn.Linear`` with the merged weight (a tied base weight is then
-            no longer shared). The factors are gone, the memory of the base weights is freed.
+            no longer shared; a ``transformers`` model's record of tied weights, and its ``config.tie_word_embeddings``, say so from then
+            on). The factors are gone, the memory of the base weights is freed.
 
     Raises:
         TypeError, ValueError: no adapters, or a layer that cannot be merged (quantized, with hooks, …); ``unload`` is neither true nor
@@ -48,8 +50,10 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
         root = check_model("merge", model)
         if isinstance(root, LowRankLinear):
             raise ValueError("merge: the model is itself an adapter layer and cannot be replaced in place; use `unload=False`")
+        ties = ties_when_unloaded(root, {id(layer): layer for layer in layers.values()})
         share_inputs(root, ())
         replace_modules(root, {id(layer): _merged_linear(layer) for layer in layers.values()})
+        write_ties(ties)
     else:
         for layer in layers.values():
             layer.merged = True

@@ -256,7 +256,8 @@ def _check(
     expected |= {"q_a": (q_a, (rank, d_in)), "q_b": (q_b, (d_out, rank)), "core": (core, (rank, rank))}
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"lora_linear: {name} must be {shape} (x has d_in={d_in}, a has r={rank}), got {tuple(tensor.shape)}")
+            hint = "; an adapted layer cannot be resized (do it before)" if name == "weight" else ""
+            raise ValueError(f"lora_linear: {name} must be {shape} (x has d_in={d_in}, a has r={rank}), got {tuple(tensor.shape)}{hint}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype and not under_autocast(x.device.type):
             raise TypeError(f"lora_linear: {name} is {tensor.dtype}, x is {x.dtype}; cast one, or use torch.autocast")
