@@ -633,6 +633,49 @@ class TestBadInput:
             warnings.simplefilter("error")
             SDSLoRA(model, lr=1e-2, total_steps=100)
 
+    @pytest.mark.parametrize(
+        ("rule", "patterns"),
+        [
+            ("lora", {"rank_pattern": {"^first.q": 2, "k": 3}, "alpha_pattern": {"second.[qo]": 1.5, "k": 2.5}}),
+            ("rslora", {"rank_pattern": {"^first.q": 2, "k": 3}}),
+            ("rslora", {"alpha_pattern": {"second.[qo]": 1.5, "k": 2.5}}),
+            ("rslora", {"rank_pattern": {"^first.q": 2, "k": 3}, "alpha_pattern": {"^first.q": 1.5, "k": 2.5}}),
+        ],
+        ids=str,
+    )
+    def test_decoupled_configuration_translates_patterns(self, rule: str, patterns: dict, tmp_path: Path) -> None:
+        """Each layer's r and α are those that PEFT takes from the patterns; its s is the rule's of them, and that of the saved adapter."""
+        peft = pytest.importorskip("peft")
+        from lowrank_kernels.adapters.peft import DecoupledLoraConfig
+
+        def net() -> nn.Module:
+            return nn.ModuleDict({part: nn.ModuleDict({name: nn.Linear(12, 12) for name in "qkvo"}) for part in ("first", "second")})
+
+        targets = ["q", "k", "v", "o"]
+        plain = peft.get_peft_model(net(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **patterns))
+        model = peft.get_peft_model(net(), DecoupledLoraConfig(4, 6.0, rule, target_modules=targets, **patterns))
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(net(), tmp_path)
+        layers = {name: layer for name, layer in plain.named_modules() if isinstance(layer, peft.tuners.lora.Linear)}
+        assert len(layers) == 8 and len({(x.r["default"], x.lora_alpha["default"]) for x in layers.values()}) > 2
+        for name, layer in layers.items():
+            r, alpha = layer.r["default"], layer.lora_alpha["default"]
+            for other in (model.get_submodule(name), loaded.get_submodule(name)):
+                assert other.r["default"] == 2 * r == other.lora_A["default"].weight.shape[0], name
+                assert other.scaling["default"] == pytest.approx(alpha / (r if rule == "lora" else r**0.5)), name
+
+    def test_decoupled_configuration_refuses_patterns(self) -> None:
+        pytest.importorskip("peft")
+        from lowrank_kernels.adapters.peft import DecoupledLoraConfig
+
+        for patterns, error, message in (
+            ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be ≥ 1, got 0"),
+            ({"alpha_pattern": ["q"]}, TypeError, r"alpha_pattern must be a dictionary by regular expressions, got \['q'\]"),
+            ({"rank_pattern": {"q": 1}, "alpha_pattern": {"k": 1}}, ValueError, r"must have the same keys .* got \['q'\] and \['k'\]"),
+        ):
+            with pytest.raises(error, match=f"DecoupledLoraConfig: .*{message}"):
+                DecoupledLoraConfig(target_modules=["q"], **patterns)
+
     def test_od_lora(self) -> None:
         with pytest.raises(ValueError, match="would train rank 3, more than its 2 × 20 allow"):
             ODLoRA(make_model("peft", shapes=[(20, 12), (2, 20)]), total_steps=100)

@@ -6,6 +6,7 @@ files are ordinary LoRA files, and ``PeftModel.from_pretrained`` reads them with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -88,19 +89,55 @@ class DecoupledLoraConfig(LoraConfig):
         rank: r, the trained rank.
         alpha: α.
         rank_scaling: "rslora", s = α/√r (the papers'), or "lora", s = α/r.
+        rank_pattern: trained ranks of layers, by regular expression as in ``LoraConfig``; where one matches it is r above, in s too.
+        alpha_pattern: the same of α; beside a rank_pattern, by the rule "rslora", with the same keys.
         options: everything else of ``LoraConfig``, except ``r``, ``lora_alpha``, ``use_rslora``, ``use_dora`` and ``init_lora_weights``.
 
     Raises:
-        TypeError, ValueError: an argument that this configuration decides itself, or a bad rank, α or rule.
+        TypeError, ValueError: an argument that this configuration decides itself, or a bad rank, α, pattern or rule.
     """
 
     of_twice_the_rank = True  # whoever writes rank=r here knows that r is trained: the optimizers need not say so
 
-    def __init__(self, rank: int = 8, alpha: float = 4.0, rank_scaling: str = "rslora", **options: Any) -> None:
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 4.0,
+        rank_scaling: str = "rslora",
+        *,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> None:
         decided = {"r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"} & set(options)
         if decided:
             raise TypeError(f"DecoupledLoraConfig: {', '.join(sorted(decided))} follow from rank, alpha and rank_scaling; leave them out")
         rank = as_integer("DecoupledLoraConfig", "rank", rank)
         scale = scale_of("DecoupledLoraConfig", rank, alpha, rank_scaling)
+        ranks, alphas = _pattern("rank_pattern", rank_pattern), _pattern("alpha_pattern", alpha_pattern)
+        ranks = {key: as_integer("DecoupledLoraConfig", f"rank_pattern[{key!r}]", value) for key, value in ranks.items()}
+        options["rank_pattern"] = {key: 2 * value for key, value in ranks.items()}
+        options["alpha_pattern"] = _alpha_pattern(rank, alpha, rank_scaling, ranks, alphas)
         super().__init__(r=2 * rank, lora_alpha=2 * rank * scale, **options)  # type: ignore[arg-type]
         with_kernels(self)
+
+
+def _pattern(argument: str, pattern: object) -> dict[str, Any]:
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+        raise TypeError(f"DecoupledLoraConfig: {argument} must be a dictionary by regular expressions, got {pattern!r:.80}")
+    return dict(pattern)
+
+
+def _alpha_pattern(rank: int, alpha: float, rank_scaling: str, ranks: dict[str, int], alphas: dict[str, Any]) -> dict[str, float]:
+    """PEFT's α, 2r·s: by the rule α/r that is 2α, whatever r. By α/√r it depends on both, and a key must say both."""
+    if rank_scaling == "lora":
+        ranks = {}
+    elif ranks and alphas and list(ranks) != list(alphas):
+        raise ValueError(
+            f"DecoupledLoraConfig: with rank_scaling='rslora' rank_pattern and alpha_pattern must have the same keys in one order, got "
+            f"{list(ranks)} and {list(alphas)}: a layer's s = α/√r is made of both; repeat a rank, or an alpha, under the other's keys"
+        )
+    both = {key: (ranks.get(key, rank), alphas.get(key, alpha)) for key in [*ranks, *alphas]}
+    return {key: 2 * r * scale_of("DecoupledLoraConfig", r, of_key, rank_scaling) for key, (r, of_key) in both.items()}
