@@ -266,13 +266,55 @@ def test_transforms_of_torch_func(kind: str) -> None:
         torch.func.grad(lambda a: ops.lora_linear(x, None, None, a, t["b"], capture=print).sum())(t["a"])
 
 
-def test_second_derivatives_are_refused() -> None:
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["plain", "decoupled", "core", "dropout", "alone"])
+def test_second_derivatives(kind: str, dims: int) -> None:
+    t = make(6, 5, 4, 2, decoupled=kind == "decoupled")
+    x = torch.randn({1: (5,), 2: (6, 5), 3: (3, 5, 2)}[dims], dtype=torch.float64)
+    x = x.mT if dims == 3 else x  # which is not contiguous
+    options = {"q_a": t["q_a"], "q_b": t["q_b"], "dropout": 0.4 if kind == "dropout" else 0.0}
+    inputs = [x, *(None if kind == "alone" and n in ("weight", "bias") else t[n] for n in ("weight", "bias", "a", "b"))]
+    inputs.append(torch.randn(2, 2, dtype=torch.float64) if kind == "core" else None)
+    given = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
+
+    def function(*given: Tensor) -> Tensor:
+        found = iter(given)
+        x, weight, bias, a, b, core = (None if tensor is None else next(found) for tensor in inputs)
+        torch.manual_seed(0)
+        return ops.lora_linear(x, weight, bias, a, b, 0.7, core=core, **options)
+
+    assert torch.autograd.gradgradcheck(function, given)
+
+
+@pytest.mark.parametrize("trained", ["x", "a", "b", "xa", "ab"])
+@pytest.mark.parametrize("kind", ["plain", "decoupled"])
+def test_second_derivatives_where_parts_are_frozen(kind: str, trained: str) -> None:
+    """Through x before the layer, and what comes after it: a gradient penalty. Only what is trained is kept for them."""
+    t = make(6, 5, 4, 2, decoupled=kind == "decoupled")
+    penalties = []
+    for function in (ops.lora_linear, naive):
+        inputs = {n: t[n].clone().requires_grad_(n in trained) for n in ("x", "a", "b")}
+        y = function(inputs["x"], t["weight"], t["bias"], inputs["a"], inputs["b"], 0.7, q_a=t["q_a"], q_b=t["q_b"])
+        wanted = [inputs[n] for n in trained]
+        first = torch.autograd.grad(y.sin().sum(), wanted, create_graph=True)
+        penalties.append(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
+    for ours, expected in zip(*penalties, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_second_derivatives_without_the_input_are_refused() -> None:
     t = make(T, D_IN, D_OUT, R)
-    t["a"].requires_grad_()
+    t["x"].requires_grad_(), t["b"].requires_grad_()
     y = ops.lora_linear(t["x"], t["weight"], t["bias"], t["a"], t["b"])
-    (grad,) = torch.autograd.grad(y.square().sum(), t["a"], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives"):
+    (grad,) = torch.autograd.grad(y.square().sum(), t["b"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"not kept where A is frozen and B or the core trains\. Let A train, or use torch\.func\.grad"):
         grad.sum().backward()
+
+    def penalty(x: Tensor) -> Tensor:
+        of_b = torch.func.grad(lambda b: ops.lora_linear(x, t["weight"], t["bias"], t["a"], b).square().sum())(t["b"].detach())
+        return of_b.square().sum()
+
+    assert torch.func.grad(penalty)(t["x"].detach()).abs().max() > 0
 
 
 def test_dropout_drops_the_adapters_input_only_and_only_in_training() -> None:

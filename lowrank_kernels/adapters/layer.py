@@ -94,6 +94,8 @@ class LowRankLinear(nn.Module):
         dtype: of the factors; None means the base weight's, but fp32 for bf16, fp16 and quantized weights. Constant factors
             ("xs") need no precision to be trained in: None is the base weight's dtype for them, and fp32 for quantized weights.
 
+    Its gradients can be differentiated again, as :func:`~lowrank_kernels.ops.lora_linear` says.
+
     Raises:
         TypeError, ValueError: ``base_layer`` is no ``nn.Linear``, or another argument of a wrong kind or out of range.
     """

@@ -122,7 +122,7 @@ def share_inputs(model: nn.Module, names: Iterable[Iterable[str]] = SHARED_NAMES
     other tracing, with active dropout (each layer drops entries of its own), merged in eval mode, with a core ("xs"), while an optimizer
     captures full gradients, and in a forward in which they get different tensors. The tensor must be the same object; a copy or a
     view of it is another one. Checkpoint the module that holds the layers, or a larger one; layers that are checkpointed one by one compute
-    separately.
+    separately. Gradients through shared inputs cannot be differentiated again (``create_graph=True``); those of separate layers can.
 
     Args:
         model: with adapters; changed in place. Calling it again replaces the groups; ``names=()`` takes them away.

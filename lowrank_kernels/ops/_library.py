@@ -22,11 +22,11 @@ def define(name: str, signature: str, implementation: Callable[..., Any], fake: 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
-def no_backward(name: str, why: str) -> None:
+def no_backward(name: str, why: str, instead: str = "Call it on detached tensors or under torch.no_grad().") -> None:
     """Register a backward that says that ``name`` has none, for whoever asks."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{name} has no backward: {why}. Call it on detached tensors or under torch.no_grad().")
+        raise RuntimeError(f"{name} has no backward: {why}. {instead}")
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
 

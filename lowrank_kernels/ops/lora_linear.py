@@ -14,7 +14,7 @@ from .._checks import as_flag, as_number
 from ..backends.dropout import RESOLUTION, dropped
 from ..backends.dtypes import FLOATING, autocast_dtype, compute_dtype, under_autocast
 from ..backends.registry import implementations, run, select
-from ._library import LIBRARY, NAMESPACE, applies, define, is_plain_eager, is_transformed, no_backward
+from ._library import LIBRARY, NAMESPACE, applies, define, is_eager, is_plain_eager, is_transformed, no_backward
 from ._tensor_checks import check_tensor
 
 
@@ -62,6 +62,8 @@ def lora_linear(
     everything is cast as ``F.linear`` would cast it.
     No GEMM is done for a gradient that nobody asked for.
     Under ``torch.func`` transforms (grad, vmap, jvp, …), in forward mode and in ``torch.jit.trace`` torch's own operations compute it.
+    So do they in a backward pass with ``create_graph=True``, which can be differentiated again (gradient penalties). Not in compiled
+    graphs, and not by x where A is frozen and B or the core trains, as x is not kept then: an error says so, ``torch.func.grad`` can.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or numbers do not fit, only one of q_a and q_b is given, or a core with them.
@@ -178,7 +180,7 @@ def _eager(*args: Any) -> Tensor:
 
 def _flat(x: Tensor) -> Tensor:
     """(tokens, ·), of any number of leading dimensions."""
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 2 else x[None]  # reshape takes longer
 
 
 def _shaped(y: Tensor, leading: torch.Size) -> Tensor:
@@ -349,7 +351,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], hidden: Tensor) -> None:
         seed if need_x or need_a else None,
     )
     ctx.needs = [need_x, need_weight, need_bias, need_a, need_b, need_core]
-    ctx.scale, ctx.keep, ctx.shape = scale, keep, x.shape
+    ctx.scale, ctx.keep = scale, keep
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -370,11 +372,22 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.capture is not None and needs[3]:
         kept = mask if seed is None else run("dropout_mask", x.device.type, seed, *x.shape, ctx.keep)
         ctx.capture(dropped(x, kept, ctx.keep).detach(), grad.detach())
-    x = grad.new_empty(ctx.shape[0], 0) if x is None else x
+    if x is None:
+        x, known = grad.new_empty(grad.shape[0], 0), not (needs[0] and hidden is not None)
+    else:
+        x, known = _flat(x), True
+    backward: Callable[..., list[Tensor]]
+    if not torch.is_grad_enabled() and is_plain_eager(grad, *saved):
+        backward = _backward
+    elif torch.is_grad_enabled() and known and is_eager():  # create_graph=True
+        backward = implementations("lora_linear_backward")["reference"].function
+        if hidden is not None and (needs[0] or needs[3]):  # what was kept is a constant
+            mask, seed = (mask if seed is None else run("dropout_mask", x.device.type, seed, *x.shape, ctx.keep)), None
+            into = (a if q_a is None else q_a).to(a.dtype if core is None else core.dtype)
+            hidden = dropped(x, mask, ctx.keep).to(into.dtype) @ into.mT
+    else:  # a node: traced, or to refuse a second derivative
+        backward = torch.ops.lowrank_kernels.lora_linear_backward
     hidden = grad.new_empty(0) if hidden is None else hidden
-    # With a graph of the backward pass, or traced, the operation stands in it as a node (one that refuses a second derivative).
-    as_node = torch.is_grad_enabled() or not is_plain_eager(grad, *saved)
-    backward = torch.ops.lowrank_kernels.lora_linear_backward if as_node else _backward
     grads = backward(grad.contiguous(), x, weight, a, b, q_a, q_b, hidden, ctx.scale, mask, ctx.keep, needs, core, seed)
     found = iter(grads)
     of_x, of_weight, of_bias, of_a, of_b, of_core = [next(found) if needed else None for needed in needs]
@@ -387,9 +400,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         *rest, capture = args
-        inputs = (_flat(x), *rest)
-        y, hidden = _forward(*inputs)
-        _save(ctx, inputs, hidden)
+        y, hidden = _forward(_flat(x), *rest)
+        _save(ctx, (x, *rest), hidden)  # x as it was given: a view of it made here has no graph
         ctx.capture, ctx.leading = capture, x.shape[:-1]
         ctx.set_materialize_grads(False)
         return _shaped(y, ctx.leading)
@@ -419,6 +431,11 @@ define(
     _backward_fake,
 )
 # Its result depends on what the forward pass kept as constants, so differentiating it would give wrong second derivatives.
-no_backward("lora_linear_backward", "second derivatives through a low-rank layer are not implemented")
+no_backward(
+    "lora_linear_backward",
+    "second derivatives through a low-rank layer are for eager calls, without torch.compile and dispatch modes, and need the input, which "
+    "is not kept where A is frozen and B or the core trains",
+    "Let A train, or use torch.func.grad, which needs neither.",
+)
 torch.library.register_autograd(f"{NAMESPACE}::lora_linear", _autograd_backward, setup_context=_setup_context, lib=LIBRARY)
 __all__ = ["lora_linear"]

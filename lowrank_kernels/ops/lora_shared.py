@@ -340,7 +340,9 @@ define(
     _up_backward_fake,
 )
 for _name in ("lora_down_backward", "lora_up_backward"):
-    no_backward(_name, "second derivatives through a low-rank layer are not implemented")
+    no_backward(
+        _name, "layers that share an input have no second derivatives", "Call share_inputs(model, ()) before, or use torch.func.grad."
+    )
 torch.library.register_autograd(f"{NAMESPACE}::lora_down", _down_autograd, setup_context=_down_setup, lib=LIBRARY)
 torch.library.register_autograd(f"{NAMESPACE}::lora_up", _up_autograd, setup_context=_up_setup, lib=LIBRARY)
 __all__ = ["lora_down", "lora_up"]
