@@ -363,6 +363,31 @@ def test_views_of_one_buffer_can_be_saved(tmp_path: Path) -> None:
     assert saved.keys() == state.keys() and all(torch.equal(saved[k], state[k]) for k in state)
 
 
+def test_layers_that_the_model_has_not_are_skipped_when_not_strict(tmp_path: Path) -> None:
+    deep = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    lrk.save_adapter(randomize(lrk.adapt(deep, "sds", rank=2, modules_to_save=["2"], target_modules=["0", "1"]), "all"), tmp_path / "a")
+    shallow = nn.Sequential(nn.Linear(6, 6)).double()
+    with pytest.raises(ValueError, match=r"the file adapts the Linear '1', the model has no such module; pass strict=False to skip it"):
+        lrk.load_adapter(shallow, tmp_path / "a")
+    assert type(shallow[0]) is nn.Linear
+    with pytest.warns(UserWarning, match=r"load_adapter: skipped the adapters of 1: the model has no such modules"):
+        lrk.load_adapter(shallow, tmp_path / "a", strict=False)
+    assert torch.equal(shallow[0].lora_A, deep[0].lora_A) and torch.equal(shallow[0].lora_B, deep[0].lora_B)
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=r"the Linear '1', the model has a ReLU there"):
+            lrk.load_adapter(nn.Sequential(nn.Linear(6, 6), nn.ReLU()).double(), tmp_path / "a", strict=strict)
+    with pytest.raises(ValueError, match=r"none of the 2 Linear layers that the file adapts: 0, 1"):
+        lrk.load_adapter(nn.ModuleDict({"other": nn.Linear(6, 6)}), tmp_path / "a", strict=False)
+
+
+def test_a_folder_is_no_file_of_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"is a folder, not a file of save_adapter$"):
+        lrk.load_adapter(Net(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(IsADirectoryError, match=r"holds a PEFT adapter: load it with peft\.PeftModel\.from_pretrained"):
+        lrk.load_adapter(Net(), tmp_path)
+
+
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import stat
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -302,6 +303,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, LayerSettings], dict[
         OSError, ValueError: it cannot be read, is damaged, or is another program's.
     """
     check_path("load_adapter", "path", path)
+    if Path(path).is_dir():
+        what = (
+            "; it holds a PEFT adapter: load it with peft.PeftModel.from_pretrained"
+            if (Path(path) / "adapter_config.json").exists()
+            else ""
+        )
+        raise IsADirectoryError(f"load_adapter: {os.fspath(path)!r} is a folder, not a file of save_adapter{what}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_adapter: no file {os.fspath(path)!r}")
     try:
@@ -352,7 +360,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     Args:
         model: the base model, adapted or not.
         path: the file.
-        strict: as in :func:`load_adapter_state_dict`.
+        strict: as in :func:`load_adapter_state_dict`. False also leaves out, with a warning, layers of the file that the model does not
+            have; a module of that name that is no Linear, or of another size, is an error all the same, and a model with none of them.
 
     Raises:
         OSError, TypeError, ValueError: the file cannot be read, is damaged or another program's, or does not fit the
@@ -372,8 +381,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
     new: dict[str, LowRankLinear] = {}
     for name, layer in settings.items():
         module = modules.get(name)
+        if module is None and not strict:
+            continue
         if not isinstance(module, nn.Linear):
-            found = "no such module" if module is None else f"a {type(module).__name__} there"
+            found = "no such module; pass strict=False to skip it" if module is None else f"a {type(module).__name__} there"
             raise ValueError(f"load_adapter: the file adapts the Linear {name!r}, the model has {found}")
         a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
         if (a.shape[1], *b.shape) != (module.in_features, module.out_features, layer.rank):
@@ -386,6 +397,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         core = state.get(f"{name}.lora_R")
         if layer.method == "xs" and core is not None and core.dtype in FLOATING:  # a model that was cast has it in the factors' dtype
             new[name].lora_R.data = new[name].lora_R.data.to(core.dtype)
+    if not new:
+        raise ValueError(
+            f"load_adapter: the model has none of the {len(settings)} Linear layers that the file adapts: {first_few(settings)}"
+        )
+    skipped = [name for name in settings if name not in new]
+    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in skipped}
     state, starts = _split_starts("load_adapter", root, new, state)
     # The rest of the file is checked against the bare model (the names do not depend on the adapters), so that nothing
     # is changed before everything fits.
@@ -411,6 +428,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         {id(modules[name]): layer for name, layer in new.items()},
         [parameters[name] for name in others if name in parameters],
     )
+    if skipped:
+        warnings.warn(f"load_adapter: skipped the adapters of {first_few(skipped)}: the model has no such modules", stacklevel=2)
     _copy(new, copies + [(target, state[name]) for name, target in factors.items()], starts)
     return model
 
