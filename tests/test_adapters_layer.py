@@ -482,3 +482,13 @@ def test_stacked_experts_are_named() -> None:
         lrk.adapt(Mixture(), rank=2, modules_to_save=["experts"])
         del (dense := Mixture()).experts
         lrk.adapt(dense, rank=2)
+
+
+def test_a_layer_made_by_hand_leaves_its_base_as_trainable_as_it_was() -> None:
+    """As the docstring says: freezing is what ``adapt`` does, when nothing can fail any more."""
+    for wanted in (True, False):
+        layer = lrk.LowRankLinear(nn.Linear(4, 4).requires_grad_(wanted), 2, 1.0)
+        assert {name: p.requires_grad for name, p in layer.base_layer.named_parameters()} == {"weight": wanted, "bias": wanted}
+    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
+    assert not any(p.requires_grad for p in model[0].base_layer.parameters())
+    assert "by hand does not" in " ".join((lrk.LowRankLinear.__doc__ or "").split())

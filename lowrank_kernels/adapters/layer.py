@@ -75,7 +75,8 @@ class LowRankLinear(nn.Module):
     """``y = base(x) + x̃ ΔWᵀ`` with ``ΔW = s·B A`` (LoRA), ``s(Q_B A + B Q_Aᵀ)`` (SDS-LoRA Eq. 5,
     after its warm-up) or ``s·B R A`` (LoRA-XS).
 
-    Parameters and buffers (the base layer's are frozen and stay its own):
+    Parameters and buffers (the base layer's stay its own; :func:`~lowrank_kernels.adapt` freezes them, making a layer by hand does not, as
+    with PEFT's: call ``layer.base_layer.requires_grad_(False)``, or what steps all parameters trains W0 too):
         ``lora_A`` (r, d_in), ``lora_B`` (d_out, r): the trainable factors; A starts Kaiming-uniform, B at zero.
         ``q_a`` = Q_Aᵀ (r, d_in), ``q_b`` = Q_B (d_out, r), ``is_decoupled`` (0: no; what is not 0, as in an average of models: yes):
         only with ``method="sds"``. They are part of the ``state_dict``; an optimizer (``SDSLoRA``, ``ODLoRA``) writes them.
