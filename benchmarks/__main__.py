@@ -7,6 +7,7 @@ With a command as the first argument it does something with what was measured in
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
@@ -58,6 +59,21 @@ def numbers(least: int) -> Callable[[str], list[int]]:
     return parse
 
 
+def seconds(positive: bool) -> Callable[[str], float]:
+    """An argparse type: a finite number of seconds, or none at all if not ``positive``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not math.isfinite(value) or value < 0 or (positive and value == 0):
+            raise argparse.ArgumentTypeError(f"{text} is no time; give seconds, {'more than 0' if positive else '0 or more'}")
+        return value
+
+    return parse
+
+
 def present_device(text: str) -> str:
     """An argparse type: a device of this machine on which something can be timed."""
     try:
@@ -95,9 +111,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", type=comma_separated(DTYPES), default="float32", help="of the factors: float32, bfloat16, …")
     parser.add_argument("--provider", type=lambda text: text.split(","), help="only these; a name or its beginning (default: all)")
     parser.add_argument("--tokens", type=int, help="rows of the activations (default: 256, on a GPU 8192)")
-    parser.add_argument("--compile-seconds", type=float, default=60.0, help="limit for torch.compile; 0: without it")
+    parser.add_argument("--compile-seconds", type=seconds(positive=False), default=60.0, help="limit for torch.compile; 0: without it")
     parser.add_argument("--op", type=lambda text: text.split(","), help="only these operations (default: all of the suites)")
-    parser.add_argument("--seconds", type=float, default=Budget.seconds, help="time for each case")
+    parser.add_argument("--seconds", type=seconds(positive=True), default=Budget.seconds, help="time for each case")
     parser.add_argument("--threads", type=numbers(0), default=[0],
                         help="CPU threads of torch and of this package, such as 1,2; 0 is torch's choice")  # fmt: skip
     parser.add_argument("--out", type=Path, help="CSV (default: benchmarks/results/DEVICE.csv)")
@@ -124,6 +140,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.provider or ():
         if offered and not any(provider.startswith(name) for provider in offered):
             parser.error(f"argument --provider: {name!r} is none of {', '.join(offered)}")
+    if args.tokens is not None and args.tokens < 1:
+        parser.error(f"argument --tokens: {args.tokens} is below 1")
     if not WITHOUT_MODEL.issuperset(args.suite):
         for model, choice in product(args.model_shapes, args.layers):
             most = min(min(shape) for shape in layers(model, choice))

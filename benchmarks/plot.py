@@ -187,6 +187,13 @@ def main(argv: list[str] | None = None) -> int:
     if missing or not found:
         why = f"it has no column {missing[0]}" if missing else "it has no rows"
         parser.error(f"argument RESULTS.csv: {args.results} holds no results of the benchmark: {why}")
+    there = {"op": args.op, "provider": args.without, "threads": [] if args.threads is None else [str(args.threads)]}
+    for column, wanted in there.items():
+        known = dict.fromkeys(row[column] for row in found)
+        for name in wanted:
+            if name not in known:
+                option = "without" if column == "provider" else column
+                parser.error(f"argument --{option}: {name!r} is none of those of the file: {', '.join(known)}")
     for path in draw(args.results, args.out, args.threads, args.op, args.without, args.format):
         print(path)
     return 0

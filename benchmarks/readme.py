@@ -152,8 +152,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the README says something else")
     args = parser.parse_args(argv)
+    for option, path in (("results", args.results), ("readme", args.readme)):
+        if not path.is_file():
+            parser.error(f"argument --{option}: there is no file {path}")
     text = args.readme.read_text(encoding="utf-8")
-    new = replace_block(text, render(read(args.results)))
+    block = render(read(args.results))
+    try:
+        new = replace_block(text, block)
+    except ValueError as error:
+        parser.error(f"argument --readme: {args.readme}: {error}")
     if args.check:
         return int(new != text)
     args.readme.write_text(new, encoding="utf-8")

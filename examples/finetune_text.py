@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import multiprocessing
 import resource
 import statistics
@@ -130,7 +131,10 @@ def adapted_model(method: Method, args: argparse.Namespace, seed: int) -> nn.Mod
     scale = scale_of(args, method)
     if args.layers == "ours" and method.peft is None:
         shape = {"rank": args.rank, "alpha": scale * args.rank, "rank_scaling": "lora"}
-        lrk.adapt(model.backbone, method=method.adapter, target_modules=args.target_modules, **shape)
+        try:
+            lrk.adapt(model.backbone, method=method.adapter, target_modules=args.target_modules, **shape)
+        except ValueError as error:  # --rank or --target-modules: known once the model is loaded
+            raise SystemExit(f"error: {error}") from None
     else:
         from peft import LoraConfig, get_peft_model
 
@@ -260,7 +264,7 @@ def measure_peak_rss(name: str, args: argparse.Namespace) -> float:
     process.start()
     process.join()
     if process.exitcode != 0:
-        raise RuntimeError(f"the process that measures the memory of {name!r} ended with code {process.exitcode}")
+        raise SystemExit(f"error: the process that measures the memory of {name!r} ended with code {process.exitcode}; see above")
     return answer.get()
 
 
@@ -419,6 +423,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     for key in ("steps", "rank", "batch_size", "max_length", "held_out", "train_examples"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} must be at least 1, got {getattr(args, key)}")
+    for option, values, least in (("lrs", getattr(args, "lrs", []), 1e-30), ("alpha", [args.alpha], 1e-30), ("head-lr", [args.head_lr], 0)):
+        if not all(least <= value < math.inf for value in values):
+            parser.error(f"--{option} must be {'positive' if least else '≥ 0'} and finite, got {' '.join(map(str, values))}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:

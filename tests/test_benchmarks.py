@@ -15,7 +15,7 @@ import torch
 
 import lowrank_kernels as lrk
 from benchmarks import compare, plot, readme
-from benchmarks.__main__ import parse_arguments
+from benchmarks.__main__ import COMMANDS, parse_arguments
 from benchmarks.ceilings import Ceilings
 from benchmarks.compiled import compiled
 from benchmarks.harness import Budget, Case, Trial, interleave, passes, peak_temporary_bytes, run_case, worst
@@ -414,6 +414,9 @@ def test_plots_are_drawn_from_the_file(tmp_path):
     assert not list((tmp_path / "none").iterdir())
 
 
+PUBLISHED = str(readme.ROOT / "benchmarks" / "results" / "cpu.csv")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -433,6 +436,16 @@ def test_plots_are_drawn_from_the_file(tmp_path):
         (["--out", "{tmp}/file/results.csv"], "argument --out: cannot write"),
         (["plot", "{tmp}/file"], "argument RESULTS.csv: .* has no column device"),
         (["plot", "{tmp}/empty"], "argument RESULTS.csv: .* has no rows"),
+        (["plot", PUBLISHED, "--op", "bogus", "--out", "{tmp}/d"], "argument --op: 'bogus' is none of those of the file: .*grouped_adamw_"),
+        (["plot", PUBLISHED, "--without", "bogus"], "argument --without: 'bogus' is none of those of the file: .*naive"),
+        (["plot", PUBLISHED, "--threads", "99"], "argument --threads: '99' is none of those of the file: "),
+        (["readme", "--readme", "{tmp}/absent"], "argument --readme: there is no file .*absent"),
+        (["readme", "--results", "{tmp}/absent"], "argument --results: there is no file .*absent"),
+        (["readme", "--readme", "{tmp}/file"], "argument --readme: .*once each"),
+        (["--seconds", "-1"], "argument --seconds: -1 is no time; give seconds, more than 0"),
+        (["--seconds", "nan"], "argument --seconds: nan is no time"),
+        (["--compile-seconds", "-1"], "argument --compile-seconds: -1 is no time; give seconds, 0 or more"),
+        (["--tokens", "0"], "argument --tokens: 0 is below 1"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, message, tmp_path, capsys):
@@ -440,7 +453,7 @@ def test_a_wrong_argument_is_named(arguments, message, tmp_path, capsys):
     (tmp_path / "empty").touch()
     command, *options = [argument.format(tmp=tmp_path) for argument in arguments]
     with pytest.raises(SystemExit) as caught:
-        plot.main(options) if command == "plot" else parse_arguments([command, *options])
+        COMMANDS[command](options) if command in COMMANDS else parse_arguments([command, *options])
     assert caught.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 

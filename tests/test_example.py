@@ -45,7 +45,20 @@ def test_lora_and_sds_side_by_side(tmp_path):
         assert word in printed
 
 
-@pytest.mark.parametrize("option", [["--rank", "0"], ["--device", "foo"], ["--held-out", "-1"], ["--steps", "0"], ["--batch-size", "0"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--rank", "0"],
+        ["--device", "foo"],
+        ["--held-out", "-1"],
+        ["--steps", "0"],
+        ["--batch-size", "0"],
+        ["--lrs", "1e-3", "-1"],
+        ["--lrs", "nan"],
+        ["--alpha", "0"],
+        ["--head-lr", "-1"],
+    ],
+)
 def test_wrong_arguments_are_named_before_anything_runs(option, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import finetune_text
@@ -53,6 +66,17 @@ def test_wrong_arguments_are_named_before_anything_runs(option, capsys, monkeypa
     with pytest.raises(SystemExit):
         finetune_text.parse_arguments(option)
     assert f"{option[0]} must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["memory", "no memory"])
+def test_a_rank_that_the_model_has_not_is_an_error_of_one_line(memory, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "finetune_text.py"), *TINY, "--output", str(tmp_path), "--rank", "100000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *([] if memory else ["--no-memory"])], capture_output=True, text=True, env=environment, timeout=600, check=False
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: adapt: rank 100000 is too large for" in done.stderr
 
 
 def test_unmodified_peft_layers(tmp_path):
