@@ -358,6 +358,16 @@ def method_case(
 def cases(setting: Setting) -> Iterator[Case]:
     """``grouped_adamw_`` over all factors of the adapted layers; steps of AltLoRA+, SDS-LoRA with a refresh, OPLoRA and LoRA-SB."""
     factors = make_factors(setting)
+    for case in (adamw_case, altlora_case, sds_case, oplora_case, lora_sb_case):
+        yield case(setting, factors)
+
+
+def sizes(factors: Factors) -> tuple[int, int, int]:
+    """How many elements the factors have, the bytes of one, and of one of a moment."""
+    return sum(p.numel() for p in factors.params), factors.params[0].element_size(), factors.moments()[0].element_size()
+
+
+def adamw_case(setting: Setting, factors: Factors) -> Case:
     judge = Judge(factors)
     providers: dict[str, Callable[[Factors, Judge], Trial]] = {
         "naive": naive,
@@ -366,9 +376,8 @@ def cases(setting: Setting) -> Iterator[Case]:
         **{f"ours-{backend}": partial(operation, backend) for backend in setting.backends},
         "ours-optimizer": partial(optimizer, lrk.AdamW, True),
     }
-    elements, item = sum(p.numel() for p in factors.params), factors.params[0].element_size()
-    state = factors.moments()[0].element_size()
-    yield Case(
+    elements, item, state = sizes(factors)
+    return Case(
         op="grouped_adamw_",
         shapes=setting.shapes,
         rank=setting.rank,
@@ -381,14 +390,17 @@ def cases(setting: Setting) -> Iterator[Case]:
         rival="torch-fused",
     )
 
+
+def altlora_case(setting: Setting, factors: Factors) -> Case:
     wide, r = at_least_single(setting.dtype), setting.rank
-    altlora_judge = Judge(factors, after_one_altlora_step, wide)
+    elements, item, state = sizes(factors)
+    judge = Judge(factors, after_one_altlora_step, wide)
 
-    def naive_altlora_trial() -> Trial:
+    def naive_trial() -> Trial:
         mine = factors.copy(wide)
-        return Trial(naive_altlora(mine), lambda: altlora_judge([p.to(setting.dtype) for p in mine.params]))
+        return Trial(naive_altlora(mine), lambda: judge([p.to(setting.dtype) for p in mine.params]))
 
-    yield method_case(
+    return method_case(
         setting,
         "altlora_plus_step",
         factors,
@@ -396,59 +408,71 @@ def cases(setting: Setting) -> Iterator[Case]:
         elements * (3 * item + 4 * state + item) // 2,
         # So much for the maps of the gradient and of the momentum and for how far the factor moved, and for the Grams.
         {wide: elements // 2 * 6 * r, torch.float64: elements // 2 * (r + 1)},
-        naive_altlora_trial,
-        lambda backend: altlora(backend, factors.copy(), altlora_judge),
+        naive_trial,
+        lambda backend: altlora(backend, factors.copy(), judge),
     )
 
-    sds_judge = Judge(factors, after_one_sds_step, wide)
 
-    def naive_sds_trial() -> Trial:
+def sds_case(setting: Setting, factors: Factors) -> Case:
+    wide = at_least_single(setting.dtype)
+    elements, item, state = sizes(factors)
+    judge = Judge(factors, after_one_sds_step, wide)
+
+    def naive_trial() -> Trial:
         run, layers = naive_sds(factors.copy(wide))
-        return Trial(run, lambda: sds_judge([t.to(setting.dtype) for t in factors_and_bases(layers)]))
+        return Trial(run, lambda: judge([t.to(setting.dtype) for t in factors_and_bases(layers)]))
 
-    yield method_case(
+    return method_case(
         setting,
         "sds_lora_refresh_step",
         factors,
         # AdamW; then read the factors and the old bases, write the new bases.
         elements * (6 * item + 4 * state),
-        {wide: 2 * elements * r},
-        naive_sds_trial,
-        lambda backend: sds(backend, factors.copy(), sds_judge),
+        {wide: 2 * elements * setting.rank},
+        naive_trial,
+        lambda backend: sds(backend, factors.copy(), judge),
     )
 
+
+def oplora_case(setting: Setting, factors: Factors) -> Case:
+    wide = at_least_single(setting.dtype)
+    elements, item, state = sizes(factors)
     captured = make_captured(setting)
-    oplora_judge = Judge(captured, after_one_oplora_step, wide)
+    judge = Judge(captured, after_one_oplora_step, wide)
 
-    def naive_oplora_trial() -> Trial:
+    def naive_trial() -> Trial:
         run, layers = naive_oplora(captured.copy(wide))
-        return Trial(run, lambda: oplora_judge([t.to(setting.dtype) for t in factors_of(layers)]))
+        return Trial(run, lambda: judge([t.to(setting.dtype) for t in factors_of(layers)]))
 
-    yield method_case(
+    return method_case(
         setting,
         "oplora_step",
         factors,
         # Read and write the factors and the momentum, read their gradients; read S and X once.
         elements * (3 * item + 2 * state) + sum(t.nbytes for t in captured.seen),
         {wide: 2 * lorsum_flops(setting, setting.tokens, int(OPLORA["sweeps"]))},  # of the momentum, and of the weights
-        naive_oplora_trial,
-        lambda backend: oplora(backend, captured.copy(), oplora_judge),
+        naive_trial,
+        lambda backend: oplora(backend, captured.copy(), judge),
         tokens=setting.tokens,
     )
 
-    sb_judge = Judge(factors, after_one_lora_sb_step, wide)
 
-    def naive_lora_sb_trial() -> Trial:
+def lora_sb_case(setting: Setting, factors: Factors) -> Case:
+    wide = at_least_single(setting.dtype)
+    _, item, state = sizes(factors)
+    judge = Judge(factors, after_one_lora_sb_step, wide)
+
+    def naive_trial() -> Trial:
         run, layers = naive_lora_sb(factors.copy(wide))
-        return Trial(run, lambda: sb_judge([layer.R.to(setting.dtype) for layer in layers]))
+        return Trial(run, lambda: judge([layer.R.to(setting.dtype) for layer in layers]))
 
     gradients = [core_gradient(B, A) for A, B, _, _ in factors.layers()]
-    yield method_case(
+    return method_case(
         setting,
         "lora_sb_step",
         Factors([torch.zeros_like(gradient) for gradient in gradients], gradients),
         len(gradients) * setting.rank**2 * (3 * item + 4 * state),  # AdamW's traffic of the cores
         {},
-        naive_lora_sb_trial,
-        lambda backend: lora_sb(backend, factors.copy(), sb_judge),
+        naive_trial,
+        lambda backend: lora_sb(backend, factors.copy(), judge),
     )

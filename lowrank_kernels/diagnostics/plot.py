@@ -12,8 +12,10 @@ from .._checks import as_integer, check_path
 from ..backends.lists import partition
 from .record import Row, layer_means, read
 
-#: File name → title, and panels: (title, label of the y axis, [(measure, style, note)]).
-FIGURES: dict[str, tuple[str, list[tuple[str, str, list[tuple[str, str, str]]]]]] = {
+#: Title, label of the y axis, [(measure, style, note)].
+Panel = tuple[str, str, list[tuple[str, str, str]]]
+#: File name → title, and panels.
+FIGURES: dict[str, tuple[str, list[Panel]]] = {
     "figure1": (
         "Anisotropic gradient scaling (Figure 1)",
         [
@@ -80,43 +82,53 @@ def plot(paths: Sequence[str | Path], output: str | Path, window: int = 5, label
     means, names = curves(rows), labels or {}
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    figures = {name: _figure_of_curves(Figure, title, panels, means, window, names) for name, (title, panels) in FIGURES.items()}
+    figures["spectrum"] = _figure_of_spectra(Figure, {run: _last_spectrum(rows, run) for run in means}, names)
     written = []
-
-    def save(figure: Any, name: str) -> None:
-        written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
-
-    for name, (title, panels) in FIGURES.items():
-        if not any(key in values for steps in means.values() for values in steps.values() for _, _, lines in panels for key, *_ in lines):
-            continue
-        figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
-        all_axes = figure.subplots(1, len(panels), squeeze=False)
-        figure.suptitle(title)
-        for axes, (heading, label, lines) in zip(all_axes[0], panels, strict=True):
-            for index, (run, steps) in enumerate(means.items()):
-                for key, style, note in lines:
-                    points = [(step, values[key]) for step, values in steps.items() if key in values]
-                    if points:
-                        text = ", ".join(filter(None, (names.get(run, run), note)))
-                        axes.plot([s for s, _ in points], smooth([v for _, v in points], window), style, color=f"C{index}", label=text)
-            axes.set(title=heading, xlabel="step", ylabel=label)
-            axes.grid(alpha=0.3)
-        handles, texts = all_axes[0][-1].get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, texts, fontsize="x-small", loc="outside right upper")
-        save(figure, name)
-    spectra = {run: _last_spectrum(rows, run) for run in means}
-    if any(spectra.values()):
-        figure = Figure(figsize=(5, 3.8), layout="constrained")
-        axes = figure.subplots()
-        for index, (run, values) in enumerate(spectra.items()):
-            if values:
-                axes.semilogy(range(1, len(values) + 1), values, "o-", markersize=3, color=f"C{index}", label=names.get(run, run))
-        axes.set(title="Spectrum of ΔW at the last measured step", xlabel="index", ylabel="singular value, mean over the layers")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
-        save(figure, "spectrum")
+    for name, figure in figures.items():
+        if figure is not None:
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], dpi=150)
     return written
+
+
+def _figure_of_curves(
+    new: type[Any], title: str, panels: list[Panel], means: dict[str, dict[int, dict[str, float]]], window: int, names: Mapping[str, str]
+) -> Any | None:
+    """A figure of these panels, a colour for each run; None if nothing of it was recorded."""
+    if not any(key in values for steps in means.values() for values in steps.values() for _, _, lines in panels for key, *_ in lines):
+        return None
+    figure = new(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)
+    figure.suptitle(title)
+    for axes, (heading, label, lines) in zip(all_axes[0], panels, strict=True):
+        for index, (run, steps) in enumerate(means.items()):
+            for key, style, note in lines:
+                points = [(step, values[key]) for step, values in steps.items() if key in values]
+                if points:
+                    text = ", ".join(filter(None, (names.get(run, run), note)))
+                    axes.plot([s for s, _ in points], smooth([v for _, v in points], window), style, color=f"C{index}", label=text)
+        axes.set(title=heading, xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+    handles, texts = all_axes[0][-1].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, texts, fontsize="x-small", loc="outside right upper")
+    return figure
+
+
+def _figure_of_spectra(new: type[Any], spectra: Mapping[str, list[float]], names: Mapping[str, str]) -> Any | None:
+    """The singular values of ΔW of each run; None if none has any."""
+    if not any(spectra.values()):
+        return None
+    figure = new(figsize=(5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for index, (run, values) in enumerate(spectra.items()):
+        if values:
+            axes.semilogy(range(1, len(values) + 1), values, "o-", markersize=3, color=f"C{index}", label=names.get(run, run))
+    axes.set(title="Spectrum of ΔW at the last measured step", xlabel="index", ylabel="singular value, mean over the layers")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    return figure
 
 
 def _last_spectrum(rows: list[Row], run: str) -> list[float]:
