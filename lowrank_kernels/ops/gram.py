@@ -21,7 +21,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     Args:
         xs: (d_i, r) of one r, dtype and device; any heights, any strides (``A.mT`` needs no copy).
         ys: (d_i, k) of one k; None means xs.
-        dtype: of the accumulation and the result: fp32 or fp64. None means fp64 for fp64 factors, else fp32. A Gram matrix
+        dtype: of the accumulation and the result: fp32 or fp64; fp64 factors take fp64 only. None: theirs, fp32 at least. A Gram matrix
             squares the condition number: with κ(X) = 1e6 only fp64 keeps what a small damping needs.
 
     Returns:

@@ -6,7 +6,8 @@ from ._shared.base import LowRankOptimizer
 
 
 class AdamW(LowRankOptimizer):
-    """AdamW (Loshchilov & Hutter), grouped: one launch for all parameters of a group.
+    """AdamW (Loshchilov & Hutter), grouped: one launch for all parameters of a group that are of one kind (factors, the
+    rest; with ``lr_ratio`` A, B, the rest) and one dtype, however many they are.
 
     A drop-in for ``torch.optim.AdamW`` with fp32 state for bf16 and fp16 parameters. The default weight decay is 0 for
     the low-rank factors it finds and AdamW's 0.01 for everything else.
