@@ -151,6 +151,7 @@ def test_numbers_of_numpy_are_taken_and_become_pythons() -> None:
         lk.OPLoRA(model, lr=np.float64(1e-3), sweeps=number, momentum_rank=number, seed=number),
         lk.AdamW([{"params": trainable(model), "lr": np.float64(1e-3)}]),
         lk.AdamW(model, betas=(np.float64(0.9), np.float32(0.99)), eps=np.float32(1e-8)),
+        lk.AdamW(model, lr=np.array(1e-3), betas=np.array([0.9, 0.99])),
         lk.AdamW([{"params": trainable(model), "betas": [np.float64(0.9), 0.99]}]),
     ):
         group = optimizer.param_groups[0]

@@ -43,9 +43,12 @@ class AdamWOptions(TypedDict, total=False):
 
 
 def pythons_number(value: Any) -> Any:
-    """A number of another library (NumPy's) as Python's, which checkpoints can hold, or several (betas); anything else as it is."""
+    """A number of another library (NumPy's, arrays of one or two too) as Python's, which checkpoints can hold, or several (betas); anything
+    else as it is."""
     if type(value) in (int, float, bool):
         return value
+    if isinstance(value, np.ndarray) and value.ndim < 2:
+        value = value.tolist()
     if type(value) in (tuple, list):
         return type(value)(map(pythons_number, value))
     if isinstance(value, np.bool_):
