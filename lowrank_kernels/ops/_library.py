@@ -96,6 +96,13 @@ def are_plain_eager(first: Sequence[Tensor], *others: Sequence[Tensor] | None) -
     return not as_stored(first)[0][0].is_meta
 
 
+def resolved(tensors: Sequence[Any] | None) -> list[Any] | None:
+    """An optional list, or a list of optional tensors, without lazy negation, which the dispatcher resolves in other lists only."""
+    if tensors is None or torch.compiler.is_compiling():
+        return None if tensors is None else list(tensors)
+    return [x.resolve_neg() if x is not None and x.is_neg() else x for x in tensors]
+
+
 def is_list(*candidates: object) -> bool:
     """Whether all are lists of the kinds that operations take, or None."""
     return {list, tuple, Tall, type(None)}.issuperset(map(type, candidates))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import as_stored, sizes, width
 from ..backends.registry import run
-from ._library import are_plain_eager, define, fitting_layouts, for_eager, is_eager, no_backward, records_nothing
+from ._library import are_plain_eager, define, fitting_layouts, for_eager, is_eager, no_backward, records_nothing, resolved
 from ._tensor_checks import check_list, check_same_length
 
 
@@ -41,7 +41,7 @@ def grouped_gram(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, *, dt
     double = torch.float64 in (dtype, natural)
     if xs and records_nothing(xs, ys) and (is_eager() if layouts else are_plain_eager(xs, ys)):
         return _grouped_gram(for_eager(xs), None if ys is None else for_eager(ys), double, layouts)
-    return torch.ops.lowrank_kernels.grouped_gram(list(xs), None if ys is None else list(ys), double)
+    return torch.ops.lowrank_kernels.grouped_gram(list(xs), resolved(ys), double)
 
 
 def _check(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> None:

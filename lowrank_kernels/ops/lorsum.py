@@ -13,7 +13,7 @@ from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
 from ..backends.registry import do_nothing, run, run_in_place
 from ..backends.sums import FactorLists, Sums, Sweeps
-from ._library import define, is_plain_eager, no_backward, records_nothing
+from ._library import define, is_plain_eager, no_backward, records_nothing, resolved
 from ._tensor_checks import check_apart, check_list, check_same_length, check_writable
 
 NAME = "grouped_lorsum"
@@ -142,7 +142,8 @@ def grouped_lorsum(
             matrices (d_out, d_in). k may differ from layer to layer and be large: for G = SᵀX (tokens × width) pass
             ``(S.mT, X.mT)``. A term has one dtype, which need not be that of the targets.
         coefficients: c, for each term one number or one for each layer: a list of numbers, of lists of numbers, of tensors () or
-            (layers,); or a tensor (terms,) or (terms, layers). Tensors on the device are not read by the host.
+            (layers,); or a tensor (terms,) or (terms, layers). Constants for autograd, silently; tensors on the device are not read by
+            the host.
         sweeps: K ≥ 1, each of which solves for both sides.
         proximal: λ ≥ 0, absolute, in both solves.
         first: which side is solved first, "u" or "v". The other one must have full column rank to tell anything.
@@ -230,14 +231,14 @@ def lorsum_in_step(
                     raise ValueError(f"{NAME}: out[{side}][{index}] is {got}, its target is {wanted}")
     if not us:
         return out_us, out_vs
-    arguments = (us, vs, lefts, rights, numbers, tensor, sweeps, proximal, first == "u")
+    settings = (numbers, tensor, sweeps, proximal, first == "u")
     if records_nothing(us, vs, lefts, rights, out_us, out_vs) and is_plain_eager(*us, *vs, *lefts, *rights, *out_us, *out_vs):
-        _write(begin_writing, (out_us, out_vs), *arguments)
+        _write(begin_writing, (out_us, out_vs), us, vs, lefts, rights, *settings)
     elif out is None:
-        return torch.ops.lowrank_kernels.grouped_lorsum(*arguments)
+        return torch.ops.lowrank_kernels.grouped_lorsum(us, vs, lefts, resolved(rights), *settings)
     else:
         begin_writing()
-        torch.ops.lowrank_kernels.grouped_lorsum_out(*arguments, out_us, out_vs)
+        torch.ops.lowrank_kernels.grouped_lorsum_out(us, vs, lefts, resolved(rights), *settings, out_us, out_vs)
     if out is not None:
         torch.autograd.graph.increment_version([*out_us, *out_vs])
     return out_us, out_vs
@@ -318,10 +319,9 @@ def grouped_lorsum_product(terms: Sequence[Term], xs: Sequence[Tensor], coeffici
     if not xs:
         return []
     numbers, tensor = _check_coefficients(name, coefficients, len(terms), len(xs), xs[0].device)
-    arguments = (list(xs), lefts, rights, numbers, tensor)
     if records_nothing(xs, lefts, rights) and is_plain_eager(*xs, *lefts, *rights):
-        return _grouped_lorsum_product(*arguments)
-    return torch.ops.lowrank_kernels.grouped_lorsum_product(*arguments)
+        return _grouped_lorsum_product(list(xs), lefts, rights, numbers, tensor)
+    return torch.ops.lowrank_kernels.grouped_lorsum_product(list(xs), lefts, resolved(rights), numbers, tensor)
 
 
 def _empty_products(xs: list[Tensor], lefts: list[Tensor], *arguments: object) -> list[Tensor]:

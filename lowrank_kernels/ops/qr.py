@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, as_stored, sizes, width
 from ..backends.registry import run
-from ._library import are_plain_eager, define, fitting_layouts, for_eager, is_eager, no_backward, records_nothing
+from ._library import are_plain_eager, define, fitting_layouts, for_eager, is_eager, no_backward, records_nothing, resolved
 from ._tensor_checks import check_like, check_list, check_same_length, check_writable
 
 _ops = torch.ops.lowrank_kernels
@@ -66,7 +66,7 @@ def grouped_qr(
     eager = len(xs) > 0 and records_nothing(xs, previous, out) and (is_eager() if layouts else are_plain_eager(xs, previous, out))
     known = (layouts,) if eager else ()
     listed: Any = for_eager if eager else list
-    xs, previous = listed(xs), None if previous is None else listed(previous)
+    xs, previous = listed(xs), for_eager(previous) if eager and previous is not None else resolved(previous)
     if out is None:
         return (_grouped_qr if eager else _ops.grouped_qr)(xs, previous, *known)
     if not xs:

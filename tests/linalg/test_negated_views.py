@@ -43,6 +43,21 @@ def test_lists_that_are_negated_lazily(backend: str, operation: str) -> None:
 
 
 @on_every_backend
+@pytest.mark.parametrize("operation", ["grouped_gram", "grouped_qr", "grouped_lorsum", "grouped_lorsum_product"])
+def test_second_lists_that_are_negated_lazily(backend: str, operation: str) -> None:
+    """Optional ones, whose negation torch's dispatcher does not resolve."""
+    xs, ys, zs = ([torch.randn(9, 4, dtype=DOUBLE) for _ in range(2)] for _ in range(3))
+    calls: dict[str, Callable[[list[Tensor]], Any]] = {
+        "grouped_gram": lambda y: ops.grouped_gram(xs, y),
+        "grouped_qr": lambda y: ops.grouped_qr(xs, y),
+        "grouped_lorsum": lambda y: ops.grouped_lorsum((xs, zs), [(xs, y)], [1.0]),
+        "grouped_lorsum_product": lambda y: ops.grouped_lorsum_product([(xs, y)], zs, [1.0]),
+    }
+    with running(operation, backend):
+        torch.testing.assert_close(calls[operation]([ys[0], negated(ys[1])]), calls[operation](ys))
+
+
+@on_every_backend
 def test_a_moment_step_of_what_is_negated_lazily(backend: str) -> None:
     params, grads = ([torch.randn(rows, 4) for rows in (5, 7)] for _ in range(2))
     outcomes, numbers = [], {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "step": 1}
