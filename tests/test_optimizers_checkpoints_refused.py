@@ -104,6 +104,18 @@ def test_a_damaged_note_of_who_is_late_is_refused(late: object, message: str) ->
         optimizer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("method", [lk.AltLoRA, lk.ScaledGD])
+def test_second_moments_of_a_method_that_has_none_are_refused(method) -> None:
+    model = make_model("ours")
+    optimizer = method(model)
+    run(model, optimizer, 0, 2)
+    state = optimizer.state_dict()
+    for index, p in enumerate(trainable(model)):
+        state["state"][index] = {**state["state"][index], "exp_avg_sq": torch.zeros_like(p)}
+    with pytest.raises(ValueError, match="has exp_avg_sq in the checkpoint, and no second moments here"):
+        optimizer.load_state_dict(state)
+
+
 def test_oplora_wants_the_state_of_both_factors() -> None:
     model = make_model("ours")
     optimizer = lk.OPLoRA(model)

@@ -216,6 +216,8 @@ def _check_saved_state(name: str, which: str, p: Tensor, saved: dict[str, Any], 
     """Refuse the saved state of one parameter if a key is missing, or a shape is another, or a value is none that moments may have."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"{name}: the state of {which} is a {type(saved).__name__} in the checkpoint, no dictionary; it is damaged")
+    if "exp_avg_sq" in saved and "exp_avg_sq" not in expected_state:  # a step would divide by their root
+        raise ValueError(f"{name}: {which} has exp_avg_sq in the checkpoint, and no second moments here; it is damaged or another method's")
     for key, expected in expected_state.items():
         value = saved.get(key)
         if not isinstance(value, Tensor):
