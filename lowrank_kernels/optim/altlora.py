@@ -58,7 +58,6 @@ class AltLoRA(PreconditionedOptimizer):
         TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
-    factors_share_steps = True
     counts = frozenset({"late"})
     positions = frozenset({"late"})
     fixed = frozenset({"order"})

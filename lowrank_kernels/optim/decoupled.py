@@ -119,7 +119,6 @@ class DecoupledOptimizer(LowRankOptimizer):
         process_group: the ranks that do so, all with equal factors, as under DDP and FSDP2; None: the default group.
     """
 
-    factors_share_steps = True
     moves_both_factors = True
     counts = positions = frozenset({STILL_PLAIN})
     fixed = frozenset({"start_steps"})

@@ -46,7 +46,6 @@ class LoRARITE(PreconditionedOptimizer):
         TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
     """
 
-    factors_share_steps = True  # what a lone factor's AdamW has gathered is of no use here
     small_arguments = frozenset({"grad_maps", "momentum_maps", "direction_maps"})
 
     def __init__(

@@ -115,9 +115,6 @@ class Method:
 
     #: A method that makes no sense without pairs refuses parameters in which there are none.
     requires_pairs = True
-    #: Whether A and B must count the same steps: where the step decides about a pair (whose turn it is, which phase), and where the state
-    #: of a factor is not what a lone one, stepped before its partner was added, has gathered.
-    factors_share_steps = False
     #: What a method trains as factors: pairs (A, B), cores R between constant factors. Others get AdamW with the rest.
     trains_pairs, trains_cores = True, False
     #: Whether it takes the factors of convolutions, as matrices (r, d_in·k·k) and (d_out, r). Else AdamW trains them with the rest.

@@ -93,7 +93,8 @@ class _Search:
         self.scale_unknown |= scale is None
         if self.scale is not None and scale != self.scale:
             self.unlike = self.unlike or f"{name} has s = {scale:g}"
-        if self.method.factors_share_steps and groups[a[0]]["step"] != groups[b[0]]["step"]:
+        if self.method.requires_pairs and groups[a[0]]["step"] != groups[b[0]]["step"]:
+            # Whose turn it is, and which phase, is a pair's; and AdamW's moments of a lone factor are those of another gradient.
             raise ValueError(
                 f"{self.name}: A and B of {name} were added at different steps; add both in one add_param_group, or make a new optimizer"
             )
