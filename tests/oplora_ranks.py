@@ -70,5 +70,8 @@ def mean_of_large_gradients(rank: int, world: int) -> list[float]:
     """What ``average_gradients`` makes of fp16 gradients of which the sum is beyond 65504 and the mean is not."""
     parameter = nn.Parameter(torch.zeros(3, dtype=torch.float16))
     parameter.grad = torch.tensor([40000.0, 65504.0, -60000.0 * rank], dtype=torch.float16)
-    average_gradients([parameter])
+    summed = nn.Parameter(torch.zeros(2))
+    summed.grad = torch.ones(()).expand(2)  # as the gradient of a sum is
+    average_gradients([parameter, summed])
+    assert summed.grad.tolist() == [1.0, 1.0]
     return parameter.grad.tolist()

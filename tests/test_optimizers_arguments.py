@@ -249,6 +249,14 @@ def test_integers_that_no_tensor_takes_do_not_tear_a_step() -> None:
     assert optimizer.state_dict()["state"]
 
 
+@pytest.mark.parametrize("given", ["gloo", 0, True, torch.distributed.GroupMember.NON_GROUP_MEMBER])
+def test_what_is_no_group_of_this_process_is_refused(given) -> None:
+    model = make_model("ours")
+    for call in (lk.OPLoRA, lambda m, **k: lk.SDSLoRA(m, total_steps=9, **k), lk.average_gradients):
+        with pytest.raises((TypeError, ValueError), match="(OPLoRA|SDSLoRA|average_gradients): process_group (must be|does not contain)"):
+            call(model, process_group=given)
+
+
 @pytest.mark.parametrize("given", [None, "x", 5, torch.ones(1), [1]])
 def test_what_holds_no_parameters_is_refused(given) -> None:
     with pytest.raises(TypeError, match="average_gradients: params must be"):

@@ -21,7 +21,7 @@ from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, held, located, partition
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
-from ..parallel.ranks import DataParallelGroup, assign_ranks, data_parallel_group, exchange
+from ..parallel.ranks import DataParallelGroup, assign_ranks, check_process_group, data_parallel_group, exchange
 from ..parallel.shards import KEEP_WHOLE, all_gathered, assign, is_sharded, shard_dims
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.base import LowRankOptimizer
@@ -143,6 +143,7 @@ class DecoupledOptimizer(LowRankOptimizer):
         **options: Unpack[AdamWOptions],
     ) -> None:
         as_flag(type(self).__name__, "split_work", split_work)
+        check_process_group(type(self).__name__, process_group)
         self._split_work, self._process_group = bool(split_work), process_group
         self._begin_hooking()
         #: ``switch_count()`` when model and optimizer were last found to come from one step, unless one was loaded since then.

@@ -33,6 +33,19 @@ class DataParallelGroup:
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def check_process_group(function: str, group: Any) -> None:
+    """Refuse what is no group of processes, and one that this process does not belong to: it would go on alone, without a word."""
+    if group is None or group is False:
+        return
+    if distributed.is_available() and group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{function}: process_group does not contain this process; pass one that does, or call it on its ranks alone")
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"{function}: process_group must be a torch.distributed.ProcessGroup, None (the default group) or False (none), "
+            f"got {group!r:.80}"
+        )
+
+
 def data_parallel_group(process_group: Any) -> DataParallelGroup | None:
     """The ranks of a group (None: the default one); None if there is no other rank, or ``process_group`` is False."""
     if process_group is False or not (distributed.is_available() and distributed.is_initialized()):

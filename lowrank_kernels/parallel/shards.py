@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..backends.lists import PLAIN, partition, plain
-from .ranks import data_parallel_group
+from .ranks import check_process_group, data_parallel_group
 
 #: How to train, under FSDP2, factors that a method needs whole.
 KEEP_WHOLE = (
@@ -129,21 +129,29 @@ def average_gradients(params: nn.Module | Iterable[Tensor], process_group: Any =
         process_group: None is the default group. Without ``torch.distributed``, or alone in the group, nothing happens.
 
     Raises:
-        TypeError: ``params`` is neither a model nor parameters.
+        TypeError, ValueError: ``params`` is neither a model nor parameters, a gradient is sparse, or ``process_group`` is none, or one that
+            this process is not in.
     """
     given = params.parameters() if isinstance(params, nn.Module) else params
     found: list[Any] = [None] if isinstance(given, Tensor) or not isinstance(given, Iterable) else list(given)
     if not all(isinstance(p, Tensor) for p in found):
         raise TypeError(f"average_gradients: params must be a model or an iterable of parameters, got {type(params).__name__}")
+    check_process_group("average_gradients", process_group)
     ranks = data_parallel_group(process_group)
     if ranks is None:
         return
     whole = [p for p in found if p.requires_grad and not is_sharded(p)]
+    for index, p in enumerate(whole):
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise ValueError(
+                f"average_gradients: trained parameter {index}, of shape {tuple(p.shape)}, has a gradient of layout {p.grad.layout}; "
+                "make it dense (embeddings: sparse=False)"
+            )
     for members in partition(whole, lambda p: (p.dtype, p.device)).values():
         used = torch.tensor([float(p.grad is not None) for p in members], dtype=members[0].dtype, device=members[0].device)
         *means, used = ranks.mean([*(torch.zeros_like(p) if p.grad is None else p.grad for p in members), used])
         for index, (p, mean) in enumerate(zip(members, means, strict=True)):
-            if p.grad is not None:
+            if p.grad is not None and 0 not in p.grad.stride():
                 p.grad.copy_(mean)
-            elif used[index]:
+            elif used[index]:  # there was none here, or an expanded one, which cannot be written
                 p.grad = mean.clone()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..._checks import as_integer, as_number, first_few
 from ...pairs import owners, uncalled_projections
-from ...parallel.ranks import data_parallel_group
+from ...parallel.ranks import check_process_group, data_parallel_group
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, unwatch, watch
@@ -67,6 +67,7 @@ class WatchingOptimizer(LowRankOptimizer):
         self._handles: list[Any] = []
         self._seed = seed
         self._probes: dict[int, Probes] = {}  # by group, whose steps they count
+        check_process_group(type(self).__name__, process_group)
         self._process_group = process_group
         super().__init__(params, lr, weight_decay=weight_decay, model=model, method_defaults=method_defaults, **options)
         self._close_when_collected()
