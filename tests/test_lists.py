@@ -332,6 +332,7 @@ class TestSharing:
         before, stack = [x.clone() for x in xs], torch.stack(xs)
         for call, names in (
             (lambda: ops.grouped_polar(xs, out=xs), r"grouped_polar: out\[0\] is written and shares memory with xs\[0\]"),
+            (lambda: ops.grouped_qr(xs, out=xs[::-1]), r"grouped_qr: out\[1\] is written and shares memory with xs\[0\]"),
             (lambda: ops.grouped_solve(grams, xs, out=xs[::-1]), r"grouped_solve: out\[1\] is written and shares memory with rhs\[0\]"),
             (lambda: ops.grouped_solve(grams, xs, out=[x.mT for x in xs]), r"out\[0\] is written and shares memory with rhs\[0\]"),
             (lambda: ops.grouped_solve(grams, xs, out=list(grams)), r"out\[0\] is written and shares memory with grams"),

@@ -12,7 +12,7 @@ from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, as_stored, sizes, width
 from ..backends.registry import run
 from ._library import are_plain_eager, define, fitting_layouts, for_eager, is_eager, no_backward, records_nothing, resolved
-from ._tensor_checks import check_like, check_list, check_same_length, check_writable
+from ._tensor_checks import check_apart, check_like, check_list, check_same_length, check_writable
 
 _ops = torch.ops.lowrank_kernels
 
@@ -46,7 +46,7 @@ def grouped_qr(
     Args:
         xs: tall matrices (d_i, r) of one r, dtype and device; any heights, any strides (``A.mT`` needs no copy).
         previous: the Qs to align with, of the same shapes.
-        out: where to write the Qs, of the same shapes; may be the tensors of ``previous``.
+        out: where to write the Qs, of the same shapes; may be the tensors of ``xs`` or ``previous``, and shares no other memory.
 
     Returns:
         ``(qs, rs)``: the Qs (d_i, r) in the dtype of xs, and one stacked (N, r, r) tensor of Rs, fp32 at least.
@@ -54,7 +54,7 @@ def grouped_qr(
         Q and R; the others are unaffected.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, or the tensors of ``out`` share memory; nothing was computed.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or ``out`` shares memory; nothing was computed.
         RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
 
     The result is a constant for autograd (Q is one in every method): its backward raises an error that says so.
@@ -72,6 +72,9 @@ def grouped_qr(
     if not xs:
         return [], torch.empty(0, 0, 0)
     check_writable("grouped_qr", out=out)
+    if not isinstance(out, Tall):  # as a step has it, whose results are its own
+        in_place = [pair for read in (xs, previous) if read is not None for pair in zip(read, out, strict=True)]
+        check_apart("grouped_qr", {"out": out}, {"xs": xs, "previous": previous}, in_place)
     targets, rs = listed(out), _empty_rs(xs)
     (_grouped_qr_out if eager else _ops.grouped_qr_out)(xs, previous, targets, rs, *known)
     torch.autograd.graph.increment_version(as_stored(targets)[0])
