@@ -340,6 +340,15 @@ class TestSharing:
         ):
             with pytest.raises(ValueError, match=names):
                 call()
+        with torch.inference_mode():
+            inferred = [torch.zeros(4, 4) for _ in range(2)]
+        for call in (
+            lambda: ops.grouped_qr(xs, out=inferred),
+            lambda: ops.grouped_solve(grams, xs, out=inferred),
+            lambda: ops.grouped_svd(xs, 4, out=([torch.zeros(4, 4) for _ in range(2)], inferred)),
+        ):
+            with pytest.raises(RuntimeError, match=r"out.*\[0\] is written, but an inference tensor; clone\(\) it"):
+                call()
         assert all(map(torch.equal, xs, before)) and torch.equal(grams, 2 * torch.eye(4).repeat(2, 1, 1))
         ops.grouped_solve(grams, xs, out=xs)
         ops.grouped_solve(grams, stack, out=stack)

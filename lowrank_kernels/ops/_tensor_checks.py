@@ -89,7 +89,7 @@ def _names(given: Given) -> list[str]:
 
 
 def check_writable(operation: str, **given: Sequence[Tensor] | Tensor | None) -> None:
-    """Refuse tensors that share memory, or that autograd would not see written."""
+    """Refuse tensors that share memory, that autograd would not see written, or that are of inference mode, outside of it."""
     if not is_eager():
         return
     written, only = _tensors(given), next(iter(given.values())) if len(given) == 1 else None
@@ -98,6 +98,13 @@ def check_writable(operation: str, **given: Sequence[Tensor] | Tensor | None) ->
         if first == second:
             raise ValueError(f"{operation}: {first} is expanded: several of its elements are one; pass a contiguous tensor")
         raise ValueError(f"{operation}: {first} and {second} share memory, and what is written into one would overwrite the other")
+    if not torch.is_inference_mode_enabled() and not isinstance(only, Tall):  # as a step has it, whose results are its own
+        for index, tensor in enumerate(written):
+            if tensor.is_inference():
+                name = _names(given)[index]
+                raise RuntimeError(
+                    f"{operation}: {name} is written, but an inference tensor; clone() it, or call under torch.inference_mode()"
+                )
     if torch.is_grad_enabled():
         for index, tensor in enumerate(written):
             if tensor.requires_grad and tensor.is_leaf:

@@ -78,8 +78,6 @@ def grouped_altlora_turn_(
         raise ValueError(f"{_NAME}: partners[{index}] must have {rank} columns, the rank of params[0], got {columns[index]}")
     for name, stack in (("behind", behind), ("moved", moved)):
         check_stack_of(_NAME, name, stack, (len(params), rank, rank), dtype, params[0].device)
-        if stack.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(f"{_NAME}: {name} is written, but an inference tensor; clone() it, or call under torch.inference_mode()")
     altlora_turn_as_gathered_(
         params,
         grads,

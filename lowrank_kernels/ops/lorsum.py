@@ -161,7 +161,8 @@ def grouped_lorsum(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or numbers do not fit, no terms, or ``out`` shares memory with anything but the
             targets that it is; nothing was computed.
-        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on, or an inference tensor outside that mode; nothing was
+            computed.
 
     The result is a constant for autograd; its backward says so.
     """

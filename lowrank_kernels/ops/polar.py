@@ -27,7 +27,8 @@ def grouped_polar(xs: Sequence[Tensor], *, out: Sequence[Tensor] | None = None) 
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``out`` shares memory; nothing was computed.
-        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on, or an inference tensor outside that mode; nothing was
+            computed.
 
     The result is a constant for autograd; its backward says so.
     """

@@ -55,7 +55,8 @@ def grouped_qr(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``out`` shares memory; nothing was computed.
-        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on, or an inference tensor outside that mode; nothing was
+            computed.
 
     The result is a constant for autograd (Q is one in every method): its backward raises an error that says so.
     """

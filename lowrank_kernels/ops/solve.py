@@ -59,7 +59,8 @@ def grouped_solve(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or ``damping`` do not fit, or ``out`` shares memory with anything but the rhs that it
             is; nothing was computed.
-        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on, or an inference tensor outside that mode; nothing was
+            computed.
 
     The result is a constant for autograd: its backward raises an error that says so.
     """

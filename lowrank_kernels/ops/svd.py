@@ -45,7 +45,8 @@ def grouped_svd(
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or numbers do not fit, or ``out`` shares memory; nothing was computed.
-        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on, or an inference tensor outside that mode; nothing was
+            computed.
 
     The result is a constant for autograd; its backward says so.
     """

@@ -36,7 +36,8 @@ def grouped_svd_product(
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or ``rank`` do not fit, or ``out`` shares memory; nothing was computed.
-        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on; nothing was computed.
+        RuntimeError: ``out`` is a leaf that requires a gradient, and autograd is on, or an inference tensor outside that mode; nothing was
+            computed.
 
     Two thin QRs and a k × k SVD per pair. The result is a constant for autograd; its backward says so.
     """
