@@ -12,8 +12,8 @@ namespace lowrank::LOWRANK_ISA {
 
 // W elements, at most a whole vector: of a tall factor r may be less than that.
 #if defined(__GNUC__)
-#pragma GCC diagnostic ignored \
-    "-Wpsabi"  // vectors wider than the portable kernels' registers are passed to nobody: all is inlined
+// Vectors wider than the portable kernels' registers are passed to nobody: all is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
 template <class T, int W>
 struct Part {
   typedef T Vector __attribute__((vector_size(W * sizeof(T))));
