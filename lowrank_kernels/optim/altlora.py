@@ -23,40 +23,8 @@ NO_PAIRS = LikePairs(())
 ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
 
 
-class AltLoRA(PreconditionedOptimizer):
-    """AltLoRA (Algorithm 1 of the AltLoRA paper): one factor takes its turn in each step. A's turn, with G the full gradient::
-
-        g = s⁻² (BᵀB + δI)⁻¹ ∂A                 the best approximation of G by sBg (Theorem 1)
-        M ← β₁ C_A M + (1-β₁) g                 C_A carries M from the old column space of B to the new (Theorem 2)
-        A ← A - lr (M + weight_decay·A)
-
-    B's turn is the mirror image, with the current A. ``C_A = (BᵀB + δI)⁻¹ BᵀB_old`` is I after A's turn, and the previous factors
-    are not stored: with ``K = δI + Bᵀ(B - B_old)``, r×r and formed in the pass that writes B, ``C_A = I - (BᵀB + δI)⁻¹ K``. A turn whose
-    gradient is None changes nothing; then C_A spans two updates of B (:meth:`_carry_twice`). The trajectory of ΔW does not depend on how
-    ΔW is split into B and A (Theorem 4).
-
-    Args:
-        params, lr, maximize, scale, lr_ratio, …: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with
-            its default betas, eps and weight decay.
-        momentum: β₁, without bias correction. OneCycleLR and CyclicLR, where they find ``betas``, cycle those (here of the parameters
-            that are no factors) and leave ``momentum``: pass them ``cycle_momentum=False`` and schedule ``momentum`` yourself.
-        weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
-        order: whose turn is first: "B" (B = 0 at the start, so A's gradient is zero), "A", or "joint": both in every step, from the
-            factors as they were. A factor whose partner is frozen (LoRA-FA) still moves at its own turns alone, every second step; "joint"
-            moves it in each. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
-        damping: δ, absolute (see :data:`DEFAULT_DAMPING`). 0 is refused where the first step inverts the Gram matrix of a zero factor.
-        freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
-            DistributedDataParallel and torch.compile do not cope with parameters whose ``requires_grad`` changes. It is the optimizer's
-            then: a factor that you froze is thawed at its turn, and after the last step half of the factors stay frozen, which
-            ``for p in optimizer.param_groups[0]["params"]: p.requires_grad_(True)`` undoes. Switched off in a group, it thaws them in the
-            next step.
-
-    State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. A frozen factor has
-    it too if its partner is trained. ``group["late"]`` holds the positions of factors that missed their last turn.
-
-    Raises:
-        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
-    """
+class AlternatingOptimizer(PreconditionedOptimizer):
+    """What AltLoRA and AltLoRA+ share: whose turn a step is, the drifts that realign momentum, turns that were missed; see :class:`AltLoRA`."""
 
     counts = frozenset({"late"})
     positions = frozenset({"late"})
@@ -64,22 +32,6 @@ class AltLoRA(PreconditionedOptimizer):
     #: What ``freeze_idle`` holds frozen.
     _idle: frozenset[Position] = frozenset()
     small_arguments = frozenset({"grad_maps", "momentum_maps", "drifts"})
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
-        weight_decay: float | None = None,
-        *,
-        order: str = "B",
-        damping: float = DEFAULT_DAMPING,
-        freeze_idle: bool = False,
-        **options: Unpack[AdamWOptions],
-    ) -> None:
-        refuse_adams(type(self), options)
-        method = {"momentum": momentum, **_alternation(order, damping, freeze_idle)}
-        super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
 
     def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
         drift = torch.zeros(rank, rank, dtype=compute_dtype(part.dtype), device=part.device)
@@ -92,7 +44,7 @@ class AltLoRA(PreconditionedOptimizer):
 
     def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
         """How the moment step differs from AdamW's."""
-        return {"betas": (group["momentum"], 0.0), "bias_correction": False}
+        return {}
 
     def _inverts_at_once(self, group: dict[str, Any], side: str) -> bool:
         return group["order"] != side  # whose turn it is first
@@ -254,7 +206,62 @@ class AltLoRA(PreconditionedOptimizer):
         return {**super().__getstate__(), "_idle": self._idle}
 
 
-class AltLoRAPlus(AltLoRA):
+class AltLoRA(AlternatingOptimizer):
+    """AltLoRA (Algorithm 1 of the AltLoRA paper): one factor takes its turn in each step. A's turn, with G the full gradient::
+
+        g = s⁻² (BᵀB + δI)⁻¹ ∂A                 the best approximation of G by sBg (Theorem 1)
+        M ← β₁ C_A M + (1-β₁) g                 C_A carries M from the old column space of B to the new (Theorem 2)
+        A ← A - lr (M + weight_decay·A)
+
+    B's turn is the mirror image, with the current A. ``C_A = (BᵀB + δI)⁻¹ BᵀB_old`` is I after A's turn, and the previous factors
+    are not stored: with ``K = δI + Bᵀ(B - B_old)``, r×r and formed in the pass that writes B, ``C_A = I - (BᵀB + δI)⁻¹ K``. A turn whose
+    gradient is None changes nothing; then C_A spans two updates of B (:meth:`_carry_twice`). The trajectory of ΔW does not depend on how
+    ΔW is split into B and A (Theorem 4).
+
+    Args:
+        params, lr, maximize, scale, lr_ratio, …: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with
+            its default betas, eps and weight decay.
+        momentum: β₁, without bias correction. OneCycleLR and CyclicLR, where they find ``betas``, cycle those (here of the parameters
+            that are no factors) and leave ``momentum``: pass them ``cycle_momentum=False`` and schedule ``momentum`` yourself.
+        weight_decay: decoupled, multiplied by lr; of everything. None: 0 for factors, AdamW's 0.01 for the rest.
+        order: whose turn is first: "B" (B = 0 at the start, so A's gradient is zero), "A", or "joint": both in every step, from the
+            factors as they were. A factor whose partner is frozen (LoRA-FA) still moves at its own turns alone, every second step; "joint"
+            moves it in each. ``capturable=True`` takes "joint" only: a replayed CUDA graph repeats one and the same step.
+        damping: δ, absolute (see :data:`DEFAULT_DAMPING`). 0 is refused where the first step inverts the Gram matrix of a zero factor.
+        freeze_idle: switch ``requires_grad`` of the factor whose turn it is not, which saves its backward GEMMs. Off by default:
+            DistributedDataParallel and torch.compile do not cope with parameters whose ``requires_grad`` changes. It is the optimizer's
+            then: a factor that you froze is thawed at its turn, and after the last step half of the factors stay frozen, which
+            ``for p in optimizer.param_groups[0]["params"]: p.requires_grad_(True)`` undoes. Switched off in a group, it thaws them in the
+            next step.
+
+    State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. A frozen factor has
+    it too if its partner is trained. ``group["late"]`` holds the positions of factors that missed their last turn.
+
+    Raises:
+        TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float | None = None,
+        *,
+        order: str = "B",
+        damping: float = DEFAULT_DAMPING,
+        freeze_idle: bool = False,
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        refuse_adams(type(self), options)
+        method = {"momentum": momentum, **_alternation(order, damping, freeze_idle)}
+        super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
+
+    def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"betas": (group["momentum"], 0.0), "bias_correction": False}
+
+
+class AltLoRAPlus(AlternatingOptimizer):
     """AltLoRA+ (Algorithm 2): AltLoRA with second moments, ``v ← β₂ v + (1-β₂) g²`` (not carried), AdamW's bias corrections
     (counted per factor: how often it was updated) and decoupled weight decay.
 
@@ -283,13 +290,10 @@ class AltLoRAPlus(AltLoRA):
         **options: Unpack[AdamWOptions],
     ) -> None:
         method = _alternation(order, damping, freeze_idle)
-        super(AltLoRA, self).__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults=method, **options)
 
     def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
         return {**super()._factor_state(group, part, rank), **moments(part, "exp_avg_sq")}
-
-    def _moments(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {}
 
 
 def _alternation(order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:

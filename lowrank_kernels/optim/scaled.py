@@ -12,7 +12,23 @@ from ._shared.state import moments
 from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
 
 
-class ScaledAdamW(PreconditionedOptimizer):
+class ScaledOptimizer(PreconditionedOptimizer):
+    """What ScaledAdamW and ScaledGD share: a step of both factors of each pair on Riemannian gradients."""
+
+    def _moments(self, group: dict[str, Any], side: str) -> dict[str, Any]:
+        """How the moment step of a side differs from AdamW's."""
+        return {}
+
+    def _step_pairs(self, pairs: LikePairs) -> None:
+        active = {side: self._active(pairs, side) for side in "AB"}
+        maps = {
+            side: self._preconditioners(found.pairs, side, self._partners(active, side))[0] for side, found in active.items() if found.pairs
+        }
+        for side, preconditioners in maps.items():
+            self._step_side(active[side], side, grad_maps=preconditioners, **self._moments(self._group(pairs, side), side))
+
+
+class ScaledAdamW(ScaledOptimizer):
     """AdamW on the Riemannian gradients ``ĝ_A = (BᵀB + δI)⁻¹ ∂A`` and ``ĝ_B = ∂B (AAᵀ + δI)⁻¹``, both from the factors as they
     were (Jacobi, the formula of Zhang & Pilanci 2024; their code is Gauss-Seidel).
 
@@ -38,20 +54,8 @@ class ScaledAdamW(PreconditionedOptimizer):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={"damping": damping}, **options)
 
-    def _moments(self, group: dict[str, Any], side: str) -> dict[str, Any]:
-        """How the moment step of a side differs from AdamW's."""
-        return {}
 
-    def _step_pairs(self, pairs: LikePairs) -> None:
-        active = {side: self._active(pairs, side) for side in "AB"}
-        maps = {
-            side: self._preconditioners(found.pairs, side, self._partners(active, side))[0] for side, found in active.items() if found.pairs
-        }
-        for side, preconditioners in maps.items():
-            self._step_side(active[side], side, grad_maps=preconditioners, **self._moments(self._group(pairs, side), side))
-
-
-class ScaledGD(ScaledAdamW):
+class ScaledGD(ScaledOptimizer):
     """Scaled gradient descent: SGD with heavy-ball momentum, as ``torch.optim.SGD``, on the gradients of :class:`ScaledAdamW`.
 
     One step at learning rate lr is one simultaneous least-squares step of OPLoRA (both factors from the old ones) at lr·s² with λ = δ.
@@ -79,7 +83,7 @@ class ScaledGD(ScaledAdamW):
     ) -> None:
         refuse_adams(type(self), options)
         method = {"damping": damping, "momentum": momentum}
-        super(ScaledAdamW, self).__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
+        super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method, **options)
 
     def _keeps_state(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"])
