@@ -45,6 +45,15 @@ LINEAR_ALGEBRA = {
     "grouped_lorsum": ("`grouped_lorsum`", "ours-native"),
 }
 
+#: op → what it is called, of the table of adapted layers
+LAYERS = {
+    "lora_linear_forward_backward": "plain",
+    "lora_linear_dropout_forward_backward": "plain, dropout",
+    "decoupled_linear_forward_backward": "decoupled (PEFT: of rank 2r)",
+}
+#: provider → what it is called, of the table of adapted layers
+LAYER_PROVIDERS = {"frozen-linear": "frozen layer alone", "peft": "PEFT", "torch-compile": "`torch.compile`", "ours-reference": "ours"}
+
 #: (op, shapes, rank, provider) → row
 Found: TypeAlias = dict[tuple[str, str, str, str], dict[str, str]]
 
@@ -84,6 +93,47 @@ def _percent(text: str) -> str:
     return "" if value is None else f"{100 * value:.0f}"
 
 
+def _layers(found: Found) -> list[str]:
+    """The table of adapted layers, forward and backward: times by those of naive layers."""
+    lines = []
+    for op, name in LAYERS.items():
+        for shapes in (f"{model}/all" for model in MODELS):
+            rows = [found.get((op, shapes, RANKS[0], provider)) for provider in LAYER_PROVIDERS]
+            if rows[-1] is not None:
+                cells = ["" if row is None else _ratio(row["ratio_to_naive"]) for row in rows]
+                lines.append(f"| {name} | {shapes.removesuffix('/all')}, {rows[-1]['tokens']} tokens | " + " | ".join(cells) + " |")
+    title = f"Adapted layers, forward + backward, r = {RANKS[0]}, by naive layers' time"
+    heads = ["", f"| {title} | | " + " | ".join(LAYER_PROVIDERS.values()) + " |", "|" + "---|" * (2 + len(LAYER_PROVIDERS))]
+    return heads + lines if lines else []
+
+
+def _qr_by_rank(found: Found) -> list[str]:
+    """How many times faster QR is than its loop, by rank."""
+    ours = {
+        (shapes, int(rank)): row for (op, shapes, rank, provider), row in found.items() if (op, provider) == ("grouped_qr", "ours-native")
+    }
+    ranks = sorted({rank for _, rank in ours})
+    wanted = [shapes for shapes in (f"{model}/all" for model in MODELS) if all((shapes, rank) in ours for rank in ranks)]
+    if len(ranks) <= len(RANKS) or not wanted:
+        return []
+    lines = ["", "| `grouped_qr`, times faster than its loop, r = | " + " | ".join(map(str, ranks)) + " |", "|" + "---|" * (1 + len(ranks))]
+    for shapes in wanted:
+        cells = [_ratio(ours[shapes, rank]["ratio_to_naive"], inverse=True) for rank in ranks]
+        lines.append(f"| {shapes.removesuffix('/all')} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ceilings(rows: list[dict[str, str]]) -> str:
+    """What the machine reached in the runs of these rows, and of which commits they are."""
+    spans = []
+    for column, unit in (("copy_gb_s", "GB/s"), ("gemm_gflop_s", "GFLOP/s")):
+        values = [value for row in rows if (value := as_float(row[column])) is not None]
+        low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+        spans.append(f"{low if low == high else f'{low} to {high}'} {unit}")
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    return f"Copies reached {spans[0]} and a large GEMM {spans[1]} in these runs (version {commits})."
+
+
 def render(rows: list[dict[str, str]]) -> str:
     """The tables as Markdown: of the float32 rows with the largest number of threads of one processor."""
     rows = [row for row in rows if row["dtype"] == "float32"]
@@ -96,7 +146,7 @@ def render(rows: list[dict[str, str]]) -> str:
     found: Found = {(row["op"], row["shapes"], row["rank"], row["provider"]): row for row in rows}
     lines = [
         f"{newest['device_name']}, {threads} threads, torch {newest['torch'].split('+')[0]}, fp32, {newest['date']}. "
-        "Median ms; in brackets × the yardstick:",
+        f"{_ceilings(rows)} Median ms; in brackets × the yardstick:",
         "",
         "| one call for all layers | shapes | naive per-layer | yardstick | ours |",
         "|---|---|---|---|---|",
@@ -118,6 +168,8 @@ def render(rows: list[dict[str, str]]) -> str:
         ("% of the roofline", STEPS | LINEAR_ALGEBRA, lambda row: _percent(row["roofline_share"])),
     ):
         lines += _by_shapes(found, title, operations, cell)
+    lines += _qr_by_rank(found)
+    lines += _layers(found)
     slopes = host_time_per_layer(row for row in rows if row["op"] == OP)
     if "torch-fused" in slopes:
         lines += [

@@ -1,4 +1,4 @@
-"""docs/stacks.md: its snippets run, its table is the matrix."""
+"""docs/stacks.md and README.md: their snippets run; the table of the former is the matrix."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from torch import nn
 
 import lowrank_kernels as lk
 
-PAGE = (Path(__file__).parents[2] / "docs" / "stacks.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "stacks.md").read_text(encoding="utf-8")
 SNIPPETS = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, re.DOTALL))
+README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
 def adapted() -> nn.Module:
@@ -82,3 +84,27 @@ def test_every_snippet_is_named() -> None:
 def test_the_table_is_the_matrix() -> None:
     table = PAGE.split("| what | optimizers |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
     assert table == [feature.row for feature in FEATURES.values()], "\n".join(feature.row for feature in FEATURES.values())
+
+
+@pytest.mark.parametrize("snippet", README, ids=range(len(README)))
+@pytest.mark.filterwarnings("ignore")
+def test_snippet_of_the_readme(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+
+    def llama(*_: object, dtype: torch.dtype = torch.float32) -> nn.Module:
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 50, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(dtype)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", llama)
+    tokens = torch.randint(50, (2, 8))
+    batches = [{"input_ids": tokens, "labels": tokens}] * 3
+    names: dict[str, Any] = {"model": llama(), "base_model": llama(), "loader": batches, "few_batches": batches}
+    if "optimizer =" not in snippet:
+        names["optimizer"] = lk.AdamW(lk.adapt(names["model"], rank=2), lr=1e-3)
+    exec(compile(snippet, "README.md", "exec"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    optimizer.zero_grad()
+    model(**batches[0]).loss.backward()
+    optimizer.step()
