@@ -33,7 +33,8 @@ from .harness import device_name
 UNTIMED_STEPS = 12
 KEY = ("task", "method", "baseline", "layers", "rank", "batch_size", "max_length", "device_name", "threads")
 COLUMNS = (
-    *KEY, "timed_steps", "step_ms", "step_ratio", "optimizer_ms", "peak_rss_mib", "memory_ratio", "probed_ratio", "torch", "date",
+    *KEY, "timed_steps", "step_ms", "baseline_ms", "step_ratio", "optimizer_ms", "peak_rss_mib", "memory_ratio", "probed_ratio", "torch",
+    "date",
 )  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         name: {
             "timed_steps": args.timed,
             "step_ms": cost["step_ms_median"],
+            "baseline_ms": costs[args.methods[0]]["step_ms_median"],
             "step_ratio": cost["step_ratio"],
             "optimizer_ms": cost["optimizer_ms_median"],
         }
