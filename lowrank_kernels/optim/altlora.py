@@ -24,7 +24,7 @@ ORDERS = {"B": ("B", "A"), "A": ("A", "B"), "joint": ("AB", "AB")}
 
 
 class AlternatingOptimizer(PreconditionedOptimizer):
-    """What AltLoRA and AltLoRA+ share: whose turn a step is, the drifts that realign momentum, turns that were missed; see :class:`AltLoRA`."""
+    """What :class:`AltLoRA` and :class:`AltLoRAPlus` share: whose turn a step is, the drifts that realign momentum, missed turns."""
 
     counts = frozenset({"late"})
     positions = frozenset({"late"})
