@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import lowrank_kernels as lrk
 
 from .harness import worst
-from .naive import SDSLoRALayer
 from .naive.preconditioned import AltLoRALayer, LoRAProLayer, LoRARITELayer, ScaledLayer
+from .naive.sds_lora import SDSLoRALayer
 
 #: eps as large as a small gradient: with Adam's 1e-8 the rounding of an entry near zero would decide the sign of its first step.
 SGD: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01}

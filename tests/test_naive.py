@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.naive import SDSLoRALayer, adamw_, aligned_qr, is_refresh_step, svd_of_product
+from benchmarks.naive.adamw import adamw_
 from benchmarks.naive.oplora import Kronecker, OPLoRALayer
+from benchmarks.naive.sds_lora import SDSLoRALayer, aligned_qr, is_refresh_step, svd_of_product
 
 
 def quadratic(layer: SDSLoRALayer, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:

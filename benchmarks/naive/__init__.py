@@ -2,9 +2,13 @@
 
 These files are the page to read first (they follow the papers' algorithm boxes line by line), the oracle of the tests
 (run them in fp64) and the baseline of the benchmarks. They import nothing of ``lowrank_kernels``.
+
+==================  ================================================================================
+``adamw``           AdamW (Loshchilov & Hutter)
+``sds_lora``        SDS-LoRA: warm-up, re-parametrization, refreshes of the bases
+``od_lora``         OD-LoRA: rounds from a start without adapters, then SDS-LoRA's main run
+``preconditioned``  AltLoRA and AltLoRA+, ScaledGD and ScaledAdamW, LoRA-Pro, LoRA-RITE
+``oplora``          OPLoRA and its LoRSum; SVDLoRA, which it follows; K-FAC's metrics
+``lora_sb``         LoRA-SB: its start, its core's gradient and step
+==================  ================================================================================
 """
-
-from .adamw import adamw_
-from .sds_lora import SDSLoRALayer, aligned_qr, is_refresh_step, svd_of_product
-
-__all__ = ["SDSLoRALayer", "adamw_", "aligned_qr", "is_refresh_step", "svd_of_product"]

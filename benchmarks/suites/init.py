@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_kernels.ops import grouped_svd, grouped_svd_product
 
 from ..harness import Case, Trial
-from ..naive import svd_of_product
+from ..naive.sds_lora import svd_of_product
 from ..shapes import MODELS
 from . import Setting, on, suite
 from .optimizer import Factors, at_least_single, make_factors

@@ -22,8 +22,8 @@ from lowrank_kernels.ops import (
 from lowrank_kernels.optim.preconditioned import DEFAULT_DAMPING
 
 from ..harness import Case, Trial
-from ..naive import aligned_qr
 from ..naive.oplora import lorsum
+from ..naive.sds_lora import aligned_qr
 from . import Setting, on, suite
 from .optimizer import at_least_single, lorsum_flops
 

@@ -17,10 +17,11 @@ from lowrank_kernels.optim.preconditioned import DEFAULT_DAMPING
 
 from ..harness import Case, Trial, worst
 from ..methods import adapted_layers
-from ..naive import SDSLoRALayer, adamw_
+from ..naive.adamw import adamw_
 from ..naive.lora_sb import LoRASBLayer
 from ..naive.oplora import OPLoRALayer
 from ..naive.preconditioned import AltLoRALayer
+from ..naive.sds_lora import SDSLoRALayer
 from . import Setting, on, suite
 
 #: A learning rate at which a step that was not taken is seen in bf16 too.

@@ -17,7 +17,7 @@ import lowrank_kernels as lrk
 
 from ..harness import Case, Trial, worst
 from ..methods import METHODS, Method
-from ..naive import adamw_
+from ..naive.adamw import adamw_
 from ..shapes import MODELS, Shape
 from . import Setting, suite
 from .memory import kept_bytes
