@@ -52,7 +52,7 @@ LAYERS = {
     "decoupled_linear_forward_backward": "decoupled (PEFT: of rank 2r)",
 }
 #: provider → what it is called, of the table of adapted layers
-LAYER_PROVIDERS = {"frozen-linear": "frozen layer alone", "peft": "PEFT", "torch-compile": "`torch.compile`", "ours-reference": "ours"}
+LAYER_PROVIDERS = {"frozen-linear": "frozen layer alone", "peft": "PEFT", "torch.compile": "`torch.compile`", "ours-reference": "ours"}
 
 #: (op, shapes, rank, provider) → row
 Found: TypeAlias = dict[tuple[str, str, str, str], dict[str, str]]

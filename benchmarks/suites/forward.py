@@ -320,7 +320,7 @@ def cases(setting: Setting) -> Iterator[Case]:
                 "naive": partial(trial, naive, *arguments),
                 "frozen-linear": partial(trial, frozen, block, backward, floor),
                 "peft": partial(peft_trial, *arguments),
-                **({"torch-compile": partial(compiled_trial, *arguments, setting.compile_seconds)} if setting.compile_seconds else {}),
+                **({"torch.compile": partial(compiled_trial, *arguments, setting.compile_seconds)} if setting.compile_seconds else {}),
                 **{f"ours-{name}": partial(trial, ours, *arguments, name, True) for name in setting.backends if name != "native"},
             }
             yield _case("decoupled_linear" if decoupled else "lora_linear", block, backward, providers, setting)
