@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
 from lowrank_kernels import backends, ops
+from lowrank_kernels.backends.extension import csrc
 
 
 def mixed_parameters(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -208,3 +209,16 @@ def test_forcing_a_backend_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPat
     used = backends.call_counts().get(("grouped_adamw_", "native"), 0)
     optimizer.step()
     assert backends.call_counts()["grouped_adamw_", "native"] == used + 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_gradients_whose_corrected_squares_overflow(backend: str) -> None:
+    """v = 4e35 is a number, v / (1-β₂) is none in fp32."""
+    if backend == "native" and csrc is None:
+        pytest.skip("the compiled extension did not load")
+    param, moments = torch.ones(8), [torch.zeros(8), torch.zeros(8)]
+    with backends.force(backend):
+        ops.grouped_adamw_(
+            [param], [torch.full((8,), 2e19)], moments[:1], moments[1:], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, step=1
+        )
+    torch.testing.assert_close(param, torch.full((8,), 0.9))

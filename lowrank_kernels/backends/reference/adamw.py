@@ -31,7 +31,7 @@ def grouped_adamw_(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: T
         g = P_i · grad_i + T_i · x           (maps.grad, maps.param; no map: P = I, T = 0)
         m = β₁ C_i · m + (1-β₁) g            (maps.momentum; no exp_avgs: m = g)
         v = β₂ v + (1-β₂) g²                 (no exp_avg_sqs: the direction is m itself)
-        x = (1 - lr·weight_decay) x - lr · D_i · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + eps)       (maps.direction; no map: D = I)
+        x = (1 - lr·weight_decay) x - lr · D_i · (m / (1-β₁ᵗ)) / (√v / √(1-β₂ᵗ) + eps)        (maps.direction; no map: D = I)
         drifts[i] = Xᵀ(X - X_old) with X = x (d, r), or X = xᵀ for x (r, d)
 
     with ``t = step - missed[i]`` (``missed`` empty: no steps were missed) and no bias correction if not asked for.
@@ -59,7 +59,7 @@ def grouped_adamw_(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: T
         direction = m / correction1
         if exp_avg_sqs:
             v = exp_avg_sqs[i].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            direction = direction / ((v / correction2).sqrt() + eps)
+            direction = direction / (v.sqrt() / correction2**0.5 + eps)
         if maps.direction is not None:
             direction = apply_map(maps.direction[i], direction, rank_dims[i])
         new = old * (1 - lr * weight_decay) - lr * direction
