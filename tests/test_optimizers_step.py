@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from _models import loss_of, make_model, trainable
 from _optimizers import OPTIMIZERS, every_optimizer, run
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
@@ -194,6 +196,36 @@ def test_launches_do_not_depend_on_the_number_of_layers(build) -> None:
         assert max(counts) > 0, "the compiled code ran, but counted no launch"
     else:
         assert build not in (OPTIMIZERS["AdamW"], OPTIMIZERS["SDSLoRA"]), "was the native extension built?"
+
+
+class TorchCalls(TorchDispatchMode):
+    """Counts torch's own operations, but for those that launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "aten" and not function.is_view and "empty" not in str(function):
+            self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_optimizer
+def test_calls_of_torch_do_not_depend_on_the_number_of_layers(build, dtype: torch.dtype) -> None:
+    counts = []
+    for layers in (3, 9):
+        model = make_model("ours", rank=2, dtype=dtype, shapes=[(12, 12)] * (layers - 1) + [(9, 12)])
+        optimizer = build(model, lr=1e-4)
+        for step in range(14):  # a refresh of the bases is among the last two
+            optimizer.zero_grad()
+            loss_of(model, step, dtype).backward()
+            with TorchCalls() as calls:
+                optimizer.step()
+            if step >= 12:
+                counts.append(calls.counts)
+    assert counts[:2] == counts[2:]
 
 
 def test_forcing_a_backend_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

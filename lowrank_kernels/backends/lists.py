@@ -218,6 +218,20 @@ def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
+def widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in another dtype, by one call for all; themselves if they have it."""
+    if tensors[0].dtype == dtype:
+        return tensors
+    wide = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    copy_(wide, tensors)
+    return wide
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. On a GPU from pinned memory: a copy from other memory waits for all that was launched before."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
 def complete(state: dict[Tensor, dict[str, Any]], groups: list[list[Tensor]], may_be_empty: bool) -> bool:
     """Whether each parameter of the groups has a state, and one with something in it unless that ``may_be_empty``."""
     if _compiled():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import as_stored, column, copy_, located, states
+from ..backends.lists import as_stored, column, copy_, located, states, widened
 from ..ops import grouped_damped_inverse, grouped_eigh, grouped_eigvalsh, grouped_gram, grouped_qr
 from ..parallel.shards import KEEP_WHOLE
 from ._shared.arguments import AdamWOptions, ParamsT
@@ -127,7 +127,7 @@ class LoRARITE(PreconditionedOptimizer):
         (_, beta2), bases = group["betas"], located(column(of_factors, "basis"))
         partners = self._partners(active, side)
         if partners[0].dtype != bases[0].dtype:
-            partners = [x.to(bases[0].dtype) for x in partners]
+            partners = widened(list(partners), bases[0].dtype)
         qs, rs = grouped_qr(partners, out=self._spare(pairs, side, bases))
         inverse_r = grouped_damped_inverse(rs.double(), group["damping"])
         change = grouped_gram(qs, bases, dtype=torch.float64)

@@ -103,12 +103,14 @@ def first_chunks(chunks: Sequence[int]) -> list[int]:
 
 
 def _assemble(layout: Layout) -> tuple[NDArray[np.int64], int]:
-    rows = np.asarray(layout.rows, dtype=np.int64)
+    rows = np.asarray(layout.rows, dtype=np.int64).ravel()
+    if len(rows) % 2:  # Triton compiles a kernel for pointers that 16 bytes divide, and another for others
+        rows = np.append(rows, 0)
     counts = np.asarray(layout.chunks, dtype=np.int64)
     programs = int(counts.sum())
     tensor = np.repeat(np.arange(len(counts)), counts)
     chunk = np.arange(programs) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.concatenate([rows.ravel(), np.stack([tensor, chunk], axis=1).ravel()]), programs
+    return np.concatenate([rows, np.stack([tensor, chunk], axis=1).ravel()]), programs
 
 
 def _pinned_words(count: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...backends.dtypes import compute_dtype
-from ...backends.lists import partition
+from ...backends.lists import partition, sent, widened
 from ...ops import grouped_gram, grouped_lorsum_product, grouped_qr
 from ...parallel.ranks import DataParallelGroup
 from .pairing import FactorPair
@@ -82,10 +82,10 @@ def random_matrix(like: Tensor, seed: int, rows: int, columns: int, *more: int) 
 
 
 def on_device(values: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers of the host in fp64 on the device; one for all is filled in there, since a copy waits for all that was launched before it."""
+    """Numbers of the host in fp64 on the device; one for all is filled in there."""
     if len(set(values)) == 1:
         return torch.full((len(values),), values[0], dtype=torch.float64, device=device)
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return sent(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
 
 
 class Probes:
@@ -192,15 +192,6 @@ def _times(matrices: list[Tensor], others: list[Tensor]) -> list[Tensor]:
 def _traces(xs: list[Tensor], ys: list[Tensor] | None = None) -> Tensor:
     """``⟨X_i, Y_i⟩`` (N,) in fp64, of thin matrices of one width."""
     return grouped_gram(xs, ys, dtype=torch.float64).diagonal(dim1=1, dim2=2).sum(dim=1)
-
-
-def widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in another dtype, by one call for all; themselves if they have it."""
-    if tensors[0].dtype == dtype:
-        return tensors
-    wide = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    torch._foreach_copy_(wide, tensors)
-    return wide
 
 
 class FullGradients:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...backends.dtypes import compute_dtype
+from ...backends.lists import sent
 from ...backends.sums import ridge
 from ...ops import grouped_gram, grouped_lorsum_product, grouped_solve
 
@@ -31,10 +32,9 @@ class Metric(Protocol):
 
 
 def _layer_of_row(rows: list[int], device: torch.device) -> Tensor:
-    """Of layers with so many rows one below the other. For one layer nothing is copied to the device, which would wait for it."""
-    if len(rows) == 1:
-        return torch.zeros(rows[0], dtype=torch.int64, device=device)
-    return torch.repeat_interleave(torch.arange(len(rows), device=device), torch.tensor(rows, device=device), output_size=sum(rows))
+    """Of layers with so many rows one below the other."""
+    counts = sent(torch.tensor(rows, device="cpu"), device)
+    return torch.repeat_interleave(torch.arange(len(rows), device=device), counts, output_size=sum(rows))
 
 
 def composed_lorsum(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import as_integer, as_number, first_few
+from ...backends.lists import partition
 from ...pairs import owners, uncalled_projections
 from ...parallel.ranks import check_process_group, data_parallel_group
 from .arguments import AdamWOptions, ParamsT
@@ -210,12 +211,14 @@ class WatchingOptimizer(LowRankOptimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         seed = self._seed + 1 + int(self.param_groups[0]["step"])
         squares = [g.squared_norms(probes, seed).sum() for g in self._captured_gradients()]
-        squares += [p.grad.double().square().sum() for p in params if id(p) not in of_factors]
+        grads = partition((p.grad for p in params), lambda grad: (grad.device, grad.dtype))
+        others = partition((p.grad for p in params if id(p) not in of_factors), lambda grad: grad.device)
+        squares += [torch.stack(torch._foreach_norm(of, 2, dtype=torch.float64)).square().sum() for of in others.values()]
         device = params[0].device if params else torch.device("cpu")
         norm = torch.stack([square.to(device) for square in squares]).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for p in params:
-            p.grad.mul_(factor.to(p.grad.device, p.grad.dtype))
+        for (place, dtype), alike in grads.items():
+            torch._foreach_mul_(alike, factor.to(place, dtype))
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
