@@ -278,12 +278,44 @@ def test_operations_on_lists_compile_without_graph_breaks(name: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.usefixtures("path")
 class TestSharing:
     """What is written must have a place of its own, and autograd must see it written."""
 
+    def test_which_tensors_share_memory(self) -> None:
+        whole = torch.zeros(40, 8)
+        other, complex_ = torch.zeros(3, 4), torch.zeros(4, 4, dtype=torch.complex64)
+        for tensors, expected in (
+            ([], None),
+            ([whole, other], None),
+            ([whole[20:], other, whole[:20]], None),
+            ([other, whole, whole[3:5]], (1, 2)),
+            ([whole[30:], whole.view(-1)[:8], whole[:1]], (1, 2)),
+            ([whole.mT, whole[39]], (0, 1)),
+            ([whole.view(4, 10, 8), whole.view(4, 10, 8)[2]], (0, 1)),
+            ([whole.view(4, 10, 8).mT, whole], None),  # no matrix, and not contiguous: it is not looked at
+            ([whole[:, :4], whole[:, 4:], whole[:, 2:6]], None),
+            ([other, torch.zeros(1).expand(3)], (1, 1)),
+            ([other, torch.zeros(3, 1).expand(3, 1), torch.zeros(1, 3).expand(1, 3)], None),
+            ([torch.zeros(0, 4).expand(5, 0, 4), whole[:0], whole], None),
+            ([whole.int()] * 2, None),
+            ([other.to_sparse()] * 2, None),
+            ([complex_.conj().imag] * 2, None),  # is refused elsewhere
+            ([torch.empty(3, 4, device="meta")] * 2, None),
+            ([other.as_subclass(Subclass), other], (0, 1)),
+            (Tall([other, other.mT], 1), (0, 1)),
+            (lists.located(Tall([other, whole, whole[2:4]], 2)), (1, 2)),
+        ):
+            assert lists.sharing(tensors) == expected
+
+    def test_results_that_are_negated_lazily(self) -> None:
+        xs, out = [torch.randn(4, 4)], [torch.zeros(4, 4, dtype=torch.complex64).conj().imag]
+        assert lists.signature(out) is None
+        for call in (ops.grouped_qr, ops.grouped_polar):
+            with pytest.raises(ValueError, match=r"out\[0\] is written, but negated lazily"):
+                call(xs, out=out)
+
     def test_shared_memory_is_refused_by_name_and_columns_of_one_matrix_are_not(self) -> None:
-        if lists.csrc is None:
-            pytest.skip("needs the compiled extension")
         whole = torch.zeros(40, 8)
         xs = [torch.randn(12, 4), torch.randn(12, 4)]
         for out, names in (
@@ -302,8 +334,6 @@ class TestSharing:
 
     @pytest.mark.parametrize("operation", ["svd", "svd_product", "lorsum"])
     def test_pairs_of_lists(self, operation: str) -> None:
-        if lists.csrc is None:
-            pytest.skip("needs the compiled extension")
         xs, q = [torch.randn(9, 9), torch.randn(9, 9)], torch.zeros(9, 9)
         rank = 9
         call = {
@@ -326,8 +356,6 @@ class TestSharing:
         assert all(map(torch.equal, found, expected))
 
     def test_lists_of_results(self) -> None:
-        if lists.csrc is None:
-            pytest.skip("needs the compiled extension")
         grams, xs = 2 * torch.eye(4).repeat(2, 1, 1), [torch.randn(4, 4), torch.randn(4, 4)]
         before, stack = [x.clone() for x in xs], torch.stack(xs)
         for call, names in (
@@ -374,8 +402,6 @@ class TestSharing:
         ],
     )
     def test_drifts(self, wrong: Callable[..., dict[str, Tensor]], names: str) -> None:
-        if lists.csrc is None:
-            pytest.skip("needs the compiled extension")
         p, m, v, maps = torch.ones(5, 4), torch.ones(5, 4), torch.ones(5, 4), torch.ones(1, 4, 4)
         numbers = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
         given = {"grad_maps": maps, "momentum_maps": maps, "rank_dims": [1], **numbers}
@@ -385,8 +411,6 @@ class TestSharing:
         ops.grouped_adamw_([p], [torch.ones(5, 4)], [m], [v], **given, drifts=torch.zeros(1, 4, 4))
 
     def test_moment_step(self) -> None:
-        if lists.csrc is None:
-            pytest.skip("needs the compiled extension")
         p, g, m, v = (torch.ones(5) for _ in range(4))
         numbers = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
         for arguments, names in (

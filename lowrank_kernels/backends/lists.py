@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -119,11 +120,13 @@ def located(matrices: Sequence[Tensor]) -> Tall:
 
 
 def signature(tensors: Sequence[Tensor]) -> Any:
-    """Something to compare: the dtypes, devices and shapes of all; None if one is not plain, strided and floating."""
+    """Something to compare: the dtypes, devices and shapes of all; None if one is not plain, strided and floating, or is negated lazily."""
     stored, transposed = as_stored(tensors)
     if _compiled():
         return csrc.signature(stored, transposed)
     if not (PLAIN.issuperset(map(type, stored)) and all(x.layout is torch.strided and x.dtype in FLOATING for x in stored)):
+        return None
+    if not torch.compiler.is_compiling() and any(map(Tensor.is_neg, stored)):
         return None
     return [(x.dtype, x.device, x.shape[::-1] if i < transposed else x.shape) for i, x in enumerate(stored)]
 
@@ -204,12 +207,25 @@ def states(state: dict[Tensor, dict[str, Any]], params: list[Tensor]) -> list[di
 def sharing(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Two tensors that share memory, as their indices; (i, i): tensor i has several elements in one place (it is expanded).
 
-    Views with gaps are not held against others, since columns of one matrix may interleave. Without compiled code nothing is found.
+    Views with gaps are not held against others, since columns of one matrix may interleave.
     """
-    if not _compiled():
-        return None
-    layout = tensors.layout if type(tensors) is Tall else None
-    return csrc.sharing(as_stored(tensors)[0] if layout is None else layout)
+    stored, _ = as_stored(tensors)
+    if _compiled():
+        layout = tensors.layout if type(tensors) is Tall else None
+        return csrc.sharing(stored if layout is None else layout)
+    ranges = []
+    for index, x in enumerate(stored):
+        if x.layout is not torch.strided or x.dtype not in FLOATING or x.is_neg() or not x.numel():
+            continue
+        if x.is_contiguous() or (x.ndim == 2 and x.mT.is_contiguous()):
+            if begin := x.data_ptr():  # 0 of fake and distributed tensors
+                ranges.append((begin, begin + x.nbytes, index))
+        elif any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            return index, index
+    for (_, end, one), (begin, _, other) in pairwise(sorted(ranges)):
+        if begin < end:
+            return min(one, other), max(one, other)
+    return None
 
 
 def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
