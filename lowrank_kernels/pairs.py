@@ -43,6 +43,9 @@ class HoldsPair(Protocol):
     lora_B: nn.Parameter
     scale: float
 
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        """(d_out, k) and (d_in, k) of ``ΔW = scale · left @ rightᵀ``."""
+
 
 _live_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _live_layers_lock = threading.Lock()  # a set that another thread adds to cannot be iterated over

@@ -306,6 +306,9 @@ class CoreLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + S * x @ self.lora_A.T @ self.lora_R.T @ self.lora_B.T
 
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_B @ self.lora_R.detach(), self.lora_A.T
+
 
 @pytest.mark.parametrize("method", [None, "lora-sb"])
 def test_layers_with_a_core(method: str | None) -> None:
@@ -324,6 +327,33 @@ def test_layers_with_a_core(method: str | None) -> None:
     assert row["rank_grad_a"] == row["rank_grad_b"] == pytest.approx(effective_rank_of(core), rel=1e-9)
     delta = S * layer.lora_B @ layer.lora_R.detach() @ layer.lora_A
     assert row["spectrum"] == pytest.approx(torch.linalg.svdvals(delta)[:3].tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", [None, "sds"])
+def test_spectra_after_a_start_are_of_the_change_since_then(method: str | None) -> None:
+    model = nn.Sequential(*(nn.Linear(d_in, d_out, dtype=torch.float64) for d_out, d_in in ((20, 12), (9, 20))))
+    lrk.adapt(model, rank=4)
+    lrk.initialize(model, "pissa", progress=False)
+    model.append(lrk.LowRankLinear(nn.Linear(9, 9, dtype=torch.float64), 4, S))  # in the same run, without a start
+    with torch.no_grad():
+        model[2].lora_B[:, :2] = random(9, 2, seed=1)  # as SDS-LoRA, which would train half of the rank, starts with
+    x = random(8, 12, seed=2)
+    for changed in (False, True):
+        with FullGradientProbe(model, method=method) as probe:
+            model(x).square().sum().backward()
+        rows = {row["layer"]: row for row in probe.rows}
+        for name, delta in lrk.delta_weights(model).items():
+            row = rows[name]
+            if name != "2" and not changed:
+                assert not any(row["spectrum"]) and not delta.any(), "exactly: nothing is left of s·B₀A₀"
+                continue
+            expected = torch.linalg.svdvals(delta)[: len(row["spectrum"])]
+            torch.testing.assert_close(torch.tensor(row["spectrum"], dtype=torch.float64), expected, rtol=1e-9, atol=1e-14)
+            assert row["delta_effective_rank"] == pytest.approx(effective_rank_of(delta), rel=1e-6)
+        with torch.no_grad():
+            for layer in model[:2]:
+                layer.lora_A += 1e-6 * random(*layer.lora_A.shape, seed=3)
+                layer.lora_B[:, 0] += 1e-6 * random(len(layer.lora_B), seed=4)
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])

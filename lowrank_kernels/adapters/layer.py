@@ -320,11 +320,25 @@ class LowRankLinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """ΔW (d_out, d_in), computed and returned in fp32 (fp64 for fp64 factors), without gradient; ``s(B A − B₀A₀)`` after a start."""
         self.reread_decoupled()
-        if self.start_A is None or self.start_B is None:
-            return self._delta_weight()
+        left, right = self.delta_factors()
+        return self.scale * (left @ right.mT)
+
+    @torch.no_grad()
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        """``(left, right)``, (d_out, k) and (d_in, k), of ``ΔW = s · left @ rightᵀ``, in fp32 (fp64 for fp64 factors), without gradient.
+
+        k is r; 2r for a decoupled layer, and after a start: ``B A − B₀A₀`` is ``[B − B₀  B₀] [A; A − A₀]``, a product in which nothing
+        cancels, so that it is exactly zero at the start and keeps its digits near it.
+        """
         dtype = compute_dtype(self.lora_A.dtype)
-        a, b = torch.cat([self.lora_A, self.start_A]).to(dtype), torch.cat([self.lora_B, -self.start_B], dim=1).to(dtype)
-        return self.scale * (b @ a)
+        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        if self.decoupled:
+            a, b = torch.cat([a, self.q_a.to(dtype)]), torch.cat([self.q_b.to(dtype), b], dim=1)
+        elif self.method == "xs":
+            b = b @ self.lora_R.to(dtype)
+        elif self.start_A is not None and self.start_B is not None:
+            a, b = torch.cat([a, a - self.start_A.to(dtype)]), torch.cat([b - self.start_B.to(dtype), self.start_B.to(dtype)], dim=1)
+        return b, a.mT
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

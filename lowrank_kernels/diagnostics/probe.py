@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._checks import as_integer, as_number, check_module
 from ..backends.lists import partition
-from ..pairs import Pair, pairs
+from ..pairs import HoldsPair, Pair, pairs
 from .measures import (
     CORE,
     RULE_OF,
@@ -290,7 +290,7 @@ class _Measurement:
 
 
 def _spectra(layers: list[_Layer]) -> Tensor:
-    lefts, rights = [layer.delta_left() for layer in layers], [layer.delta_right() for layer in layers]
+    lefts, rights = map(list, zip(*(layer.delta_factors() for layer in layers), strict=True))
     scales = torch.tensor([layer.scale for layer in layers], dtype=torch.float64, device=lefts[0].device)
     return scales[:, None] * delta_spectrum(lefts, rights)
 
@@ -309,6 +309,9 @@ class _Layer:
 
     def __init__(self, pair: Pair, method: str | None) -> None:
         self.name, self.scale = pair.name, 1.0 if pair.scale is None else pair.scale
+        #: A layer of ours, which says itself what ΔW is.
+        self.own = pair.layer if isinstance(pair.layer, HoldsPair) else None
+        started = getattr(self.own, "start_A", None) is not None
         self.weight, self.transposed = _base_weight(pair)
         self.a, self.b = pair.A.detach(), pair.B.detach()
         #: Q_B (d_out, r) and Q_A (d_in, r) of a decoupled layer.
@@ -316,17 +319,14 @@ class _Layer:
         if isinstance(pair.layer, _HoldsBases):
             if pair.layer.decoupled:
                 self.bases = pair.layer.q_b, pair.layer.q_a.mT
-        elif method == "sds":
+        elif method == "sds" and not started:
             self._split()
         self.through_b, self.through_a = (self.b, self.a.mT) if self.bases is None else self.bases
         # Before its bases exist a decoupled method is plain LoRA.
-        #: R (r, r) of ΔW = sBRA (LoRA-XS, LoRA-SB).
-        core = getattr(pair.layer, "lora_R", None)
-        self.core = core.detach().to(self.b.dtype) if isinstance(core, Tensor) else None
-        own = "sds" if self.bases is not None else "lora" if self.core is None else "lora-xs"
+        own = "sds" if self.bases is not None else "lora" if pair.core is None else "lora-xs"
         self.method = own if method in (None, "sds") else str(method)
         #: What layers have in common that are measured in one batch.
-        self.kind = self.method, self.through_b.shape[1], self.through_b.dtype, self.through_b.device
+        self.kind = self.method, started, self.through_b.shape[1], self.through_b.dtype, self.through_b.device
         if self.bases is not None and self.method != "sds":
             raise ValueError(f"FullGradientProbe: {self.name} is decoupled; its method is 'sds', got {method!r}")
 
@@ -339,15 +339,15 @@ class _Layer:
             self.bases, self.b = (self.b[:, :rank], self.a[rank:].mT), self.b[:, rank:]
         else:
             self.b = self.b[:, :rank]
-        self.a = self.a[:rank]
+        self.a, self.own = self.a[:rank], None
 
-    def delta_left(self) -> Tensor:
-        if self.core is not None:
-            return self.b @ self.core
-        return self.b if self.bases is None else torch.cat([self.bases[0], self.b], dim=1)
-
-    def delta_right(self) -> Tensor:
-        return self.a.mT if self.bases is None else torch.cat([self.a.mT, self.bases[1]], dim=1)
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        """(d_out, k) and (d_in, k) of ``ΔW = s · left @ rightᵀ``."""
+        if self.own is not None:
+            return self.own.delta_factors()
+        if self.bases is None:
+            return self.b, self.a.mT
+        return torch.cat([self.bases[0], self.b], dim=1), torch.cat([self.a.mT, self.bases[1]], dim=1)
 
 
 def _base_weight(pair: Pair) -> tuple[Tensor, bool]:
