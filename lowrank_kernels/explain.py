@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ._checks import first_few
 from .backends import registry
 from .optim._shared.base import LowRankOptimizer
-from .pairs import pairs
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Explanation:
     calls: dict[tuple[str, str], int]
     libraries: list[str] = field(default_factory=list)
     forced: str = field(default_factory=lambda: os.environ.get(registry.ENVIRONMENT_VARIABLE, ""))
+    asked: bool = True
 
     def _lines(self) -> Iterator[str]:
         yield f"lowrank_kernels, torch {torch.__version__}, {torch.get_num_threads()} CPU threads, CUDA {torch.cuda.is_available()}"
@@ -50,7 +50,8 @@ class Explanation:
             for name, reason in reasons:
                 yield f"    {name}: {reason}"
         if not self.choices:
-            yield "pass a model or an optimizer to see what its calls run on"
+            nothing = "what was passed calls no operation of this package; adapt() it, or use PEFT's with_kernels()"
+            yield nothing if self.asked else "pass a model or an optimizer to see what its calls run on"
         for (operation, backend), count in sorted(self.calls.items()):
             yield f"ran so far: {operation} on {backend}, {count} calls"
 
@@ -81,30 +82,6 @@ def _cuda_libraries() -> list[str]:
     return report()
 
 
-def _model_calls(model: nn.Module) -> Iterator[tuple[str, str, str, tuple[object, ...]]]:
-    """One forward and one backward call per distinct layer shape of our adapters, with a one-token input."""
-    seen = set()
-    for pair in pairs(model):
-        layer, a, b = pair.layer, pair.A.detach(), pair.B.detach()
-        if layer is None or not hasattr(layer, "decoupled"):
-            continue
-        decoupled = bool(layer.decoupled)
-        core = None if pair.core is None else pair.core.detach()
-        key = (a.shape, b.shape, a.dtype, a.device, decoupled, core is None)
-        if key in seen:
-            continue
-        seen.add(key)
-        bases = (layer.q_a, layer.q_b) if decoupled else (None, None)
-        base_weight = layer.base_layer.weight  # type: ignore[union-attr]
-        weight = base_weight.detach() if isinstance(base_weight, Tensor) and base_weight.dtype == a.dtype else None
-        x, y = a.new_empty(1, a.shape[1]), a.new_empty(1, b.shape[0])
-        hidden = (a if core is None else core).new_empty(1, a.shape[0])
-        what = f"{b.shape[0]} × {a.shape[1]}, r = {a.shape[0]}{', decoupled' if decoupled else '' if core is None else ', core'}"
-        yield "lora_linear", a.device.type, what, (x, weight, None, a, b, *bases, 1.0, None, 1.0, core)
-        needs = [True, False, False, core is None, core is None, core is not None]
-        yield "lora_linear_backward", a.device.type, what, (y, x, weight, a, b, *bases, hidden, 1.0, None, 1.0, needs, core)
-
-
 def _count(taken: Any) -> int:
     """Of how many matrices a call is, by what it takes first: a list, a stack, or a tuple of such."""
     while not isinstance(taken, Tensor) and not isinstance(taken[0], Tensor):
@@ -133,7 +110,9 @@ def explain(
         raise TypeError(f"explain: model must be a module, got {type(model).__module__}.{type(model).__name__}; pass one of each at most")
     if optimizer is not None and not isinstance(optimizer, LowRankOptimizer):
         raise TypeError(f"explain: optimizer must be one of lowrank_kernels, got {type(optimizer).__module__}.{type(optimizer).__name__}")
-    calls = list(_model_calls(model)) if model is not None else []
+    # Our adapter layers, and PEFT's with our kernels.
+    telling = [] if model is None else [module for module in model.modules() if hasattr(module, "_example_calls")]
+    calls = [call for module in telling for call in module._example_calls()]  # type: ignore[operator]
     if optimizer is not None:
         calls += [(op, device, f"{_count(args[0])} tensors", args) for op, device, args in optimizer._example_calls()]
     choices = []
@@ -142,6 +121,7 @@ def explain(
         choice = Choice(operation, device, what, selection.implementation.backend, selection.reasons)
         if choice not in choices:  # a step says of A and of B the same, as a rule
             choices.append(choice)
-    explanation = Explanation(choices, registry.unavailable(), registry.call_counts(), _cuda_libraries())
+    asked = model is not None or optimizer is not None
+    explanation = Explanation(choices, registry.unavailable(), registry.call_counts(), _cuda_libraries(), asked=asked)
     print(explanation)
     return explanation

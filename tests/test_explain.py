@@ -95,6 +95,64 @@ def test_explain_says_what_a_step_then_calls(name: str, rank: int, trained: str)
     assert {operation for operation, _ in said - called} <= OCCASIONAL.get(name, set())
 
 
+class Heads(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj, self.o_proj = (nn.Linear(12, width, dtype=dtype) for width in (12, 12, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(self.q_proj(x) * self.v_proj(x))
+
+
+def with_peft(kernels: bool, **options: object) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    from lowrank_kernels.adapters.peft import with_kernels
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], **options)
+    return peft.get_peft_model(Heads(), with_kernels(config) if kernels else config)
+
+
+def shared(method: str, **options: object) -> nn.Module:
+    model = lk.adapt(Heads(), method, rank=4, **options)
+    if method == "sds":
+        for pair in pairs(model):
+            pair.layer.decoupled = True
+    lk.share_inputs(model)
+    return model
+
+
+def merged() -> nn.Module:
+    return lk.merge(lk.adapt(Heads(), rank=4).eval()).requires_grad_(False)
+
+
+SAID = {
+    "shared": (lambda: shared("lora"), {"lora_down", "lora_up", "lora_linear"}),
+    "shared, decoupled": (lambda: shared("sds"), {"lora_down", "lora_up", "lora_linear"}),
+    "shared, with dropout": (lambda: shared("lora", dropout=0.1), {"lora_linear"}),
+    "bf16": (lambda: lk.adapt(Heads(torch.bfloat16), rank=4), {"lora_linear"}),
+    "core": (lambda: shared("xs"), {"lora_linear"}),
+    "merged": (merged, set()),
+    "peft": (lambda: with_peft(True), {"lora_linear"}),
+    "peft's own": (lambda: with_peft(False), set()),
+    "peft, variant": (lambda: with_peft(True, use_dora=True), set()),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_explain_says_what_a_model_then_calls(name: str) -> None:
+    build, operations = SAID[name]
+    model = build()
+    explanation = lk.explain(model)
+    before = backends.call_counts()
+    y = model(torch.randn(3, 12, dtype=torch.bfloat16 if name == "bf16" else torch.float32, requires_grad=True))
+    y.square().sum().backward()
+    called = {call for call, count in backends.call_counts().items() if count > before.get(call, 0) and call[0] != "dropout_mask"}
+    assert {(choice.operation, choice.backend) for choice in explanation.choices} == called
+    assert {operation.removesuffix("_backward") for operation, _ in called} == operations
+    assert ("calls no operation of this package" in str(explanation)) == (not called) and "pass a model" not in str(explanation)
+    assert "pass a model or an optimizer" in str(lk.explain())
+
+
 def explained(rank: int, world: int, method: str, options: dict) -> set[tuple[str, str]]:
     """What ``explain`` says on one rank of two, of a model that FSDP2 has sharded; on the other one it is not called."""
     from torch.distributed.device_mesh import init_device_mesh

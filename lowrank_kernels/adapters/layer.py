@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from ..pairs import count_switch, register_layer
 
 if TYPE_CHECKING:
     from .shared import Projected, SharedInput
+
+#: An operation, the device, what it is called for, and its arguments: what layers tell ``explain`` of themselves.
+Call: TypeAlias = tuple[str, str, str, tuple[Any, ...]]
 
 #: plain LoRA; decoupled (SDS-LoRA, OD-LoRA); constant factors around a trained core (LoRA-XS, LoRA-SB).
 METHODS = ("lora", "sds", "xs")
@@ -47,6 +50,24 @@ def is_plain(base: nn.Linear) -> bool:
     False for quantized layers and other subclasses with a ``forward`` of their own, and as :func:`runs_forward_of` says.
     """
     return runs_forward_of(nn.Linear, base) and holds_matrix(base)
+
+
+def example_input(base: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """One token (1, d_in) as the layer gets it: in its weight's dtype, in ``dtype`` if that is no ordinary matrix."""
+    return torch.empty(1, base.in_features, dtype=base.weight.dtype if holds_matrix(base) else dtype, device=base.weight.device)
+
+
+def linear_calls(base: nn.Linear, x: Tensor, rank: int, *, decoupled: bool = False, cored: bool = False) -> Iterator[Call]:
+    """What :func:`~lowrank_kernels.ops.lora_linear` calls for x (1, d_in) over this layer, in the forward and in the backward pass."""
+    weight, d_out, d_in = (base.weight.detach() if is_plain(base) else None), base.out_features, base.in_features
+    core = x.new_empty(rank, rank, dtype=compute_dtype(x.dtype)) if cored else None
+    a, b, hidden = x.new_empty(rank, d_in), x.new_empty(d_out, rank), (x if core is None else core).new_empty(1, rank)
+    bases = (a, b) if decoupled else (None, None)
+    what = f"{d_out} × {d_in}, r = {rank}{', decoupled' if decoupled else ', core' if cored else ''}"
+    yield "lora_linear", x.device.type, what, (x, weight, None, a, b, *bases, 1.0, None, 1.0, core)
+    needs = [True, False, False, not cored, not cored, cored]
+    backward = (x.new_empty(1, d_out), x, weight, a, b, *bases, hidden, 1.0, None, 1.0, needs, core)
+    yield "lora_linear_backward", x.device.type, what, backward
 
 
 def check_settings(function: str, method: str, rank: int, dropout: float, dtype: torch.dtype | None) -> None:
@@ -415,6 +436,16 @@ class LowRankLinear(nn.Module):
             return lora_up(passed, base.weight, base.bias, hidden, self.lora_B, self.scale, **options)
         y = base(x)
         return y + lora_up(None, None, None, hidden, self.lora_B, self.scale, **options).to(y.dtype)
+
+    def _example_calls(self) -> Iterator[Call]:
+        """One forward and one backward call of every operation that a forward in the present state uses, for ``explain``."""
+        if self._serves_merged():
+            return
+        x = example_input(self.base_layer, self.lora_A.dtype)
+        if self.shared_input is not None and self.shared_input.together(self, x):
+            yield from self.shared_input.example_calls(self, x)
+        else:
+            yield from linear_calls(self.base_layer, x, self.rank, decoupled=self.decoupled, cored=self.method == "xs")
 
     def _pass_on(self, x: Tensor, grad: Tensor) -> None:
         if self.capture is not None:

@@ -6,7 +6,7 @@ files are ordinary LoRA files, and ``PeftModel.from_pretrained`` reads them with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._checks import as_integer
 from ..ops import lora_linear
-from .layer import is_plain, runs_forward_of, scale_of
+from .layer import Call, example_input, is_plain, linear_calls, runs_forward_of, scale_of
 
 
 class KernelLinear(PeftLinear):
@@ -28,32 +28,42 @@ class KernelLinear(PeftLinear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found = None if args or kwargs else self._expressed()
+        if found is None:
+            return super().forward(x, *args, **kwargs)
+        base, first, second, dropout, scale = found
+        p = float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
+        return lora_linear(x, base.weight, base.bias, first.weight, second.weight, scale, dropout=p, training=dropout.training)
+
+    def _example_calls(self) -> Iterator[Call]:
+        """One forward and one backward call, for ``explain``; none where PEFT's own forward computes."""
+        found = self._expressed()
+        if found is not None:
+            base, first, *_ = found
+            yield from linear_calls(base, example_input(base, base.weight.dtype), first.out_features)
+
+    def _expressed(self) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Module, float] | None:
+        """The base layer, the factors, the dropout and the scale that the operation needs; None where PEFT has to compute."""
         adapters, base = self.active_adapters, self.base_layer
         if (
             self.disable_adapters
             or self.merged
-            or args
-            or kwargs
             or len(adapters) != 1
             or adapters[0] not in self.lora_A
             or adapters[0] in self.lora_variant
             or self.lora_bias[adapters[0]]
         ):
-            return super().forward(x, *args, **kwargs)
+            return None
         (adapter,) = adapters
         first, second, dropout = self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter]
-        drops = isinstance(dropout, nn.Dropout) and runs_forward_of(nn.Dropout, dropout)
         if (
-            not (drops or runs_forward_of(nn.Identity, dropout))
+            not (runs_forward_of(nn.Dropout, dropout) or runs_forward_of(nn.Identity, dropout))
             or not (isinstance(base, nn.Linear) and is_plain(base))
             or not (isinstance(first, nn.Linear) and is_plain(first))  # OPLoRA watches it, and the next, by hooks
             or not (isinstance(second, nn.Linear) and is_plain(second))
         ):
-            return super().forward(x, *args, **kwargs)
-        p = float(dropout.p) if drops else 0.0  # type: ignore[arg-type]
-        return lora_linear(
-            x, base.weight, base.bias, first.weight, second.weight, self.scaling[adapter], dropout=p, training=dropout.training
-        )
+            return None
+        return base, first, second, dropout, self.scaling[adapter]
 
 
 def _kernel_linear(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:

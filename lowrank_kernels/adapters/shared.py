@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from ..backends.versions import version_of
 from ..ops import lora_down
 from ..ops._library import is_plain_eager
 from ._model import adapted_layers, check_model
-from .layer import LowRankLinear
+from .layer import Call, LowRankLinear, is_plain
 
 #: Names of layers that share an input, as ``transformers`` and others call them.
 SHARED_NAMES: tuple[tuple[str, ...], ...] = (
@@ -80,11 +80,35 @@ class SharedInput:
             self.clear()
         return None if found is None else found[1]
 
-    def _lead(self, layer: LowRankLinear, x: Tensor) -> None:
-        self.clear()
+    def together(self, layer: LowRankLinear, x: Tensor) -> list[LowRankLinear]:
+        """The layers that project x in one call now, ``layer`` among them; none if it computes alone."""
         layers = [found for reference in self._layers if (found := reference()) is not None and found.can_share(x)]
         layers = [found for found in layers if found.decoupled == layer.decoupled]
-        if layer not in layers or len(layers) < 2:
+        return layers if layer in layers and len(layers) > 1 else []
+
+    def example_calls(self, layer: LowRankLinear, x: Tensor) -> Iterator[Call]:
+        """What ``layer``, which does not compute alone, calls for x (1, d_in), and what all of them call together."""
+        layers, base, decoupled = self.together(layer, x), layer.base_layer, layer.decoupled
+        weight = base.weight.detach() if is_plain(base) else None
+        d_in, total = layer.in_features, sum(found.rank for found in layers)
+
+        def empty(*shape: int) -> tuple[Tensor, Tensor | None]:
+            return x.new_empty(shape), x.new_empty(shape) if decoupled else None
+
+        (a, q_a), on = empty(total, d_in), empty(1, total)
+        what = f"{len(layers)} layers of one input, {total} × {d_in}{', decoupled' if decoupled else ''}"
+        yield "lora_down", x.device.type, what, (x, a, q_a)
+        yield "lora_down_backward", x.device.type, what, (x, *on, x, a, q_a)
+        (b, q_b), (hidden, hidden_q) = empty(layer.out_features, layer.rank), empty(1, layer.rank)
+        what = f"{layer.out_features} × {d_in}, r = {layer.rank}{', decoupled' if decoupled else ''}"
+        yield "lora_up", x.device.type, what, (None if weight is None else x, weight, None, hidden, b, hidden_q, q_b, 1.0)
+        needs = [weight is not None, True, True, decoupled]
+        yield "lora_up_backward", x.device.type, what, (x.new_empty(1, layer.out_features), weight, hidden, b, q_b, 1.0, needs)
+
+    def _lead(self, layer: LowRankLinear, x: Tensor) -> None:
+        self.clear()
+        layers = self.together(layer, x)
+        if not layers:
             return
         bases = [found.q_a for found in layers] if layer.decoupled else None
         passed, hiddens, hiddens_q = lora_down(x, [found.lora_A for found in layers], bases)
