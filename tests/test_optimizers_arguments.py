@@ -7,7 +7,9 @@ import copy
 import inspect
 import io
 import math
+import pickle
 import warnings
+from collections.abc import Callable
 
 import _optimizers
 import numpy as np
@@ -255,6 +257,16 @@ def test_what_is_no_group_of_this_process_is_refused(given) -> None:
     for call in (lk.OPLoRA, lambda m, **k: lk.SDSLoRA(m, total_steps=9, **k), lk.average_gradients):
         with pytest.raises((TypeError, ValueError), match="(OPLoRA|SDSLoRA|average_gradients): process_group (must be|does not contain)"):
             call(model, process_group=given)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("method", ["OPLoRA", "SDSLoRA", "ODLoRA"])
+def test_copies_communicate_with_nobody_where_the_original_does_not(method: str, copier: Callable) -> None:
+    model = make_model("ours")
+    optimizer = getattr(lk, method)(model, **({} if method == "OPLoRA" else {"total_steps": 400}), process_group=False)
+    assert copier((model, optimizer))[1]._process_group is False
+    optimizer._process_group = lambda: "a group, which no file can hold"
+    assert copier((model, optimizer))[1]._process_group is None
 
 
 @pytest.mark.parametrize("given", [None, "x", 5, torch.ones(1), [1]])

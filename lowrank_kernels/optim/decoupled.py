@@ -21,7 +21,7 @@ from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, held, located, partition
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
 from ..pairs import owners, switch_count
-from ..parallel.ranks import DataParallelGroup, assign_ranks, check_process_group, data_parallel_group, exchange
+from ..parallel.ranks import DataParallelGroup, assign_ranks, check_process_group, data_parallel_group, exchange, group_of_a_copy
 from ..parallel.shards import KEEP_WHOLE, all_gathered, assign, is_sharded, shard_dims
 from ._shared.arguments import AdamWOptions, ParamsT
 from ._shared.base import LowRankOptimizer
@@ -581,8 +581,8 @@ class DecoupledOptimizer(LowRankOptimizer):
         self._agreed_at = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process group belongs to its process: a copy has the default one.
-        return {**super().__getstate__(), "_split_work": self._split_work, "_process_group": None}
+        kept = {"_split_work": self._split_work, "_process_group": group_of_a_copy(self._process_group)}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -53,6 +53,11 @@ def data_parallel_group(process_group: Any) -> DataParallelGroup | None:
     return DataParallelGroup(process_group) if distributed.get_world_size(process_group) > 1 else None
 
 
+def group_of_a_copy(process_group: Any) -> Any:
+    """What stands for it in a copy or a file: False (none) stays, and a group, which belongs to its process, becomes the default one."""
+    return False if process_group is False else None
+
+
 def assign_ranks(costs: Sequence[float], ranks: int) -> list[int]:
     """Which rank does which of the jobs: the dearest first, each to the rank that has least to do. The same answer on every rank."""
     loads, doers = [0.0] * ranks, [0] * len(costs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..._checks import as_integer, as_number, first_few
 from ...backends.lists import partition
 from ...pairs import owners, uncalled_projections
-from ...parallel.ranks import check_process_group, data_parallel_group
+from ...parallel.ranks import check_process_group, data_parallel_group, group_of_a_copy
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, unwatch, watch
@@ -241,7 +241,7 @@ class WatchingOptimizer(LowRankOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_recorders", "_handles", "_seed", "_probes")
-        group = self._process_group if isinstance(self._process_group, bool) else None  # a group belongs to its process
+        group = group_of_a_copy(self._process_group)
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "_process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
