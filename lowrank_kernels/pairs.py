@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ._checks import as_flag, check_module
+
+#: How far ``QᵀQ`` may be from I, each entry, of bases that were saved in bf16 or trained in it: twice what rounding Q to it makes of I.
+ROUNDED_BASES = 2 * torch.finfo(torch.bfloat16).eps
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +226,15 @@ def factors_of(model: nn.Module, convolutions: bool = False) -> tuple[list[Pair]
             else:
                 others += (pair.A, pair.B)
     return list(found.values()), others
+
+
+def halves_are_bases(a: Tensor, b: Tensor) -> bool:
+    """Whether the factors (2r, d_in) and (d_out, 2r) of a foreign layer are ``[A; Q_Aᵀ]`` and ``[Q_B B]`` of a decoupled one: whether these
+    halves are orthonormal, as far as bf16 can hold such."""
+    rank, wide = len(a) // 2, torch.promote_types(a.dtype, torch.float32)
+    bases = torch.stack([q.mT @ q for q in (a[rank:].mT.to(wide), b[:, :rank].to(wide))])
+    off = bases - torch.eye(rank, dtype=wide, device=bases.device)
+    return bool((off.abs() <= ROUNDED_BASES).all())
 
 
 def uncalled_projections(model: nn.Module) -> list[nn.Module]:

@@ -291,6 +291,22 @@ def test_checkpointing_and_layers_that_are_used_twice() -> None:
         assert row["gradient_norm"] == pytest.approx(float(G.norm()), rel=1e-9)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_bases_in_bf16_are_found_by_what_the_optimizers_ask(decoupled: bool) -> None:
+    """Rounding leaves QᵀQ of many columns far from I as a whole; and an A of which half is orthonormal is no decoupled layer."""
+    model = make_model("peft", rank=48, shapes=[(100, 90)], dtype=torch.bfloat16)
+    (pair,) = lrk.pairs(model)
+    with torch.no_grad():
+        pair.A[48:] = torch.linalg.qr(random(90, 48, seed=1))[0].mT
+        pair.B.copy_(random(100, 96, seed=2) / 10)
+        if decoupled:
+            pair.B[:, :48] = torch.linalg.qr(random(100, 48, seed=3))[0]
+    with FullGradientProbe(model, method="sds") as probe:
+        model(random(4, 90, seed=4).bfloat16()).square().sum().backward()
+    (row,) = probe.rows
+    assert row["method"] == ("sds" if decoupled else "lora") and len(row["spectrum"]) == (96 if decoupled else 48)
+
+
 class CoreLinear(nn.Module):
     """``ΔW = sBRA`` with constant B and A, as LoRA-XS and LoRA-SB have it."""
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._checks import as_integer, as_number, check_module
 from ..backends.lists import partition
-from ..pairs import HoldsPair, Pair, pairs
+from ..pairs import HoldsPair, Pair, halves_are_bases, pairs
 from .measures import (
     CORE,
     RULE_OF,
@@ -333,9 +333,7 @@ class _Layer:
     def _split(self) -> None:
         """The halves of an unmodified rank-2r layer, ``[Q_B B] [A; Q_Aᵀ]`` (decoupled) or ``[B 0] [A; …]`` (plain, as it starts)."""
         rank = self.a.shape[0] // 2
-        tail = self.a[rank:].double()
-        identity = torch.eye(rank, dtype=tail.dtype, device=tail.device)
-        if torch.linalg.matrix_norm(tail @ tail.mT - identity) < 1e-2:  # a random half is far from orthonormal
+        if halves_are_bases(self.a, self.b):
             self.bases, self.b = (self.b[:, :rank], self.a[rank:].mT), self.b[:, rank:]
         else:
             self.b = self.b[:, :rank]

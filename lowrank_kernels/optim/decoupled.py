@@ -20,7 +20,7 @@ from .._checks import as_flag, as_integer, check_choice
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import Tall, held, located, partition
 from ..ops import grouped_polar, grouped_qr, grouped_svd_product
-from ..pairs import owners, switch_count
+from ..pairs import halves_are_bases, owners, switch_count
 from ..parallel.ranks import DataParallelGroup, assign_ranks, check_process_group, data_parallel_group, exchange, group_of_a_copy
 from ..parallel.shards import KEEP_WHOLE, all_gathered, assign, is_sharded, shard_dims
 from ._shared.arguments import AdamWOptions, ParamsT
@@ -35,9 +35,6 @@ _requires_grad = attrgetter("requires_grad")
 
 #: What a group calls the places of the As of pairs that were frozen when the others were decoupled.
 STILL_PLAIN = "still_plain"
-
-#: How far ``QᵀQ`` may be from I, each entry, of bases that were saved in bf16 or trained in it: twice what rounding Q to it makes of I.
-ROUNDED_BASES = 2 * torch.finfo(torch.bfloat16).eps
 
 #: Where a layer of ours holds its A, Q_Aᵀ and Q_B.
 _HELD = (("_parameters", "lora_A"), ("_buffers", "q_a"), ("_buffers", "q_b"))
@@ -430,7 +427,7 @@ class DecoupledOptimizer(LowRankOptimizer):
             if pair.holds_bases:
                 agrees = frozen or self._layer(pair, layers).decoupled == decoupled
             else:  # later their counters are all there is to tell the halves apart
-                agrees = group["step"] > 0 or not decoupled or self._has_bases(pair)
+                agrees = group["step"] > 0 or not decoupled or halves_are_bases(*all_gathered([self._at(pair.a), self._at(pair.b)]))
             if not agrees and decoupled and not group["step"]:
                 raise RuntimeError(
                     f"{name}: warmup_steps=0 continues with layers that are decoupled already, and {pair.name} is plain LoRA; "
@@ -449,14 +446,6 @@ class DecoupledOptimizer(LowRankOptimizer):
                     "the frozen basis). Start from LoRA's default initialization (B = 0), or load the optimizer's state as well, or, if "
                     f"it is decoupled, continue with SDSLoRA(…, warmup_steps=0){without}"
                 )
-
-    def _has_bases(self, pair: FactorPair) -> bool:
-        """Whether the idle halves of a foreign pair, were it decoupled, are bases: orthonormal, as far as bf16 can hold such."""
-        a, b = all_gathered([self._at(pair.a), self._at(pair.b)])
-        rank, wide = self._rank(pair), compute_dtype(a.dtype)
-        bases = torch.stack([q.mT @ q for q in (a[rank:].mT.to(wide), b[:, :rank].to(wide))])
-        off = bases - torch.eye(rank, dtype=wide, device=bases.device)
-        return bool((off.abs() <= ROUNDED_BASES).all())
 
     # ---------------------------------------------------------------- the two kinds of layers
 
