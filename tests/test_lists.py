@@ -356,7 +356,7 @@ class TestSharing:
         assert all(map(torch.equal, found, expected))
 
     def test_lists_of_results(self) -> None:
-        grams, xs = 2 * torch.eye(4).repeat(2, 1, 1), [torch.randn(4, 4), torch.randn(4, 4)]
+        grams, xs = 4 * torch.eye(4).repeat(2, 1, 1), [torch.randn(4, 4), torch.randn(4, 4)]
         before, stack = [x.clone() for x in xs], torch.stack(xs)
         for call, names in (
             (lambda: ops.grouped_polar(xs, out=xs), r"grouped_polar: out\[0\] is written and shares memory with xs\[0\]"),
@@ -377,10 +377,10 @@ class TestSharing:
         ):
             with pytest.raises(RuntimeError, match=r"out.*\[0\] is written, but an inference tensor; clone\(\) it"):
                 call()
-        assert all(map(torch.equal, xs, before)) and torch.equal(grams, 2 * torch.eye(4).repeat(2, 1, 1))
+        assert all(map(torch.equal, xs, before)) and torch.equal(grams, 4 * torch.eye(4).repeat(2, 1, 1))
         ops.grouped_solve(grams, xs, out=xs)
         ops.grouped_solve(grams, stack, out=stack)
-        assert all(map(torch.equal, (*xs, *stack), [x / 2 for x in (*before, *before)]))
+        assert all(map(torch.equal, (*xs, *stack), [x / 4 for x in (*before, *before)]))
 
     def test_lorsum_into_its_targets(self) -> None:
         us, vs = ([torch.randn(rows, 2) for rows in (9, 7)] for _ in range(2))

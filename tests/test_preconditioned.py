@@ -543,5 +543,5 @@ def test_frozen_partners_are_read_where_the_model_is_given(side: str, method: ty
                 getattr(layer, f"lora_{side}").grad = None
             optimizer.step()
     for p, q, old in zip(*factors, before, strict=True):
-        assert torch.equal(p, q)
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)  # torch's batched products depend on how many there are
         assert torch.equal(p, old) != p.requires_grad
