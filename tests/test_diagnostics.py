@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -211,9 +214,10 @@ def test_probe_leaves_no_trace_and_measures_one_layer_at_a_time() -> None:
     for step in range(7):
         with probe:
             armed = step % 3 == 0
+            loss = loss_of(model, step)
             assert all(weight.requires_grad == armed for weight in bases)
             handles = [weight.register_post_accumulate_grad_hook(count) for weight in bases if armed]
-            loss_of(model, step).backward()
+            loss.backward()
         assert all(weight.grad is None and not weight.requires_grad for weight in bases)
         for handle in handles:
             handle.remove()
@@ -270,6 +274,35 @@ def test_a_probe_that_measures_is_not_begun_again() -> None:
     with FullGradientProbe(model) as another:
         loss_of(model, 0).backward()
     assert another.rows
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_between_steps_an_attached_probe_lends_no_weight(compiled: bool) -> None:
+    model = make_model("ours")
+    run = torch.compile(model, backend="eager") if compiled else model
+    optimizer = lrk.SDSLoRA(model, lr=1e-3, total_steps=40)
+    files, adapters = list(lrk.adapter_state_dict(model)), trainable(model)
+    probe = FullGradientProbe(model).attach(optimizer)
+    metric = nn.MSELoss()  # another module, called between steps
+    for step in range(2):
+        metric(random(3, seed=0), random(3, seed=1))
+        with torch.no_grad():
+            loss_of(run, step)
+        assert list(lrk.adapter_state_dict(model)) == files and len(trainable(copy.deepcopy(model))) == len(adapters)
+        assert {*lrk.AdamW(model, lr=1e-3).param_groups[0]["params"]} == {*adapters}
+        one_step(run, optimizer, step)
+    probe.detach()
+    assert {row["step"] for row in probe.rows} == {1, 2} and trainable(model) == adapters
+    hooks = torch.nn.modules.module._global_forward_pre_hooks
+    assert not hooks
+    with pytest.warns(UserWarning, match="no gradient of an adapted layer came"), FullGradientProbe(model):
+        assert len(hooks) == 1
+    assert not hooks
+    weight = weakref.ref(model[0].base_layer.weight)
+    probe.attach(optimizer)
+    del probe, optimizer, model, run, adapters
+    gc.collect()
+    assert not hooks and weight() is None, "one that is forgotten keeps nothing"
 
 
 def test_checkpointing_and_layers_that_are_used_twice() -> None:

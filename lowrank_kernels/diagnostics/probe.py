@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .._checks import as_integer, as_number, check_module
@@ -45,10 +47,10 @@ class FullGradientProbe:
             optimizer.zero_grad()
         # or, once:  probe.attach(optimizer)
 
-    While a step is measured, the frozen base weights ask for their gradient; autograd gives G of one layer, the probe takes two thin
-    products of it and drops it before the next layer's comes. So the memory is that of one layer's gradient and of one set of bases;
-    the time is that of the weight gradients which frozen layers save, up to half as much again as the linear layers take, and of
-    two thin products a layer. Steps in between cost nothing: no hook, no requires_grad.
+    From the first forward pass of a measured step (one with autograd) to the step's end, the frozen base weights ask for their gradient;
+    autograd gives G of one layer, the probe takes two thin products of it and drops it before the next layer's comes. So the memory is
+    that of one layer's gradient and of one set of bases; the time is that of the weight gradients which frozen layers save, up to half as
+    much again as the linear layers take, and of two thin products a layer. Steps in between cost nothing: no hook, no requires_grad.
 
     Of several backward passes in one step (gradient accumulation) each one's gradient is measured, and the row has the means of these
     measures, those that are NaN left out: with two micro-batches ``gradient_norm`` is the mean of two norms, not the norm of the mean
@@ -192,7 +194,7 @@ class FullGradientProbe:
         if not rows:
             warnings.warn(
                 "FullGradientProbe: no gradient of an adapted layer came in a step that was to be measured; the forward pass must run "
-                "after the probe has begun (inside `with probe:`)",
+                "after the probe has begun (inside `with probe:`), and a function around it be compiled after that, too",
                 stacklevel=3,
             )
         self._row_writer.write(rows)
@@ -204,7 +206,8 @@ class _Measurement:
     def __init__(self, model: nn.Module, method: str | None, damping: float, ratio: float) -> None:
         self.damping, self.ratio = damping, ratio
         self.seen: defaultdict[int, list[Projections]] = defaultdict(list)
-        self.layers = [_Layer(pair, method) for pair in pairs(model)]
+        adapted = pairs(model)
+        self.layers, self.modules = [_Layer(pair, method) for pair in adapted], {pair.layer for pair in adapted}
         self.frames: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         #: Stable ranks of A and B and the spectrum of ΔW; taken now, since the step may change the factors before they are written down.
         self.state: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -218,8 +221,24 @@ class _Measurement:
                 self.frames[i] = (found.bases[k], found.bases[count + k], found.sigma[k], found.sigma[count + k])
                 self.state[i] = (ranks[k], ranks[count + k], spectra[k])
         self.bases = {i: [q.clone() for q in layer.bases] for i, layer in enumerate(self.layers) if layer.bases is not None}
-        self.handles: list[Any] = []
         self.was_frozen: list[Tensor] = []
+        # Not armed at once: until the next forward pass the weights must be as frozen as ever to whoever saves or copies the model or makes
+        # an optimizer of it. A hook on all modules is called from outside of what wraps the model: compiled code has none of it.
+        arm = weakref.WeakMethod(self._arm)  # the hook must not keep the model where a probe is forgotten
+
+        @torch.compiler.disable
+        def at_forward(called: nn.Module, _: Any) -> None:
+            live = arm()
+            if live is not None:
+                live(called)
+
+        self.handles: list[RemovableHandle] = [register_module_forward_pre_hook(at_forward)]
+        weakref.finalize(self, self.handles[0].remove)
+
+    def _arm(self, called: nn.Module) -> None:
+        if not torch.is_grad_enabled() or self.modules.isdisjoint(called.modules()):
+            return
+        self.handles.pop().remove()
         for indices in partition(range(len(self.layers)), lambda i: id(self.layers[i].weight)).values():
             self._hook(self.layers[indices[0]].weight, indices)
 
