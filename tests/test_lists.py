@@ -347,6 +347,7 @@ class TestSharing:
             (torch.zeros(9, 1).expand(9, 9), r"out\[0\]\[0\] is expanded"),
             (xs[1], r"out\[0\]\[0\] is written and shares memory with (xs|lefts|targets\[.\]|terms\[.\](\[.\])?)\[.\]"),
             (torch.nn.Parameter(q.clone()), r"out\[0\]\[0\] is written, but requires a gradient"),
+            (torch.nn.Parameter(torch.zeros(10, 9))[1:], r"out\[0\]\[0\] is written, but requires a gradient"),
         ):
             with pytest.raises((ValueError, RuntimeError), match=names):
                 call(([wrong, q.clone()], [q.clone(), q]))

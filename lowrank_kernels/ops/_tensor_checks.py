@@ -107,7 +107,7 @@ def check_writable(operation: str, **given: Sequence[Tensor] | Tensor | None) ->
                 )
     if torch.is_grad_enabled():
         for index, tensor in enumerate(written):
-            if tensor.requires_grad and tensor.is_leaf:
+            if tensor.requires_grad and (tensor if tensor._base is None else tensor._base).is_leaf:  # torch refuses a leaf's views, too
                 raise RuntimeError(
                     f"{operation}: {_names(given)[index]} is written, but requires a gradient; detach() it, or call under torch.no_grad()"
                 )
