@@ -67,7 +67,7 @@ def host_reads() -> Iterator[Counter[str]]:
             frame = sys._getframe(1)
             while frame is not None and "/lowrank_kernels/backends/" not in frame.f_code.co_filename:
                 frame = frame.f_back
-            found[name] += frame is None
+            found[name] += frame is None and options.get("device") != "cpu"  # that is made for `sent`, which does not wait
             return original(*args, **options)
 
         return call
@@ -111,7 +111,8 @@ def test_the_counter_is_where_a_capturable_step_counts(how: str) -> None:
         for model, optimizer in zip(models, (plain, other), strict=True):
             run(model, optimizer, 2 * first, 2 * first + 2)
         assert isinstance(other.param_groups[0]["step"], Tensor) == capturable
-    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
+    for p, q in zip(*(model.parameters() for model in models), strict=True):  # one step's difference would be 1e-2
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
 def test_the_watch_can_fail() -> None:
