@@ -169,9 +169,9 @@ def test_low_precision_parameters_keep_float32_state_through_a_checkpoint(build)
     file.seek(0)
     twin = bf16_model()
     twin.load_state_dict(copy.deepcopy(model.state_dict()))
-    resumed = build(twin)
+    resumed, loaded = build(twin), trainable(twin)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    for p, q in zip(parameters, trainable(twin), strict=True):
+    for p, q in zip(parameters, loaded, strict=True):
         for key, value in optimizer.state[p].items():
             assert value.dtype == torch.float32 and torch.equal(value, resumed.state[q][key])
     run(model, optimizer, 7, 20, torch.bfloat16)

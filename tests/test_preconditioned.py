@@ -389,6 +389,51 @@ def test_freezing_the_idle_factor_can_be_switched_off(method: type[LowRankOptimi
     assert [p.requires_grad for p in frozen.parameters()] == [p.requires_grad for p in free.parameters()]
 
 
+@pytest.mark.parametrize("order", ["A", "B"])
+@pytest.mark.parametrize("method", [AltLoRA, AltLoRAPlus])
+def test_freezing_the_idle_factor_follows_a_checkpoint_that_is_loaded(method: type[LowRankOptimizer], order: str) -> None:
+    """Back to an earlier step in place, by an odd and an even number of steps, and in a new run."""
+
+    def make() -> tuple[nn.Module, LowRankOptimizer]:
+        model = make_model("ours")
+        return model, method(model, lr=1e-2, damping=1e-3, order=order, freeze_idle=True)
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)  # by a norm of which an idle factor's gradient would be a part
+            optimizer.step()
+
+    def load(model: nn.Module, optimizer: LowRankOptimizer) -> None:
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+
+    whole, model = make(), make()
+    for step in range(6):
+        saved = copy.deepcopy((whole[0].state_dict(), whole[1].state_dict()))
+        trained = [p.requires_grad for p in whole[0].parameters()]
+        for further in (1, 2):
+            load(*model)
+            assert [p.requires_grad for p in model[0].parameters()] == trained
+            run(*model, step, step + further)
+        resumed = make()
+        for each in (model, resumed):
+            load(*each)
+        for each in (whole, model, resumed):
+            run(*each, step, step + 1)
+        for each in (model, resumed):
+            assert all(map(torch.equal, each[0].parameters(), whole[0].parameters()))
+    saved[1]["param_groups"][0]["freeze_idle"] = False
+    load(*model)
+    assert all(p.requires_grad for pair in pairs(model[0]) for p in (pair.A, pair.B))
+    model = make()
+    saved = copy.deepcopy((model[0].state_dict(), model[1].state_dict()))
+    model[0][0].lora_A.requires_grad_(False)
+    load(*model)
+    assert not model[0][0].lora_A.requires_grad, "before the first step what is frozen was frozen by the user"
+
+
 @every_method
 def test_misuse_is_named(method: type[LowRankOptimizer]) -> None:
     name = method.__name__

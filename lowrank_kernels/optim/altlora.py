@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
 import torch
@@ -179,11 +179,29 @@ class AlternatingOptimizer(PreconditionedOptimizer):
         late = self._group(pairs, OTHER[side])["late"]
         return LikePairs(pair for pair in pairs if self._position(pair, OTHER[side])[1] in late) if late else NO_PAIRS
 
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
+        super()._take_state(state_dict)
+        self._freeze_as_counted()
+
     def _after_undo(self) -> None:
+        self._freeze_as_counted()
+
+    def _freeze_as_counted(self) -> None:
+        """Freeze and thaw as the steps that are counted leave it, after the count was put back or loaded: the factor that was left trained
+        may be the one whose turn is over, and its partner would miss the next."""
         for pair in self._pairs:
             group = self.param_groups[pair.a[0]]
-            if group["freeze_idle"]:
+            # With "joint" nothing is idle, and the device may count. Before the first step nothing is frozen but by the user.
+            if group["freeze_idle"] and group["order"] != "joint" and group["step"]:
                 self._freeze_idle([pair], self._whose_turn(group, later=1))
+        self._thaw_all_but(lambda group: group["freeze_idle"] and group["step"])
+
+    def _thaw_all_but(self, freezes: Callable[[dict[str, Any]], object]) -> None:
+        """Thaw what is held frozen in groups that freeze nothing any more."""
+        left = {position for position in self._idle if not freezes(self.param_groups[position[0]])}
+        for position in left:
+            self._at(position).requires_grad_(True)
+        self._idle -= left
 
     def _freeze_idle(self, pairs: list[FactorPair], next_turn: str) -> None:
         active: set[Position] = set()
@@ -197,10 +215,7 @@ class AlternatingOptimizer(PreconditionedOptimizer):
 
     def _before_update(self) -> None:
         super()._before_update()
-        left = {position for position in self._idle if not self.param_groups[position[0]]["freeze_idle"]}
-        for position in left:  # freeze_idle was switched off since
-            self._at(position).requires_grad_(True)
-        self._idle -= left
+        self._thaw_all_but(lambda group: group["freeze_idle"])  # switched off since
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_idle": self._idle}
@@ -232,7 +247,7 @@ class AltLoRA(AlternatingOptimizer):
             DistributedDataParallel and torch.compile do not cope with parameters whose ``requires_grad`` changes. It is the optimizer's
             then: a factor that you froze is thawed at its turn, and after the last step half of the factors stay frozen, which
             ``for p in optimizer.param_groups[0]["params"]: p.requires_grad_(True)`` undoes. Switched off in a group, it thaws them in the
-            next step.
+            next step. ``load_state_dict`` freezes and thaws as the loaded steps left it.
 
     State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. A frozen factor has
     it too if its partner is trained. ``group["late"]`` holds the positions of factors that missed their last turn.
