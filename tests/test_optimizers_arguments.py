@@ -8,6 +8,7 @@ import inspect
 import io
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from _optimizers import OPTIMIZERS, every_optimizer, run
 
 import lowrank_kernels as lk
 from lowrank_kernels.optim._shared.arguments import AdamWOptions
+from lowrank_kernels.optim._shared.base import LowRankOptimizer
 
 
 @every_optimizer
@@ -170,6 +172,16 @@ def takes(build, *names: str) -> bool:
     """Whether a method has these arguments: not every one is an AdamW."""
     initialize = type(build(make_model("ours"))).__init__
     return set(names) <= set(inspect.signature(initialize).parameters) | set(AdamWOptions.__annotations__)
+
+
+def test_what_all_take_is_typed_and_described() -> None:
+    """``AdamWOptions`` is what type checkers, and the names that are proposed for misspelt ones, know of it."""
+    parameters = inspect.signature(lk.AdamW).parameters.values()
+    shared = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} - {"method_defaults"}
+    assert set(AdamWOptions.__annotations__) == shared
+    assert all(re.search(rf"^ {{8}}(\w+, )*{name}(, \w+)*:", LowRankOptimizer.__doc__, re.MULTILINE) for name in shared)
+    with pytest.raises(TypeError, match="did you mean model"):
+        lk.AltLoRAPlus(make_model("ours"), modle=None)
 
 
 @every_optimizer

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
@@ -135,7 +135,6 @@ class OPLoRA(OverlappingOptimizer):
         metric_damping: float = 1.0,
         metric_rank: int | None = None,
         seed: int = 0,
-        model: nn.Module | None = None,
         overlap: bool = False,
         process_group: Any = None,
         **options: Unpack[AdamWOptions],
@@ -160,7 +159,6 @@ class OPLoRA(OverlappingOptimizer):
             lr,
             weight_decay=weight_decay,
             seed=seed,
-            model=model,
             overlap=overlap,
             process_group=process_group,
             method_defaults=method,

@@ -40,6 +40,7 @@ class AdamWOptions(TypedDict, total=False):
     lr_ratio: float
     nonfinite_grads: str
     atomic: bool
+    model: nn.Module | None
 
 
 def pythons_number(value: Any) -> Any:

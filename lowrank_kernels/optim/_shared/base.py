@@ -59,6 +59,7 @@ class LowRankOptimizer(StatefulOptimizer):
         atomic: keep a copy of parameters and state during the step, and put it back if the step raises (out of memory, an interrupt).
             Without it, a step that fails before it has written anything leaves everything as it was, too; one that fails later leaves
             an optimizer that refuses ``step()`` and ``state_dict()`` until a checkpoint is loaded.
+        model: whose the parameters are, where ``params`` is not the model: read for their pairs and s, in later groups too. Not kept alive.
 
     State, one dictionary per parameter, tensors only, created by the first ``step()``: ``exp_avg`` and ``exp_avg_sq``
     in fp32 (fp64 for fp64 parameters). The step counter is one per group, ``group["step"]`` (a device tensor when

@@ -59,7 +59,6 @@ class WatchingOptimizer(LowRankOptimizer):
         *,
         weight_decay: float | None,
         seed: int,
-        model: nn.Module | None,
         process_group: Any,
         method_defaults: dict[str, Any],
         **options: Unpack[AdamWOptions],
@@ -70,7 +69,7 @@ class WatchingOptimizer(LowRankOptimizer):
         self._probes: dict[int, Probes] = {}  # by group, whose steps they count
         check_process_group(type(self).__name__, process_group)
         self._process_group = process_group
-        super().__init__(params, lr, weight_decay=weight_decay, model=model, method_defaults=method_defaults, **options)
+        super().__init__(params, lr, weight_decay=weight_decay, method_defaults=method_defaults, **options)
         self._close_when_collected()
 
     # ---------------------------------------------------------------- the layers
