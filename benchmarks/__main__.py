@@ -87,16 +87,6 @@ def present_device(text: str) -> str:
     return text
 
 
-def check_writable(path: Path) -> None:
-    """An OSError if no file can be written there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with open(path, "a"):
-        pass
-    if fresh:
-        path.unlink()
-
-
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside the options, and the description as it stands."""
 
@@ -149,10 +139,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"argument --rank: {max(args.rank)} is above {most}, the smallest dimension of {model}/{choice}")
     args.tokens = args.tokens or (8192 if torch.device(args.device).type == "cuda" else 256)
     args.out = args.out or Path(__file__).parent / "results" / f"{torch.device(args.device).type}.csv"
-    try:
-        check_writable(args.out)
-    except OSError as error:
-        parser.error(f"argument --out: cannot write {args.out}: {error.strerror}")
+    results.check_writable(parser, "--out", args.out)
     return args
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .results import KEY, as_float, read
+from .results import KEY, as_float, read_given
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--provider", default="ours", help="beginning of the providers that decide the exit status; '' for all")
     parser.add_argument("--all", action="store_true", help="show rows that did not change, too")
     args = parser.parse_args(argv)
-    for path in (args.a, args.b):
-        if not path.exists():
-            parser.error(f"{path} does not exist")
-    changes = compare(read(args.a), read(args.b), args.column)
+    before, after = (read_given(parser, name, path, (*KEY, args.column)) for name, path in (("A.csv", args.a), ("B.csv", args.b)))
+    changes = compare(before, after, args.column)
     console = Console(width=None if Console().is_terminal else 140)
     if not changes:
         console.print(f"{args.a} and {args.b} have no row in common (rows agree in {', '.join(KEY)})")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .results import as_float, read
+from .results import as_float, check_writable, read, read_given
 from .suites.scaling import COUNTS, OP, host_time_per_layer
 
 Rows = list[dict[str, str]]
@@ -180,13 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--without", type=lambda text: text.split(","), default=[], help="not these providers")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     args = parser.parse_args(argv)
-    if not args.results.exists():
-        parser.error(f"argument RESULTS.csv: {args.results} does not exist")
-    found = read(args.results)
-    missing = [name for name in (*FIGURE, *NEEDED) if found and name not in found[0]]
-    if missing or not found:
-        why = f"it has no column {missing[0]}" if missing else "it has no rows"
-        parser.error(f"argument RESULTS.csv: {args.results} holds no results of the benchmark: {why}")
+    found = read_given(parser, "RESULTS.csv", args.results, (*FIGURE, *NEEDED))
     there = {"op": args.op, "provider": args.without, "threads": [] if args.threads is None else [str(args.threads)]}
     for column, wanted in there.items():
         known = dict.fromkeys(row[column] for row in found)
@@ -194,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             if name not in known:
                 option = "without" if column == "provider" else column
                 parser.error(f"argument --{option}: {name!r} is none of those of the file: {', '.join(known)}")
+    check_writable(parser, "--out", (args.out or args.results.parent) / f"{args.results.stem}-bars.{args.format}")
     for path in draw(args.results, args.out, args.threads, args.op, args.without, args.format):
         print(path)
     return 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from .results import as_float, read
+from .results import KEY, as_float, read_given
 from .shapes import MODELS
 from .suites.scaling import OP, host_time_per_layer
 
@@ -53,6 +53,8 @@ LAYERS = {
 }
 #: provider → what it is called, of the table of adapted layers
 LAYER_PROVIDERS = {"frozen-linear": "frozen layer alone", "peft": "PEFT", "torch.compile": "`torch.compile`", "ours-reference": "ours"}
+#: Columns without which there are no tables.
+NEEDED = (*KEY, "median_ms", "ratio_to_naive", "ratio_to_rival", "roofline_share", "copy_gb_s", "gemm_gflop_s", "torch", "date", "commit")
 
 #: (op, shapes, rank, provider) → row
 Found: TypeAlias = dict[tuple[str, str, str, str], dict[str, str]]
@@ -204,11 +206,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the README says something else")
     args = parser.parse_args(argv)
-    for option, path in (("results", args.results), ("readme", args.readme)):
-        if not path.is_file():
-            parser.error(f"argument --{option}: there is no file {path}")
+    if not args.readme.is_file():
+        parser.error(f"argument --readme: there is no file {args.readme}")
     text = args.readme.read_text(encoding="utf-8")
-    block = render(read(args.results))
+    block = render(read_given(parser, "--results", args.results, NEEDED))
     try:
         new = replace_block(text, block)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 from collections.abc import Iterable, Sequence
@@ -101,6 +102,34 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read_given(parser: argparse.ArgumentParser, argument: str, path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of the file that was given as ``argument``, which is a usage error unless they have the columns ``needed``."""
+    if not path.is_file():
+        parser.error(f"argument {argument}: there is no file {path}")
+    try:
+        rows = read(path)
+        missing = next((name for name in needed if rows and name not in rows[0]), None)
+        why = "it has no rows" if not rows else f"it has no column {missing}" if missing else ""
+    except (UnicodeDecodeError, csv.Error) as error:
+        why = str(error)
+    if why:
+        parser.error(f"argument {argument}: {path} holds no results of the benchmark: {why}")
+    return rows
+
+
+def check_writable(parser: argparse.ArgumentParser, argument: str, path: Path) -> None:
+    """A usage error of ``argument`` if no file can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not path.exists()
+        with open(path, "a"):
+            pass
+        if fresh:
+            path.unlink()
+    except OSError as error:
+        parser.error(f"argument {argument}: cannot write {path}: {error.strerror}")
 
 
 def upsert(path: Path, rows: Iterable[Row]) -> None:

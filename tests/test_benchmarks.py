@@ -439,6 +439,11 @@ PUBLISHED = str(readme.ROOT / "benchmarks" / "results" / "cpu.csv")
         (["plot", PUBLISHED, "--op", "bogus", "--out", "{tmp}/d"], "argument --op: 'bogus' is none of those of the file: .*grouped_adamw_"),
         (["plot", PUBLISHED, "--without", "bogus"], "argument --without: 'bogus' is none of those of the file: .*naive"),
         (["plot", PUBLISHED, "--threads", "99"], "argument --threads: '99' is none of those of the file: "),
+        (["plot", PUBLISHED, "--out", "{tmp}/file"], "argument --out: cannot write .*file"),
+        (["compare", PUBLISHED, "{tmp}/file"], "argument B.csv: .*file holds no results of the benchmark: it has no column op"),
+        (["compare", "{tmp}/binary", PUBLISHED], "argument A.csv: .*binary holds no results of the benchmark: .*decode"),
+        (["compare", "{tmp}/absent", PUBLISHED], "argument A.csv: there is no file .*absent"),
+        (["readme", "--results", "{tmp}/file"], "argument --results: .*file holds no results of the benchmark: it has no column op"),
         (["readme", "--readme", "{tmp}/absent"], "argument --readme: there is no file .*absent"),
         (["readme", "--results", "{tmp}/absent"], "argument --results: there is no file .*absent"),
         (["readme", "--readme", "{tmp}/file"], "argument --readme: .*once each"),
@@ -451,6 +456,7 @@ PUBLISHED = str(readme.ROOT / "benchmarks" / "results" / "cpu.csv")
 def test_a_wrong_argument_is_named(arguments, message, tmp_path, capsys):
     (tmp_path / "file").write_text("a,b\n1,2\n")
     (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"\xff\x00")
     command, *options = [argument.format(tmp=tmp_path) for argument in arguments]
     with pytest.raises(SystemExit) as caught:
         COMMANDS[command](options) if command in COMMANDS else parse_arguments([command, *options])
