@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from data import load_classifier, load_splits
+from folders import check_folder
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -28,8 +29,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     parser.add_argument("--total-steps", type=int, default=1000, help="of the whole run, which SDS-LoRA's schedule is a function of")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --folder")
     args = parser.parse_args(arguments)
-    if args.resume and not (args.folder / "step").is_file():
-        parser.error(f"--resume: no state in {str(args.folder)!r}; run without it first, or name another --folder")
+    check_folder(parser, args, "step")
     torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE)
     model = load_classifier()

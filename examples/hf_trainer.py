@@ -7,9 +7,11 @@ python examples/hf_trainer.py --steps 40 --folder output/hf --resume     # goes 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from data import load_classifier, load_splits
+from folders import check_folder
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -42,12 +44,13 @@ class StopAfter(TrainerCallback):
 def main(arguments: list[str] | None = None) -> nn.Module:
     """Train; returns the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default="examples/output/hf", help="where checkpoints go")
+    parser.add_argument("--folder", type=Path, default=Path("examples/output/hf"), help="where checkpoints go")
     parser.add_argument("--steps", type=int, default=40, help="of the whole run")
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--stop-after", type=int, help="stop after this step, as an interrupted run would")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --folder")
     args = parser.parse_args(arguments)
+    check_folder(parser, args, "checkpoint-*")
     torch.manual_seed(0)
     classifier = load_classifier()
     classifier.backbone = get_peft_model(classifier.backbone, LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"]))
@@ -60,7 +63,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     trainer = Trainer(
         model=WithLoss(classifier),
         args=TrainingArguments(
-            args.folder,
+            str(args.folder),
             max_steps=args.steps,
             save_steps=args.save_every,
             per_device_train_batch_size=8,

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning
 import torch
 from data import Batch, load_classifier, load_splits
+from folders import check_folder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -53,8 +54,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     parser.add_argument("--resume", action="store_true", help="go on from the state in --folder")
     args = parser.parse_args(arguments)
     checkpoint = args.folder / "last.ckpt"
-    if args.resume and not checkpoint.is_file():
-        parser.error(f"--resume: no state {str(checkpoint)!r}; run without it first, or name another --folder")
+    check_folder(parser, args, checkpoint.name)
     torch.manual_seed(0)
     model = load_classifier()
     lrk.adapt(model.backbone, rank=8, target_modules=["query", "value"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from data import load_classifier, load_splits
+from folders import check_folder
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -26,8 +27,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     parser.add_argument("--resume", action="store_true", help="go on from the state in --folder")
     args = parser.parse_args(arguments)
     state = args.folder / "state.pt"
-    if args.resume and not state.is_file():
-        parser.error(f"--resume: no state {str(state)!r}; run without it first, or name another --folder")
+    check_folder(parser, args, state.name)
     torch.manual_seed(0)
     model = load_classifier()
     model.backbone = get_peft_model(model.backbone, LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"]))
@@ -54,7 +54,6 @@ def main(arguments: list[str] | None = None) -> nn.Module:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    args.folder.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rounds": args.rounds}, state)
     return model
 

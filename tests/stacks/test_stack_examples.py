@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,25 @@ RUNS = {
     "lightning_fit --manual": (["--steps", "8"], ["--steps", "5"], ["--steps", "8", "--resume"]),
     "preference_loop": (["--rounds", "4"], ["--rounds", "2"], ["--rounds", "4", "--resume"]),
 }
+
+
+@pytest.mark.parametrize("script", dict.fromkeys(name.split()[0] for name in RUNS))
+def test_a_folder_that_does_not_serve_is_named(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if script == "lightning_fit":
+        pytest.importorskip("lightning")
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    main = importlib.import_module(script).main
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["--resume", "--folder", str(tmp_path / "none")], "error: --resume: no state in .*none.*another --folder"),
+        (["--folder", str(tmp_path / "file")], "error: --folder: cannot write into .*file"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2 and re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("name", RUNS)
