@@ -70,7 +70,8 @@ class OPLoRA(OverlappingOptimizer):
     ``zero_grad()``. A layer without gradient misses the step, its momentum too.
 
     Data parallelism: each rank holds its own X and S, G is the mean over the ranks, and what is sent are the thin products GV and
-    GᵀU of each half sweep (the sketches, with ``gradient="sketch"``).
+    GᵀU of each half sweep (the sketches, with ``gradient="sketch"``). Every rank takes part in every step, so
+    ``step()`` raises in ``DistributedDataParallel.join()``, where a rank that is out of data does not.
 
     Args:
         params, lr, maximize, scale, …: see :class:`LowRankOptimizer`; parameters that are no factors get AdamW with its default betas

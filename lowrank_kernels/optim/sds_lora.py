@@ -34,7 +34,8 @@ class SDSLoRA(DecoupledOptimizer):
         refresh_every: n; refresh after main steps n, 2n, … instead.
         basis: "qr", or "polar": ``Q = X(XᵀX)^{-1/2}`` in place of QR's.
         split_work: let the ranks of ``process_group`` (None: the default group) divide the layers among them where bases are made, one
-            all-gather each time; see :class:`DecoupledOptimizer` for when it pays.
+            all-gather each time; see :class:`DecoupledOptimizer` for when it pays. Not in ``DistributedDataParallel.join()``: a rank that
+            is out of data would be missing there, and the others fail or wait. Nothing detects that.
 
     The paper's setting: ``alpha=4, rank_scaling="rslora"`` (s = α/√r), cosine schedule, all linear layers.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from ..backends.lists import partition
 
@@ -56,6 +57,13 @@ def data_parallel_group(process_group: Any) -> DataParallelGroup | None:
 def group_of_a_copy(process_group: Any) -> Any:
     """What stands for it in a copy or a file: False (none) stays, and a group, which belongs to its process, becomes the default one."""
     return False if process_group is False else None
+
+
+def may_lose_ranks() -> bool | None:
+    """Whether the DistributedDataParallel whose forward is running lets ranks without data leave the steps to the others, as it does in
+    ``join()``, and after it until ``join(enable=False)``; None outside of such a forward."""
+    ddp = DistributedDataParallel._active_ddp_module
+    return None if ddp is None else ddp._join_config.enable and not ddp._join_config.throw_on_early_termination
 
 
 def assign_ranks(costs: Sequence[float], ranks: int) -> list[int]:

@@ -184,6 +184,49 @@ def ddp_static_graph(cell: Cell) -> None:
     assert_ddp(cell, "static")
 
 
+def join_run(rank: int, world: int, name: str, peft: bool) -> dict[str, Any]:
+    """Train in ``join()``, with fewer batches on the last rank; or, where that is refused, only where all ranks have as many."""
+    cell = Cell(name, Path(), None)
+    model = with_peft(cell).double() if peft else ours(cell, dtype=DOUBLE)
+    ddp, optimizer = DistributedDataParallel(model), cell.optimizer(model)
+
+    def steps(count: int) -> None:
+        for step in range(count):
+            x, y = share(step, rank, world)
+            loss = nn.functional.cross_entropy(ddp(x), y)
+            with torch.no_grad():
+                model(x)  # outside of DDP
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    before, fewer = values(model), STEPS - 3 if rank == world - 1 else STEPS
+    if joins(cell.method):
+        with ddp.join():
+            steps(fewer)
+        return arrays(model)
+    with ddp.join(), pytest.raises(RuntimeError, match=f"{name}: DistributedDataParallel is in join.*nothing was changed"):
+        steps(STEPS)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and not optimizer.state
+    with ddp.join(enable=False):
+        steps(STEPS)
+    with pytest.raises(RuntimeError, match="exhausted"), ddp.join(throw_on_early_termination=True):
+        steps(fewer)
+    return arrays(model)
+
+
+def joins(method: Method) -> bool:
+    """Whether a rank may be missing in a step."""
+    return method.optimizer is not lk.OPLoRA
+
+
+@feature("DDP: join(), in which ranks have fewer batches (not with split_work=True): identical factors on all", joins)
+def ddp_join(cell: Cell) -> None:
+    for peft in (False, True)[: 1 + cell.method.peft]:
+        first, second = cell.ranks(join_run, cell.name, peft)
+        assert_close(first, second, 0.0)
+
+
 def split_run(rank: int, world: int, name: str, fsdp: bool) -> tuple[dict[str, Any], dict[str, int], int]:
     """Train with and without ``split_work`` on the same data, and with other bases after the fact; the state at the end."""
     cell, results = Cell(name, Path(), None), []

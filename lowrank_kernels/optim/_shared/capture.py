@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...pairs import owners
+from ...parallel.ranks import may_lose_ranks
 from .full_gradient import FullGradient, TokenFactors
 
 
@@ -65,12 +66,14 @@ class Recorder:
         patches: how X and S of a convolution become matrices; None for a linear layer.
         active: whether anything is recorded.
         notify: called when something was.
+        joined: whether the layer was last called in a DistributedDataParallel that may lose ranks, see :func:`watch_ranks`.
     """
 
     def __init__(self, gradient: FullGradient, scale: float = 1.0, patches: Patches | None = None) -> None:
         self.gradient, self.scale, self.patches, self.active = gradient, scale, patches, True
         self.pending: Tensor | None = None
         self.notify: Callable[[], object] | None = None
+        self.joined = False
         self._task = -1
 
     def __call__(self, x: Tensor, s: Tensor, begins: bool) -> None:
@@ -187,6 +190,24 @@ class _SeeOutput:
 def watch(a: nn.Module, b: nn.Module, recorder: Recorder) -> list[Any]:
     """Let ``recorder`` see an adapter that calls the modules ``a`` and then ``b`` (PEFT's, torchtune's); returns the hooks' handles."""
     return [a.register_forward_hook(_SeeInput(recorder)), b.register_forward_hook(_SeeOutput(recorder))]
+
+
+class _SeeRanks:
+    """Forward pre-hook of a layer. What runs outside of DistributedDataParallel, a recomputation or an evaluation, says nothing."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    @torch._disable_dynamo
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        joined = may_lose_ranks()
+        if joined is not None:
+            self.recorder.joined = joined
+
+
+def watch_ranks(layer: nn.Module, recorder: Recorder) -> Any:
+    """Let ``recorder`` know of ``join()``, which is to be seen in the forward pass alone; returns the hook's handle."""
+    return layer.register_forward_pre_hook(_SeeRanks(recorder))
 
 
 def unwatch(recorders: list[Recorder], handles: list[Any]) -> None:

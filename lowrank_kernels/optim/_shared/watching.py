@@ -17,7 +17,7 @@ from ...pairs import owners, uncalled_projections
 from ...parallel.ranks import check_process_group, data_parallel_group, group_of_a_copy
 from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
-from .capture import Patches, Recorder, unwatch, watch
+from .capture import Patches, Recorder, unwatch, watch, watch_ranks
 from .explain_calls import thin_call
 from .full_gradient import Dense, FullGradient, FullGradients, Probes, Sketch, TokenFactors
 from .pairing import FactorPair, Position
@@ -102,6 +102,7 @@ class WatchingOptimizer(LowRankOptimizer):
                     f"{type(self).__name__}: the layer of {pair.name} is not known from its parameters, and its inputs must be seen; "
                     "pass the model, as params or as model="
                 )
+        ranks = data_parallel_group(self._process_group)
         for pair in new:  # all are accepted
             a, b = self._at(pair.a), self._at(pair.b)
             layer = layers.get(id(a))
@@ -112,6 +113,8 @@ class WatchingOptimizer(LowRankOptimizer):
                 layer.capture = recorder  # type: ignore[assignment]
             else:
                 self._handles += watch(module, modules[id(b)], recorder)
+            if ranks is not None:
+                self._handles.append(watch_ranks(module if layer is None else layer, recorder))
             self._recorders.append(recorder)
 
     def _holder(self, group_index: int) -> FullGradient:
@@ -160,6 +163,13 @@ class WatchingOptimizer(LowRankOptimizer):
     def _captured_gradients(self) -> list[FullGradients]:
         """G of all layers that have one, in lists of what one call takes, and checked."""
         active, unseen, ranks = [], [], data_parallel_group(self._process_group)
+        if ranks is not None and any(recorder.joined for recorder in self._recorders):
+            raise RuntimeError(
+                f"{type(self).__name__}: DistributedDataParallel is in join(), where a rank that is out of data leaves the steps to the "
+                "others, and a step sends products of gradients between all ranks; nothing was changed. Give every rank as many batches "
+                "(drop_last=True), or end all at once, by join(throw_on_early_termination=True); after a join() that was left, "
+                "ddp.join(enable=False) says so"
+            )
         for pair, recorder in zip(self._pairs, self._recorders, strict=True):
             grads = self._at(pair.a).grad, self._at(pair.b).grad
             if grads[0] is None and grads[1] is None:
