@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import pickle
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lrk
-from lowrank_kernels import ops
+from lowrank_kernels import adapters, ops
 from lowrank_kernels.backends import registry
 from lowrank_kernels.backends.registry import call_counts, force
 
@@ -91,7 +92,7 @@ def projections(expected: int) -> Iterator[None]:
 
 def nothing_kept(model: nn.Module) -> bool:
     groups = {id(layer.shared_input): layer.shared_input for layer in model.modules() if isinstance(layer, lrk.LowRankLinear)}
-    return all(group is None or (group._x is None and not group._parts) for group in groups.values())
+    return all(group is None or (group._held.x is None and not group._held.parts) for group in groups.values())
 
 
 X = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -476,6 +477,25 @@ def test_copies_share_among_themselves(how: str) -> None:
     with projections(0):
         alone = copy.deepcopy(shared[0].q_proj)(X)
     torch.testing.assert_close(alone, shared[0].q_proj(X))
+
+
+def test_threads_that_call_one_model_do_not_get_each_others_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread leads the group between a layer's look at its part and the taking of it."""
+    apart, shared = make()
+    factors = adapters.shared._factors
+
+    def interrupted(layer: lrk.LowRankLinear) -> object:
+        monkeypatch.setattr(adapters.shared, "_factors", factors)
+        other = threading.Thread(target=lambda: shared[0].q_proj(X + 1))
+        other.start()
+        other.join()
+        return factors(layer)
+
+    with projections(2):
+        shared[0].q_proj(X)
+        monkeypatch.setattr(adapters.shared, "_factors", interrupted)
+        assert_same([shared[0].k_proj(X), shared[0].v_proj(X)], [apart[0].k_proj(X), apart[0].v_proj(X)])
+    assert adapters.shared._factors is factors
 
 
 def test_no_activation_outlives_the_forward() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -53,6 +54,15 @@ def _factors(layer: LowRankLinear) -> tuple[Any, ...]:
     return tuple((id(tensor), version_of(tensor), tensor.requires_grad) for tensor in used)
 
 
+class _Held(threading.local):
+    """What a group has projected and not handed out yet. Threads that call one model have each their own."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.circumstances: tuple[Any, ...] = ()
+        self.parts: dict[int, tuple[tuple[Any, ...], Projected]] = {}  # beside each, of which factors it is
+
+
 class SharedInput:
     """Layers of one module that may get the same tensor. The first one that does projects it for all; the others take their part.
 
@@ -62,21 +72,19 @@ class SharedInput:
 
     def __init__(self, layers: Iterable[LowRankLinear]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._x: Tensor | None = None
-        self._circumstances: tuple[Any, ...] = ()
-        self._parts: dict[int, tuple[tuple[Any, ...], Projected]] = {}  # beside each, of which factors it is
+        self._held = _Held()
 
     def take(self, layer: LowRankLinear, x: Tensor) -> Projected | None:
         """The part of ``layer`` in the projections of x; None where it has to compute alone."""
         if not is_plain_eager(x):
             return None
-        circumstances = _circumstances(x)
-        found = self._parts.get(id(layer))
-        if found is None or x is not self._x or circumstances != self._circumstances or found[0] != _factors(layer):
+        circumstances, held = _circumstances(x), self._held
+        found = held.parts.get(id(layer))
+        if found is None or x is not held.x or circumstances != held.circumstances or found[0] != _factors(layer):
             self._lead(layer, x)
-            self._circumstances = circumstances
-        found = self._parts.pop(id(layer), None)
-        if not self._parts:
+            held.circumstances = circumstances
+        found = held.parts.pop(id(layer), None)
+        if not held.parts:
             self.clear()
         return None if found is None else found[1]
 
@@ -114,12 +122,12 @@ class SharedInput:
         passed, hiddens, hiddens_q = lora_down(x, [found.lora_A for found in layers], bases)
         rest: Sequence[Tensor | None] = hiddens_q or [None] * len(layers)
         parts = zip(layers, hiddens, rest, strict=True)
-        self._parts = {id(found): (_factors(found), Projected(passed, h, h_q)) for found, h, h_q in parts}
-        self._x = x
+        self._held.parts = {id(found): (_factors(found), Projected(passed, h, h_q)) for found, h, h_q in parts}
+        self._held.x = x
 
     def clear(self, *_: Any) -> None:
         """Forget what nobody took; also called as a hook, after the forward of the module that holds the layers."""
-        self._x, self._parts = None, {}
+        self._held.x, self._held.parts = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": [layer for reference in self._layers if (layer := reference()) is not None]}
