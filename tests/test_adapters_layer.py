@@ -317,6 +317,33 @@ def test_the_decoupled_flag_follows_its_buffer(follow: Callable[[nn.Module, nn.M
     assert torch.equal(torch.func.functional_call(randomize(adapted_net(), False), tensors, (IDS,)), model(IDS))
 
 
+@pytest.mark.parametrize("remedy", ["eval", "eager"])
+def test_a_compiled_average_says_that_it_is_of_the_other_kind(remedy: str) -> None:
+    """No guard sees that an average's flag was written: its graph went on computing plain LoRA with decoupled factors."""
+    model, plain = adapted_net(), plain_net()
+    mean = swa_utils.AveragedModel(plain, use_buffers=True)
+    compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS), plain(IDS))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IDS), plain(IDS))
+        mean.update_parameters(model)
+        with pytest.raises(RuntimeError, match=r"is_decoupled was written by others .* Call eval\(\)"):
+            compiled(IDS)
+        compiled.eval() if remedy == "eval" else mean(IDS)
+        torch.testing.assert_close(compiled(IDS), model(IDS))
+
+
+def test_flags_of_several_models_at_once_compile() -> None:
+    layer = randomize(lrk.LowRankLinear(nn.Linear(8, 6), 3, 0.7, method="sds"))
+    flags, x = torch.ones(2), torch.randn(2, 8)
+
+    def ensemble(flags: Tensor, x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda flag, x: torch.func.functional_call(layer, {"is_decoupled": flag}, (x,)))(flags, x)
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(ensemble, fullgraph=True, backend="aot_eager")(flags, x), layer(x))
+
+
 def plain_net() -> nn.Module:
     """:func:`adapted_net` in its warm-up."""
     model = lrk.adapt(Net().double(), "sds", rank=2, target_modules=["query", "value", "up", "down"])

@@ -27,6 +27,12 @@ Call: TypeAlias = tuple[str, str, str, tuple[Any, ...]]
 #: plain LoRA; decoupled (SDS-LoRA, OD-LoRA); constant factors around a trained core (LoRA-XS, LoRA-SB).
 METHODS = ("lora", "sds", "xs")
 
+#: What a compiled graph says whose layer is of the other kind now.
+STALE = (
+    "LowRankLinear: is_decoupled was written by others (as in an average of models) since the host read it, and the compiled graph is of "
+    "the other kind of layer. Call eval() on the model after such a write, or the model once without torch.compile"
+)
+
 
 def holds_matrix(base: nn.Linear) -> bool:
     """Whether the layer's ``weight`` is an ordinary floating-point matrix: not quantized, not a tensor subclass."""
@@ -237,11 +243,13 @@ class LowRankLinear(nn.Module):
         """Whether ΔW is ``s(Q_B A + B Q_Aᵀ)``; False: ``s·B A``. Saved with the state, as ``is_decoupled``.
 
         The host's copy of that buffer, read anew when the buffer was replaced or written by others (averaged models, broadcasts).
-        While a graph is traced the copy is taken as it is.
+        While a graph is traced the copy is taken as it is, and the graph checks it against the buffer.
         """
-        if self.method == "sds" and not torch.compiler.is_compiling():
+        if self.method == "sds":
             buffer, read = self._buffers["is_decoupled"], self._decoupled_read
-            if buffer is not None and (read is None or read[0] is not buffer or read[1] != version_of(buffer)):
+            if torch.compiler.is_compiling():
+                self._check_decoupled(buffer)
+            elif buffer is not None and (read is None or read[0] is not buffer or read[1] != version_of(buffer)):
                 self._read_decoupled(buffer)
         return self._decoupled
 
@@ -260,11 +268,23 @@ class LowRankLinear(nn.Module):
         self._decoupled_read = None
         _ = self.decoupled
 
+    def _check_decoupled(self, buffer: Tensor | None) -> None:
+        """Write into the graph under way that the host's copy must be what the buffer holds: no guard sees a write into it. Not into those
+        that train, whose optimizer reads the buffer itself, and which the check would cost a launch a layer."""
+        if buffer is None or (self.training and torch.is_grad_enabled()) or torch._C._functorch.is_batchedtensor(buffer):
+            return
+        torch._assert_async(buffer if self._decoupled else buffer == 0, STALE)
+
     def _note_decoupled(self, value: bool) -> None:
         """The host's copy; optimizers ask whether any layer's has changed."""
         if value != self._decoupled:
             count_switch()
         self._decoupled = value
+
+    def train(self, mode: bool = True) -> LowRankLinear:
+        if not mode:
+            _ = self.decoupled  # now, outside of a graph: an average of models is written by others, and often compiled
+        return super().train(mode)
 
     def _read_decoupled(self, buffer: Tensor) -> None:
         """Bring the host's copy of ``is_decoupled`` up to date, if the buffer has a value that can be read."""
