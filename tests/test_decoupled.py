@@ -665,6 +665,32 @@ class TestBadInput:
                 assert other.r["default"] == 2 * r == other.lora_A["default"].weight.shape[0], name
                 assert other.scaling["default"] == pytest.approx(alpha / (r if rule == "lora" else r**0.5)), name
 
+    @pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
+    def test_decoupled_adapters_are_combined_as_peft_combines_plain_ones(self, kind: str) -> None:
+        """PEFT makes the new adapter's configuration by dataclasses.replace, with fields that rank and alpha decide."""
+        peft = pytest.importorskip("peft")
+        from lowrank_kernels.adapters.peft import DecoupledLoraConfig, KernelLinear
+
+        config = DecoupledLoraConfig(rank=3, alpha=2.0, target_modules=["0", "2"])
+        plain = peft.LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=["0", "2"])
+        torch.manual_seed(0)
+        base, x = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16)), torch.randn(5, 12)
+        models = [peft.get_peft_model(copy.deepcopy(base), one) for one in (config, plain)]
+        for model, one in zip(models, (config, plain), strict=True):
+            model.add_adapter("other", one)
+            torch.manual_seed(1)
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    nn.init.normal_(p)
+            model.add_weighted_adapter(["default", "other"], [0.5, 0.25], "both", combination_type=kind)
+            model.set_adapter("both")
+        torch.testing.assert_close(models[0](x), models[1](x))
+        assert isinstance(models[0].base_model.model[0], KernelLinear)
+        made = models[0].peft_config["both"]
+        assert type(made) is peft.LoraConfig and made.to_dict() == models[1].peft_config["both"].to_dict()
+        twins = copy.deepcopy(config), pickle.loads(pickle.dumps(config))
+        assert all(type(twin) is DecoupledLoraConfig and twin.to_dict() == config.to_dict() for twin in twins)
+
     def test_decoupled_configuration_refuses_patterns(self) -> None:
         pytest.importorskip("peft")
         from lowrank_kernels.adapters.peft import DecoupledLoraConfig

@@ -7,6 +7,7 @@ files are ordinary LoRA files, and ``PeftModel.from_pretrained`` reads them with
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig
@@ -108,6 +109,12 @@ class DecoupledLoraConfig(LoraConfig):
     """
 
     of_twice_the_rank = True  # whoever writes rank=r here knows that r is trained: the optimizers need not say so
+
+    def __new__(cls, *args: Any, **options: Any) -> LoraConfig:  # type: ignore[misc]
+        # dataclasses.replace, with all of LoraConfig's fields, as from add_weighted_adapter: of other adapters, and so a plain LoRA.
+        if options.keys() >= {field.name for field in fields(LoraConfig) if field.init}:
+            return with_kernels(LoraConfig(**options))
+        return super().__new__(cls)
 
     def __init__(
         self,
