@@ -281,6 +281,24 @@ def test_an_optimizer_that_is_kept_alive_holds_nothing_back_from_the_next(succes
         assert not pairs(model)[0].B.grad[:, 3:].any()
 
 
+@pytest.mark.parametrize("what", ["loaded between micro-batches", "skipped, average swapped in and out"])
+def test_idle_halves_stay_idle_where_the_same_values_are_written(what: str) -> None:
+    model = make_model("peft")
+    optimizer = SDSLoRA(model, lr=1e-2, total_steps=60)
+    train(model, optimizer, 0, 3)
+    optimizer.zero_grad()
+    loss_of(model, 3).backward()
+    values = copy.deepcopy(model.state_dict())
+    if what.startswith("skipped"):  # as by a GradScaler
+        optimizer.zero_grad()
+        model.load_state_dict({name: value * 0.9 if "lora_" in name else value for name, value in values.items()})
+    for micro in range(2):
+        model.load_state_dict(values)
+        loss_of(model, 4 + micro).backward()
+    for pair in pairs(model):
+        assert pair.B.grad[:, :3].any() and not pair.B.grad[:, 3:].any() and not pair.A.grad[3:].any()
+
+
 def continue_as(twin: nn.Module, model: nn.Module) -> None:
     """Give the twin the model's gradients."""
     for p, q in zip(trainable(twin), trainable(model), strict=True):

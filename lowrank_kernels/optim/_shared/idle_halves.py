@@ -10,10 +10,14 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 Slices = tuple[slice, ...]
+
+#: By their size, the integers that have the bits of floating-point numbers.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 #: By the parameter's id, the hook of the optimizer that trains it.
 _owned: dict[int, IdleHalf] = {}
@@ -27,12 +31,13 @@ class IdleHalf:
         idle: from the optimizer to the half that it does not train at the moment.
     """
 
-    __slots__ = ("_group_index", "_handle", "_idle", "_key", "_seen", "active", "optimizer", "parameter")
+    __slots__ = ("_group_index", "_handle", "_idle", "_key", "_seen", "_sum", "active", "optimizer", "parameter")
 
     def __init__(self, parameter: Tensor, optimizer: Optimizer, group_index: int, idle: Callable[[Any], Slices]) -> None:
         self.parameter, self.optimizer = weakref.ref(parameter), weakref.ref(optimizer)
         self._key, self._group_index, self._idle = id(parameter), group_index, idle
         self._seen: tuple[int, Any] | None = None
+        self._sum: Tensor | None = None  # of the values then; None: others have written others since
         self.active = True
         if (other := owner(parameter)) is not None:
             other.remove()
@@ -47,10 +52,15 @@ class IdleHalf:
         if optimizer is None or parameter is None:
             return None
         seen = parameter._version, optimizer.param_groups[self._group_index]["step"]
-        # Written since the last gradient, and not by a step of this optimizer: by another one (torch's), which trains both halves.
-        if self._seen is not None and self._seen[1] == seen[1] and self._seen[0] != seen[0]:
-            return None
-        self._seen = seen
+        if seen != self._seen:
+            if self._seen is None or self._seen[1] != seen[1]:
+                self._sum = _sum(parameter)
+            # Written since the last gradient, and not by a step of this optimizer: where other values have come, by another one (torch's),
+            # which trains both halves. The same ones were loaded, or an average of the model was swapped in and out.
+            elif self._sum is None or _sum(parameter) != self._sum:
+                self._sum = None
+                return None
+            self._seen = seen
         grad = grad.clone()
         grad[self._idle(optimizer)] = 0
         return grad
@@ -65,6 +75,11 @@ class IdleHalf:
         self._handle.remove()
         if _owned.get(self._key) is self:
             del _owned[self._key]
+
+
+def _sum(parameter: Tensor) -> Tensor:
+    """What tells values from others, in a launch and without a copy of them: of their bits, in which no step is rounded away."""
+    return parameter.detach().view(_BITS[parameter.element_size()]).sum()
 
 
 def owner(parameter: Tensor) -> IdleHalf | None:
