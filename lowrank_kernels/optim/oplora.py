@@ -67,7 +67,8 @@ class OPLoRA(OverlappingOptimizer):
     the small one, as a rule. Other convolutions get AdamW, and a notice says so.
 
     Gradients add up over micro-batches until ``step()`` or ``zero_grad()``, which drop them. A step that ``GradScaler`` skips drops them by
-    ``zero_grad()``. A layer without gradient misses the step, its momentum too.
+    ``zero_grad()``. A layer without gradient misses the step, its momentum too. With ``gradient="factors"`` several micro-batches' X and S
+    are put one below the other in ``step()``: two launches a layer, and a copy of what was kept, layer by layer; the others keep sums.
 
     Data parallelism: each rank holds its own X and S, G is the mean over the ranks, and what is sent are the thin products GV and
     GᵀU of each half sweep (the sketches, with ``gradient="sketch"``). Every rank takes part in every step, so

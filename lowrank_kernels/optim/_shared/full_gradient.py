@@ -43,6 +43,7 @@ class TokenFactors:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``(Sᵀ, Xᵀ)``, both (width, tokens)."""
+        # Terms of their own would save the copy, and no product: but K-FAC needs all tokens in one matrix, and compiled code takes 16.
         if len(self.pieces) > 1:
             self.pieces = [tuple(torch.cat(parts) for parts in zip(*self.pieces, strict=True))]  # type: ignore[list-item]
         x, s = self.pieces[0]
