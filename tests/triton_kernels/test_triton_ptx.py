@@ -12,22 +12,16 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-#: By family, tests of other files with small cases: odd ranks, ragged heights, slices that nothing aligns, members of zeros and NaN.
+#: By file, tests of other files with small cases: odd ranks, ragged heights, slices that nothing aligns, members of zeros and NaN.
 CASES: dict[str, Sequence[str]] = {
-    "gram": (
+    "linalg": (
         "test_triton_linalg.py::test_gram[5-20-dtype3-accumulator3]",
         "test_triton_linalg.py::test_gram[33-None-dtype1-accumulator1]",
-    ),
-    "qr": (
         "test_triton_linalg.py::test_qr_ragged[dtype1-4]",
         "test_triton_linalg.py::test_qr_reports_non_finite_per_matrix",
-    ),
-    "solve": (
         "test_triton_linalg.py::test_solve[dtype7-4-rhs_dtype7-True]",
         "test_triton_linalg.py::test_solve[dtype12-33-None-False]",
         "test_triton_linalg.py::test_preconditioner[5-dtype1-True-True]",
-    ),
-    "svd": (
         "test_triton_linalg.py::test_svd_product[dtype4-4-2]",
         "test_triton_linalg.py::test_polar[dtype3-4]",
     ),
@@ -44,8 +38,14 @@ CASES: dict[str, Sequence[str]] = {
         "test_triton_layers.py::test_lora_linear[decoupled-seed-1-70-dtype2]",
     ),
 }
+#: More of them, for `make test-all`.
 LARGE: dict[str, Sequence[str]] = {
-    "linalg": ("test_triton_linalg.py",),
+    "linalg": (
+        "test_triton_linalg.py::test_qr_ragged[dtype5-64]",
+        "test_triton_linalg.py::test_qr_degenerate",
+        "test_triton_linalg.py::test_preconditioner[33-dtype3-True-True]",
+        "test_triton_linalg.py::test_svd_product[dtype1-8-4]",
+    ),
     "moment_step": ("test_triton_moment_step.py::test_adamw_with_all_maps_and_drifts[False-dtype5-40-PCTD-True]",),
     "layers": ("test_triton_layers.py::test_lora_linear[plain-mask-33-40-dtype2]",),
 }
@@ -66,23 +66,23 @@ def check(cases: Sequence[str], *options: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("family", CASES)
-def test_hopper(family: str) -> None:
-    check(CASES[family])
+@pytest.mark.parametrize("subject", CASES)
+def test_hopper(subject: str) -> None:
+    check(CASES[subject])
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("family", CASES)
-def test_ampere(family: str) -> None:
-    check(CASES[family], "--ptx-architecture=80")
+@pytest.mark.parametrize("subject", CASES)
+def test_ampere(subject: str) -> None:
+    check(CASES[subject], "--ptx-architecture=80")
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("family", LARGE)
-def test_large(family: str) -> None:
-    check(LARGE[family])
+@pytest.mark.parametrize("subject", LARGE)
+def test_large(subject: str) -> None:
+    check(LARGE[subject])
 
 
 def test_missing_barriers_are_found() -> None:
-    done = run(CASES["qr"][:1], "--ptx-without=factor_kernel:bar.sync")
+    done = run(["test_triton_linalg.py::test_qr_ragged[dtype1-4]"], "--ptx-without=factor_kernel:bar.sync")
     assert done.returncode == 1 and "Violation: factor_kernel" in done.stdout and "race" in done.stdout, done.stdout

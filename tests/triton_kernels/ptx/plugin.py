@@ -79,6 +79,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ptx-without", default="", help="KERNEL:INSTRUCTION to leave out, to see that it is noticed")
 
 
+def pytest_collection_finish() -> None:
+    """What is there before the tests holds no tensors of theirs, and would be looked through at every launch."""
+    gc.freeze()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET=0, please"
     from lowrank_kernels.backends.triton import _launch
