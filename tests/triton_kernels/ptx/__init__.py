@@ -15,5 +15,6 @@ Modelled: each thread's registers and branches; ``bar.sync``; the specialization
 
 Not modelled: time; an order of memory accesses within a warp other than the program's; the proxies' fences and how long ``wgmma`` reads
 its operands; the exact rounding of approximate instructions, of fp64's ``fma`` (80 bits, then 64) and of sums in matrix instructions; what
-ptxas does with the text. Writing the value that is there already is no race: threads that hold the same element may all store it.
+ptxas does with the text. Writing the value that is there already is no race: threads that hold the same element may all store it; within
+one warp such values may differ, as by a last bit where lanes fuse a product into a sum each for itself.
 """
