@@ -46,11 +46,18 @@ def test_tables_are_made_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> 
     def use(thread: int) -> None:
         for turn in range(40):
             number = (turn // 2 + thread) % 2
-            work = _tables.table("test", torch.device("cpu"), number, lambda number=number: _tables.Layout([[number] * 3], [2]))
-            assert work.tensors.tolist() == [number] * 3 and work.programs == 2
+            work = _tables.table("test", torch.device("cpu"), number, lambda number=number: _tables.Layout([[number] * 4], [2]))
+            assert work.tensors.tolist() == [number] * 4 and work.programs == 2
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(use, range(4)))
+
+
+def test_chunks_lie_where_16_bytes_divide_after_an_odd_number_of_rows() -> None:
+    """Triton compiles a kernel for pointers that 16 bytes divide, and another for others."""
+    work = _tables.table("test", torch.device("cpu"), "odd", lambda: _tables.Layout([[7] * 3], [2]))
+    assert work.tensors.tolist()[:3] == [7] * 3 and work.chunks.tolist() == [0, 0, 0, 1]
+    assert (work.chunks.data_ptr() - work.tensors.data_ptr()) % 16 == 0
 
 
 class FakeCuda:
@@ -91,7 +98,7 @@ def test_captures_read_tables_of_eager_calls(monkeypatch: pytest.MonkeyPatch) ->
     cuda.capturing, cuda.cuda_stream = True, 2
     assert cuda.table(1) is eager
     own = cuda.table(2)
-    assert own is not late and own.tensors.tolist() == [2] * 3, "on another stream its upload may still be under way"
+    assert own is not late and own.tensors.tolist()[:3] == [2] * 3, "on another stream its upload may still be under way"
     assert [held is table for held, table in zip(_tables._captured, (eager, own), strict=True)] == [True, True]
     cuda.capturing = False
     again = cuda.table(2)

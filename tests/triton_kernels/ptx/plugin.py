@@ -42,10 +42,11 @@ class Device:
 
 
 def storages() -> dict[int, NDArray[np.uint8]]:
-    """The memory of all tensors on the CPU, by address; tables hold addresses of tensors that no argument is."""
+    """The memory of all tensors on the CPU, by address; tables hold addresses of tensors that no argument is. Subclasses (fake tensors) may
+    have none."""
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu" and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             if storage.nbytes():
                 found[storage.data_ptr()] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
