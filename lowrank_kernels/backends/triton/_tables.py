@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..lists import sent
+
 #: Tables kept for later calls; a training run has a handful, an evaluation of many models more.
 CAPACITY = 128
 
@@ -147,12 +149,10 @@ def _keep(key: tuple[Hashable, int], found: Table, device: torch.device) -> None
 def upload_numbers(values: Sequence[float], device: torch.device) -> Tensor:
     """Numbers of the host in fp64 on the device, without waiting for it. A graph's replays find what they are now."""
     data = torch.tensor(values, dtype=torch.float64, device="cpu")
-    if device.type != "cuda":
-        return data
-    if not torch.cuda.is_current_stream_capturing():
-        return _send(data.pin_memory(), device)
-    with _lock:
-        return _send(_pinned.take(len(data)).view(torch.float64).copy_(data), device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        with _lock:
+            return _send(_pinned.take(len(data)).view(torch.float64).copy_(data), device)
+    return sent(data, device)
 
 
 def table(operation: str, device: torch.device, key: Hashable, make: Callable[[], Layout]) -> Table:
