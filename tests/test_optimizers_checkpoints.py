@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from _models import batch, make_model, trainable
+from _numerics import same_bits_or
 from _optimizers import OPTIMIZERS, every_optimizer, run
 from _ranks import Ranks
 from torch import nn
 
 import lowrank_kernels as lk
-from lowrank_kernels.backends.extension import csrc
 from lowrank_kernels.parallel.shards import local_parts
 
 
@@ -83,8 +82,8 @@ def in_two_groups(model: nn.Module, named: bool) -> list[dict]:
 
 
 def assert_same(model: nn.Module, optimizer: torch.optim.Optimizer, twin: nn.Module, resumed: torch.optim.Optimizer) -> None:
-    """To the bit, with all that the optimizers know; nearly so without our extension: MKL's sums depend on where memory begins."""
-    same = torch.equal if csrc is not None else partial(torch.allclose, rtol=1e-12, atol=1e-15)
+    """To the bit, with all that the optimizers know. Nearly so without the extension."""
+    same = same_bits_or(rtol=1e-12, atol=1e-15)
     for group, other in zip(optimizer.param_groups, resumed.param_groups, strict=True):
         assert all(group[key] == other[key] for key in ("step", "cleared_at", "missed", "late") if key in group)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
