@@ -29,7 +29,7 @@ class LoRAPro(PreconditionedOptimizer):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
         sylvester: X solves ``BᵀB X + X AAᵀ = -s⁻²(BᵀB + δI)⁻¹ ∂A Aᵀ`` (δ on the right-hand side alone; through the eigenvectors of
-            the two Grams); False: X = 0, which ``capturable`` needs.
+            the two Grams); False: X = 0.
         damping: δ, absolute (see :data:`DEFAULT_DAMPING`). 0 is refused where the first step inverts the Gram matrix of a zero factor.
 
     Raises:
@@ -57,11 +57,6 @@ class LoRAPro(PreconditionedOptimizer):
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
         as_flag(type(self).__name__, "sylvester", group["sylvester"])
-        if group["capturable"] and group["sylvester"]:
-            raise ValueError(
-                f"{type(self).__name__}: capturable=True needs sylvester=False: X comes from torch.linalg.eigh, "
-                "which waits for the device and cannot be captured"
-            )
 
     def _step_pairs(self, pairs: LikePairs) -> None:
         active = {side: self._active(pairs, side) for side in "AB"}

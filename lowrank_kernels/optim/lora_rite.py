@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Unpack
 
 import torch
@@ -38,7 +39,6 @@ class LoRARITE(PreconditionedOptimizer):
         params, lr, betas, eps, weight_decay, amsgrad: as ``torch.optim.AdamW``; see :class:`LowRankOptimizer`.
         damping: δ, absolute: R is the triangular factor of ``[B; √δ I]``, so that a rank-deficient B (zero, at the start) does not
             divide by zero (0 is refused where a factor is zero). Q, in Π, is that of B itself.
-        capturable: not supported; True is an error.
 
     State of a factor: ``exp_avg``, ``basis`` (the partner's Q, of the partner's shape), ``second`` (r, r), ``escaped`` ().
 
@@ -61,14 +61,6 @@ class LoRARITE(PreconditionedOptimizer):
         **options: Unpack[AdamWOptions],
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, method_defaults={"damping": damping}, **options)
-
-    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        super()._check_hyperparameters(group)
-        if group["capturable"]:
-            raise ValueError(
-                f"{type(self).__name__}: capturable=True is not supported: every step calls torch.linalg.eigh, "
-                "which waits for the device and cannot be captured"
-            )
 
     def _accept_pairs(self) -> None:
         super()._accept_pairs()
@@ -160,12 +152,16 @@ class LoRARITE(PreconditionedOptimizer):
         return spare
 
     def _steps(self, pairs: LikePairs, side: str) -> int | Tensor:
-        """How many updates the factors have had: one number, or one for each (N, 1)."""
+        """How many updates the factors have had: one number, or one for each (N, 1); on the device in fp64."""
         group = self._group(pairs, side)
+        step = group["step"].double() if isinstance(group["step"], Tensor) else group["step"]
         if not group["missed"]:
-            return group["step"]
-        missed = [group["missed"].get(index, 0) for index in pairs.indices[side]]
-        return group["step"] - torch.tensor(missed, dtype=torch.float64, device=self._at(pairs[0].a).device)[:, None]
+            return step
+        missed = groupby(group["missed"].get(index, 0) for index in pairs.indices[side])
+        device = self._at(pairs[0].a).device
+        # Made there: a copy from the host waits, and a CUDA graph would repeat it from memory that is somebody else's by then.
+        runs = [torch.full((sum(1 for _ in run), 1), count, dtype=torch.float64, device=device) for count, run in missed]
+        return step - torch.cat(runs)
 
     def _example_side(self, pairs: LikePairs, side: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         grams, rs = self._example_stacks(pairs)

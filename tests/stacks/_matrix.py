@@ -54,8 +54,8 @@ METHODS = {
     "AltLoRAPlus": Method(lk.AltLoRAPlus, {"damping": 1e-3}, capturable={"order": "joint"}, fsdp="shards"),
     "ScaledGD": Method(lk.ScaledGD, {"damping": 1e-3, "momentum": 0.5}, capturable={}, fsdp="shards"),
     "ScaledAdamW": Method(lk.ScaledAdamW, {"damping": 1e-3}, capturable={}, fsdp="shards"),
-    "LoRAPro": Method(lk.LoRAPro, {"damping": 1e-3}, capturable={"sylvester": False}, fsdp="shards"),
-    "LoRARITE": Method(lk.LoRARITE, {"damping": 1e-3}),
+    "LoRAPro": Method(lk.LoRAPro, {"damping": 1e-3}, capturable={}, fsdp="shards"),
+    "LoRARITE": Method(lk.LoRARITE, {"damping": 1e-3}, capturable={}),
     "OPLoRA": Method(lk.OPLoRA, {"momentum": 0.8}),
     "LoRASB": Method(lk.LoRASB, adapter="xs", peft_rank=None, capturable={}),
 }

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from lowrank_kernels.backends import force, launch_count, select
 from lowrank_kernels.backends.moments import Maps, Numbers, Stepped
-from lowrank_kernels.backends.triton import adamw, gram, polar, preconditioner, solve
+from lowrank_kernels.backends.triton import adamw, damped_inverse, eigh, gram, polar, preconditioner, solve, sylvester
 
 pytestmark = pytest.mark.usefixtures("nan_scratch")
 
@@ -29,10 +29,13 @@ def test_launches_do_not_grow_with_the_number_of_layers(device: torch.device) ->
             solve.grouped_solve(grams, xs, 1.0, False, [torch.empty_like(x) for x in xs])
             preconditioner.grouped_preconditioner(grams.double(), grams, 1.0, 1.0, False, grams, torch.empty_like(grams))
             polar.grouped_polar(xs[: layers // 3], [torch.empty_like(x) for x in xs[: layers // 3]])
+            eigh.grouped_eigh(grams, torch.empty(layers, 2, device=device), torch.empty_like(grams))
+            sylvester.grouped_sylvester(*[grams.double()] * 3, grams.double())
+            damped_inverse.grouped_damped_inverse(grams, 1.0, torch.empty_like(grams))
             news = torch.empty(layers, 2, 2, 2, device=device)
             adamw.grouped_adamw_(stepped, Maps(*[grams] * 4), [1] * layers, news, numbers)
         counts.append(launch_count() - before)
-    assert counts[0] == counts[1] == 7 + 2 + 2 + 1 + 9 + 2
+    assert counts[0] == counts[1] == 7 + 2 + 2 + 1 + 9 + 3 + 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is the default")

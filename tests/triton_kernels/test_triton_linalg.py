@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from lowrank_kernels.backends import launch_count, reference
-from lowrank_kernels.backends.triton import gram, polar, preconditioner, qr, solve, svd_product
+from lowrank_kernels.backends.triton import damped_inverse, eigh, gram, polar, preconditioner, qr, solve, svd_product, sylvester
 
 pytestmark = pytest.mark.usefixtures("nan_scratch")
 
@@ -271,6 +271,86 @@ def test_polar(device: torch.device, dtype: torch.dtype, rank: int) -> None:
         h = q.mT @ x
         assert (q @ h - x).norm() <= 4 * limit * x.norm() and (h - h.mT).norm() <= 4 * limit * x.norm(), i
         assert torch.linalg.eigvalsh(h + h.mT).min() >= -4 * limit * x.norm(), i
+
+
+# --- grouped_eigh, grouped_sylvester, grouped_damped_inverse --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype, rank", [(torch.float64, 1), (torch.float64, 5), (torch.float64, 16), (torch.float32, 8), (torch.float32, 33)]
+)
+def test_eigh(device: torch.device, dtype: torch.dtype, rank: int) -> None:
+    q = conditioned(rank, rank, 1.0)
+    spectra = [torch.randn(rank), torch.logspace(0, -12, rank), torch.arange(rank) % 3 == 0, torch.arange(rank) // 2, torch.zeros(rank)]
+    matrices = [q * spectrum.double() @ q.mT for spectrum in spectra]
+    scale = 1e30 if dtype == torch.float32 else 1e150
+    matrices += [-q[:, :1] @ q[:, :1].mT, torch.ones(rank, rank).double(), scale * matrices[0], matrices[0] / scale, matrices[0] * math.nan]
+    exact = torch.stack([(x + x.mT) / 2 for x in matrices]).to(dtype)
+    # A slice, of which the lower triangles alone can be read.
+    xs = torch.full((len(exact), rank, 2 * rank), math.nan, dtype=dtype)
+    xs[:, :, rank:] = exact.tril()
+    xs[:, :, rank:].masked_fill_(torch.ones(rank, rank).triu(1) > 0, math.nan)
+    xs = xs.to(device)[:, :, rank:]
+    values, alone = (torch.full((len(xs), rank), math.nan, dtype=dtype, device=device) for _ in range(2))
+    vectors = torch.full_like(xs, math.nan, memory_format=torch.contiguous_format)
+    before = launch_count()
+    eigh.grouped_eigh(xs, values, vectors)
+    eigh.grouped_eigh(xs, alone, None)
+    assert launch_count() == before + 2
+    assert values[-1].isnan().all() and vectors[-1].isnan().all() and alone[-1].isnan().all()
+    bound = 8 * rank * torch.finfo(dtype).eps
+    for x, λ, v, λ_alone in zip(exact[:-1].double(), values.cpu().double(), vectors.cpu().double(), alone.cpu().double(), strict=False):
+        size = x.abs().max().item() or 1.0
+        norm = (x / size).norm().item() or 1.0
+        assert (v.mT @ v - torch.eye(rank)).abs().max() <= bound
+        assert ((x / size) @ v - v * (λ / size)).norm() <= bound * norm
+        assert (λ.diff() >= 0).all() and torch.equal(λ, λ_alone)
+        assert (λ / size - torch.linalg.eigvalsh(x / size)).abs().max() <= bound * norm
+    ok, reason = eigh.verify(torch.empty(1, 65, 65, device=device), values, vectors)
+    assert not ok and "65" in reason
+
+
+@pytest.mark.parametrize("rank", [1, 6, 16])
+def test_sylvester(device: torch.device, rank: int) -> None:
+    x, y, rhs = torch.randn(3, 4, rank, rank, dtype=torch.float64, device=device).unbind()
+    left, right = x @ x.mT, y @ y.mT
+    left[1], right[1] = 0, 0
+    left[2], rhs[3, 0, 0] = math.nan, math.inf
+    before, out = launch_count(), torch.full_like(rhs, math.nan)
+    sylvester.grouped_sylvester(left.triu().mT, right.triu().mT, rhs, out)
+    assert launch_count() == before + 1
+    size = (left[0].norm() + right[0].norm()) * out[0].norm() + rhs[0].norm()
+    assert (left[0] @ out[0] + out[0] @ right[0] - rhs[0]).norm() <= 8 * rank * torch.finfo(torch.float64).eps * size
+    assert not out[1].any() and out[2].isnan().all() and not out[3].isfinite().any()
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-5, 0.3])
+@pytest.mark.parametrize(
+    "dtype, rank", [(torch.float64, 1), (torch.float64, 5), (torch.float64, 16), (torch.float32, 8), (torch.float32, 33)]
+)
+def test_damped_inverse(device: torch.device, dtype: torch.dtype, rank: int, damping: float) -> None:
+    kappas = [1.0, 1e3, 1e6] if dtype == torch.float32 else [1.0, 1e6, 1e12]
+    factors = [10 * torch.linalg.qr(conditioned(2 * rank, rank, kappa), mode="r").R for kappa in kappas]
+    factors += [torch.zeros(rank, rank).double()] if damping else []
+    exact = torch.stack([*factors, factors[0] * math.nan]).to(dtype)
+    below = torch.ones(rank, rank).tril(-1) > 0  # is not read
+    rs = exact.masked_fill(below, math.nan).mT.contiguous().mT.to(device)
+    out = torch.full_like(exact, math.nan, device=device)
+    before = launch_count()
+    damped_inverse.grouped_damped_inverse(rs, damping, out)
+    assert launch_count() == before + 1
+    assert out[-1].isnan().all()
+    for r, inverse in zip(exact[:-1].double(), out.cpu().double(), strict=False):
+        assert torch.equal(inverse, inverse.triu()) and (inverse.diagonal() > 0).all()
+        tall = torch.cat([r.triu(), damping**0.5 * torch.eye(rank, dtype=torch.float64)])
+        # The columns of [R; √δ I] R_δ⁻¹ are orthonormal.
+        basis = tall @ inverse
+        assert (basis.mT @ basis - torch.eye(rank)).abs().max() <= 8 * rank * torch.finfo(dtype).eps * torch.linalg.cond(tall)
+    huge = torch.full((1, rank, rank), 1e30 if dtype == torch.float32 else 1e300, dtype=dtype, device=device).triu()
+    damped_inverse.grouped_damped_inverse(huge, damping, out[:1])
+    assert out[0].isfinite().all() and (out[0].diagonal() > 0).all()
+    ok, reason = damped_inverse.verify(torch.empty(1, 65, 65, device=device), damping, out)
+    assert not ok and "65" in reason
 
 
 @pytest.mark.parametrize("operation", ["grouped_svd"])

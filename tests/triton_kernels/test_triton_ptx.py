@@ -24,6 +24,8 @@ CASES: dict[str, Sequence[str]] = {
         "test_triton_linalg.py::test_preconditioner[5-dtype1-True-True]",
         "test_triton_linalg.py::test_svd_product[dtype4-4-2]",
         "test_triton_linalg.py::test_polar[dtype3-4]",
+        "test_triton_linalg.py::test_eigh[dtype1-5]",
+        "test_triton_linalg.py::test_damped_inverse[dtype1-5-1e-05]",
     ),
     "moment_step": (
         "test_triton_moment_step.py::test_adamw[False-8-False-dtype2]",
@@ -45,6 +47,8 @@ LARGE: dict[str, Sequence[str]] = {
         "test_triton_linalg.py::test_qr_degenerate",
         "test_triton_linalg.py::test_preconditioner[33-dtype3-True-True]",
         "test_triton_linalg.py::test_svd_product[dtype1-8-4]",
+        "test_triton_linalg.py::test_eigh[dtype3-8]",
+        "test_triton_linalg.py::test_damped_inverse[dtype3-8-0.3]",
     ),
     "moment_step": ("test_triton_moment_step.py::test_adamw_with_all_maps_and_drifts[False-dtype5-40-PCTD-True]",),
     "layers": ("test_triton_layers.py::test_lora_linear[plain-mask-33-40-dtype2]",),

@@ -35,7 +35,9 @@ from lowrank_kernels.backends.triton import (
     _launch,
     _thin,
     adamw,
+    damped_inverse,
     dropout,
+    eigh,
     gram,
     lora_linear,
     lorsum,
@@ -86,6 +88,17 @@ def preconditioner_case(rank: int, dtype: torch.dtype, in_turn: bool = False) ->
 def polar_case(rank: int, dtype: torch.dtype) -> None:
     xs = [torch.zeros(256, rank, dtype=dtype)]
     polar.grouped_polar(xs, [torch.empty_like(x) for x in xs])
+
+
+def eigh_case(rank: int, dtype: torch.dtype) -> None:
+    xs = torch.zeros(1, rank, rank, dtype=dtype)
+    for vectors in (torch.empty_like(xs), None):
+        eigh.grouped_eigh(xs, torch.empty(1, rank, dtype=dtype), vectors)
+
+
+def damped_inverse_case(rank: int, dtype: torch.dtype) -> None:
+    rs = torch.zeros(1, rank, rank, dtype=dtype)
+    damped_inverse.grouped_damped_inverse(rs, 1e-6, torch.empty_like(rs))
 
 
 def adamw_case(
@@ -170,6 +183,10 @@ GROUPS: dict[str, dict[str, Callable[[], None]]] = {
         "preconditioner r128 fp32": lambda: preconditioner_case(128, torch.float32),
         "turn r16 fp32": lambda: preconditioner_case(16, torch.float32, in_turn=True),
         "polar r64": lambda: polar_case(64, torch.float32),
+        "eigh r16 fp64": lambda: eigh_case(16, torch.float64),
+        "eigh r64 fp64": lambda: eigh_case(64, torch.float64),
+        "damped inverse r16 fp64": lambda: damped_inverse_case(16, torch.float64),
+        "damped inverse r64 fp64": lambda: damped_inverse_case(64, torch.float64),
     },
     "lorsum": {
         "r16 fp32, bf16 terms": lambda: lorsum_case(16, torch.float32, torch.bfloat16),
@@ -232,6 +249,10 @@ ONLY: dict[tuple[str, str], tuple[int, ...]] = {
     ("small", "turn r16 fp32"): (100,),
     ("small", "preconditioner r128 fp32"): (90,),
     ("small", "polar r64"): (90,),
+    ("small", "eigh r16 fp64"): (80, 100),
+    ("small", "eigh r64 fp64"): (90,),
+    ("small", "damped inverse r16 fp64"): (80, 100),
+    ("small", "damped inverse r64 fp64"): (90,),
     ("adamw", "bf16 on device"): (90,),
     ("adamw", "r16 fp32"): (90,),
     ("adamw", "r16 fp32 strided"): (90,),

@@ -10,14 +10,33 @@ try:
     import triton
     import triton.language  # noqa: F401
 
-    from . import adamw, altlora_turn, dropout, gram, lora_linear, lora_shared, lorsum, polar, preconditioner, qr, solve, svd, svd_product
+    from . import (  # fmt: skip
+        adamw,
+        altlora_turn,
+        damped_inverse,
+        dropout,
+        eigh,
+        gram,
+        lora_linear,
+        lora_shared,
+        lorsum,
+        polar,
+        preconditioner,
+        qr,
+        solve,
+        svd,
+        svd_product,
+        sylvester,
+    )
 except Exception as error:  # a broken installation raises more than ImportError, and an old one lacks what the kernels are made of
     raise ImportError(f"triton cannot be imported: {type(error).__name__}: {error}") from error
 
 __all__ = [
     "adamw",
     "altlora_turn",
+    "damped_inverse",
     "dropout",
+    "eigh",
     "gram",
     "lora_linear",
     "lora_shared",
@@ -28,4 +47,5 @@ __all__ = [
     "solve",
     "svd",
     "svd_product",
+    "sylvester",
 ]

@@ -3,9 +3,8 @@
 Eight launches whatever the number of pairs: the six of ``qr`` for all factors at once, one program per pair for the
 SVD of ``R_L R_Rᵀ`` in fp64, and ``U = Q_L·U_core``, ``V = Q_R·V_core`` for all factors at once.
 
-Jacobi: the columns of C are rotated in K/2 disjoint pairs at a time (round robin, K - 1 steps a sweep) until all are
-orthogonal to the tolerance; C and V stay in L1/L2, nothing is spilled. Columns below ``K·eps64·‖C‖`` are rounding noise:
-they are replaced by an orthonormal completion.
+C and V stay in L1/L2, nothing is spilled. Columns below ``K·eps64·‖C‖`` are rounding noise: they are replaced by an
+orthonormal completion.
 
 Floor: QR's bytes (read the factors twice, write Q), then read Q and write U, V. The cores are N·k² words. The time
 of the cores is latency, about (k - 1)·8 dependent steps, all pairs side by side.
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
+from ._jacobi import MAX_SWEEPS, orthogonalize, places, scaled, squared_lengths, tile_exponent, tolerance
 from ._launch import TL_DTYPE, device_verdict, launch, on_device
-from ._thin import exponent_of, power_of_two, thin_table, vector
+from ._thin import thin_table, vector
 from .qr import Sizes, apply_kernel, factorize, orthonormalize_column, rank_verdict
 
 _LARGEST_RANK = 64
-_MAX_SWEEPS = 40
 
 
 @triton.jit
@@ -33,16 +32,7 @@ def _load_core(pointer, k, K: tl.constexpr):
     """A k×k matrix in a K×K tile, and ``⌊log2⌋`` of its largest entry (1024: not finite)."""
     i = tl.arange(0, K)
     tile = tl.load(pointer + i[:, None] * k + i[None, :], mask=(i[:, None] < k) & (i[None, :] < k), other=0.0)
-    size = tl.abs(tile)
-    size = tl.where(size < float("inf"), size, float("inf"))
-    return tile, exponent_of(tl.max(tl.max(size, axis=1), axis=0))
-
-
-@triton.jit
-def _scaled(tile, exponent):
-    """``tile · 2^-exponent`` in two exact halves."""
-    half = exponent >> 1
-    return tile * power_of_two(-half) * power_of_two(half - exponent)
+    return tile, tile_exponent(tile)
 
 
 @triton.jit(do_not_specialize=["pairs", "k", "rank", "tolerance", "max_sweeps"])
@@ -61,9 +51,7 @@ def jacobi_kernel(rs, columns, weights, ss, pairs, k, rank, tolerance: tl.float6
         tl.store(right_core + square, nan)
         tl.store(ss + pair * rank + i, tl.full([K], float("nan"), tl.float32).to(ss.dtype.element_ty), mask=i < rank)
         return
-    left_exponent = tl.maximum(left_exponent, -1022)
-    right_exponent = tl.maximum(right_exponent, -1022)
-    core = tl.dot(_scaled(right, right_exponent), tl.trans(_scaled(left, left_exponent)), input_precision="ieee", out_dtype=tl.float64)
+    core = tl.dot(scaled(right, -right_exponent), tl.trans(scaled(left, -left_exponent)), input_precision="ieee", out_dtype=tl.float64)
     c = columns + pair * (2 * K * K)
     v = c + K * K
     tl.store(c + square, core)
@@ -72,68 +60,12 @@ def jacobi_kernel(rs, columns, weights, ss, pairs, k, rank, tolerance: tl.float6
     noise = tl.sum(tl.sum(core * core, axis=1), axis=0) * (K * 2.220446049250313e-16) * (K * 2.220446049250313e-16)
     tl.debug_barrier()
 
-    # Only the real columns take part (and a padding column, where their number is odd).
-    h = tl.arange(0, K // 2)
-    even = (k + 1) // 2 * 2
-    taking_part = (h < even // 2)[:, None]
-    worst = tl.full((), 1.0, tl.float64)
-    sweep = 0
-    while (sweep < max_sweeps) & (worst > tolerance):
-        angles = tl.zeros([K // 2], tl.float64)
-        for step in range(even - 1):
-            # Round robin: the last column stays, the others move by one place each step.
-            a = tl.where(h == 0, even - 1, (step + h) % (even - 1)) * K
-            b = ((step - h + 2 * (even - 1)) % (even - 1)) * K
-            alpha = tl.zeros([K // 2], tl.float64)
-            beta = tl.zeros([K // 2], tl.float64)
-            gamma = tl.zeros([K // 2], tl.float64)
-            for first in range(0, K, STEP):
-                j = first + tl.arange(0, STEP)
-                p = tl.load(c + a[:, None] + j[None, :], mask=taking_part, other=0.0)
-                q = tl.load(c + b[:, None] + j[None, :], mask=taking_part, other=0.0)
-                alpha += tl.sum(p * p, axis=1)
-                beta += tl.sum(q * q, axis=1)
-                gamma += tl.sum(p * q, axis=1)
-            significant = (alpha > noise) & (beta > noise)
-            angle = tl.where(significant, tl.abs(gamma) / tl.sqrt(tl.where(significant, alpha * beta, 1.0)), 0.0)
-            angles = tl.maximum(angles, angle)
-            # Also at an angle below the tolerance: the last sweep is the one that brings the digits.
-            turn = angle > 1e-17
-            zeta = (beta - alpha) / tl.where(turn, 2.0 * gamma, 1.0)
-            tangent = tl.where(zeta < 0, -1.0, 1.0) / (tl.abs(zeta) + tl.sqrt(1.0 + zeta * zeta))
-            tangent = tl.where(turn, tangent, 0.0)
-            cosine = 1.0 / tl.sqrt(1.0 + tangent * tangent)
-            sine = (cosine * tangent)[:, None]
-            cosine = cosine[:, None]
-            tl.debug_barrier()
-            for first in range(0, K, STEP):
-                j = first + tl.arange(0, STEP)
-                p = tl.load(c + a[:, None] + j[None, :], mask=taking_part, other=0.0)
-                q = tl.load(c + b[:, None] + j[None, :], mask=taking_part, other=0.0)
-                p_v = tl.load(v + a[:, None] + j[None, :], mask=taking_part, other=0.0)
-                q_v = tl.load(v + b[:, None] + j[None, :], mask=taking_part, other=0.0)
-                # Replicas in other threads must have read before anything is overwritten.
-                tl.debug_barrier()
-                tl.store(c + a[:, None] + j[None, :], cosine * p - sine * q, mask=taking_part)
-                tl.store(c + b[:, None] + j[None, :], sine * p + cosine * q, mask=taking_part)
-                tl.store(v + a[:, None] + j[None, :], cosine * p_v - sine * q_v, mask=taking_part)
-                tl.store(v + b[:, None] + j[None, :], sine * p_v + cosine * q_v, mask=taking_part)
-            tl.debug_barrier()
-        worst = tl.max(angles, axis=0)
-        sweep += 1
+    orthogonalize(c, v, k, noise, tolerance, max_sweeps, True, K, STEP)
 
-    squares = tl.zeros([K], tl.float64)
-    for first in range(0, K, STEP):
-        j = first + tl.arange(0, STEP)
-        part = tl.load(c + i[:, None] * K + j[None, :])
-        squares += tl.sum(part * part, axis=1)
-    # Each column's place in descending order, ties (and the padding, which is zero) by index.
-    other = tl.trans(tl.broadcast_to(squares[:, None], [K, K]))
-    before = (other > squares[:, None]) | ((other == squares[:, None]) & (i[None, :] < i[:, None]))
-    place = tl.sum(before.to(tl.int32), axis=1)
+    squares = squared_lengths(c, K, STEP)
+    place = places(-squares, K)
     sigma = tl.sqrt(squares)
-    half = (left_exponent + right_exponent) >> 1
-    value = sigma * power_of_two(half) * power_of_two(left_exponent + right_exponent - half)
+    value = scaled(sigma, left_exponent + right_exponent)
     tl.store(ss + pair * rank + place, value.to(ss.dtype.element_ty), mask=place < rank)
     inverse = tl.where(squares > noise, 1.0 / tl.where(squares > noise, sigma, 1.0), 0.0)
     for first in range(0, K, STEP):
@@ -165,7 +97,7 @@ def decompose_cores(rs: Tensor, ss: Tensor, compute: torch.dtype) -> Tensor:
     weights = torch.empty(2 * pairs, sizes.R, sizes.R, dtype=torch.float64, device=rs.device)
     with on_device(rs):
         launch(jacobi_kernel, (pairs,), rs, columns, weights, ss, pairs, k, rank,
-               1e-15 * sizes.R if compute == torch.float64 else 1e-10, _MAX_SWEEPS, K=sizes.R, STEP=16, num_warps={16: 1, 32: 4, 64: 8}[sizes.R])  # fmt: skip
+               tolerance(sizes.R, compute), MAX_SWEEPS, K=sizes.R, STEP=16, num_warps={16: 1, 32: 4, 64: 8}[sizes.R])  # fmt: skip
     return weights
 
 
