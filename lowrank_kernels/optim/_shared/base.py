@@ -1,4 +1,5 @@
-"""What all optimizers of the package share: what a step is, from its checks to the moment step. What they hold is in ``stateful``.
+"""What all optimizers of the package share: what a step is, from its checks to the moment step. What they hold is in ``param_groups``
+and ``stateful``.
 
 A method is a subclass that says what happens to the factors of each pair; everything that is not a factor of a pair
 (heads, norms, ``modules_to_save``) gets AdamW in the same ``step()``.
