@@ -248,6 +248,13 @@ def sent(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
+def on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host in fp64 on the device; one for all is filled in there."""
+    if len(set(values)) == 1:
+        return torch.full((len(values),), values[0], dtype=torch.float64, device=device)
+    return sent(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
+
+
 def complete(state: dict[Tensor, dict[str, Any]], groups: list[list[Tensor]], may_be_empty: bool) -> bool:
     """Whether each parameter of the groups has a state, and one with something in it unless that ``may_be_empty``."""
     if _compiled():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice
-from ..backends.lists import partition
+from ..backends.lists import on_device, partition
 from ..backends.versions import Seen
 from ..ops import grouped_eigh, grouped_gram
 from ..pairs import core_owners
@@ -143,7 +143,7 @@ class LoRASB(LowRankOptimizer):
         key = (cores[0].position[0], factors[0].device, len(factors[0]), self._at(cores[0].position).dtype)
         kept = self._kept_whitening.get(key)
         if kept is None or not kept[0].still(factors):
-            scales = torch.tensor([1 / core.scale for core in cores], dtype=torch.float64, device=factors[0].device)
+            scales = on_device([1 / core.scale for core in cores], factors[0].device)
             left = _whitening_of([layer.lora_B for layer in layers], cores) * scales[:, None, None]
             kept = self._kept_whitening[key] = Seen(factors), left, _whitening_of([layer.lora_A.mT for layer in layers], cores)
         return kept[1:]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import as_integer, as_number, check_choice
 from ..backends.dtypes import compute_dtype
-from ..backends.lists import partition, widened
+from ..backends.lists import on_device, partition, widened
 from ..backends.moments import scalar
 from ..ops import grouped_gram, grouped_lorsum_product, grouped_solve
 from ..ops.lorsum import lorsum_in_step
@@ -21,7 +21,7 @@ from ..parallel.ranks import data_parallel_group
 from ..parallel.shards import KEEP_WHOLE
 from ._shared.arguments import LARGEST, AdamWOptions, ParamsT, refuse_adams
 from ._shared.background import Tensors
-from ._shared.full_gradient import KINDS, FullGradients, on_device, random_matrix
+from ._shared.full_gradient import KINDS, FullGradients, random_matrix
 from ._shared.kfac import Kronecker, track
 from ._shared.lorsum import composed_lorsum, damped
 from ._shared.overlapping import OverlappingOptimizer

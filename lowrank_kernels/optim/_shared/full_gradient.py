@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...backends.dtypes import compute_dtype
-from ...backends.lists import partition, sent, widened
+from ...backends.lists import on_device, partition, widened
 from ...ops import grouped_gram, grouped_lorsum_product, grouped_qr
 from ...parallel.ranks import DataParallelGroup
 from .pairing import FactorPair
@@ -80,13 +79,6 @@ def random_matrix(like: Tensor, seed: int, rows: int, columns: int, *more: int) 
         seed = (seed * 1_000_003 + number) % 2**63
     made = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     return made.to(like.device, compute_dtype(like.dtype))
-
-
-def on_device(values: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers of the host in fp64 on the device; one for all is filled in there."""
-    if len(set(values)) == 1:
-        return torch.full((len(values),), values[0], dtype=torch.float64, device=device)
-    return sent(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
 
 
 class Probes:
@@ -310,9 +302,7 @@ class FullGradients:
                     "be cleared by zero_grad(), and under data parallelism averaged over process_group before step(); factors must not be "
                     "tied to another layer's"
                 )
-        self.coefficients = torch.tensor(
-            [ratio / m for ratio, m in zip(ratios, self.multipliers, strict=True)], dtype=torch.float64, device=self.factors[0][0].device
-        )
+        self.coefficients = on_device([c / m for c, m in zip(ratios, self.multipliers, strict=True)], self.factors[0][0].device)
 
     def _ratios(self, grads: list[Tensor], transposed: bool) -> tuple[list[float], list[float], list[bool]]:
         """For each layer: c, the share of the gradient (as a norm) that no c explains, and whether it says anything."""
@@ -350,4 +340,4 @@ class FullGradients:
             products = self.times([random.matrix(a.shape[1], probes, a, 0) for a, _ in self.factors])
             columns = [probes] * len(products)
         norms = torch.stack(list(torch._foreach_norm(products, 2, dtype=torch.float64))) * self.coefficients
-        return norms.square() / torch.tensor(columns, dtype=norms.dtype, device=norms.device)
+        return norms.square() / on_device(columns, norms.device)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...backends.lists import partition
+from ...backends.lists import on_device, partition
 from ...ops import grouped_lorsum_product, grouped_svd_product
 from ...ops.lorsum import lorsum_in_step
-from .full_gradient import FullGradients, on_device
+from .full_gradient import FullGradients
 from .lorsum import composed_lorsum
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_flag
+from ...backends.lists import on_device
 from ...backends.registry import do_nothing
 from ...parallel.ranks import data_parallel_group
 from .arguments import ParamsT
@@ -69,7 +70,7 @@ class OverlappingOptimizer(WatchingOptimizer):
         if self._at(pair.b) not in self.state or self._at(pair.a) not in self.state:
             return  # the first step creates the state
         gradients = FullGradients([pair], [(self._matrix(pair.a), self._matrix(pair.b))], [recorder.gradient], [recorder.scale], None)
-        gradients.coefficients = torch.full((1,), 1.0 / recorder.scale, dtype=torch.float64, device=gradients.factors[0][0].device)
+        gradients.coefficients = on_device([1.0 / recorder.scale], gradients.factors[0][0].device)
         (update,) = self._updates([pair])
 
         def change(copies: Tensors) -> None:
