@@ -96,7 +96,6 @@ class OPLoRA(OverlappingOptimizer):
             diverged at all but tiny lr). SᵀS/n is far below 1 for the mean of a loss: then the input's side is what is scaled.
         metric_rank: rank k of D_U and D_V; None: r. At most the layer's smaller width.
         seed: of the sketches and of the first V of M, and W of D.
-        model: the module whose layers are to be watched, when ``params`` are groups or tensors; not kept.
         overlap: begin each layer's sweeps in the backward pass, as soon as its S is known: in a worker thread on a CPU, on a side
             stream on a GPU, layer by layer and on copies of what a step changes; ``step()`` takes the results over. For one backward pass
             a step and no clipping or scaling: these raise. The first step creates the state and is an ordinary one; so is one whose lr was
@@ -371,12 +370,12 @@ class OPLoRA(OverlappingOptimizer):
         wide = widened(vs, dtype)
         # GV is known from the measurement of c; as a dense term it is multiplied by the identity.
         terms: list[Any] = [gradients.times_a()]
-        factors = [gradients.coefficients]
+        coefficients = [gradients.coefficients]
         if not naive:
             terms.append((mus, list(grouped_gram(wide, mvs, dtype=dtype))))
-            factors.append(torch.full_like(gradients.coefficients, group["momentum"]))
+            coefficients.append(torch.full_like(gradients.coefficients, group["momentum"]))
         eye = torch.eye(wide[0].shape[1], dtype=dtype, device=wide[0].device)
-        products = grouped_lorsum_product(terms, [eye] * len(wide), factors)
+        products = grouped_lorsum_product(terms, [eye] * len(wide), coefficients)
         grams, _ = damped(grouped_gram(wide, dtype=torch.float64), 0.0, dtype)
         solved = grouped_solve(grams, products, side="right")
         if not naive:

@@ -1,4 +1,5 @@
-"""The full gradient ``G = SᵀX`` of one layer, held in one of three ways between the backward passes and ``step()``.
+"""The full gradient ``G = SᵀX`` of one layer, held in one of three ways between the backward passes and ``step()``; and of several
+layers as a term of LoRSum.
 
 X (tokens, d_in) is the adapter's input and S (tokens, d_out) the gradient of its output. Micro-batches add up in each of them.
 """
@@ -194,6 +195,7 @@ class FullGradients:
 
     Args:
         pairs: the layers.
+        factors: their (A, B), as matrices.
         held: what was captured of each, ``m_i G_i``.
         multipliers: m_i.
         ranks: over which to average; None: this process alone.
