@@ -86,15 +86,16 @@ def lora_linear(
     if core is not None:
         core = _cast(core, compute_dtype(dtype))
     mask, seed, keep = _draw(x, a.shape[0], dropout) if training and dropout > 0.0 else (None, None, 1.0)
+    rest = (weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)  # what the schema names after x, in its order
     if capture is not None and torch.is_grad_enabled():
         if is_transformed():
             raise RuntimeError("lora_linear: a torch.func transform or torch.jit.trace captures no full gradients; use loss.backward()")
-        y = _captured(x.reshape(-1, x.shape[-1]), weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed, capture)
+        y = _captured(x.reshape(-1, x.shape[-1]), *rest, capture)
     elif is_plain_eager(x, weight, bias, a, b, q_a, q_b, core):
-        return _eager(x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
+        return _eager(x, rest)
     else:
-        arguments = (x.reshape(-1, x.shape[-1]), weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
-        y = _composed(*arguments) if is_transformed() else torch.ops.lowrank_kernels.lora_linear(*arguments)[0]
+        flat = x.reshape(-1, x.shape[-1])
+        y = _composed(flat, *rest) if is_transformed() else torch.ops.lowrank_kernels.lora_linear(flat, *rest)[0]
     return y.reshape(*x.shape[:-1], b.shape[0])
 
 
@@ -140,31 +141,19 @@ def _draw(x: Tensor, rank: int, dropout: float) -> tuple[Tensor | None, Tensor |
     return (bits[: x.numel()] <= max(1, round(keep * 2**32)) - 1 - 2**31).view(-1, x.shape[-1]), None, keep
 
 
-def _composed(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    q_a: Tensor | None,
-    q_b: Tensor | None,
-    scale: float,
-    mask: Tensor | None,
-    keep: float,
-    core: Tensor | None,
-    seed: Tensor | None,
-) -> Tensor:
+def _composed(x: Tensor, *rest: Any) -> Tensor:
     """The operation in terms that any transform of torch's knows: the reference, which does nothing in place where there is no weight."""
+    weight, bias, *adapter, mask, keep, core, seed = rest
     if seed is not None:
         mask = run("dropout_mask", x.device.type, seed, *x.shape, keep)
     reference = implementations("lora_linear")["reference"].function
-    delta, _ = reference(x, None, None, a, b, q_a, q_b, scale, mask, keep, core)
+    delta, _ = reference(x, None, None, *adapter, mask, keep, core)
     return delta if weight is None else F.linear(x, weight, bias) + delta
 
 
-def _eager(*args: Any) -> Tensor:
+def _eager(x: Tensor, rest: tuple[Any, ...]) -> Tensor:
     """The operation for plain tensors, without its dispatcher; x as it was given."""
-    x, weight, bias, a, b, *_, core, _ = args
+    weight, bias, a, b, *_, core, _ = rest
     if torch.is_grad_enabled() and (
         x.requires_grad
         or a.requires_grad
@@ -173,8 +162,8 @@ def _eager(*args: Any) -> Tensor:
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _apply(*args, None)
-    y, _ = _forward(_flat(x), *args[1:])
+        return _apply(x, *rest, None)
+    y, _ = run("lora_linear", x.device.type, _flat(x), *rest)
     return _shaped(y, x.shape[:-1])
 
 
@@ -285,40 +274,12 @@ def _check_options(scale: Any, dropout: Any, training: Any, capture: Any) -> tup
     return scale, dropout
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    q_a: Tensor | None,
-    q_b: Tensor | None,
-    scale: float,
-    mask: Tensor | None,
-    keep: float,
-    core: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return run("lora_linear", x.device.type, x, weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return run("lora_linear", x.device.type, x, *rest)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    q_a: Tensor | None,
-    q_b: Tensor | None,
-    hidden: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    keep: float,
-    needs: list[bool],
-    core: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> list[Tensor]:
-    return run("lora_linear_backward", x.device.type, grad, x, weight, a, b, q_a, q_b, hidden, scale, mask, keep, needs, core, seed)
+def _backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return run("lora_linear_backward", x.device.type, grad, x, *rest)
 
 
 def _forward_fake(x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, q_a: Any, q_b: Any, scale: float, mask: Any, keep: float,
@@ -400,7 +361,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         *rest, capture = args
-        y, hidden = _forward(_flat(x), *rest)
+        y, hidden = run("lora_linear", x.device.type, _flat(x), *rest)
         _save(ctx, (x, *rest), hidden)  # x as it was given: a view of it made here has no graph
         ctx.capture, ctx.leading = capture, x.shape[:-1]
         ctx.set_materialize_grads(False)
