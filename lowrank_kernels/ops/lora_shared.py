@@ -228,23 +228,33 @@ def _joined(grads: Sequence[Tensor | None], ranks: list[int]) -> Tensor | None:
     return torch.cat([zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)], -1)
 
 
+def _up_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, _, hidden, b, hidden_q, q_b, scale = inputs
+    need_x, _, _, need_hidden, need_b, need_q, *_ = ctx.needs_input_grad
+    ctx.needs, ctx.scale = [need_x, need_hidden, need_b, need_q], scale
+    of_b = hidden if hidden_q is None else hidden_q
+    ctx.save_for_backward(weight if need_x else None, of_b if need_b else None, b, q_b)
+
+
+def _up_grads(needs: list[bool], grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs, of which ``grads`` are those that are needed."""
+    found = iter(grads)
+    of_x, of_hidden, of_b, of_q = (next(found) if needed else None for needed in needs)
+    return of_x, None, None, of_hidden, of_b, of_q, None, None
+
+
 class _Up(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden: Tensor, b: Tensor, hidden_q: Tensor | None,
-                q_b: Tensor | None, scale: float) -> Tensor:  # fmt: skip
-        need_x, _, _, need_hidden, need_b, need_q, *_ = ctx.needs_input_grad
-        ctx.needs, ctx.scale = [need_x, need_hidden, need_b, need_q], scale
-        of_b = hidden if hidden_q is None else hidden_q
-        ctx.save_for_backward(weight if need_x else None, of_b if need_b else None, b, q_b)
-        return _up(x, weight, bias, hidden, b, hidden_q, q_b, scale)
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        y = _up(*args)
+        _up_setup(ctx, args, y)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, hidden, b, q_b = ctx.saved_tensors
-        found = iter(run("lora_up_backward", grad.device.type, grad.contiguous(), weight, hidden, b, q_b, ctx.scale, ctx.needs))
-        of_x, of_hidden, of_b, of_q = (next(found) if needed else None for needed in ctx.needs)
-        return of_x, None, None, of_hidden, of_b, of_q, None, None
+        args = (grad.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.needs)
+        return _up_grads(ctx.needs, run("lora_up_backward", grad.device.type, *args))
 
 
 _apply_down, _apply_up = applies(_Down), applies(_Up)
@@ -293,19 +303,9 @@ def _up_fake(x: Any, weight: Any, bias: Any, hidden: Tensor, b: Tensor, hidden_q
     return hidden.new_empty(hidden.shape[0], b.shape[0])
 
 
-def _up_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, _, hidden, b, hidden_q, q_b, scale = inputs
-    need_x, _, _, need_hidden, need_b, need_q, *_ = ctx.needs_input_grad
-    ctx.needs, ctx.scale = [need_x, need_hidden, need_b, need_q], scale
-    of_b = hidden if hidden_q is None else hidden_q
-    ctx.save_for_backward(weight if need_x else None, of_b if need_b else None, b, q_b)
-
-
 def _up_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    found = iter(torch.ops.lowrank_kernels.lora_up_backward(grad.contiguous(), *saved, ctx.scale, ctx.needs))
-    of_x, of_hidden, of_b, of_q = (next(found) if needed else None for needed in ctx.needs)
-    return of_x, None, None, of_hidden, of_b, of_q, None, None
+    args = (grad.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.needs)
+    return _up_grads(ctx.needs, torch.ops.lowrank_kernels.lora_up_backward(*args))
 
 
 def _up_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
