@@ -68,6 +68,13 @@ def check_tensor(operation: str, argument: str, tensor: Any) -> None:
         raise TypeError(f"{operation}: {argument} has dtype {tensor.dtype}; use one of {', '.join(map(str, FLOATING))}")
 
 
+def check_tensor_on(operation: str, argument: str, tensor: Any, other: str, device: torch.device) -> None:
+    """Refuse what is no strided, floating tensor on the device of the ``other`` argument."""
+    check_tensor(operation, argument, tensor)
+    if tensor.device != device:
+        raise ValueError(f"{operation}: {argument} is on {tensor.device}, {other} on {device}; move them together")
+
+
 def check_strided(operation: str, argument: str, tensor: Any) -> None:
     """Refuse what is no tensor, and one that is sparse, or whose layout is another one that no backend reads."""
     if not isinstance(tensor, Tensor):

@@ -15,7 +15,7 @@ from ..backends.dropout import RESOLUTION, dropped
 from ..backends.dtypes import FLOATING, autocast_dtype, compute_dtype, under_autocast
 from ..backends.registry import implementations, run, select
 from ._library import LIBRARY, NAMESPACE, applies, define, is_eager, is_plain_eager, is_transformed, no_backward
-from ._tensor_checks import check_tensor
+from ._tensor_checks import check_tensor, check_tensor_on
 
 
 def lora_linear(
@@ -229,13 +229,11 @@ def _check(
     q_b: Tensor | None,
     core: Tensor | None,
 ) -> None:
-    given: dict[str, Any] = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b, "q_a": q_a, "q_b": q_b, "core": core}
+    check_tensor("lora_linear", "x", x)
+    given = {"weight": weight, "bias": bias, "a": a, "b": b, "q_a": q_a, "q_b": q_b, "core": core}
     for name, tensor in given.items():
-        if tensor is None and name not in ("x", "a", "b"):
-            continue
-        check_tensor("lora_linear", name, tensor)
-        if tensor.device != x.device:
-            raise ValueError(f"lora_linear: {name} is on {tensor.device}, x on {x.device}; move them together")
+        if tensor is not None or name in ("a", "b"):
+            check_tensor_on("lora_linear", name, tensor, "x", x.device)
     if x.ndim == 0 or a.ndim != 2 or b.ndim != 2:
         raise ValueError(f"lora_linear: need x (..., d_in), a (r, d_in), b (d_out, r); got {x.shape}, {a.shape}, {b.shape}")
     d_in, rank, d_out = x.shape[-1], a.shape[0], b.shape[0]

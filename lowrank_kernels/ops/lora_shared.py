@@ -18,7 +18,7 @@ from .._checks import as_number
 from ..backends.dtypes import FLOATING, autocast_dtype
 from ..backends.registry import run
 from ._library import LIBRARY, NAMESPACE, applies, define, is_plain_eager, is_plain_node, no_backward
-from ._tensor_checks import check_lists, check_tensor
+from ._tensor_checks import check_lists, check_tensor, check_tensor_on
 
 
 def lora_down(
@@ -128,22 +128,15 @@ def _check_down(x: Tensor, factors: Sequence[Tensor], bases: Sequence[Tensor] | 
     for argument, tensors in (("factors", factors), ("bases", bases or ())):
         for index, (tensor, factor) in enumerate(zip(tensors, factors, strict=True) if tensors else ()):
             if not _is_ordinary(tensor, device):
-                _check_tensor(name, f"{argument}[{index}]", tensor, "x", device)
+                check_tensor_on(name, f"{argument}[{index}]", tensor, "x", device)
             if tensor.ndim != 2 or tensor.shape != (factor.shape[0], width):
                 expected = f"(r, {width})" if tensor is factor else f"({factor.shape[0]}, {width})"
                 raise ValueError(f"{name}: {argument}[{index}] must be {expected}, got {tuple(tensor.shape)}")
 
 
 def _is_ordinary(tensor: Any, device: torch.device) -> bool:
-    """The quick form of :func:`_check_tensor`, for every call."""
+    """The quick form of :func:`check_tensor_on`, for every call."""
     return isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.dtype in FLOATING and tensor.device == device
-
-
-def _check_tensor(operation: str, argument: str, tensor: Any, other: str, device: torch.device) -> None:
-    """Refuse what is no strided, floating tensor on the device of another argument."""
-    check_tensor(operation, argument, tensor)
-    if tensor.device != device:
-        raise ValueError(f"{operation}: {argument} is on {tensor.device}, {other} on {device}; move them together")
 
 
 def _check_up(
@@ -155,7 +148,7 @@ def _check_up(
     device = hidden.device
     for name, tensor in (("b", b), ("x", x), ("weight", weight), ("bias", bias), ("hidden_q", hidden_q), ("q_b", q_b)):
         if not (tensor is None and name != "b") and not _is_ordinary(tensor, device):
-            _check_tensor("lora_up", name, tensor, "hidden", device)
+            check_tensor_on("lora_up", name, tensor, "hidden", device)
     if hidden.ndim == 0 or b.ndim != 2:
         raise ValueError(f"lora_up: need hidden (..., r) and b (d_out, r), got {tuple(hidden.shape)} and {tuple(b.shape)}")
     leading, (d_out, rank) = tuple(hidden.shape[:-1]), b.shape
