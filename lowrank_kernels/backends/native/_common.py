@@ -41,6 +41,11 @@ def refuse(tensor: Tensor, r: int) -> str | None:
     return refuse_device(tensor) or (None if r <= MAX_RANK else f"r = {r}: the compiled code stops at {MAX_RANK}")
 
 
+def refuse_gaps(argument: str, tensor: Tensor) -> str | None:
+    """Why compiled code cannot write into ``tensor``, of which it takes the address alone; None if it can."""
+    return None if tensor.is_contiguous() else f"{argument} must be contiguous, got strides {tensor.stride()}"
+
+
 def strides(matrices: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """The row strides of all matrices, and their column strides."""
     pairs = [matrix.stride() for matrix in matrices]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..extension import csrc
 from ..moments import Maps, Numbers, Stepped
 from ..registry import count_launch, implements
-from ._common import COMPILED, refuse
+from ._common import COMPILED, refuse, refuse_gaps
 
 
 def verify(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | None, numbers: Numbers) -> tuple[bool, str]:
@@ -22,9 +22,8 @@ def verify(stepped: Stepped, maps: Maps, rank_dims: list[int], drifts: Tensor | 
         if index >= 0:
             shape, strides = tuple(tensors[index].shape), tensors[index].stride()
             return False, f"{name}[{index}] has strides {strides}, shape {shape}: tensors that are not matrices must be contiguous"
-    if drifts is not None and not drifts.is_contiguous():
-        return False, f"drifts must be contiguous, got strides {drifts.stride()}"
-    return True, f"{COMPILED}, one fused pass"
+    reason = None if drifts is None else refuse_gaps("drifts", drifts)
+    return (True, f"{COMPILED}, one fused pass") if reason is None else (False, reason)
 
 
 @implements("grouped_adamw_", "native", verify)

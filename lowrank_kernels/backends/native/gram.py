@@ -12,16 +12,14 @@ from ..dtypes import DTYPE_CODES
 from ..extension import csrc
 from ..lists import as_stored
 from ..registry import count_launch, implements
-from ._common import COMPILED, refuse
+from ._common import COMPILED, refuse, refuse_gaps
 
 
 def verify(xs: Sequence[Tensor], ys: Sequence[Tensor] | None, grams: Tensor, layouts: Any = None) -> tuple[bool, str]:
     """Takes CPU matrices of any strides, up to 128 columns."""
-    reason = refuse(grams, max(grams.shape[1:]))
+    reason = refuse(grams, max(grams.shape[1:])) or refuse_gaps("grams", grams)
     if reason is not None:
         return False, reason
-    if not grams.is_contiguous():
-        return False, f"grams must be contiguous, got strides {grams.stride()}"
     return True, f"{COMPILED}, accumulated in {str(grams.dtype).removeprefix('torch.')}"
 
 

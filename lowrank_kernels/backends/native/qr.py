@@ -13,7 +13,7 @@ from ..extension import csrc
 from ..lists import as_stored
 from ..registry import count_launch, implements
 from . import cuda_qr
-from ._common import COMPILED, refuse
+from ._common import COMPILED, refuse, refuse_gaps
 
 
 def verify(
@@ -23,11 +23,9 @@ def verify(
     first = as_stored(xs)[0][0]
     if first.device.type == "cuda":
         return cuda_qr.verify(list(xs), None if previous is None else list(previous), list(qs), rs)
-    reason = refuse(first, rs.shape[1])
+    reason = refuse(first, rs.shape[1]) or refuse_gaps("rs", rs)
     if reason is not None:
         return False, reason
-    if not rs.is_contiguous():
-        return False, f"rs must be contiguous, got strides {rs.stride()}"
     return True, f"{COMPILED}, CholeskyQR with a Householder path"
 
 

@@ -9,18 +9,16 @@ from ..dtypes import DTYPE_CODES
 from ..extension import csrc
 from ..registry import count_launch, implements
 from . import cuda_svd_product
-from ._common import COMPILED, addresses, refuse, strides, table
+from ._common import COMPILED, addresses, refuse, refuse_gaps, strides, table
 
 
 def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tensor, vs: list[Tensor]) -> tuple[bool, str]:
     """Takes CPU factors of any strides, up to 128 columns; CUDA ones where cuSOLVER and cuBLAS are found."""
     if lefts[0].device.type == "cuda":
         return cuda_svd_product.verify(lefts, rights, us, ss, vs)
-    reason = refuse(lefts[0], lefts[0].shape[1])
+    reason = refuse(lefts[0], lefts[0].shape[1]) or refuse_gaps("ss", ss)
     if reason is not None:
         return False, reason
-    if not ss.is_contiguous():
-        return False, f"ss must be contiguous, got strides {ss.stride()}"
     return True, f"{COMPILED}, CholeskyQR and one-sided Jacobi"
 
 
