@@ -2,11 +2,12 @@
 
 from .adapt import adapt
 from .export import export_peft
-from .io import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
+from .io import load_adapter, save_adapter
 from .layer import LowRankLinear
 from .merge import delta_weights, merge, unmerge
 from .shared import share_inputs
 from .starts import InitReport, initialize, lora_sb_init
+from .state_dict import adapter_state_dict, load_adapter_state_dict
 
 __all__ = [
     "InitReport",

@@ -20,17 +20,9 @@ from .._checks import as_integer, check_path
 from ..backends.dtypes import compute_dtype
 from ..ops import grouped_svd_product
 from ._model import adapted_layers, check_model, clean_name, ends_with, require_adapters, uncalled_layers
-from .io import (
-    bare_name,
-    check_target,
-    joined,
-    live_tensors,
-    refuse_unsavable,
-    trained_modules,
-    unshared,
-    write_atomically,
-)
+from .io import check_target, refuse_unsavable, unshared, write_atomically
 from .layer import LowRankLinear
+from .state_dict import bare_name, joined, live_tensors, trained_modules
 
 #: What PEFT reads in an adapter's folder.
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
