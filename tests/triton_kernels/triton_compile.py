@@ -5,7 +5,7 @@
 calls the backend's host functions on CPU tensors with the launch replaced by a recorder, compiles each distinct
 recorded configuration for every ARCH (80, 90, 100) and prints one JSON line for each cubin: kernel, case, architecture,
 registers, stack bytes (spills), local bytes, shared bytes, matrix instructions, widths of loads and stores, whether "tf32"
-stands in the TTIR, Triton's version. Without arguments it prints the names of the groups.
+stands in the TTIR, asynchronous copies to shared memory, Triton's version. Without arguments it prints the names of the groups.
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ def reports(group: str, architectures: list[int]) -> Iterator[dict[str, Any]]:
                 compiled = triton.compile(src, target=GPUTarget("cuda", architecture, 32), options=compile_options)
                 yield {"kernel": kernel.fn.__name__, "case": case, "arch": architecture, **resources(compiled.asm["cubin"]),
                        "shared": compiled.metadata.shared, "tf32": "tf32" in compiled.asm["ttir"],
-                       "triton": triton.__version__}  # fmt: skip
+                       "prefetches": compiled.asm["ptx"].count("cp.async.c"), "triton": triton.__version__}  # fmt: skip
 
 
 if __name__ == "__main__":

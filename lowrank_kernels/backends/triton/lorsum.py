@@ -61,8 +61,8 @@ def _store_rows(pointer, rows, first, tile, R: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _contract(q, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR: tl.constexpr,
-              R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def _contract_rows(q, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR: tl.constexpr,
+                   R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Rows ``first…`` of ``Qᵀ other``, summed over rows ``start…stop`` in ACCUMULATOR, to ``target``."""
     VECTOR: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth
     total = tl.zeros([BLOCK_K, R], ACCUMULATOR)
@@ -71,6 +71,18 @@ def _contract(q, mode, rows, columns, stride_d, stride_k, start, stop, first, ot
         right = _rows(other, rows, row, R, BLOCK_D).to(ACCUMULATOR)
         total = tl.dot(tl.trans(tile), right, total, input_precision="ieee", out_dtype=ACCUMULATOR)
     _store_rows(target, columns, first, total.to(tl.float64), R, BLOCK_K)
+
+
+@triton.jit
+def _contract(q, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR: tl.constexpr,
+              R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """:func:`_contract_rows`, in a loop for each mode: Triton prefetches (cp.async) only what no branch in a loop hides."""
+    if mode == 1:
+        _contract_rows(q, 1, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR, R, BLOCK_D, BLOCK_K)
+    elif mode == 2:
+        _contract_rows(q, 2, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR, R, BLOCK_D, BLOCK_K)
+    else:
+        _contract_rows(q, 0, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR, R, BLOCK_D, BLOCK_K)
 
 
 @triton.jit
@@ -110,7 +122,7 @@ def contract_kernel(
     target = partials + tl.load(row + 18) + chunk * columns * R
     wide = tl.load(row + 19)
     if kind == _GRAM:
-        _contract(other, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, tl.float64, R, 16, BLOCK_K)
+        _contract_rows(other, 1, rows, columns, R, 1, start, stop, first, other, target, tl.float64, R, 16, BLOCK_K)
     else:
         if PRESENT & 1:
             if code == 0:
@@ -196,18 +208,32 @@ def map_kernel(table, programs, scratch, partials, coefficients, factors, invers
 
 
 @triton.jit
+def _expand_columns(
+    total, p, mode, rows, columns, stride_d, stride_k, first, maps, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """``total`` and rows ``first…`` of ``P M``."""
+    VECTOR: tl.constexpr = 128 // p.dtype.element_ty.primitive_bitwidth
+    for k in range(0, columns, BLOCK_K):
+        tile = load_tile(p, mode, first, rows, k, columns, stride_d, stride_k, BLOCK_D, BLOCK_K, VECTOR).to(total.dtype)
+        total = tl.dot(tile, _rows(maps, columns, k, R, BLOCK_K), total, input_precision="ieee", out_dtype=total.dtype)
+    return total
+
+
+@triton.jit
 def _expand(total, row, rows, first, scratch, TYPE: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``total`` and rows ``first…`` of ``P M`` of one term."""
-    VECTOR: tl.constexpr = 128 // TYPE.primitive_bitwidth
+    """:func:`_expand_columns` of one term, likewise in a loop for each mode."""
     p = tl.load(row + 4).to(tl.pointer_type(TYPE))
     stride_d = tl.load(row + 5)
     stride_k = tl.load(row + 6)
     mode = tl.load(row + 7)
     columns = tl.load(row + 3)
     maps = scratch + tl.load(row + 9)
-    for k in range(0, columns, BLOCK_K):
-        tile = load_tile(p, mode, first, rows, k, columns, stride_d, stride_k, BLOCK_D, BLOCK_K, VECTOR).to(total.dtype)
-        total = tl.dot(tile, _rows(maps, columns, k, R, BLOCK_K), total, input_precision="ieee", out_dtype=total.dtype)
+    if mode == 1:
+        total = _expand_columns(total, p, 1, rows, columns, stride_d, stride_k, first, maps, R, BLOCK_D, BLOCK_K)
+    elif mode == 2:
+        total = _expand_columns(total, p, 2, rows, columns, stride_d, stride_k, first, maps, R, BLOCK_D, BLOCK_K)
+    else:
+        total = _expand_columns(total, p, 0, rows, columns, stride_d, stride_k, first, maps, R, BLOCK_D, BLOCK_K)
     return total
 
 
@@ -291,6 +317,8 @@ class _Sizes:
         self.BLOCK_K = 64 if self.R <= 16 else 1024 // self.R
         #: Rows that a contraction takes at a time.
         self.CONTRACTED = 16 if double else 32
+        #: Of a contraction, which loads one tile of rows ahead: more fill the shared memory at rank 128, and spill at rank 16 on sm_80.
+        self.contracting_stages = 2
         #: The inner dimension of the expansion, and its rows of a layer per program.
         self.INNER = 16 if double or self.R > 32 else 32
         self.BLOCK_D = 32 if double or self.R in (32, 128) else 64  # as many as the registers take
@@ -443,7 +471,7 @@ def grouped_lorsum(targets: FactorLists, sums: Sums, sweeps: Sweeps, out: Factor
         for _ in range(2 * sweeps.number):
             grid = (len(programs[side]) // 2,)
             launch(contract_kernel, grid, work.tensors, programs[side], scratch, partials, **kinds, BLOCK_D=sizes.CONTRACTED,
-                   BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps)  # fmt: skip
+                   BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps, num_stages=sizes.contracting_stages)  # fmt: skip
             launch(factor_kernel, (count,), work.tensors[side * count * per_layer * int(_COLUMNS.value) :], partials, grams, factors, inverses,
                    ridges, per_layer, float(sweeps.proximal), float(relative), R=r, TILE=min(r, 32), num_warps=4 if r <= 32 else 8)  # fmt: skip
             launch(map_kernel, grid, work.tensors, programs[side], scratch, partials, coefficients, factors, inverses, ridges, rank, count,
@@ -482,7 +510,7 @@ def grouped_lorsum_product(xs: list[Tensor], sums: Sums, ys: list[Tensor]) -> No
     with on_device(xs[0]):
         launch(copy_kernel, (len(of_xs) // 2,), work.tensors, of_xs, scratch, rank, START=TL_DTYPE[xs[0].dtype], **rows)
         launch(contract_kernel, (len(of_terms) // 2,), work.tensors, of_terms, scratch, partials, **kinds, BLOCK_D=sizes.CONTRACTED,
-               BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps)  # fmt: skip
+               BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps, num_stages=sizes.contracting_stages)  # fmt: skip
         launch(map_kernel, (len(of_terms) // 2,), work.tensors, of_terms, scratch, partials, coefficients, partials, partials, partials, rank,
                count, SOLVES=False, R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
         launch(expand_kernel, (len(of_ys) // 2,), work.tensors, of_ys, scratch, flags, **kinds, BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER,

@@ -70,6 +70,27 @@ def _wide_tile(pointer, mode, row, rows, column, rank, stride_d, stride_r, weigh
         return tile.to(tl.float64)
 
 
+@triton.jit
+def _products(x, mode, previous, previous_mode, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
+              SECOND: tl.constexpr, HAS_PREVIOUS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """One tile of ``XᵀX`` and of ``XᵀP``, summed over rows ``start…stop``, to ``partial``."""
+    gram = tl.zeros([TILE, TILE], tl.float64)
+    cross = tl.zeros([TILE, TILE], tl.float64)
+    for first in range(start, stop, BLOCK_D):
+        a = _wide_tile(x, mode, first, rows, left, rank, x_d, x_r, weight, SECOND, BLOCK_D, TILE, R, VECTOR)
+        if TILE == R:
+            b = a
+        else:
+            b = _wide_tile(x, mode, first, rows, right, rank, x_d, x_r, weight, SECOND, BLOCK_D, TILE, R, VECTOR)
+        gram = tl.dot(tl.trans(a), b, gram, input_precision="ieee", out_dtype=tl.float64)
+        if HAS_PREVIOUS:
+            p = load_tile(previous, previous_mode, first, rows, right, rank, previous_d, previous_r, BLOCK_D, TILE, VECTOR)
+            cross = tl.dot(tl.trans(a), p.to(tl.float64), cross, input_precision="ieee", out_dtype=tl.float64)
+    store_square(partial, left, right, gram, R, TILE)
+    if HAS_PREVIOUS:
+        store_square(partial + R * R, left, right, cross, R, TILE)
+
+
 @triton.jit(do_not_specialize=["rank"])
 def gram_kernel(tensors, chunks, levels, squares, partials, rank, X: tl.constexpr, SECOND: tl.constexpr, HAS_PREVIOUS: tl.constexpr,
                 R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
@@ -93,24 +114,19 @@ def gram_kernel(tensors, chunks, levels, squares, partials, rank, X: tl.constexp
     # Tiles (0,0), (0,1), (1,1) of a 2 × 2 division; just (0,0) where one tile holds the whole rank.
     left = (tl.program_id(1) // 2) * TILE
     right = ((tl.program_id(1) + 1) // 2) * TILE
-    gram = tl.zeros([TILE, TILE], tl.float64)
-    cross = tl.zeros([TILE, TILE], tl.float64)
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
-    for first in range(start, stop, BLOCK_D):
-        a = _wide_tile(x, mode, first, rows, left, rank, x_d, x_r, weight, SECOND, BLOCK_D, TILE, R, VECTOR)
-        if TILE == R:
-            b = a
-        else:
-            b = _wide_tile(x, mode, first, rows, right, rank, x_d, x_r, weight, SECOND, BLOCK_D, TILE, R, VECTOR)
-        gram = tl.dot(tl.trans(a), b, gram, input_precision="ieee", out_dtype=tl.float64)
-        if HAS_PREVIOUS:
-            p = load_tile(previous, previous_mode, first, rows, right, rank, previous_d, previous_r, BLOCK_D, TILE, VECTOR)
-            cross = tl.dot(tl.trans(a), p.to(tl.float64), cross, input_precision="ieee", out_dtype=tl.float64)
     partial = partials + program * (2 * R * R)
-    store_square(partial, left, right, gram, R, TILE)
-    if HAS_PREVIOUS:
-        store_square(partial + R * R, left, right, cross, R, TILE)
+    # A loop for each mode: Triton prefetches (cp.async) what no branch in the loop hides.
+    if (mode == 1) & (previous_mode == 1):
+        _products(x, 1, previous, 1, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
+                  SECOND, HAS_PREVIOUS, R, TILE, BLOCK_D, VECTOR)  # fmt: skip
+    elif (mode == 2) & (previous_mode == 2):
+        _products(x, 2, previous, 2, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
+                  SECOND, HAS_PREVIOUS, R, TILE, BLOCK_D, VECTOR)  # fmt: skip
+    else:
+        _products(x, mode, previous, previous_mode, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
+                  SECOND, HAS_PREVIOUS, R, TILE, BLOCK_D, VECTOR)  # fmt: skip
 
 
 @triton.jit
@@ -320,6 +336,28 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
             tl.store(rs + index * rank * rank + a * rank + b, value.to(rs.dtype.element_ty), mask=(a < rank) & (b < rank))
 
 
+@triton.jit
+def _apply(x, mode, q, start, stop, rows, rank, columns, x_d, x_r, q_d, q_r, weight, Q: tl.constexpr, TWO_STAGES: tl.constexpr,
+           R: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """Rows ``start…stop`` of ``Q = X·W``."""
+    for first in range(start, stop, BLOCK_D):
+        # All of a row's tiles are computed before any is written: Q may be X.
+        if TILE == R:
+            if TWO_STAGES:
+                # The same product as the second Gram was made of: that is what makes Q orthonormal to the last digit.
+                value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight + 4 * R * R, True, BLOCK_D, TILE, R, VECTOR)
+                value = tl.dot(value, _load_square(weight + 2 * R * R, 0, 0, R, TILE), input_precision="ieee", out_dtype=tl.float64)
+            else:
+                value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR)
+            store_tile(q, rounded(value, Q), first, rows, 0, columns, q_d, q_r, BLOCK_D, TILE)
+        else:
+            value = rounded(_wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
+            other = rounded(_wide_tile(x, mode, first, rows, TILE, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
+            tl.debug_barrier()
+            store_tile(q, value, first, rows, 0, columns, q_d, q_r, BLOCK_D, TILE)
+            store_tile(q, other, first, rows, TILE, columns, q_d, q_r, BLOCK_D, TILE)
+
+
 @triton.jit(do_not_specialize=["rank", "columns", "weight_stride"])
 def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride, X: tl.constexpr, Q: tl.constexpr, QR: tl.constexpr, TWO_STAGES: tl.constexpr,
                  R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
@@ -341,22 +379,12 @@ def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride,
     weight = weights + index * weight_stride
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
-    for first in range(start, stop, BLOCK_D):
-        # All of a row's tiles are computed before any is written: Q may be X.
-        if TILE == R:
-            if TWO_STAGES:
-                # The same product as the second Gram was made of: that is what makes Q orthonormal to the last digit.
-                value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight + 4 * R * R, True, BLOCK_D, TILE, R, VECTOR)
-                value = tl.dot(value, _load_square(weight + 2 * R * R, 0, 0, R, TILE), input_precision="ieee", out_dtype=tl.float64)
-            else:
-                value = _wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR)
-            store_tile(q, rounded(value, Q), first, rows, 0, columns, q_d, q_r, BLOCK_D, TILE)
-        else:
-            value = rounded(_wide_tile(x, mode, first, rows, 0, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
-            other = rounded(_wide_tile(x, mode, first, rows, TILE, rank, x_d, x_r, weight, True, BLOCK_D, TILE, R, VECTOR), Q)
-            tl.debug_barrier()
-            store_tile(q, value, first, rows, 0, columns, q_d, q_r, BLOCK_D, TILE)
-            store_tile(q, other, first, rows, TILE, columns, q_d, q_r, BLOCK_D, TILE)
+    if mode == 1:
+        _apply(x, 1, q, start, stop, rows, rank, columns, x_d, x_r, q_d, q_r, weight, Q, TWO_STAGES, R, TILE, BLOCK_D, VECTOR)
+    elif mode == 2:
+        _apply(x, 2, q, start, stop, rows, rank, columns, x_d, x_r, q_d, q_r, weight, Q, TWO_STAGES, R, TILE, BLOCK_D, VECTOR)
+    else:
+        _apply(x, 0, q, start, stop, rows, rank, columns, x_d, x_r, q_d, q_r, weight, Q, TWO_STAGES, R, TILE, BLOCK_D, VECTOR)
 
 
 @triton.jit
