@@ -76,6 +76,9 @@ def partial_gram_kernel(tensors, chunks, partials, x_rank, y_rank, partial_strid
     elif (x_mode == 2) & (y_mode == 2):
         _product(x, 2, y, 2, start, stop, rows, left, right, x_rank, y_rank, x_d, x_r, y_d, y_r, target, ACCUMULATOR, SAME,
                  TILE_X, TILE_Y, BLOCK_D, VECTOR)  # fmt: skip
+    elif SYMMETRIC:
+        _product(x, 0, y, 0, start, stop, rows, left, right, x_rank, y_rank, x_d, x_r, y_d, y_r, target, ACCUMULATOR, SAME,
+                 TILE_X, TILE_Y, BLOCK_D, VECTOR)  # fmt: skip
     else:
         _product(x, x_mode, y, y_mode, start, stop, rows, left, right, x_rank, y_rank, x_d, x_r, y_d, y_r, target, ACCUMULATOR, SAME,
                  TILE_X, TILE_Y, BLOCK_D, VECTOR)  # fmt: skip

@@ -317,14 +317,14 @@ class _Sizes:
         self.BLOCK_K = 64 if self.R <= 16 else 1024 // self.R
         #: Rows that a contraction takes at a time.
         self.CONTRACTED = 16 if double else 32
-        #: Of a contraction, which loads one tile of rows ahead: more fill the shared memory at rank 128, and spill at rank 16 on sm_80.
-        self.contracting_stages = 2
         #: The inner dimension of the expansion, and its rows of a layer per program.
         self.INNER = 16 if double or self.R > 32 else 32
         self.BLOCK_D = 32 if double or self.R in (32, 128) else 64  # as many as the registers take
         self.warps = 4 if self.R <= 16 else 8
-        #: Of the expansion, which spills with four where terms are fp32 and bf16 and R is 16.
-        self.expanding_warps = 8
+        #: Launch options of contraction and expansion, whose loops load ahead of their products. With fewer warps some registers spill, as with
+        #: other numbers of stages; three stages of a contraction at rank 128 leave no shared memory to other programs.
+        self.contracting = {"num_warps": 8, "num_stages": 2}
+        self.expanding = {"num_warps": 8, "num_stages": 2 if self.R == 128 else 3}
 
 
 def verify(targets: FactorLists, sums: Sums, sweeps: Sweeps, out: FactorLists) -> Verdict:
@@ -471,13 +471,13 @@ def grouped_lorsum(targets: FactorLists, sums: Sums, sweeps: Sweeps, out: Factor
         for _ in range(2 * sweeps.number):
             grid = (len(programs[side]) // 2,)
             launch(contract_kernel, grid, work.tensors, programs[side], scratch, partials, **kinds, BLOCK_D=sizes.CONTRACTED,
-                   BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps, num_stages=sizes.contracting_stages)  # fmt: skip
+                   BLOCK_K=sizes.BLOCK_K, **sizes.contracting)  # fmt: skip
             launch(factor_kernel, (count,), work.tensors[side * count * per_layer * int(_COLUMNS.value) :], partials, grams, factors, inverses,
                    ridges, per_layer, float(sweeps.proximal), float(relative), R=r, TILE=min(r, 32), num_warps=4 if r <= 32 else 8)  # fmt: skip
             launch(map_kernel, grid, work.tensors, programs[side], scratch, partials, coefficients, factors, inverses, ridges, rank, count,
                    SOLVES=True, R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
             launch(expand_kernel, (len(programs[2 + side]) // 2,), work.tensors, programs[2 + side], scratch, flags, **kinds,
-                   BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER, num_warps=sizes.expanding_warps)  # fmt: skip
+                   BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER, **sizes.expanding)  # fmt: skip
             side = 1 - side
         both = work.chunks[2 * ends[1] :]
         launch(finish_kernel, (len(both) // 2,), work.tensors, both, scratch, flags, rank, OUT=TL_DTYPE[dtype], R=r, BLOCK_D=sizes.BLOCK_D,
@@ -510,9 +510,9 @@ def grouped_lorsum_product(xs: list[Tensor], sums: Sums, ys: list[Tensor]) -> No
     with on_device(xs[0]):
         launch(copy_kernel, (len(of_xs) // 2,), work.tensors, of_xs, scratch, rank, START=TL_DTYPE[xs[0].dtype], **rows)
         launch(contract_kernel, (len(of_terms) // 2,), work.tensors, of_terms, scratch, partials, **kinds, BLOCK_D=sizes.CONTRACTED,
-               BLOCK_K=sizes.BLOCK_K, num_warps=sizes.warps, num_stages=sizes.contracting_stages)  # fmt: skip
+               BLOCK_K=sizes.BLOCK_K, **sizes.contracting)  # fmt: skip
         launch(map_kernel, (len(of_terms) // 2,), work.tensors, of_terms, scratch, partials, coefficients, partials, partials, partials, rank,
                count, SOLVES=False, R=r, BLOCK_K=sizes.BLOCK_K, num_warps=4)  # fmt: skip
         launch(expand_kernel, (len(of_ys) // 2,), work.tensors, of_ys, scratch, flags, **kinds, BLOCK_D=sizes.BLOCK_D, BLOCK_K=sizes.INNER,
-               num_warps=sizes.expanding_warps)  # fmt: skip
+               **sizes.expanding)  # fmt: skip
         launch(finish_kernel, (len(of_ys) // 2,), work.tensors, of_ys, scratch, flags, rank, OUT=TL_DTYPE[compute], **rows)

@@ -118,11 +118,14 @@ def gram_kernel(tensors, chunks, levels, squares, partials, rank, X: tl.constexp
     stop = tl.minimum(start + CHUNK, rows)
     partial = partials + program * (2 * R * R)
     # A loop for each mode: Triton prefetches (cp.async) what no branch in the loop hides.
-    if (mode == 1) & (previous_mode == 1):
+    if (mode == 1) & ((previous_mode == 1) | (not HAS_PREVIOUS)):
         _products(x, 1, previous, 1, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
                   SECOND, HAS_PREVIOUS, R, TILE, BLOCK_D, VECTOR)  # fmt: skip
-    elif (mode == 2) & (previous_mode == 2):
+    elif (mode == 2) & ((previous_mode == 2) | (not HAS_PREVIOUS)):
         _products(x, 2, previous, 2, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
+                  SECOND, HAS_PREVIOUS, R, TILE, BLOCK_D, VECTOR)  # fmt: skip
+    elif not HAS_PREVIOUS:
+        _products(x, 0, previous, 0, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
                   SECOND, HAS_PREVIOUS, R, TILE, BLOCK_D, VECTOR)  # fmt: skip
     else:
         _products(x, mode, previous, previous_mode, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
@@ -555,8 +558,9 @@ class Sizes:
         self.warps = 4 if self.R <= 32 else 8
 
     def apply_options(self, two_stages: bool = False) -> dict[str, int]:
-        """Launch options of ``apply_kernel``: fewer tiles of 64 × 64 weights are prefetched than Triton's three, which do not fit any GPU."""
-        return {"num_warps": self.warps} | ({"num_stages": 1 if two_stages else 2} if self.R == 64 else {})
+        """Launch options of ``apply_kernel``: fewer tiles of weights are prefetched than Triton's three, which do not fit any GPU."""
+        stages = {32: 2 if two_stages else 3, 64: 1 if two_stages else 2}.get(self.R, 3)
+        return {"num_warps": self.warps, "num_stages": stages}
 
 
 def factorize(xs: list[Tensor], previous: list[Tensor] | None, qs: list[Tensor], rs: Tensor) -> None:
