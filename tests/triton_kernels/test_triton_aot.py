@@ -19,14 +19,15 @@ GROUPS = {
     "qr_wide": {"gram_kernel", "factor_kernel", "apply_kernel", "guarded_kernel"},
     "svd": {"jacobi_kernel"},
     "small": {"partial_gram_kernel", "sum_chunks_kernel", "cholesky_kernel", "substitute_kernel", "preconditioner_kernel", "join_kernel"},
+    "stacks": {"eigh_kernel", "damped_inverse_kernel"},
     "lorsum": {"copy_kernel", "contract_kernel", "factor_kernel", "map_kernel", "expand_kernel", "finish_kernel"},
     "lorsum_wide": {"copy_kernel", "contract_kernel", "factor_kernel", "map_kernel", "expand_kernel", "finish_kernel"},
     "lora_linear": {"project_kernel", "expand_kernel", "token_sum_kernel", "output_grads_kernel", "add_splits_kernel", "mask_kernel"},
 }
 #: How many cubins a group may take.
-MOST = {"adamw": 15, "qr": 18, "qr_wide": 18, "svd": 6, "small": 27, "lorsum": 18, "lorsum_wide": 17, "lora_linear": 36}
+MOST = {"adamw": 15, "qr": 18, "qr_wide": 18, "svd": 6, "small": 27, "stacks": 9, "lorsum": 18, "lorsum_wide": 17, "lora_linear": 36}
 #: Those that only `make test-all` compiles.
-WIDE = {"qr_wide", "lorsum_wide"}
+WIDE = {"qr_wide", "stacks", "lorsum_wide"}
 
 
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
