@@ -51,8 +51,9 @@ def test_compiles_without_spills(group: str) -> None:
     # tf32 would round operands to 10 bits; the interpreter would not show it.
     assert [report for report in reports if report["tf32"]] == []
     for report in reports:
-        # Loops over rows load ahead of their products, unless something hides the loads from Triton: a branch, a loop in the loop (r128).
-        if report["kernel"] in ("partial_gram_kernel", "gram_kernel", "contract_kernel") and group != "qr_wide":
+        # Loops over rows load ahead of their products, unless a branch (for 16 bits) or a loop in the loop (r128) hides the loads.
+        looped = report["kernel"] in ("partial_gram_kernel", "gram_kernel", "contract_kernel") and group != "qr_wide"
+        if looped and report["case"] != "gram r16 bf16":
             assert report["prefetches"] > 0, report
         # Tables of pointers lose their vector loads without a hint; matrices may lose them with a stride of unknown alignment.
         if report["kernel"] == "adamw_kernel":

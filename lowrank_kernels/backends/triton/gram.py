@@ -69,8 +69,12 @@ def partial_gram_kernel(tensors, chunks, partials, x_rank, y_rank, partial_strid
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
     target = partials + program * partial_stride
-    # A loop for each mode: Triton prefetches (cp.async) what no branch in the loop hides.
-    if (x_mode == 1) & (y_mode == 1):
+    # A loop for each mode: Triton prefetches (cp.async) what no branch in the loop hides. (Triton 3.6 does not compile that for 16 bits in fp64.)
+    PREFETCHES: tl.constexpr = X.primitive_bitwidth >= 32 or tl.float64 != ACCUMULATOR
+    if not PREFETCHES:
+        _product(x, x_mode, y, y_mode, start, stop, rows, left, right, x_rank, y_rank, x_d, x_r, y_d, y_r, target, ACCUMULATOR, SAME,
+                 TILE_X, TILE_Y, BLOCK_D, VECTOR)  # fmt: skip
+    elif (x_mode == 1) & (y_mode == 1):
         _product(x, 1, y, 1, start, stop, rows, left, right, x_rank, y_rank, x_d, x_r, y_d, y_r, target, ACCUMULATOR, SAME,
                  TILE_X, TILE_Y, BLOCK_D, VECTOR)  # fmt: skip
     elif (x_mode == 2) & (y_mode == 2):

@@ -76,8 +76,13 @@ def _contract_rows(q, mode, rows, columns, stride_d, stride_k, start, stop, firs
 @triton.jit
 def _contract(q, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR: tl.constexpr,
               R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """:func:`_contract_rows`, in a loop for each mode: Triton prefetches (cp.async) only what no branch in a loop hides."""
-    if mode == 1:
+    """:func:`_contract_rows`, in a loop for each mode: Triton prefetches (cp.async) only what no branch in a loop hides.
+
+    Triton 3.6 does not compile that for 16 bits in fp64.
+    """
+    if q.dtype.element_ty.primitive_bitwidth < 32 and tl.float64 == ACCUMULATOR:
+        _contract_rows(q, mode, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR, R, BLOCK_D, BLOCK_K)
+    elif mode == 1:
         _contract_rows(q, 1, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR, R, BLOCK_D, BLOCK_K)
     elif mode == 2:
         _contract_rows(q, 2, rows, columns, stride_d, stride_k, start, stop, first, other, target, ACCUMULATOR, R, BLOCK_D, BLOCK_K)
@@ -228,7 +233,9 @@ def _expand(total, row, rows, first, scratch, TYPE: tl.constexpr, R: tl.constexp
     mode = tl.load(row + 7)
     columns = tl.load(row + 3)
     maps = scratch + tl.load(row + 9)
-    if mode == 1:
+    if TYPE.primitive_bitwidth < 32 and tl.float64 == total.dtype:
+        total = _expand_columns(total, p, mode, rows, columns, stride_d, stride_k, first, maps, R, BLOCK_D, BLOCK_K)
+    elif mode == 1:
         total = _expand_columns(total, p, 1, rows, columns, stride_d, stride_k, first, maps, R, BLOCK_D, BLOCK_K)
     elif mode == 2:
         total = _expand_columns(total, p, 2, rows, columns, stride_d, stride_k, first, maps, R, BLOCK_D, BLOCK_K)

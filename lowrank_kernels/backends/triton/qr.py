@@ -117,8 +117,11 @@ def gram_kernel(tensors, chunks, levels, squares, partials, rank, X: tl.constexp
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
     partial = partials + program * (2 * R * R)
-    # A loop for each mode: Triton prefetches (cp.async) what no branch in the loop hides.
-    if (mode == 1) & ((previous_mode == 1) | (not HAS_PREVIOUS)):
+    # A loop for each mode: Triton prefetches (cp.async) what no branch in the loop hides. (Triton 3.6 does not compile that for 16 bits in fp64.)
+    if X.primitive_bitwidth < 32:
+        _products(x, mode, previous, previous_mode, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
+                  SECOND, HAS_PREVIOUS, R, TILE, BLOCK_D, VECTOR)  # fmt: skip
+    elif (mode == 1) & ((previous_mode == 1) | (not HAS_PREVIOUS)):
         _products(x, 1, previous, 1, start, stop, rows, left, right, rank, x_d, x_r, previous_d, previous_r, weight, partial,
                   SECOND, HAS_PREVIOUS, R, TILE, BLOCK_D, VECTOR)  # fmt: skip
     elif (mode == 2) & ((previous_mode == 2) | (not HAS_PREVIOUS)):
@@ -382,7 +385,9 @@ def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride,
     weight = weights + index * weight_stride
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
-    if mode == 1:
+    if X.primitive_bitwidth < 32:
+        _apply(x, mode, q, start, stop, rows, rank, columns, x_d, x_r, q_d, q_r, weight, Q, TWO_STAGES, R, TILE, BLOCK_D, VECTOR)
+    elif mode == 1:
         _apply(x, 1, q, start, stop, rows, rank, columns, x_d, x_r, q_d, q_r, weight, Q, TWO_STAGES, R, TILE, BLOCK_D, VECTOR)
     elif mode == 2:
         _apply(x, 2, q, start, stop, rows, rank, columns, x_d, x_r, q_d, q_r, weight, Q, TWO_STAGES, R, TILE, BLOCK_D, VECTOR)
