@@ -10,7 +10,7 @@ try:
     import triton
     import triton.language  # noqa: F401
 
-    from . import (  # fmt: skip
+    from . import (
         adamw,
         altlora_turn,
         damped_inverse,

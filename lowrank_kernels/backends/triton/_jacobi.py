@@ -10,29 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ._thin import exponent_of, power_of_two
-
+#: The largest matrices whose columns the kernels hold.
+LARGEST_RANK = 64
 MAX_SWEEPS = 40
 
 
 def tolerance(padded: int, compute: torch.dtype) -> float:
     """The largest cosine of two columns at which a sweep is the last one; that sweep still squares it."""
     return 1e-15 * padded if compute == torch.float64 else 1e-10
-
-
-@triton.jit
-def tile_exponent(tile):
-    """``⌊log2⌋`` of the largest entry of a tile in fp64, -1022 at least; 1024 if one is not finite."""
-    size = tl.abs(tile)
-    size = tl.where(size < float("inf"), size, float("inf"))
-    return tl.maximum(exponent_of(tl.max(tl.max(size, axis=1), axis=0)), -1022)
-
-
-@triton.jit
-def scaled(tile, exponent):
-    """``tile · 2^exponent``, in two exact halves."""
-    half = exponent >> 1
-    return tile * power_of_two(half) * power_of_two(exponent - half)
 
 
 @triton.jit

@@ -26,6 +26,11 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
+def square_warps(padded: int) -> int:
+    """How many warps take one padded r×r matrix of fp64, r ≤ 64: a warp alone waits for no other."""
+    return {16: 1, 32: 4, 64: 8}[padded]
+
+
 def device_verdict(tensors: Sequence[Tensor]) -> Verdict:
     """Whether Triton kernels can run where the tensors are; a reason in either case."""
     device = tensors[0].device

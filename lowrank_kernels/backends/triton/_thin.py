@@ -89,6 +89,21 @@ def exponent_of(x):
     return ((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
 
 
+@triton.jit
+def tile_exponent(tile):
+    """``⌊log2⌋`` of the largest entry of a tile in fp64, -1022 at least; 1024 if one is not finite."""
+    size = tl.abs(tile)
+    size = tl.where(size < float("inf"), size, float("inf"))
+    return tl.maximum(exponent_of(tl.max(tl.max(size, axis=1), axis=0)), -1022)
+
+
+@triton.jit
+def scaled(tile, exponent):
+    """``tile · 2^exponent``, in two exact halves."""
+    half = exponent >> 1
+    return tile * power_of_two(half) * power_of_two(exponent - half)
+
+
 def vector(dtype: torch.dtype) -> int:
     """Elements of a 16-byte load."""
     return 16 // dtype.itemsize

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..registry import Verdict, implements
 from ._device import scalar
-from ._jacobi import scaled, tile_exponent
-from ._launch import device_verdict, launch, on_device, padded_rank
-from ._thin import exponent_of
+from ._launch import device_verdict, launch, on_device, padded_rank, square_warps
+from ._thin import exponent_of, scaled, tile_exponent
 
 _LARGEST_RANK = 64
 
@@ -80,4 +79,4 @@ def grouped_damped_inverse(rs: Tensor, damping: float, out: Tensor) -> None:
     padded = padded_rank(rank)
     with on_device(rs):
         launch(damped_inverse_kernel, (count,), rs, *rs.stride(), out, rank, float(damping) ** 0.5, K=padded,
-               num_warps={16: 1, 32: 4, 64: 8}[padded])  # fmt: skip
+               num_warps=square_warps(padded))  # fmt: skip

@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import Verdict, implements
-from ._jacobi import MAX_SWEEPS, orthogonalize, places, scaled, squared_lengths, tile_exponent, tolerance
-from ._launch import device_verdict, launch, on_device, padded_rank
-
-_LARGEST_RANK = 64
+from ._jacobi import LARGEST_RANK, MAX_SWEEPS, orthogonalize, places, squared_lengths, tolerance
+from ._launch import device_verdict, launch, on_device, padded_rank, square_warps
+from ._thin import scaled, tile_exponent
 
 
 @triton.jit(do_not_specialize=["matrix_stride", "row_stride", "column_stride", "rank", "tolerance", "max_sweeps"])
@@ -81,8 +80,8 @@ def eigh_kernel(xs, matrix_stride, row_stride, column_stride, scratch, values, v
 
 def verify(xs: Tensor, values: Tensor, vectors: Tensor | None) -> Verdict:
     """Refuses ranks above 64 and other devices than a GPU."""
-    if xs.shape[1] > _LARGEST_RANK:
-        return False, f"{xs.shape[1]} × {xs.shape[1]} matrices: the Jacobi kernel holds at most {_LARGEST_RANK}"
+    if xs.shape[1] > LARGEST_RANK:
+        return False, f"{xs.shape[1]} × {xs.shape[1]} matrices: the Jacobi kernel holds at most {LARGEST_RANK}"
     return device_verdict([xs])
 
 
@@ -95,4 +94,4 @@ def grouped_eigh(xs: Tensor, values: Tensor, vectors: Tensor | None) -> None:
     with on_device(xs):
         launch(eigh_kernel, (count,), xs, *xs.stride(), scratch, values, values if vectors is None else vectors, rank,
                tolerance(padded, xs.dtype), MAX_SWEEPS, HAS_VECTORS=vectors is not None, K=padded, STEP=16,
-               num_warps={16: 1, 32: 4, 64: 8}[padded])  # fmt: skip
+               num_warps=square_warps(padded))  # fmt: skip

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
-from ._jacobi import MAX_SWEEPS, orthogonalize, places, scaled, squared_lengths, tile_exponent, tolerance
-from ._launch import TL_DTYPE, device_verdict, launch, on_device
-from ._thin import thin_table, vector
+from ._jacobi import LARGEST_RANK, MAX_SWEEPS, orthogonalize, places, squared_lengths, tolerance
+from ._launch import TL_DTYPE, device_verdict, launch, on_device, square_warps
+from ._thin import scaled, thin_table, tile_exponent, vector
 from .qr import Sizes, apply_kernel, factorize, orthonormalize_column, rank_verdict
-
-_LARGEST_RANK = 64
 
 
 @triton.jit
@@ -97,7 +95,7 @@ def decompose_cores(rs: Tensor, ss: Tensor, compute: torch.dtype) -> Tensor:
     weights = torch.empty(2 * pairs, sizes.R, sizes.R, dtype=torch.float64, device=rs.device)
     with on_device(rs):
         launch(jacobi_kernel, (pairs,), rs, columns, weights, ss, pairs, k, rank,
-               tolerance(sizes.R, compute), MAX_SWEEPS, K=sizes.R, STEP=16, num_warps={16: 1, 32: 4, 64: 8}[sizes.R])  # fmt: skip
+               tolerance(sizes.R, compute), MAX_SWEEPS, K=sizes.R, STEP=16, num_warps=square_warps(sizes.R))  # fmt: skip
     return weights
 
 
@@ -114,8 +112,8 @@ def apply_cores(operation: str, qs: list[Tensor], weights: Tensor, out: list[Ten
 def verify(lefts: list[Tensor], rights: list[Tensor], us: list[Tensor], ss: Tensor, vs: list[Tensor]) -> Verdict:
     """Refuses cores above 64 × 64 and other devices than a GPU."""
     k = lefts[0].shape[1]
-    if k > _LARGEST_RANK:
-        return False, f"factors with {k} columns: the Jacobi kernel holds at most {_LARGEST_RANK}"
+    if k > LARGEST_RANK:
+        return False, f"factors with {k} columns: the Jacobi kernel holds at most {LARGEST_RANK}"
     ok, reason = rank_verdict(k, lefts[0].dtype)
     return device_verdict(lefts) if ok else (ok, reason)
 
