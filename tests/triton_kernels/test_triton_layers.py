@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from _triton_kernels import WIDE, assert_accurate
@@ -81,6 +83,24 @@ def test_entries_that_32_bits_cannot_reach_are_copied(monkeypatch: pytest.Monkey
     lora_linear.project(far, None, 1.0, factor, None, False)
     lora_linear.token_sum(torch.empty_strided((4, 2), (2, 1), device="meta"), far, None, 1.0, factor.mT, 1, 8)
     assert [x.stride() for x in seen] == [(8, 1), (8, 1)]
+
+
+def test_factors_that_32_bits_cannot_reach_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a factor that lie 2²⁸ entries apart, as in a few columns of a large matrix."""
+    seen: dict[str, list[tuple[int, ...]]] = {}
+
+    def note(kernel: Any, grid: object, *args: Any, **options: Any) -> None:
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        seen[kernel.fn.__name__] = [named[name].stride() for name in ("first", "second") if name in named]
+
+    monkeypatch.setattr(lora_linear, "launch", note)
+    far = torch.empty_strided((8, 2), (1 << 28, 1), device="meta")
+    by_rank = torch.empty_strided((8, 2), (1, 1 << 30), device="meta")
+    x, hidden = torch.empty(4, 8, device="meta"), torch.empty(4, 2, device="meta")
+    lora_linear.project(x, None, 1.0, far, by_rank, False)
+    lora_linear.expand(x, None, None, 1.0, hidden, far, hidden, by_rank, False)
+    lora_linear.output_grads(x, hidden, far, by_rank, 1.0, 1.0)
+    assert seen["project_kernel"] == seen["expand_kernel"] == seen["output_grads_kernel"] == [(2, 1)] * 2
 
 
 @pytest.mark.parametrize("tokens, columns", [(1, 1), (70, 130), (33, 8), (3, 777), (0, 5), (4, 0)])

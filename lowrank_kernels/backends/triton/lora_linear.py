@@ -211,6 +211,12 @@ def _addressable(x: Tensor) -> Tensor:
     return x if x.shape[1] * x.stride(1) < 1 << 31 else x.contiguous()
 
 
+def _near(factor: Tensor) -> Tensor:
+    """A factor, without gaps where an offset in it does not fit the kernels' 32 bits (part of a matrix of more than 2³¹ entries)."""
+    (d, rank), (stride_d, stride_k) = factor.shape, factor.stride()
+    return factor if d * stride_d + rank * stride_k < 1 << 31 else factor.contiguous()
+
+
 def project(
     x: Tensor, drop: Drop | None, factor: float, first: Tensor, second: Tensor | None, by_rank: bool, mix: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -218,7 +224,7 @@ def project(
 
     With ``mix`` (r, r) instead of F₂: P₁ in the dtype of ``mix``, and ``P₁ · mix`` in that of x.
     """
-    x = _addressable(x)
+    x, first, second = _addressable(x), _near(first), None if second is None else _near(second)
     tokens, length = x.shape
     rank = first.shape[1]
     kinds = _Kinds("project", rank, x.dtype, x.device)
@@ -244,6 +250,7 @@ def expand(y: Tensor, base: Tensor | None, drop: Drop | None, factor: float, fir
     """``y = base + factor · (H₁F₁ᵀ + H₂F₂ᵀ)``, the product less what ``drop`` drops; a base of None is zero, and y itself may be it."""
     tokens, length = y.shape
     first_h, second_h = _in_rows(first_h), None if second_h is None else _in_rows(second_h)
+    first, second = _near(first), None if second is None else _near(second)
     kinds = _Kinds("expand", first.shape[1], first.dtype, first.device)
     if second_h is None or second is None:
         second_h, second, two = first_h, first, False
@@ -291,6 +298,7 @@ def output_grads(
     rank = hidden.shape[1]
     kinds = _Kinds("output_grads", rank, grad.dtype, grad.device)
     columns = kinds.BLOCK_D
+    first, second = _near(first), None if second is None else _near(second)
     factors = 1 if second is None else 2
     if not tokens or 2 * compute_dtype(grad.dtype).itemsize * kinds.R * factors > 0.75 * columns * grad.dtype.itemsize:
         through_first, through_second = project(grad, None, factor, first, second, False)
