@@ -190,6 +190,120 @@ def _squares(x):
     return tl.sum(tl.sum(x * x, axis=1), axis=0)
 
 
+@triton.jit
+def _scale_columns(partials, scales, first_chunk, count, rank, R: tl.constexpr):
+    """Writes the scaling of each column and its inverse; returns whether the Gram matrix can be scaled. Only its diagonal is read."""
+    k = tl.arange(0, R)
+    diagonal = tl.zeros([R], tl.float64)
+    for chunk in range(first_chunk, first_chunk + count):
+        diagonal += tl.load(partials + chunk * (2 * R * R) + k * (R + 1))
+    scale, unscale, good = _column_scales(diagonal, k, rank)
+    tl.store(scales + k, scale)
+    tl.store(scales + R + k, unscale)
+    tl.debug_barrier()
+    return good
+
+
+@triton.jit
+def _invert_gram(partials, scales, inverse_factor, factor, first_chunk, count, rank, good, R: tl.constexpr, TILE: tl.constexpr):
+    """Writes U of the scaled Gram matrix ``UᵀU`` and U⁻¹ (upper tiles); returns the condition of U and the smallest pivot.
+
+    Blocks of the rank, column by column: U_ij = U_ii⁻ᵀ (A_ij - Σ_l<i U_liᵀ U_lj), U_jj from A_jj - Σ_l<j U_ljᵀ U_lj, and
+    (U⁻¹)_ij = -(Σ_i≤l<j (U⁻¹)_il U_lj) U_jj⁻¹. What is not needed at the moment lies in memory, and the lower tiles hold
+    what is under way: in registers larger ranks would spill.
+    """
+    i = tl.arange(0, TILE)
+    norms = tl.full((), 0.0, tl.float64)
+    inverse_norms = tl.full((), 0.0, tl.float64)
+    smallest = tl.full((), 1.0, tl.float64)
+    for block in range(0, R, TILE):
+        for above in range(0, block, TILE):
+            side = _scaled_gram(partials, scales, first_chunk, count, above, block, good, R, TILE)
+            for inner in range(0, above, TILE):
+                side -= multiply(factor, inner, above, True, factor, inner, block, R, TILE)
+            store_square(factor, block, above, side, R, TILE)
+            tl.debug_barrier()
+            side = multiply(inverse_factor, above, above, True, factor, block, above, R, TILE)
+            norms += _squares(side)
+            store_square(factor, above, block, side, R, TILE)
+            tl.debug_barrier()
+        corner = _scaled_gram(partials, scales, first_chunk, count, block, block, good, R, TILE)
+        corner = tl.where((i[:, None] == i[None, :]) & ((block + i[None, :] >= rank) | (not good)), 1.0, corner)
+        for inner in range(0, block, TILE):
+            corner -= multiply(factor, inner, block, True, factor, inner, block, R, TILE)
+        inverse, squared, pivot = _cholesky(corner, factor + block * R + block, R, TILE)
+        smallest = tl.minimum(smallest, pivot)
+        norms += squared
+        inverse_norms += _squares(inverse)
+        store_square(inverse_factor, block, block, inverse, R, TILE)
+        tl.debug_barrier()
+        for above in range(0, block, TILE):
+            side = tl.zeros([TILE, TILE], tl.float64)
+            for inner in range(above, block, TILE):
+                side += multiply(inverse_factor, above, inner, False, factor, inner, block, R, TILE)
+            store_square(inverse_factor, block, above, side, R, TILE)
+            tl.debug_barrier()
+            side = -multiply(inverse_factor, block, above, False, inverse_factor, block, block, R, TILE)
+            inverse_norms += _squares(side)
+            store_square(inverse_factor, above, block, side, R, TILE)
+            tl.debug_barrier()
+    return tl.sqrt(norms) * tl.sqrt(inverse_norms), smallest
+
+
+@triton.jit
+def _unscale(scales, inverse_factor, factor, kept, KEEPS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr):
+    """U and U⁻¹ of the Gram matrix itself, in place, zeros below the diagonal; KEEPS: a copy of U⁻¹ goes to ``kept``."""
+    i = tl.arange(0, TILE)
+    for left in range(0, R, TILE):
+        for right in range(0, R, TILE):
+            upper = left <= right
+            row_scale = tl.load(scales + left + i)[:, None]
+            column_unscale = tl.load(scales + R + right + i)[None, :]
+            inverse = tl.where(upper, _load_square(inverse_factor, left, right, R, TILE) * row_scale, 0.0)
+            factored = tl.where(upper, _load_square(factor, left, right, R, TILE) * column_unscale, 0.0)
+            # Replicas in other threads must have read before anything is overwritten.
+            tl.debug_barrier()
+            store_square(inverse_factor, left, right, inverse, R, TILE)
+            store_square(factor, left, right, factored, R, TILE)
+            if KEEPS:
+                store_square(kept, left, right, inverse, R, TILE)
+
+
+@triton.jit
+def _upper_product(a, b, left, right, R: tl.constexpr, TILE: tl.constexpr):
+    """A tile of the product of two upper triangular matrices."""
+    total = tl.zeros([TILE, TILE], tl.float64)
+    for inner in range(0, R, TILE):
+        if (left <= inner) & (inner <= right):
+            total += multiply(a, left, inner, False, b, inner, right, R, TILE)
+    tl.debug_barrier()
+    return total
+
+
+@triton.jit
+def _join_passes(weight, factor, new_weight, new_factor, R: tl.constexpr, TILE: tl.constexpr):
+    """W ← W₁ U⁻¹ and R ← U R₁ in place, tile by tile, in the order in which no tile is needed after it was overwritten."""
+    for right in range(R - TILE, -1, -TILE):
+        for left in range(0, R, TILE):
+            if left <= right:
+                store_square(weight, left, right, _upper_product(weight, new_weight, left, right, R, TILE), R, TILE)
+    for left in range(0, R, TILE):
+        for right in range(0, R, TILE):
+            if left <= right:
+                store_square(factor, left, right, _upper_product(new_factor, factor, left, right, R, TILE), R, TILE)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _sign_columns(weight, sign, block, R: tl.constexpr, TILE: tl.constexpr):
+    """Column ``block`` of W's tiles, down to the diagonal one, times the columns' signs, in place."""
+    for inner in range(0, R, TILE):
+        if inner <= block:
+            signed = _load_square(weight, inner, block, R, TILE) * sign[None, :]
+            tl.debug_barrier()
+            store_square(weight, inner, block, signed, R, TILE)
+
+
 @triton.jit(do_not_specialize=["rank", "single_pass", "double_pass"])
 def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_pass: tl.float64, double_pass: tl.float64,
                   SECOND: tl.constexpr, TWO_STAGES: tl.constexpr, HAS_PREVIOUS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
@@ -210,74 +324,12 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
     if SECOND:
         new_weight = weight + 2 * R * R
         new_factor = weight + 3 * R * R
-    i = tl.arange(0, TILE)
-    eye = i[:, None] == i[None, :]
-    zero = tl.zeros([TILE, TILE], tl.float64)
-
-    # The diagonal first: it gives the scaling, which lies in memory until the end.
-    k = tl.arange(0, R)
-    diagonal = tl.zeros([R], tl.float64)
-    for chunk in range(first_chunk, first_chunk + count):
-        diagonal += tl.load(partials + chunk * (2 * R * R) + k * (R + 1))
-    scale, unscale, good = _column_scales(diagonal, k, rank)
     scales += index * (2 * R)
-    tl.store(scales + k, scale)
-    tl.store(scales + R + k, unscale)
-    tl.debug_barrier()
-
-    # Blocks of the rank, column by column: U_ij = U_ii⁻ᵀ (A_ij - Σ_l<i U_liᵀ U_lj), U_jj from A_jj - Σ_l<j U_ljᵀ U_lj, and
-    # (U⁻¹)_ij = -(Σ_i≤l<j (U⁻¹)_il U_lj) U_jj⁻¹. What is not needed at the moment lies in memory, and the lower tiles hold
-    # what is under way: in registers larger ranks would spill.
-    norms = tl.full((), 0.0, tl.float64)
-    inverse_norms = tl.full((), 0.0, tl.float64)
-    smallest = tl.full((), 1.0, tl.float64)
-    for block in range(0, R, TILE):
-        for above in range(0, block, TILE):
-            side = _scaled_gram(partials, scales, first_chunk, count, above, block, good, R, TILE)
-            for inner in range(0, above, TILE):
-                side -= multiply(new_factor, inner, above, True, new_factor, inner, block, R, TILE)
-            store_square(new_factor, block, above, side, R, TILE)
-            tl.debug_barrier()
-            side = multiply(new_weight, above, above, True, new_factor, block, above, R, TILE)
-            norms += _squares(side)
-            store_square(new_factor, above, block, side, R, TILE)
-            tl.debug_barrier()
-        corner = _scaled_gram(partials, scales, first_chunk, count, block, block, good, R, TILE)
-        corner = tl.where(eye & ((block + i[None, :] >= rank) | (not good)), 1.0, corner)
-        for inner in range(0, block, TILE):
-            corner -= multiply(new_factor, inner, block, True, new_factor, inner, block, R, TILE)
-        inverse, squared, pivot = _cholesky(corner, new_factor + block * R + block, R, TILE)
-        smallest = tl.minimum(smallest, pivot)
-        norms += squared
-        inverse_norms += _squares(inverse)
-        store_square(new_weight, block, block, inverse, R, TILE)
-        tl.debug_barrier()
-        for above in range(0, block, TILE):
-            side = zero
-            for inner in range(above, block, TILE):
-                side += multiply(new_weight, above, inner, False, new_factor, inner, block, R, TILE)
-            store_square(new_weight, block, above, side, R, TILE)
-            tl.debug_barrier()
-            side = -multiply(new_weight, block, above, False, new_weight, block, block, R, TILE)
-            inverse_norms += _squares(side)
-            store_square(new_weight, above, block, side, R, TILE)
-            tl.debug_barrier()
-    for left in range(0, R, TILE):
-        for right in range(0, R, TILE):
-            upper = left <= right
-            row_scale = tl.load(scales + left + i)[:, None]
-            column_unscale = tl.load(scales + R + right + i)[None, :]
-            inverse = tl.where(upper, _load_square(new_weight, left, right, R, TILE) * row_scale, 0.0)
-            factored = tl.where(upper, _load_square(new_factor, left, right, R, TILE) * column_unscale, 0.0)
-            # Replicas in other threads must have read before anything is overwritten.
-            tl.debug_barrier()
-            store_square(new_weight, left, right, inverse, R, TILE)
-            store_square(new_factor, left, right, factored, R, TILE)
-            if TWO_STAGES and not SECOND:
-                store_square(weight + 4 * R * R, left, right, inverse, R, TILE)
+    good = _scale_columns(partials, scales, first_chunk, count, rank, R)
+    condition, smallest = _invert_gram(partials, scales, new_weight, new_factor, first_chunk, count, rank, good, R, TILE)
+    _unscale(scales, new_weight, new_factor, weight + 4 * R * R, TWO_STAGES and not SECOND, R, TILE)
 
     level = 2
-    condition = tl.sqrt(norms) * tl.sqrt(inverse_norms)
     if good & (smallest > 1e-30):
         if condition <= double_pass:
             level = 1
@@ -290,31 +342,13 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
     if level == 2:
         return
     tl.debug_barrier()
-
     if SECOND:
-        # W ← W₁ U⁻¹ and R ← U R₁ in place, tile by tile, in the order in which no tile is needed after it was overwritten.
-        for right in range(R - TILE, -1, -TILE):
-            for left in range(0, R, TILE):
-                if left <= right:
-                    total = zero
-                    for inner in range(0, R, TILE):
-                        if (left <= inner) & (inner <= right):
-                            total += multiply(weight, left, inner, False, new_weight, inner, right, R, TILE)
-                    tl.debug_barrier()
-                    store_square(weight, left, right, total, R, TILE)
-        for left in range(0, R, TILE):
-            for right in range(0, R, TILE):
-                if left <= right:
-                    total = zero
-                    for inner in range(0, R, TILE):
-                        if (left <= inner) & (inner <= right):
-                            total += multiply(new_factor, left, inner, False, factor, inner, right, R, TILE)
-                    tl.debug_barrier()
-                    store_square(factor, left, right, total, R, TILE)
-        tl.debug_barrier()
+        _join_passes(weight, factor, new_weight, new_factor, R, TILE)
     if level == 1:
         return
 
+    # Signs: ⟨q_j, previous_j⟩ is a diagonal entry of Wᵀ(XᵀP). W's columns carry them, and R's rows.
+    i = tl.arange(0, TILE)
     for block in range(0, R, TILE):
         sign = tl.full([TILE], 1.0, tl.float64)
         if HAS_PREVIOUS:
@@ -324,17 +358,10 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
                     cross = _sum_partials(partials + R * R, first_chunk, count, inner, block, R, TILE)
                     aligned += tl.sum(_load_square(weight, inner, block, R, TILE) * cross, axis=0)
             sign = tl.where(aligned < 0, -1.0, 1.0).to(tl.float64)
-            for inner in range(0, R, TILE):
-                if inner <= block:
-                    signed = _load_square(weight, inner, block, R, TILE) * sign[None, :]
-                    tl.debug_barrier()
-                    store_square(weight, inner, block, signed, R, TILE)
-                    if TWO_STAGES and SECOND:
-                        signed = _load_square(new_weight, inner, block, R, TILE) * sign[None, :]
-                        tl.debug_barrier()
-                        store_square(new_weight, inner, block, signed, R, TILE)
-        # The rows of R carry the signs of the columns of Q.
-        row_sign = tl.sum(tl.where(eye, sign[None, :], 0.0), axis=1)
+            _sign_columns(weight, sign, block, R, TILE)
+            if TWO_STAGES and SECOND:
+                _sign_columns(new_weight, sign, block, R, TILE)
+        row_sign = tl.sum(tl.where(i[:, None] == i[None, :], sign[None, :], 0.0), axis=1)
         a = block + i[:, None]
         for right in range(0, R, TILE):
             b = right + i[None, :]
