@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tables import Layout, Table, first_chunks, signature, table
+from ._tables import Layout, Table, addresses, first_chunks, signature, table
 
-#: One row of the table: x, q, previous, rows, strides (row, column) of the three, modes of x and previous, first chunk, chunks, scratch row.
-COLUMNS = tl.constexpr(15)
+#: The columns of the table, one row of it a matrix: addresses, rows, strides (from row to row, from column to column), modes of
+#: :func:`load_tile`, the first of the chunks and their number, the row at which its scratch begins.
+(X, Q, PREVIOUS, ROWS, X_D, X_R, Q_D, Q_R, PREVIOUS_D, PREVIOUS_R, X_MODE, PREVIOUS_MODE, FIRST_CHUNK, CHUNKS, SCRATCH_ROW, COLUMNS) = (
+    tl.constexpr(i) for i in range(16)
+)
 
 
 @triton.jit
@@ -125,15 +129,16 @@ def tile_mode(x: Tensor) -> int:
 
 def thin_layout(xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], chunk: int) -> Layout:
     """The table of a ragged list of thin matrices and of what is written for them."""
-    counts = [triton.cdiv(x.shape[0], chunk) for x in xs]
-    starts = first_chunks(counts)
-    rows, scratch_row = [], 0
-    for i, (x, q) in enumerate(zip(xs, qs, strict=True)):
-        p = x if previous is None else previous[i]
-        rows.append((x.data_ptr(), q.data_ptr(), p.data_ptr(), x.shape[0], *x.stride(), *q.stride(), *p.stride(), tile_mode(x), tile_mode(p),
-                     starts[i], counts[i], scratch_row))  # fmt: skip
-        scratch_row += x.shape[0]
-    return Layout(rows, counts, (scratch_row,))
+    previous, heights = xs if previous is None else previous, [x.shape[0] for x in xs]
+    counts = [triton.cdiv(height, chunk) for height in heights]
+    columns = np.empty((COLUMNS, len(xs)), dtype=np.int64)
+    for matrices, address, stride_d, stride_r in ((xs, X, X_D, X_R), (qs, Q, Q_D, Q_R), (previous, PREVIOUS, PREVIOUS_D, PREVIOUS_R)):
+        columns[address] = addresses(matrices)
+        columns[stride_d], columns[stride_r] = zip(*map(Tensor.stride, matrices), strict=True)
+    columns[ROWS], columns[FIRST_CHUNK], columns[CHUNKS] = heights, first_chunks(counts), counts
+    columns[X_MODE], columns[PREVIOUS_MODE] = (list(map(tile_mode, matrices)) for matrices in (xs, previous))
+    columns[SCRATCH_ROW] = first_chunks(heights)
+    return Layout(columns.T, counts, (sum(heights),))
 
 
 def thin_table(operation: str, xs: Sequence[Tensor], previous: Sequence[Tensor] | None, qs: Sequence[Tensor], chunk: int) -> Table:

@@ -17,18 +17,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..moments import Maps, Numbers, Stepped
 from ..registry import Verdict, implements
+from . import _thin as thin
 from ._device import divide, root, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Layout, Table, addresses, first_chunks, signature, table
-from ._thin import COLUMNS as THIN_COLUMNS
 from ._thin import thin_table
 from ._thin import vector as vector_length
 from ._tuned import configuration
@@ -43,8 +45,12 @@ LARGEST_RANK = 128
 _LARGEST_FUSED = 32
 #: Tiles of rows per program that adds up drifts.
 _DRIFT_TILES = 4
-#: One row of the table: param, grad, exp_avg, exp_avg_sq, rows, columns, strides of param and grad, missed, flat/rank_dim.
-COLUMNS = tl.constexpr(11)
+#: The columns of the table without maps, one row of it a parameter: addresses; rows (0: all is contiguous and aligned), columns, and the
+#: strides of the parameter and its gradient; how many steps it missed.
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _ROWS, _COLUMNS, _P_I, _P_J, _G_I, _G_J, _MISSED, _WIDTH = (tl.constexpr(i) for i in range(12))
+#: With maps, the first four and ``_MISSED`` likewise: which dimension the rank is, the length of the other, strides along both, and where
+#: the elements that the step writes aside begin. The chunks are where :func:`~.gram.sum_of_chunks` looks for them.
+_RANK_DIM, _LENGTH, _P_K, _P_D, _G_K, _G_D, _ASIDE = (tl.constexpr(i) for i in (4, 5, 6, 7, 8, 9, 14))
 
 _SCALARS = ["lr", "beta1", "beta2", "eps", "weight_decay", "step", "log2_beta1", "log2_beta2", "correction1", "correction2"]
 
@@ -140,16 +146,16 @@ def adamw_kernel(tensors, chunks, lr_pointer, step_pointer,
                  VECTOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Without maps: BLOCK consecutive elements per program."""
     program = tl.program_id(0)
-    row = tensors + tl.load(chunks + 2 * program) * COLUMNS
+    row = tensors + tl.load(chunks + 2 * program) * _WIDTH
     start = tl.load(chunks + 2 * program + 1) * BLOCK
-    param = tl.load(row).to(tl.pointer_type(PARAM))
-    grad = tl.load(row + 1).to(tl.pointer_type(PARAM))
-    exp_avg = tl.load(row + 2).to(tl.pointer_type(COMPUTE))
-    exp_avg_sq = tl.load(row + 3).to(tl.pointer_type(COMPUTE))
-    rows = tl.load(row + 4)
-    columns = tl.load(row + 5)
+    param = tl.load(row + _PARAM).to(tl.pointer_type(PARAM))
+    grad = tl.load(row + _GRAD).to(tl.pointer_type(PARAM))
+    exp_avg = tl.load(row + _EXP_AVG).to(tl.pointer_type(COMPUTE))
+    exp_avg_sq = tl.load(row + _EXP_AVG_SQ).to(tl.pointer_type(COMPUTE))
+    rows = tl.load(row + _ROWS)
+    columns = tl.load(row + _COLUMNS)
     rate, keep, correction, root_correction = _coefficients(
-        lr, lr_pointer, step, step_pointer, tl.load(row + 10), log2_beta1, log2_beta2, correction1, correction2, weight_decay,
+        lr, lr_pointer, step, step_pointer, tl.load(row + _MISSED), log2_beta1, log2_beta2, correction1, correction2, weight_decay,
         LR_ON_DEVICE, STEP_ON_DEVICE, BIAS_CORRECTION, COMPUTE)  # fmt: skip
     if rows == 0:
         # Contiguous, aligned, a multiple of VECTOR long (checked on the host): vector loads and stores. Hints are of new values: on
@@ -164,8 +170,8 @@ def adamw_kernel(tensors, chunks, lr_pointer, step_pointer,
         flat = start.to(tl.int32) + tl.arange(0, BLOCK)
         i = flat // columns.to(tl.int32)
         j = flat % columns.to(tl.int32)
-        p_offset = i * tl.load(row + 6) + j * tl.load(row + 7)
-        g_offset = i * tl.load(row + 8) + j * tl.load(row + 9)
+        p_offset = i * tl.load(row + _P_I) + j * tl.load(row + _P_J)
+        g_offset = i * tl.load(row + _G_I) + j * tl.load(row + _G_J)
         _step_tile(param, grad, exp_avg, exp_avg_sq, p_offset, g_offset, flat, flat < rows * columns,
                    beta1, beta2, eps, rate, keep, correction, root_correction, HAS_M, HAS_V, MAXIMIZE, COMPUTE)  # fmt: skip
 
@@ -312,17 +318,17 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, d
     """
     program = tl.program_id(0).to(tl.int64)
     index = tl.load(chunks + 2 * program)
-    row = tensors + index * THIN_COLUMNS
-    param = tl.load(row).to(tl.pointer_type(PARAM))
-    grad = tl.load(row + 1).to(tl.pointer_type(PARAM))
-    exp_avg = tl.load(row + 2).to(tl.pointer_type(COMPUTE))
-    exp_avg_sq = tl.load(row + 3).to(tl.pointer_type(COMPUTE))
-    rank_dim = tl.load(row + 4)
-    length = tl.load(row + 5)
-    p_k = tl.load(row + 6)
-    p_d = tl.load(row + 7)
-    g_k = tl.load(row + 8)
-    g_d = tl.load(row + 9)
+    row = tensors + index * thin.COLUMNS
+    param = tl.load(row + _PARAM).to(tl.pointer_type(PARAM))
+    grad = tl.load(row + _GRAD).to(tl.pointer_type(PARAM))
+    exp_avg = tl.load(row + _EXP_AVG).to(tl.pointer_type(COMPUTE))
+    exp_avg_sq = tl.load(row + _EXP_AVG_SQ).to(tl.pointer_type(COMPUTE))
+    rank_dim = tl.load(row + _RANK_DIM)
+    length = tl.load(row + _LENGTH)
+    p_k = tl.load(row + _P_K)
+    p_d = tl.load(row + _P_D)
+    g_k = tl.load(row + _G_K)
+    g_d = tl.load(row + _G_D)
     if VECTOR > 1:  # known on the host, to be seen by the compiler
         param = tl.multiple_of(param, 16)
         grad = tl.multiple_of(grad, 16)
@@ -332,7 +338,7 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, d
         length = length // VECTOR * VECTOR
     moved = moves
     if KEEP_MOVE:
-        moved += tl.load(row + 14)
+        moved += tl.load(row + _ASIDE)
     square = index * rank * rank
     grad_map = grad_maps + square
     momentum_map = momentum_maps + square
@@ -340,7 +346,7 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, d
     direction_map = direction_maps + square
     scratch += program * (R * BLOCK_D)
     rate, keep, correction, root_correction = _coefficients(
-        lr, lr_pointer, step, step_pointer, tl.load(row + 10), log2_beta1, log2_beta2, correction1, correction2, weight_decay,
+        lr, lr_pointer, step, step_pointer, tl.load(row + _MISSED), log2_beta1, log2_beta2, correction1, correction2, weight_decay,
         LR_ON_DEVICE, STEP_ON_DEVICE, BIAS_CORRECTION, COMPUTE)  # fmt: skip
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     partial = partials + program * (rank * rank)
@@ -356,47 +362,44 @@ def mapped_adamw_kernel(tensors, chunks, grad_maps, momentum_maps, param_maps, d
             HAS_D_MAP, HAS_M, HAS_V, MAXIMIZE, KEEP_MOVE, KEEP_NEW, DRIFT, FUSED, R, STEP, BLOCK_D, CHUNK, VECTOR, COMPUTE)  # fmt: skip
 
 
-def _fields(values: list[Tensor], count: int) -> list[int]:
-    return list(addresses(values)) if values else [0] * count
+def _table(width: tl.constexpr, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+           missed: list[int]) -> tuple[NDArray[np.int64], list[bool], list[bool]]:  # fmt: skip
+    """What the two tables have in common, by columns; which parameters are contiguous, with their gradients, and which are aligned as well."""
+    columns = np.zeros((width, len(params)), dtype=np.int64)
+    for column, tensors in ((_PARAM, params), (_GRAD, grads), (_EXP_AVG, exp_avgs), (_EXP_AVG_SQ, exp_avg_sqs)):
+        columns[column] = addresses(tensors) or 0
+    aligned = (columns % 16 == 0).all(axis=0).tolist()  # so far there are addresses alone
+    columns[_MISSED] = missed or 0
+    contiguous = [p.is_contiguous() and g.is_contiguous() for p, g in zip(params, grads, strict=True)]
+    return columns, contiguous, [a and c for a, c in zip(aligned, contiguous, strict=True)]
 
 
 def _flat_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], missed: list[int]) -> Layout:
     vector = vector_length(params[0].dtype)
-    rows = []
-    first, second = _fields(exp_avgs, len(params)), _fields(exp_avg_sqs, len(params))
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        pointers = (p.data_ptr(), g.data_ptr(), first[i], second[i])
-        skipped = missed[i] if missed else 0
-        contiguous = p.is_contiguous() and g.is_contiguous()
-        if contiguous and p.numel() % vector == 0 and all(pointer % 16 == 0 for pointer in pointers):
-            rows.append((*pointers, 0, p.numel(), 0, 1, 0, 1, skipped))
-        elif contiguous:
-            rows.append((*pointers, 1, p.numel(), 0, 1, 0, 1, skipped))
-        else:
-            rows.append((*pointers, *p.shape, *p.stride(), *g.stride(), skipped))
-    return Layout(rows, [triton.cdiv(p.numel(), BLOCK) for p in params])
+    columns, contiguous, aligned = _table(_WIDTH, params, grads, exp_avgs, exp_avg_sqs, missed)
+    shapes = [
+        (int(not aligned[i] or p.numel() % vector != 0), p.numel(), 0, 1, 0, 1) if contiguous[i] else (*p.shape, *p.stride(), *g.stride())
+        for i, (p, g) in enumerate(zip(params, grads, strict=True))
+    ]
+    for column, values in zip((_ROWS, _COLUMNS, _P_I, _P_J, _G_I, _G_J), zip(*shapes, strict=True), strict=True):
+        columns[column] = values
+    return Layout(columns.T, [triton.cdiv(p.numel(), BLOCK) for p in params])
 
 
 def _mapped_layout(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], rank_dims: list[int],
                    missed: list[int], chunk: int, copies: int) -> Layout:  # fmt: skip
-    """``copies``: how many elements the step writes aside for each of a parameter, from row 14's offset on. Its one fact: VECTOR."""
-    first, second = _fields(exp_avgs, len(params)), _fields(exp_avg_sqs, len(params))
+    """``copies``: how many elements the step writes aside for each of a parameter. Its one fact: VECTOR."""
     lengths = [p.shape[1 - dim] for p, dim in zip(params, rank_dims, strict=True)]
     counts = [triton.cdiv(length, chunk) for length in lengths]
-    starts = first_chunks(counts)
+    columns, _, aligned = _table(thin.COLUMNS, params, grads, exp_avgs, exp_avg_sqs, missed)
+    columns[_RANK_DIM], columns[_LENGTH], columns[thin.FIRST_CHUNK], columns[thin.CHUNKS] = rank_dims, lengths, first_chunks(counts), counts
+    for tensors, along_rank, along_length in ((params, _P_K, _P_D), (grads, _G_K, _G_D)):
+        columns[along_rank] = [x.stride(dim) for x, dim in zip(tensors, rank_dims, strict=True)]
+        columns[along_length] = [x.stride(1 - dim) for x, dim in zip(tensors, rank_dims, strict=True)]
+    columns[_ASIDE] = first_chunks([copies * p.numel() for p in params])
     vector = math.gcd(vector_length(params[0].dtype), params[0].shape[rank_dims[0]], *lengths)
-    if params[0].dtype == torch.float64:
-        vector = 1  # of 8 bytes each; twice that would spill at rank 128
-    rows, elements = [], 0
-    for i, (p, g, dim) in enumerate(zip(params, grads, rank_dims, strict=True)):
-        strides = (p.stride(dim), p.stride(1 - dim), g.stride(dim), g.stride(1 - dim))
-        rows.append((p.data_ptr(), g.data_ptr(), first[i], second[i], dim, lengths[i], *strides, missed[i] if missed else 0,
-                     0, starts[i], counts[i], elements))  # fmt: skip
-        elements += copies * p.numel()
-        pointers = p.data_ptr(), g.data_ptr(), first[i], second[i]
-        if not (p.is_contiguous() and g.is_contiguous() and all(pointer % 16 == 0 for pointer in pointers)):
-            vector = 1
-    return Layout(rows, counts, (vector,))
+    # In fp64 one of 8 bytes each; twice that would spill at rank 128.
+    return Layout(columns.T, counts, (vector if all(aligned) and params[0].dtype != torch.float64 else 1,))
 
 
 def block_d(rank: int, double: bool, heavy: int) -> int:

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import Verdict, implements
+from . import _thin as thin
 from ._device import scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
 from ._tables import Table
-from ._thin import COLUMNS, load_tile, thin_table, vector
+from ._thin import load_tile, thin_table, vector
 from ._tuned import configuration
 
 #: Elements of a result that one program of the summation adds up.
@@ -56,16 +57,16 @@ def partial_gram_kernel(tensors, chunks, partials, x_rank, y_rank, partial_strid
     if SYMMETRIC:
         if left > right:
             return
-    row = tensors + tl.load(chunks + 2 * program) * COLUMNS
-    x = tl.load(row).to(tl.pointer_type(X))
-    y = tl.load(row + 2).to(tl.pointer_type(X))
-    rows = tl.load(row + 3)
-    x_d = tl.load(row + 4)
-    x_r = tl.load(row + 5)
-    y_d = tl.load(row + 8)
-    y_r = tl.load(row + 9)
-    x_mode = tl.load(row + 10)
-    y_mode = tl.load(row + 11)
+    row = tensors + tl.load(chunks + 2 * program) * thin.COLUMNS
+    x = tl.load(row + thin.X).to(tl.pointer_type(X))
+    y = tl.load(row + thin.PREVIOUS).to(tl.pointer_type(X))
+    rows = tl.load(row + thin.ROWS)
+    x_d = tl.load(row + thin.X_D)
+    x_r = tl.load(row + thin.X_R)
+    y_d = tl.load(row + thin.PREVIOUS_D)
+    y_r = tl.load(row + thin.PREVIOUS_R)
+    x_mode = tl.load(row + thin.X_MODE)
+    y_mode = tl.load(row + thin.PREVIOUS_MODE)
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
     target = partials + program * partial_stride
@@ -91,8 +92,8 @@ def partial_gram_kernel(tensors, chunks, partials, x_rank, y_rank, partial_strid
 @triton.jit
 def sum_of_chunks(row, partials, entry, size, columns, partial_stride, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK entries of the product of one matrix, whose row of the table it is: its chunks added up in order."""
-    first_chunk = tl.load(row + 12)
-    count = tl.load(row + 13)
+    first_chunk = tl.load(row + thin.FIRST_CHUNK)
+    count = tl.load(row + thin.CHUNKS)
     source = entry
     if SYMMETRIC:
         i = entry // columns
@@ -110,7 +111,7 @@ def sum_chunks_kernel(tensors, partials, out, size, columns, partial_stride, out
     """Adds up the partial products of each matrix, and ``diagonal · I``; SYMMETRIC takes every entry from the upper triangle."""
     index = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = sum_of_chunks(tensors + index * COLUMNS, partials, entry, size, columns, partial_stride, SYMMETRIC, BLOCK)
+    total = sum_of_chunks(tensors + index * thin.COLUMNS, partials, entry, size, columns, partial_stride, SYMMETRIC, BLOCK)
     total += tl.where(entry // columns == entry % columns, scalar(diagonal, partials.dtype.element_ty), 0.0)
     tl.store(out + index * out_stride + entry, total, mask=entry < size)
 

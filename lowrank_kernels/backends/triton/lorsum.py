@@ -41,10 +41,14 @@ from .solve import cholesky_kernel, substitute, substitute_back
 _LARGEST_RANK = {torch.float32: 128, torch.float64: 32}
 #: What a row of terms is: one that is contracted, dense (V itself is the product), the start (weighted by λ), or the Gram matrix.
 _PAIR, _DENSE, _START, _GRAM = (tl.constexpr(kind) for kind in range(4))
-#: A term's row: kind, layer, term, columns k; own factor: address, strides (row, column), mode, dtype; maps; present value of the other
-#: side; the other factor: address, strides, mode, rows; rows a chunk, chunks, partial sums, whether it is wide.
-#: A layer's row: rows, present value, out, strides of out, first row of its terms, their number, flags and their number, and the other side's.
-_COLUMNS = tl.constexpr(20)
+#: The columns of the table. A row of terms: kind, layer, number, columns; its own factor: address, strides, mode, dtype; its map; the present
+#: value of the other side; the other factor: address, strides, mode, rows; rows of a chunk, chunks, partial sums, whether it is wide.
+(_KIND, _LAYER, _TERM, _K, _OWN, _OWN_D, _OWN_K, _OWN_MODE, _OWN_DTYPE, _MAP, _NOW, _OTHER, _OTHER_D, _OTHER_K, _OTHER_MODE, _OTHER_ROWS, _CHUNK,
+ _CHUNKS, _SUMS, _WIDE, _COLUMNS) = (tl.constexpr(i) for i in range(21))  # fmt: skip
+#: A row of layers: rows, present value; result: address, strides; the first row of its terms, their number; flags, their number; the other side's.
+_ROWS, _VALUE, _OUT, _OUT_D, _OUT_K, _FIRST_TERM, _TERMS, _FLAGS, _BLOCKS, _OTHER_FLAGS, _OTHER_BLOCKS = (
+    tl.constexpr(i) for i in range(11)
+)
 
 
 @triton.jit
@@ -108,24 +112,24 @@ def contract_kernel(
     COMPUTE: tl.constexpr = scratch.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     row = table + tl.load(programs + 2 * program) * _COLUMNS
-    kind = tl.load(row)
+    kind = tl.load(row + _KIND)
     if (kind == _DENSE) | (kind == _START):
         return
-    columns = tl.load(row + 3)
+    columns = tl.load(row + _K)
     blocks = tl.cdiv(columns, BLOCK_K)
     chunk = tl.load(programs + 2 * program + 1) // blocks
     first = tl.load(programs + 2 * program + 1) % blocks * BLOCK_K
-    code = tl.load(row + 8)
-    other = scratch + tl.load(row + 10)
-    address = tl.load(row + 11)
-    stride_d = tl.load(row + 12)
-    stride_k = tl.load(row + 13)
-    mode = tl.load(row + 14)
-    rows = tl.load(row + 15)
-    start = chunk * tl.load(row + 16)
-    stop = tl.minimum(start + tl.load(row + 16), rows)
-    target = partials + tl.load(row + 18) + chunk * columns * R
-    wide = tl.load(row + 19)
+    code = tl.load(row + _OWN_DTYPE)
+    other = scratch + tl.load(row + _NOW)
+    address = tl.load(row + _OTHER)
+    stride_d = tl.load(row + _OTHER_D)
+    stride_k = tl.load(row + _OTHER_K)
+    mode = tl.load(row + _OTHER_MODE)
+    rows = tl.load(row + _OTHER_ROWS)
+    start = chunk * tl.load(row + _CHUNK)
+    stop = tl.minimum(start + tl.load(row + _CHUNK), rows)
+    target = partials + tl.load(row + _SUMS) + chunk * columns * R
+    wide = tl.load(row + _WIDE)
     if kind == _GRAM:
         _contract_rows(other, 1, rows, columns, R, 1, start, stop, first, other, target, tl.float64, R, 16, BLOCK_K)
     else:
@@ -153,8 +157,8 @@ def factor_kernel(terms, partials, grams, factors, inverses, ridges, per_layer, 
     """Per layer: the sum of the Gram matrix's chunks, λ of each column, and the Cholesky factor of their sum."""
     index = tl.program_id(0).to(tl.int64)
     row = terms + ((index + 1) * per_layer - 1) * _COLUMNS
-    chunks = tl.load(row + 17)
-    partials += tl.load(row + 18)
+    chunks = tl.load(row + _CHUNKS)
+    partials += tl.load(row + _SUMS)
     gram = grams + index * (R * R)
     k = tl.arange(0, R)
     diagonal = tl.zeros([R], tl.float64)
@@ -184,32 +188,32 @@ def map_kernel(table, programs, scratch, partials, coefficients, factors, invers
     """BLOCK_K rows of one term's map: ``c Qᵀ V (VᵀV + λI)⁻¹``, for the start ``λ(VᵀV + λI)⁻¹``; ``c Qᵀ V`` unless SOLVES."""
     program = tl.program_id(0).to(tl.int64)
     row = table + tl.load(programs + 2 * program) * _COLUMNS
-    kind = tl.load(row)
-    columns = tl.load(row + 3)
+    kind = tl.load(row + _KIND)
+    columns = tl.load(row + _K)
     first = tl.load(programs + 2 * program + 1) * BLOCK_K
     if (kind == _GRAM) | (first >= columns):
         return
-    layer = tl.load(row + 1)
+    layer = tl.load(row + _LAYER)
     if kind == _START:
         i = first + tl.arange(0, BLOCK_K)
         ridge = tl.load(ridges + layer * R + i, mask=i < R, other=0.0)
         tile = tl.where(i[:, None] == tl.arange(0, R)[None, :], ridge[:, None], 0.0)
     else:
         if kind == _DENSE:
-            tile = _rows(scratch + tl.load(row + 10), columns, first, R, BLOCK_K).to(tl.float64)
+            tile = _rows(scratch + tl.load(row + _NOW), columns, first, R, BLOCK_K).to(tl.float64)
         else:
             tile = tl.zeros([BLOCK_K, R], tl.float64)
-            source = partials + tl.load(row + 18)
-            for _ in range(tl.load(row + 17)):
+            source = partials + tl.load(row + _SUMS)
+            for _ in range(tl.load(row + _CHUNKS)):
                 tile += _rows(source, columns, first, R, BLOCK_K)
                 source += columns * R
-        tile *= tl.load(coefficients + tl.load(row + 2) * layers + layer)
+        tile *= tl.load(coefficients + tl.load(row + _TERM) * layers + layer)
     if SOLVES:
         factor = factors + layer * (R * R)
         inverses += layer * R
         tile = substitute(tile, factor, inverses, rank, R, R)
         tile = substitute_back(tile, factor, inverses, rank, R, R)
-    _store_rows(scratch + tl.load(row + 9), columns, first, tile.to(scratch.dtype.element_ty), R, BLOCK_K)
+    _store_rows(scratch + tl.load(row + _MAP), columns, first, tile.to(scratch.dtype.element_ty), R, BLOCK_K)
 
 
 @triton.jit
@@ -227,12 +231,12 @@ def _expand_columns(
 @triton.jit
 def _expand(total, row, rows, first, scratch, TYPE: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
     """:func:`_expand_columns` of one term, likewise in a loop for each mode."""
-    p = tl.load(row + 4).to(tl.pointer_type(TYPE))
-    stride_d = tl.load(row + 5)
-    stride_k = tl.load(row + 6)
-    mode = tl.load(row + 7)
-    columns = tl.load(row + 3)
-    maps = scratch + tl.load(row + 9)
+    p = tl.load(row + _OWN).to(tl.pointer_type(TYPE))
+    stride_d = tl.load(row + _OWN_D)
+    stride_k = tl.load(row + _OWN_K)
+    mode = tl.load(row + _OWN_MODE)
+    columns = tl.load(row + _K)
+    maps = scratch + tl.load(row + _MAP)
     if TYPE.primitive_bitwidth < 32 and tl.float64 == total.dtype:
         total = _expand_columns(total, p, mode, rows, columns, stride_d, stride_k, first, maps, R, BLOCK_D, BLOCK_K)
     elif mode == 1:
@@ -251,12 +255,12 @@ def expand_kernel(table, programs, scratch, flags, PRESENT: tl.constexpr, R: tl.
     program = tl.program_id(0).to(tl.int64)
     layer = table + tl.load(programs + 2 * program) * _COLUMNS
     chunk = tl.load(programs + 2 * program + 1)
-    rows = tl.load(layer)
+    rows = tl.load(layer + _ROWS)
     first = chunk * BLOCK_D
-    row = table + tl.load(layer + 5) * _COLUMNS
+    row = table + tl.load(layer + _FIRST_TERM) * _COLUMNS
     total = tl.zeros([BLOCK_D, R], COMPUTE)
-    for _ in range(tl.load(layer + 6)):
-        code = tl.load(row + 8)
+    for _ in range(tl.load(layer + _TERMS)):
+        code = tl.load(row + _OWN_DTYPE)
         if PRESENT & 1:
             if code == 0:
                 total = _expand(total, row, rows, first, scratch, tl.float32, R, BLOCK_D, BLOCK_K)
@@ -272,8 +276,8 @@ def expand_kernel(table, programs, scratch, flags, PRESENT: tl.constexpr, R: tl.
         row += _COLUMNS
     # x - x is 0 for what is finite, else NaN.
     spoilt = tl.max(tl.max((total - total != 0.0).to(tl.int32), axis=1), axis=0)
-    tl.store(flags + tl.load(layer + 7) + chunk, spoilt)
-    _store_rows(scratch + tl.load(layer + 1), rows, first, total, R, BLOCK_D)
+    tl.store(flags + tl.load(layer + _FLAGS) + chunk, spoilt)
+    _store_rows(scratch + tl.load(layer + _VALUE), rows, first, total, R, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -283,11 +287,13 @@ def copy_kernel(table, programs, scratch, rank, START: tl.constexpr, R: tl.const
     program = tl.program_id(0).to(tl.int64)
     layer = table + tl.load(programs + 2 * program) * _COLUMNS
     first = tl.load(programs + 2 * program + 1) * BLOCK_D
-    rows = tl.load(layer)
-    row = table + tl.load(layer + 5) * _COLUMNS
-    start = tl.load(row + 4).to(tl.pointer_type(START))
-    tile = load_tile(start, tl.load(row + 7), first, rows, 0, rank, tl.load(row + 5), tl.load(row + 6), BLOCK_D, R, VECTOR)
-    _store_rows(scratch + tl.load(layer + 1), rows, first, tile.to(scratch.dtype.element_ty), R, BLOCK_D)
+    rows = tl.load(layer + _ROWS)
+    row = table + tl.load(layer + _FIRST_TERM) * _COLUMNS
+    start = tl.load(row + _OWN).to(tl.pointer_type(START))
+    tile = load_tile(
+        start, tl.load(row + _OWN_MODE), first, rows, 0, rank, tl.load(row + _OWN_D), tl.load(row + _OWN_K), BLOCK_D, R, VECTOR
+    )
+    _store_rows(scratch + tl.load(layer + _VALUE), rows, first, tile.to(scratch.dtype.element_ty), R, BLOCK_D)
 
 
 @triton.jit
@@ -305,12 +311,23 @@ def finish_kernel(table, programs, scratch, flags, rank, OUT: tl.constexpr, R: t
     program = tl.program_id(0).to(tl.int64)
     layer = table + tl.load(programs + 2 * program) * _COLUMNS
     first = tl.load(programs + 2 * program + 1) * BLOCK_D
-    rows = tl.load(layer)
-    spoilt = _any(flags + tl.load(layer + 7), tl.load(layer + 8)) + _any(flags + tl.load(layer + 9), tl.load(layer + 10))
-    tile = tl.where(spoilt > 0, float("nan"), _rows(scratch + tl.load(layer + 1), rows, first, R, BLOCK_D))
-    out = tl.load(layer + 2).to(tl.pointer_type(OUT))
+    rows = tl.load(layer + _ROWS)
+    spoilt = _any(flags + tl.load(layer + _FLAGS), tl.load(layer + _BLOCKS)) + _any(
+        flags + tl.load(layer + _OTHER_FLAGS), tl.load(layer + _OTHER_BLOCKS)
+    )
+    tile = tl.where(spoilt > 0, float("nan"), _rows(scratch + tl.load(layer + _VALUE), rows, first, R, BLOCK_D))
+    out = tl.load(layer + _OUT).to(tl.pointer_type(OUT))
     store_tile(
-        out, rounded(tile.to(scratch.dtype.element_ty), OUT), first, rows, 0, rank, tl.load(layer + 3), tl.load(layer + 4), BLOCK_D, R
+        out,
+        rounded(tile.to(scratch.dtype.element_ty), OUT),
+        first,
+        rows,
+        0,
+        rank,
+        tl.load(layer + _OUT_D),
+        tl.load(layer + _OUT_K),
+        BLOCK_D,
+        R,
     )
 
 
@@ -359,7 +376,12 @@ class _Terms:
         """``present``: rows and place of the present value of the other side."""
         height, now = present
         r, chunks = self.sizes.R, triton.cdiv(height, length)
-        self.rows.append([int(kind.value), layer, term, k, *own, self.maps, now, *other, height, length, chunks, self.sums, int(wide)])
+        row = [0] * int(_COLUMNS.value)
+        row[_KIND], row[_LAYER], row[_TERM], row[_K], row[_MAP], row[_SUMS] = int(kind.value), layer, term, k, self.maps, self.sums
+        row[_OWN], row[_OWN_D], row[_OWN_K], row[_OWN_MODE], row[_OWN_DTYPE] = own
+        row[_OTHER], row[_OTHER_D], row[_OTHER_K], row[_OTHER_MODE] = other
+        row[_NOW], row[_OTHER_ROWS], row[_CHUNK], row[_CHUNKS], row[_WIDE] = now, height, length, chunks, int(wide)
+        self.rows.append(row)
         self.programs.append(triton.cdiv(k, self.sizes.BLOCK_K) * chunks)
         self.maps += k * r
         self.sums += k * r * chunks
@@ -379,6 +401,14 @@ class _Terms:
 
     def add_gram(self, layer: int, present: tuple[int, int]) -> None:
         self._add(_GRAM, layer, 0, self.sizes.R, [0] * 5, present, [0, self.sizes.R, 1, 1], 512)
+
+
+def _layer(height: int, place: int, out: Tensor, first_term: int, terms: int, flags: int) -> list[int]:
+    """A row of layers, without flags to look at."""
+    row = [0] * int(_COLUMNS.value)
+    row[_ROWS], row[_VALUE], row[_OUT], row[_OUT_D], row[_OUT_K] = height, place, out.data_ptr(), *out.stride()
+    row[_FIRST_TERM], row[_TERMS], row[_FLAGS] = first_term, terms, flags
+    return row
 
 
 def _layout(targets: FactorLists, sums: Sums, out: FactorLists, sizes: _Sizes) -> Layout:
@@ -405,8 +435,9 @@ def _layout(targets: FactorLists, sums: Sums, out: FactorLists, sizes: _Sizes) -
     rows = u.rows + v.rows
     for place, (height, target) in enumerate(zip(heights, (*out[0], *out[1]), strict=True)):
         across = (place + count) % (2 * count)
-        rows.append([height, places[place], target.data_ptr(), *target.stride(), place * per_layer, per_layer - 1, flags[place], blocks[place],
-                     flags[across], blocks[across], *[0] * 9])  # fmt: skip
+        row = _layer(height, places[place], target, place * per_layer, per_layer - 1, flags[place])
+        row[_BLOCKS], row[_OTHER_FLAGS], row[_OTHER_BLOCKS] = blocks[place], flags[across], blocks[across]
+        rows.append(row)
     programs = [u.programs, v.programs, blocks[:count], blocks[count:]]
     ends = [int(end) for end in itertools.accumulate(map(sum, programs))]
     return Layout(rows, [*u.programs, *v.programs, *blocks], (max(u.maps, v.maps), max(u.sums, v.sums), *ends))
@@ -429,7 +460,7 @@ def _product_layout(xs: list[Tensor], sums: Sums, ys: list[Tensor], sizes: _Size
         out = ys[place] if place < count else xs[place - count]
         first = place * per_layer if place < count else (per_layer - 1) * count + place
         # No flags to look at: what is not finite stays in its row.
-        rows.append([height, places[place], out.data_ptr(), *out.stride(), first, per_layer, flags[place], *[0] * 12])
+        rows.append(_layer(height, places[place], out, first, per_layer, flags[place]))
     ends = [int(end) for end in itertools.accumulate((sum(terms.programs), sum(blocks[:count]), sum(blocks[count:])))]
     return Layout(rows, [*terms.programs, *[0] * count, *blocks], (terms.maps, terms.sums, *ends))
 

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import Verdict, implements
+from . import _thin as thin
 from ._device import rounded, scalar
 from ._launch import device_verdict, launch, on_device, padded_rank
 from ._tables import Table
-from ._thin import COLUMNS
 from .gram import SUM_BLOCK, sum_of_chunks
 from .solve import cholesky, substitute, substitute_back
 
@@ -39,7 +39,7 @@ def preconditioner_kernel(grams, drifts, factors, inverses, maps, realigned, ten
     if IN_TURN:
         for first in range(0, rank * rank, SUM_BLOCK):
             entry = first + tl.arange(0, SUM_BLOCK)
-            total = sum_of_chunks(tensors + index * COLUMNS, partials, entry, rank * rank, rank, rank * rank, True, SUM_BLOCK)
+            total = sum_of_chunks(tensors + index * thin.COLUMNS, partials, entry, rank * rank, rank, rank * rank, True, SUM_BLOCK)
             tl.store(grams + first_entry + entry, total, mask=entry < rank * rank)
         tl.debug_barrier()
     cholesky(grams + first_entry, factor, inverses, rank, damping, R, TILE)

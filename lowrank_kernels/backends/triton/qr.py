@@ -29,9 +29,10 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..registry import Verdict, implements
+from . import _thin as thin
 from ._device import rounded
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
-from ._thin import COLUMNS, exponent_of, load_tile, multiply, power_of_two, store_tile, thin_table, vector
+from ._thin import exponent_of, load_tile, multiply, power_of_two, store_tile, thin_table, vector
 
 _LARGEST_RANK = 128
 _LARGEST_RANK_FP64 = 64
@@ -100,16 +101,16 @@ def gram_kernel(tensors, chunks, levels, squares, partials, rank, X: tl.constexp
     if SECOND:
         if tl.load(levels + index) != 1:
             return
-    row = tensors + index * COLUMNS
-    x = tl.load(row).to(tl.pointer_type(X))
-    previous = tl.load(row + 2).to(tl.pointer_type(X))
-    rows = tl.load(row + 3)
-    x_d = tl.load(row + 4)
-    x_r = tl.load(row + 5)
-    previous_d = tl.load(row + 8)
-    previous_r = tl.load(row + 9)
-    mode = tl.load(row + 10)
-    previous_mode = tl.load(row + 11)
+    row = tensors + index * thin.COLUMNS
+    x = tl.load(row + thin.X).to(tl.pointer_type(X))
+    previous = tl.load(row + thin.PREVIOUS).to(tl.pointer_type(X))
+    rows = tl.load(row + thin.ROWS)
+    x_d = tl.load(row + thin.X_D)
+    x_r = tl.load(row + thin.X_R)
+    previous_d = tl.load(row + thin.PREVIOUS_D)
+    previous_r = tl.load(row + thin.PREVIOUS_R)
+    mode = tl.load(row + thin.X_MODE)
+    previous_mode = tl.load(row + thin.PREVIOUS_MODE)
     weight = squares + index * (5 * R * R)
     # Tiles (0,0), (0,1), (1,1) of a 2 × 2 division; just (0,0) where one tile holds the whole rank.
     left = (tl.program_id(1) // 2) * TILE
@@ -312,9 +313,9 @@ def factor_kernel(tensors, levels, squares, scales, partials, rs, rank, single_p
     if SECOND:
         if tl.load(levels + index) != 1:
             return
-    row = tensors + index * COLUMNS
-    first_chunk = tl.load(row + 12)
-    count = tl.load(row + 13)
+    row = tensors + index * thin.COLUMNS
+    first_chunk = tl.load(row + thin.FIRST_CHUNK)
+    count = tl.load(row + thin.CHUNKS)
     # Squares per matrix: W, R, then in the second pass its own U⁻¹ and U, which are multiplied into the first two; the
     # fifth keeps the first pass's W for an application in two stages.
     weight = squares + index * (5 * R * R)
@@ -400,15 +401,15 @@ def apply_kernel(tensors, chunks, levels, weights, rank, columns, weight_stride,
     if QR:
         if tl.load(levels + index) == 2:
             return
-    row = tensors + index * COLUMNS
-    x = tl.load(row).to(tl.pointer_type(X))
-    q = tl.load(row + 1).to(tl.pointer_type(Q))
-    rows = tl.load(row + 3)
-    x_d = tl.load(row + 4)
-    x_r = tl.load(row + 5)
-    q_d = tl.load(row + 6)
-    q_r = tl.load(row + 7)
-    mode = tl.load(row + 10)
+    row = tensors + index * thin.COLUMNS
+    x = tl.load(row + thin.X).to(tl.pointer_type(X))
+    q = tl.load(row + thin.Q).to(tl.pointer_type(Q))
+    rows = tl.load(row + thin.ROWS)
+    x_d = tl.load(row + thin.X_D)
+    x_r = tl.load(row + thin.X_R)
+    q_d = tl.load(row + thin.Q_D)
+    q_r = tl.load(row + thin.Q_R)
+    mode = tl.load(row + thin.X_MODE)
     weight = weights + index * weight_stride
     start = tl.load(chunks + 2 * program + 1) * CHUNK
     stop = tl.minimum(start + CHUNK, rows)
@@ -500,23 +501,23 @@ def guarded_kernel(tensors, levels, scratch, rs, rank, tolerance: tl.float64, X:
     index = tl.program_id(0).to(tl.int64)
     if tl.load(levels + index) != 2:
         return
-    row = tensors + index * COLUMNS
-    x = tl.load(row).to(tl.pointer_type(X))
-    q = tl.load(row + 1).to(tl.pointer_type(Q))
-    previous = tl.load(row + 2).to(tl.pointer_type(X))
-    rows = tl.load(row + 3)
-    x_d = tl.load(row + 4)
-    x_r = tl.load(row + 5)
-    q_d = tl.load(row + 6)
-    q_r = tl.load(row + 7)
-    previous_d = tl.load(row + 8)
-    previous_r = tl.load(row + 9)
+    row = tensors + index * thin.COLUMNS
+    x = tl.load(row + thin.X).to(tl.pointer_type(X))
+    q = tl.load(row + thin.Q).to(tl.pointer_type(Q))
+    previous = tl.load(row + thin.PREVIOUS).to(tl.pointer_type(X))
+    rows = tl.load(row + thin.ROWS)
+    x_d = tl.load(row + thin.X_D)
+    x_r = tl.load(row + thin.X_R)
+    q_d = tl.load(row + thin.Q_D)
+    q_r = tl.load(row + thin.Q_R)
+    previous_d = tl.load(row + thin.PREVIOUS_D)
+    previous_r = tl.load(row + thin.PREVIOUS_R)
     if WORK_IN_OUTPUT:
         work = q
         work_d = q_d
         work_r = q_r
     else:
-        work = scratch + tl.load(row + 14) * rank
+        work = scratch + tl.load(row + thin.SCRATCH_ROW) * rank
         work_d = tl.full((), 0, tl.int64) + rank
         work_r = tl.full((), 1, tl.int64)
     k = tl.arange(0, R)

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import Verdict, implements
+from . import _thin as thin
 from ._device import divide, root, rounded, scalar
 from ._launch import TL_DTYPE, device_verdict, launch, on_device, padded_rank
-from ._thin import COLUMNS, load_tile, multiply, store_tile, thin_table, vector
+from ._thin import load_tile, multiply, store_tile, thin_table, vector
 from ._tuned import configuration
 
 _LARGEST_RANK = 128
@@ -117,17 +118,19 @@ def substitute_kernel(
     DTYPE: tl.constexpr = factors.dtype.element_ty
     program = tl.program_id(0)
     index = tl.load(chunks + 2 * program)
-    row = tensors + index * COLUMNS
-    x = tl.load(row).to(tl.pointer_type(X))
-    out = tl.load(row + 1).to(tl.pointer_type(X))
-    rows = tl.load(row + 3)
+    row = tensors + index * thin.COLUMNS
+    x = tl.load(row + thin.X).to(tl.pointer_type(X))
+    out = tl.load(row + thin.Q).to(tl.pointer_type(X))
+    rows = tl.load(row + thin.ROWS)
     first = tl.load(chunks + 2 * program + 1) * BLOCK_D
-    tile = load_tile(x, tl.load(row + 10), first, rows, 0, rank, tl.load(row + 4), tl.load(row + 5), BLOCK_D, R, VECTOR).to(DTYPE)
+    tile = load_tile(
+        x, tl.load(row + thin.X_MODE), first, rows, 0, rank, tl.load(row + thin.X_D), tl.load(row + thin.X_R), BLOCK_D, R, VECTOR
+    ).to(DTYPE)
     factor = factors + index * (R * R)
     inverses += index * R
     tile = substitute(tile, factor, inverses, rank, R, R)
     tile = substitute_back(tile, factor, inverses, rank, R, R)
-    store_tile(out, rounded(tile, X), first, rows, 0, rank, tl.load(row + 6), tl.load(row + 7), BLOCK_D, R)
+    store_tile(out, rounded(tile, X), first, rows, 0, rank, tl.load(row + thin.Q_D), tl.load(row + thin.Q_R), BLOCK_D, R)
 
 
 def verify(grams: Tensor, rhs: list[Tensor] | Tensor, damping: float, left: bool, out: list[Tensor] | Tensor) -> Verdict:
