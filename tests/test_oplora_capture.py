@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import lowrank_kernels as lk
 from benchmarks.naive.oplora import OPLoRALayer
 from lowrank_kernels import pairs
-from lowrank_kernels.optim._shared.full_gradient import Probes, Sketch, TokenFactors, random_matrix, reconstruct
+from lowrank_kernels.optim._shared.held_gradient import Probes, Sketch, TokenFactors, random_matrix, reconstruct
 
 
 @every_library
@@ -213,7 +213,7 @@ def test_layers_of_one_width_share_their_random_matrices(overlap: bool, monkeypa
 
     model = make_model("ours", shapes=[(12, 12)] * 6)
     optimizer = make(model, gradient="sketch", sketch_width=3, overlap=overlap)
-    monkeypatch.setattr("lowrank_kernels.optim._shared.full_gradient.random_matrix", counted)
+    monkeypatch.setattr("lowrank_kernels.optim._shared.held_gradient.random_matrix", counted)
     x = batch(0)[0]
     for step in range(4):
         optimizer.zero_grad()

@@ -21,7 +21,8 @@ from ..parallel.ranks import data_parallel_group
 from ..parallel.shards import KEEP_WHOLE
 from ._shared.arguments import LARGEST, AdamWOptions, ParamsT, refuse_adams
 from ._shared.background import Tensors
-from ._shared.full_gradient import KINDS, FullGradients, random_matrix
+from ._shared.full_gradient import FullGradients
+from ._shared.held_gradient import KINDS, random_matrix
 from ._shared.kfac import Kronecker, track
 from ._shared.lorsum import composed_lorsum, damped
 from ._shared.overlapping import OverlappingOptimizer
@@ -87,7 +88,7 @@ class OPLoRA(OverlappingOptimizer):
         momentum_rank: rank of M with "lowrank"; None: r. A layer that is smaller has its smaller width.
         gradient: how G is held: "factors" (X and S, exact), "dense" (the sum, exact; smaller than the factors from
             d_in·d_out/(d_in + d_out) tokens on, but a weight gradient's GEMM) or "sketch" (p(d_out + 2d_in) numbers, approximate; see
-            :class:`~lowrank_kernels.optim._shared.full_gradient.Sketch` for its error).
+            :class:`~lowrank_kernels.optim._shared.held_gradient.Sketch` for its error).
         sketch_width: p.
         metric: None or "kfac", which needs X and S: ``gradient="factors"``.
         metric_decay: β of the averages, 0 … 1, 1 excluded.

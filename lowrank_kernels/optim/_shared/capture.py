@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ...pairs import owners
 from ...parallel.ranks import may_lose_ranks
-from .full_gradient import FullGradient, TokenFactors
+from .held_gradient import FullGradient, TokenFactors
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from .arguments import AdamWOptions, ParamsT
 from .base import LowRankOptimizer
 from .capture import Patches, Recorder, unwatch, watch, watch_ranks
 from .explain_calls import thin_call
-from .full_gradient import Dense, FullGradient, FullGradients, Probes, Sketch, TokenFactors
+from .full_gradient import FullGradients
+from .held_gradient import Dense, FullGradient, Probes, Sketch, TokenFactors
 from .pairing import FactorPair, Position
 
 #: Why there may be a gradient whose backward pass was not seen.
