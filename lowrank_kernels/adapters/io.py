@@ -198,6 +198,38 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         return model
     check_unadapted("load_adapter", model)
     modules = {clean_name(name): module for name, module in root.named_modules()}
+    new = _make_layers(modules, settings, state, strict)
+    skipped = [name for name in settings if name not in new]
+    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in skipped}
+    state, starts = split_starts("load_adapter", root, new, state)
+    # The rest of the file is checked against the bare model (the names do not depend on the adapters), so that nothing
+    # is changed before everything fits.
+    factors = {joined(name, key): tensor for name, layer in new.items() for key, tensor in factor_tensors(layer).items()}
+    _check_factors(factors, state)
+    others = {name: tensor for name, tensor in state.items() if name not in factors}
+    _, copies = plan_copies("load_adapter", root, others, strict=False)
+    parameters = {clean_name(name): parameter for name, parameter in root.named_parameters()}
+    buffers = {clean_name(name) for name, _ in root.named_buffers()}
+    unknown = [name for name in others if name not in parameters and name not in buffers]
+    if unknown and strict:
+        which = first_few(unknown, 6)
+        raise ValueError(f"load_adapter: the file has tensors that the model does not: {which}; pass strict=False to skip them")
+    install(
+        "load_adapter",
+        root,
+        {id(modules[name]): layer for name, layer in new.items()},
+        [parameters[name] for name in others if name in parameters],
+    )
+    if skipped:
+        warnings.warn(f"load_adapter: skipped the adapters of {first_few(skipped)}: the model has no such modules", stacklevel=2)
+    copy_state(new, copies + [(target, state[name]) for name, target in factors.items()], starts)
+    return model
+
+
+def _make_layers(
+    modules: Mapping[str, nn.Module], settings: Mapping[str, LayerSettings], state: Mapping[str, Tensor], strict: bool
+) -> dict[str, LowRankLinear]:
+    """Adapted layers as the file says, not yet in the model; if not strict, without those that it does not have."""
     new: dict[str, LowRankLinear] = {}
     for name, layer in settings.items():
         module = modules.get(name)
@@ -221,12 +253,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
         raise ValueError(
             f"load_adapter: the model has none of the {len(settings)} Linear layers that the file adapts: {first_few(settings)}"
         )
-    skipped = [name for name in settings if name not in new]
-    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in skipped}
-    state, starts = split_starts("load_adapter", root, new, state)
-    # The rest of the file is checked against the bare model (the names do not depend on the adapters), so that nothing
-    # is changed before everything fits.
-    factors = {joined(name, key): tensor for name, layer in new.items() for key, tensor in factor_tensors(layer).items()}
+    return new
+
+
+def _check_factors(factors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse factors of new layers that the file's do not fit."""
     for name, target in factors.items():
         if target.is_meta:
             raise ValueError(f"load_adapter: {name} would be on the meta device; materialize the model first")
@@ -234,24 +265,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], strict: bool = 
             raise ValueError(
                 f"load_adapter: {name} is {state[name].dtype} {tuple(state[name].shape)}, expected {target.dtype} {tuple(target.shape)}"
             )
-    others = {name: tensor for name, tensor in state.items() if name not in factors}
-    _, copies = plan_copies("load_adapter", root, others, strict=False)
-    parameters = {clean_name(name): parameter for name, parameter in root.named_parameters()}
-    buffers = {clean_name(name) for name, _ in root.named_buffers()}
-    unknown = [name for name in others if name not in parameters and name not in buffers]
-    if unknown and strict:
-        which = first_few(unknown, 6)
-        raise ValueError(f"load_adapter: the file has tensors that the model does not: {which}; pass strict=False to skip them")
-    install(
-        "load_adapter",
-        root,
-        {id(modules[name]): layer for name, layer in new.items()},
-        [parameters[name] for name in others if name in parameters],
-    )
-    if skipped:
-        warnings.warn(f"load_adapter: skipped the adapters of {first_few(skipped)}: the model has no such modules", stacklevel=2)
-    copy_state(new, copies + [(target, state[name]) for name, target in factors.items()], starts)
-    return model
 
 
 def _check_same_settings(settings: Mapping[str, LayerSettings], layers: Mapping[str, LowRankLinear], strict: bool) -> None:
