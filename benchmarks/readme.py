@@ -208,13 +208,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.readme.is_file():
         parser.error(f"argument --readme: there is no file {args.readme}")
-    text = args.readme.read_text(encoding="utf-8")
     block = render(read_given(parser, "--results", args.results, NEEDED))
     try:
+        text = args.readme.read_text(encoding="utf-8")
         new = replace_block(text, block)
-    except ValueError as error:
+        if args.check:
+            return int(new != text)
+        args.readme.write_text(new, encoding="utf-8")
+    except (OSError, ValueError) as error:
         parser.error(f"argument --readme: {args.readme}: {error}")
-    if args.check:
-        return int(new != text)
-    args.readme.write_text(new, encoding="utf-8")
     return 0

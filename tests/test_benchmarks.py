@@ -447,6 +447,7 @@ PUBLISHED = str(readme.ROOT / "benchmarks" / "results" / "cpu.csv")
         (["readme", "--readme", "{tmp}/absent"], "argument --readme: there is no file .*absent"),
         (["readme", "--results", "{tmp}/absent"], "argument --results: there is no file .*absent"),
         (["readme", "--readme", "{tmp}/file"], "argument --readme: .*once each"),
+        (["readme", "--readme", "{tmp}/binary"], "argument --readme: .*binary: .*decode"),
         (["--seconds", "-1"], "argument --seconds: -1 is no time; give seconds, more than 0"),
         (["--seconds", "nan"], "argument --seconds: nan is no time"),
         (["--compile-seconds", "-1"], "argument --compile-seconds: -1 is no time; give seconds, 0 or more"),
