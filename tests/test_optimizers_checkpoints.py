@@ -226,6 +226,27 @@ def test_copies_of_model_and_optimizer_go_on_alike(build, copier) -> None:
 
 
 @every_optimizer
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_of_an_optimizer_with_several_groups_go_on_alike(build, copier) -> None:
+    """Torch adds a key to a copy's defaults, and so to what each group is asked for; from the second group on nothing may be taken for
+    something else. An edit of what is fixed is still refused, by its own name."""
+    model = make_model("ours")
+    optimizer = build([{"params": list(model[0].parameters()) + list(model[2].parameters())}, {"params": model[4].parameters(), "lr": 3e-3}])
+    run(model, optimizer, 0, 12)
+    twin_model, twin = copier((model, optimizer))
+    run(model, optimizer, 12, 16)
+    run(twin_model, twin, 12, 16)
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), twin_model.state_dict().values(), strict=True))
+    for optimizer_now, model_now in ((optimizer, model), (twin, twin_model)):
+        for key in optimizer_now.fixed:
+            before = optimizer_now.param_groups[1][key]
+            optimizer_now.param_groups[1][key] = "another"
+            with pytest.raises(ValueError, match=rf"{key} of param_groups\[1\] cannot change"):
+                run(model_now, optimizer_now, 16, 17)
+            optimizer_now.param_groups[1][key] = before
+
+
+@every_optimizer
 def test_resume_in_the_middle_bit_for_bit(build) -> None:
     """Through a file, after every number of steps up to 14: in the warm-up, at either factor's turn, before the first step."""
     for middle in (0, 1, 2, 5, 10, 14):

@@ -161,8 +161,12 @@ class ParamGroupsOptimizer(torch.optim.Optimizer, Method):
 
     @cached_property
     def _hyperparameters(self) -> tuple[str, ...]:
-        """What of a group may be edited, but never to what :meth:`_check_hyperparameters` refuses."""
-        return (*(key for key in self.defaults if key not in self.counts), "factor_weight_decay")
+        """What of a group may be edited, but never to what :meth:`_check_hyperparameters` refuses.
+
+        The same for a copy and for what was loaded, whose defaults torch adds "differentiable" to: values are compared by their places.
+        """
+        own = (key for key in self.defaults if key not in self.counts and key != "differentiable")
+        return (*own, "factor_weight_decay", "differentiable")
 
     def _check_edits(self) -> None:
         """:meth:`_check_hyperparameters` of the groups, if one was edited (a schedule edits lr) since that was last done."""
