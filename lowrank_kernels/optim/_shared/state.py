@@ -146,6 +146,7 @@ def checked_state_dict(
     groups: Sequence[dict[str, Any]],
     needed: Iterable[str],
     positions: Iterable[str],
+    check_hyperparameters: Callable[[dict[str, Any]], None],
     expected_states: ExpectedStates,
     updates_due: Callable[[int, int, dict[str, Any]], int | Tensor],
 ) -> dict[str, Any]:
@@ -154,6 +155,7 @@ def checked_state_dict(
     Args:
         needed: what each of its groups must hold.
         positions: which entries of a group are lists of positions.
+        check_hyperparameters: refuses those of a group; before anything is derived from them, the shapes of states and whose turn it was.
         updates_due: from a group's index, a position in it and its hyperparameters to how many updates a parameter may have had.
     """
     check_is_state_dict(name, state_dict)
@@ -189,6 +191,7 @@ def checked_state_dict(
         saved = _by_position(name, f"param_groups[{index}]", saved, positions)
         taken.append(saved)
         merged = {**group, **saved}
+        check_hyperparameters(merged)
 
         def due(position: int, index: int = index, merged: dict[str, Any] = merged) -> int:
             return int(updates_due(index, position, merged))

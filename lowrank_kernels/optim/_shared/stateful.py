@@ -191,8 +191,5 @@ class StatefulOptimizer(ParamGroupsOptimizer):
         ask for more."""
         # torch puts "differentiable" into the defaults of an optimizer that was unpickled or loaded.
         needed = self.defaults.keys() - {"differentiable"} | {"factor_weight_decay", "step", "cleared_at", "missed"}
-        name, here = type(self).__name__, (self._expected_states, self._updates_due)
-        state_dict = checked_state_dict(name, state_dict, self.param_groups, needed, self.positions, *here)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            self._check_hyperparameters({**group, **saved})
-        return state_dict
+        name, here = type(self).__name__, (self._check_hyperparameters, self._expected_states, self._updates_due)
+        return checked_state_dict(name, state_dict, self.param_groups, needed, self.positions, *here)
