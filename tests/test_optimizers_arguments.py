@@ -37,12 +37,16 @@ def test_edited_groups_are_checked_before_anything_changes(build) -> None:
         "betas": [(0.9,), (2.0, 3.0)],
         "eps": ["1e-8", -1.0],
         "maximize": ["no"],
+        "capturable": ["no", 2, None],
         "lr_ratio": [0.0, math.inf],
         "damping": [-1.0, math.inf, "x"],
         "momentum": [1.0],
         "order": ["Q"],
         "sweeps": [0],
         "proximal": [-1.0, math.inf],
+        "momentum_rank": ["x", -1, 1.5, True],
+        "metric_rank": ["x", -1, 1.5],
+        "sketch_width": [None, 0],
     }
     saved = optimizer.state_dict()
     before = copy.deepcopy((model.state_dict(), saved["state"]))
@@ -51,12 +55,13 @@ def test_edited_groups_are_checked_before_anything_changes(build) -> None:
     for key, values in wrong.items():
         for value in values if key in group else ():
             kept, group[key] = group[key], value
-            with pytest.raises((TypeError, ValueError), match=f"(?i){'learning rate|lr' if key == 'lr' else key.rstrip('s')}") as raised:
+            its_name = f"(?i){'learning rate|lr' if key == 'lr' else key.rstrip('s')}"
+            with pytest.raises((TypeError, ValueError), match=its_name) as raised:
                 optimizer.step()
             assert len(str(raised.value)) < 200
             group[key] = kept
             damaged = {**saved, "param_groups": [{**saved["param_groups"][0], key: value}, *saved["param_groups"][1:]]}
-            with pytest.raises((TypeError, ValueError)):
+            with pytest.raises((TypeError, ValueError), match=its_name):
                 optimizer.load_state_dict(damaged)
     torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
     assert group["step"] == 2

@@ -177,7 +177,7 @@ class OPLoRA(OverlappingOptimizer):
         for key, allowed in (("momentum_mode", MOMENTUM_MODES), ("gradient", KINDS), ("metric", METRICS)):
             check_choice(name, key, group[key], allowed)
         for key in ("momentum_rank", "sketch_width", "metric_rank"):
-            if group[key] is not None:
+            if group[key] is not None or key == "sketch_width":
                 as_integer(name, key, group[key])
         if group["momentum_rank"] is not None and group["momentum_mode"] != "lowrank":
             raise ValueError(f"{name}: momentum_rank is for momentum_mode='lowrank'; {group['momentum_mode']!r} has the factors' rank")

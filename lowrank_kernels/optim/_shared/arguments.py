@@ -188,7 +188,8 @@ def check_hyperparameters(name: str, group: dict[str, Any], numbers: Sequence[st
     for key in ("amsgrad", "differentiable"):
         if group.get(key):
             raise ValueError(f"{name}: {key}=True is not supported; leave it out")
-    as_flag(name, "maximize", group["maximize"])
+    for key in ("maximize", "capturable"):
+        as_flag(name, key, group[key])
     if not group["lr_ratio"] > 0:
         raise ValueError(f"{name}: lr_ratio must be positive, got {group['lr_ratio']}")
     if isinstance(lr, Tensor):
