@@ -231,7 +231,9 @@ def test_copies_of_an_optimizer_with_several_groups_go_on_alike(build, copier) -
     """Torch adds a key to a copy's defaults, and so to what each group is asked for; from the second group on nothing may be taken for
     something else. An edit of what is fixed is still refused, by its own name."""
     model = make_model("ours")
-    optimizer = build([{"params": list(model[0].parameters()) + list(model[2].parameters())}, {"params": model[4].parameters(), "lr": 3e-3}])
+    optimizer = build(
+        [{"params": list(model[0].parameters()) + list(model[2].parameters())}, {"params": model[4].parameters(), "lr": 3e-3}]
+    )
     run(model, optimizer, 0, 12)
     twin_model, twin = copier((model, optimizer))
     run(model, optimizer, 12, 16)
