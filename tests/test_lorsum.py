@@ -205,6 +205,25 @@ def test_rank_deficient_factors_keep_their_start(backend: str, dtype: torch.dtyp
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fewer_tokens_than_columns(backend: str, dtype: torch.dtype) -> None:
+    """LoRA's start without λ: UVᵀ is the best for its U of rank 2, and V the nearest to its start, columns weighted as U's are long."""
+    start, s, x = matrix(20, 4, dtype), matrix(30, 2, dtype), matrix(20, 2, dtype)
+    with running(backend):
+        us, vs = ops.grouped_lorsum(([torch.zeros(30, 4, dtype=dtype)], [start]), [([s], [x])], [1.0], 1)
+    u, v, v0 = us[0].double(), vs[0].double(), start.double()
+    target = s.double() @ x.double().mT
+    left, values, right = (part[..., :2] for part in torch.svd(u))
+    rounding = torch.finfo(dtype).eps * float(values[0] / values[1]) * float(target.norm())
+    torch.testing.assert_close(u @ v.mT, left @ left.mT @ target, rtol=0, atol=1e4 * rounding)
+    lengths = u.norm(dim=0)
+    spanned = (left * values) @ right.mT  # U without the rounding that gives it a third singular value
+    nearest = v0 + (torch.linalg.pinv(spanned / lengths, rtol=1e-5) @ (target - spanned @ v0.mT)).mT / lengths
+    noise = 20.0 if dtype == torch.float64 else 0.5
+    assert ((v - nearest) * lengths).norm() <= noise * (v0 * lengths).norm()
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rank, tokens", [(5, 2), (8, 3), (16, 7), (32, 4)])
 def test_fewer_tokens_than_columns_lose_no_digits(backend: str, dtype: torch.dtype, rank: int, tokens: int) -> None:
     """Without λ: after one sweep both factors are of a lower rank than they have columns, and their Gram matrices singular to rounding."""

@@ -153,8 +153,9 @@ def grouped_lorsum(
     Returns:
         ``(us, vs)``. r × r systems are accumulated and solved in fp64, all else in fp32 at least. In column j the λ that is used is at
         least ``τ·(VᵀV)_jj``, with τ = 4·r·eps(fp64), for λ = 0 eps of the arithmetic if that is more (fp32: 1.2e-7): so with a
-        rank-deficient V the directions that V does not span keep their start, to a digit or two, instead of becoming NaN, as in the limit
-        λ → 0; they do not show in UVᵀ, which has its digits.
+        rank-deficient V (fewer tokens than columns, say) U is finite. It is then the U that is nearest to its start, column j weighted by
+        ``(VᵀV)_jj`` (not the limit λ → 0, which weights all alike), up to rounding as large as the start itself (fp64; in fp32 it
+        is a few per cent at most, τ being larger). None of that shows in UVᵀ, which has its digits.
         A layer with NaN or Inf in anything that belongs to it, or whose arithmetic overflows, gives NaN in its own U and V; the
         others are not touched by it.
 

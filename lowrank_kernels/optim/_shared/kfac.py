@@ -53,7 +53,9 @@ def track(
 
     ``D ← LoRSum(βD + (1-β)·statistic)`` (Algorithm 1, line 8) from D = 0, and used as ``D/(1-βᵗ)``. What LoRSum gives, ``PD`` with a
     projection P, is not symmetric; of its singular value decomposition ``WΣZᵀ`` the symmetric ``WΣWᵀ`` is kept, which is positive
-    semidefinite and tends, as LoRSum does, to the truncated eigendecomposition.
+    semidefinite and tends, as LoRSum does, to the truncated eigendecomposition. While fewer than k tokens were seen in all, D has a lower
+    rank, and which orthonormal columns W has beside those that D spans is for rounding to decide: D does not depend on it, but
+    the next LoRSum starts there, so that later steps differ from backend to backend by what one start or another finds.
 
     Args:
         gradients: held as X and S.
