@@ -123,6 +123,24 @@ def test_the_naive_twin_walks_the_same_way() -> None:
             torch.testing.assert_close(pair_delta(pair), twin.delta_weight(), rtol=1e-9, atol=1e-11)
 
 
+def test_a_scheduled_momentum_is_that_of_sgd() -> None:
+    """What was added up before counts as much as it did then: nothing is rescaled where μ changes."""
+    model = xs_model()
+    optimizer = lk.LoRASB(model, lr=1e-2, update="sgd", momentum=0.3)
+    cores = [nn.Parameter(pair.core.detach().clone()) for pair in pairs(model)]
+    reference = torch.optim.SGD(cores, lr=1e-2, momentum=0.3)
+    for step, momentum in enumerate((0.3, 0.3, 0.9, 0.9, 0.5)):
+        for each in (optimizer, reference):
+            each.zero_grad()
+            each.param_groups[0]["momentum"] = momentum
+        loss_of(model, step).backward()
+        for pair, core in zip(pairs(model), cores, strict=True):
+            core.grad = optimal_gradient(pair.B, pair.A, pair.core.grad, pair.scale)
+        optimizer.step(), reference.step()
+        for pair, core in zip(pairs(model), cores, strict=True):
+            torch.testing.assert_close(pair.core, core, rtol=1e-11, atol=1e-13)
+
+
 # --------------------------------------------------------------------------------------------------------------- the theorems
 
 

@@ -100,6 +100,23 @@ def test_trajectory_is_the_algorithm_box(method: type[LowRankOptimizer], options
                 pytest.fail("the case diverges: it proves nothing")
 
 
+def test_a_scheduled_momentum_of_scaled_gd_is_that_of_sgd() -> None:
+    """What was added up before counts as much as it did then: nothing is rescaled where μ changes."""
+    options = {"lr": 1e-3, "damping": 1e-3, "weight_decay": 0.3}
+    problem = Targets()
+    optimizer = ScaledGD(problem.model, momentum=0.3, **options)
+    naive = [NAIVE[ScaledGD](x.lora_A.detach().clone(), x.lora_B.detach().clone(), x.scale, **options) for x in problem.model]
+    for momentum in (0.3, 0.3, 0.9, 0.9, 0.5, 0.0, 0.7):
+        optimizer.param_groups[0]["momentum"] = momentum
+        problem.set_gradients()
+        for index, twin in enumerate(naive):
+            twin.momentum = momentum
+            twin.step(*problem.gradients(index, twin.A, twin.B))
+        optimizer.step()
+        for layer, twin in zip(problem.model, naive, strict=True):
+            assert_follows(layer.delta_weight(), twin.delta_weight(), 1e-12, f"momentum {momentum}")
+
+
 def narrow_model() -> nn.Module:
     """A head with one output at a rank of 4, as PEFT allows it; a layer with as little input; an ordinary one."""
     torch.manual_seed(1)

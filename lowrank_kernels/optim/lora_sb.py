@@ -125,8 +125,8 @@ class LoRASB(LowRankOptimizer):
         # A two-sided map. One side could be a map of the moment step, but then the gradients would be stacked for the other all the same.
         # W(WᵀgW)Wᵀ, not (WWᵀ)g(WWᵀ): the entries of the inverses cancel, at the price of cond(B)² cond(A)².
         stacked = torch.stack([params[i].grad for i in active])  # type: ignore[misc]
-        grads = (left @ (left.mT @ stacked.to(left.dtype) @ right) @ right.mT).to(stacked.dtype)
-        options = self._sgd(group, is_second=False) if group["update"] == "sgd" else {}
+        options, weight = self._sgd(group) if group["update"] == "sgd" else ({}, 1.0)
+        grads = (weight * (left @ (left.mT @ stacked.to(left.dtype) @ right) @ right.mT)).to(stacked.dtype)
         members = [cores[i].position[1] for i in active]
         self._adamw(cores[0].position[0], members, is_factor=True, is_second=False, grads=list(grads), **options)
 

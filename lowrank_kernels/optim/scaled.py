@@ -15,17 +15,19 @@ from .preconditioned import DEFAULT_DAMPING, PreconditionedOptimizer
 class ScaledOptimizer(PreconditionedOptimizer):
     """What ScaledAdamW and ScaledGD share: a step of both factors of each pair on Riemannian gradients."""
 
-    def _moments(self, group: dict[str, Any], side: str) -> dict[str, Any]:
-        """How the moment step of a side differs from AdamW's."""
-        return {}
+    def _moments(self, group: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """How the moment step of factors differs from AdamW's, and by what their gradients are multiplied."""
+        return {}, 1.0
 
     def _step_pairs(self, pairs: LikePairs) -> None:
         active = {side: self._active(pairs, side) for side in "AB"}
+        moments_of = {side: self._moments(self._group(pairs, side)) for side, found in active.items() if found.pairs}
         maps = {
-            side: self._preconditioners(found.pairs, side, self._partners(active, side))[0] for side, found in active.items() if found.pairs
+            side: self._preconditioners(active[side].pairs, side, self._partners(active, side), weight=weight)[0]
+            for side, (_, weight) in moments_of.items()
         }
         for side, preconditioners in maps.items():
-            self._step_side(active[side], side, grad_maps=preconditioners, **self._moments(self._group(pairs, side), side))
+            self._step_side(active[side], side, grad_maps=preconditioners, **moments_of[side][0])
 
 
 class ScaledAdamW(ScaledOptimizer):
@@ -91,5 +93,5 @@ class ScaledGD(ScaledOptimizer):
     def _factor_state(self, group: dict[str, Any], part: Tensor, rank: int) -> dict[str, Tensor]:
         return moments(part, "exp_avg") if self._keeps_state(group) else {}
 
-    def _moments(self, group: dict[str, Any], side: str) -> dict[str, Any]:
-        return self._sgd(group, is_second=side == "B")
+    def _moments(self, group: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        return self._sgd(group)

@@ -238,18 +238,15 @@ class LowRankOptimizer(StatefulOptimizer):
         """The weight decay of the factors of a group."""
         return group["weight_decay"] if group["factor_weight_decay"] is None else group["factor_weight_decay"]
 
-    def _sgd(self, group: dict[str, Any], is_second: bool) -> dict[str, Any]:
-        """What makes the moment step of factors that of ``torch.optim.SGD`` with heavy-ball momentum μ, and weight decay decoupled.
+    @staticmethod
+    def _sgd(group: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """What makes the moment step of factors that of ``torch.optim.SGD`` with heavy-ball momentum μ, and weight decay decoupled; and by
+        what the gradients are multiplied.
 
-        The moment step averages, m = μ m + (1-μ) g; SGD adds up. Dividing the step by 1-μ makes them equal.
+        The moment step averages, m = μ m + (1-μ) g; SGD adds up. Gradients divided by 1-μ make them equal, also where μ is scheduled: what
+        is kept is SGD's buffer. (A step divided by it would make all that was kept count anew when μ changes.)
         """
-        keep = 1.0 - group["momentum"]
-        return {
-            "betas": (group["momentum"], 0.0),
-            "bias_correction": False,
-            "lr": self._lr(group, is_second) / keep,
-            "weight_decay": self._factor_decay(group) * keep,
-        }
+        return {"betas": (group["momentum"], 0.0), "bias_correction": False}, 1.0 / (1.0 - group["momentum"])
 
     def _adamw(
         self,
