@@ -117,6 +117,33 @@ def test_a_scheduled_momentum_of_scaled_gd_is_that_of_sgd() -> None:
             assert_follows(layer.delta_weight(), twin.delta_weight(), 1e-12, f"momentum {momentum}")
 
 
+@pytest.mark.parametrize("order", ["B", "joint"])
+@pytest.mark.parametrize("method", [AltLoRA, AltLoRAPlus], ids=lambda method: method.__name__)
+@pytest.mark.parametrize(("before", "after"), [(1.0, 1e-6), (1e-6, 1.0)])
+def test_momentum_is_aligned_with_the_damping_of_its_turn(method: type[LowRankOptimizer], order: str, before: float, after: float) -> None:
+    """``(BᵀB + δI)⁻¹ BᵀB_old`` (Algorithm 1, line 6) has one δ, also if that was another when B was written: what is left of the other
+    would be divided by a B that is small, as it is in the first steps."""
+    problem = Targets()
+    for layer in problem.model:
+        layer.lora_B.data *= 1e-2
+    optimizer = method(problem.model, lr=0.01, damping=before, order=order)
+    problem.run(optimizer, 2)
+    old = [layer.lora_B.detach().clone() for layer in problem.model]
+    problem.run(optimizer, 1)
+    wanted = []
+    for layer, old_B in zip(problem.model, old, strict=True):
+        B = layer.lora_B.detach()
+        cross = B.mT @ old_B @ optimizer.state[layer.lora_A]["exp_avg"]
+        wanted.append(0.9 * torch.linalg.solve(B.mT @ B + after * torch.eye(layer.rank, dtype=B.dtype), cross))
+    optimizer.param_groups[0]["damping"] = after
+    problem.set_gradients()
+    for layer in problem.model:
+        layer.lora_A.grad.zero_()
+    optimizer.step()
+    for layer, momentum in zip(problem.model, wanted, strict=True):
+        assert_follows(optimizer.state[layer.lora_A]["exp_avg"], momentum, 1e-8, f"rank {layer.rank}")
+
+
 def narrow_model() -> nn.Module:
     """A head with one output at a rank of 4, as PEFT allows it; a layer with as little input; an ordinary one."""
     torch.manual_seed(1)

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .._checks import as_flag
+from .._checks import as_flag, as_number
 from ..backends.dtypes import compute_dtype
 from ..backends.lists import matrix_layout
 from ..backends.moments import Stepped
@@ -29,6 +29,7 @@ class AlternatingOptimizer(PreconditionedOptimizer):
     counts = frozenset({"late"})
     positions = frozenset({"late"})
     fixed = frozenset({"order"})
+    numbers = (*PreconditionedOptimizer.numbers, "drift_damping")
     #: What ``freeze_idle`` holds frozen.
     _idle: frozenset[Position] = frozenset()
     small_arguments = frozenset({"grad_maps", "momentum_maps", "drifts"})
@@ -62,6 +63,27 @@ class AlternatingOptimizer(PreconditionedOptimizer):
         :meth:`_check_hyperparameters`); a counter on the device is not read."""
         first, second = ORDERS[group["order"]]
         return first if first == second or (group["step"] + later) % 2 else second
+
+    def _update(self) -> None:
+        self._follow_damping()
+        super()._update()
+
+    def _follow_damping(self) -> None:
+        """Where a group's δ was changed, put the new one for the old into the drifts that its factors' moves left to their partners (those
+        that are not zero): C is of the δ of the turn that it aligns, and ``I - (XᵀX + δI)⁻¹ K`` is that C with one and the same δ."""
+        changes = [group["damping"] - group["drift_damping"] for group in self.param_groups]
+        if not any(changes):
+            return
+        self._begin_writing()
+        for pair in self._pairs:
+            for side in "AB":
+                change = changes[self._position(pair, side)[0]]
+                partner = self._at(self._position(pair, OTHER[side]))
+                if change and partner in self.state:
+                    drift = self.state[partner]["drift"]
+                    drift.diagonal().add_(drift.any().to(drift.dtype), alpha=change)
+        for group in self.param_groups:
+            group["drift_damping"] = group["damping"]
 
     def _step_pairs(self, pairs: LikePairs) -> None:
         group = self._group(pairs, "A")
@@ -144,6 +166,7 @@ class AlternatingOptimizer(PreconditionedOptimizer):
         if group["order"] not in tuple(ORDERS):
             raise ValueError(f"{type(self).__name__}: order must be 'B' (first), 'A' (first) or 'joint', got {group['order']!r}")
         as_flag(type(self).__name__, "freeze_idle", group["freeze_idle"])
+        as_number(type(self).__name__, "drift_damping", group["drift_damping"], 0.0)
         if group["capturable"] and group["order"] != "joint":
             raise ValueError(
                 f"{type(self).__name__}: capturable=True needs order='joint', got order={group['order']!r}: whose turn it is is decided on "
@@ -250,7 +273,8 @@ class AltLoRA(AlternatingOptimizer):
             next step. ``load_state_dict`` freezes and thaws as the loaded steps left it.
 
     State of a factor: ``exp_avg`` and ``drift`` (r, r), its K: what its partner moved since ``exp_avg`` was aligned. A frozen factor has
-    it too if its partner is trained. ``group["late"]`` holds the positions of factors that missed their last turn.
+    it too if its partner is trained. ``group["late"]`` holds the positions of factors that missed their last turn,
+    ``group["drift_damping"]`` the δ in the K's that the group's factors made: ``damping`` may be scheduled.
 
     Raises:
         TypeError, ValueError: no pair of factors among ``params``, an argument of a wrong kind or out of range.
@@ -312,4 +336,4 @@ class AltLoRAPlus(AlternatingOptimizer):
 
 
 def _alternation(order: str, damping: float, freeze_idle: bool) -> dict[str, Any]:
-    return {"order": order, "damping": damping, "freeze_idle": freeze_idle, "late": []}
+    return {"order": order, "damping": damping, "freeze_idle": freeze_idle, "late": [], "drift_damping": damping}
