@@ -144,6 +144,25 @@ def test_momentum_is_aligned_with_the_damping_of_its_turn(method: type[LowRankOp
         assert_follows(optimizer.state[layer.lora_A]["exp_avg"], momentum, 1e-8, f"rank {layer.rank}")
 
 
+@every_method
+def test_the_damping_of_a_gram_matrix_is_that_of_its_factors_group(method: type[LowRankOptimizer]) -> None:
+    """B is frozen, so that A's step is all there is: it knows the δ of B's group, and not that of its own."""
+    moved = []
+    for damping_a, damping_b in ((1e-3, 0.5), (0.2, 0.5), (1e-3, 0.1)):
+        problem = Targets()
+        factors = {side: [(n, p) for n, p in problem.model.named_parameters() if f"lora_{side}" in n] for side in "AB"}
+        groups = [{"params": factors["A"], "damping": damping_a}, {"params": factors["B"], "damping": damping_b}]
+        optimizer = method(groups, lr=0.01, **({"order": "joint"} if method in (AltLoRA, AltLoRAPlus) else {}))
+        for _ in range(3):
+            problem.set_gradients()
+            for _, p in factors["B"]:
+                p.grad = None
+            optimizer.step()
+        moved.append([layer.lora_A.detach() for layer in problem.model])
+    assert all(map(torch.equal, moved[0], moved[1]))
+    assert not any(map(torch.equal, moved[0], moved[2]))
+
+
 def narrow_model() -> nn.Module:
     """A head with one output at a rank of 4, as PEFT allows it; a layer with as little input; an ordinary one."""
     torch.manual_seed(1)

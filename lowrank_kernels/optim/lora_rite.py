@@ -121,7 +121,7 @@ class LoRARITE(PreconditionedOptimizer):
         if partners[0].dtype != bases[0].dtype:
             partners = widened(list(partners), bases[0].dtype)
         qs, rs = grouped_qr(partners, out=self._spare(pairs, side, bases))
-        inverse_r = grouped_damped_inverse(rs.double(), group["damping"])
+        inverse_r = grouped_damped_inverse(rs.double(), self._group(pairs, OTHER[side])["damping"])
         change = grouped_gram(qs, bases, dtype=torch.float64)
         energy = inverse_r.mT @ grouped_gram(active[side].tall_grads(side), dtype=torch.float64) @ inverse_r
 
@@ -167,7 +167,7 @@ class LoRARITE(PreconditionedOptimizer):
         grams, rs = self._example_stacks(pairs)
         device, tall = grams.device.type, [x.detach() for x in self._tall(pairs, OTHER[side])]
         yield "grouped_qr", device, (tall, None, tall, rs)
-        yield "grouped_damped_inverse", device, (grams, self._group(pairs, side)["damping"], grams)
+        yield "grouped_damped_inverse", device, (grams, self._group(pairs, OTHER[side])["damping"], grams)
         yield "grouped_gram", device, (tall, None, grams)
         yield "grouped_eigh", device, (grams, grams[:, 0], grams)
         yield from self._example_mapped(pairs, side)

@@ -23,7 +23,8 @@ from ..parallel.shards import is_sharded, local_parts, shard_dims, shard_group
 from ._shared.base import LowRankOptimizer
 from ._shared.pairing import FactorPair, LikePairs, Position
 
-#: Absolute damping δ of every Gram matrix. `python -m benchmarks.damping` is the experiment behind the number, on factors with singular
+#: Absolute damping δ of every Gram matrix; a group's δ is that of its own factors' Gram matrices, which precondition their partners.
+#: `python -m benchmarks.damping` is the experiment behind the number, on factors with singular
 #: values down to 1e-6 and on LoRA's own start: at 1e-7 and below runs of ScaledGD and LoRA-RITE blow up, at 1e-6 none does, but four
 #: methods end 10 to 35 % higher than at 1e-5; from 1e-4 on AltLoRA, which nothing normalizes, slows down (+17 %, +61 % at 1e-3).
 DEFAULT_DAMPING = 1e-5
