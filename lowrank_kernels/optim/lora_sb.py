@@ -125,8 +125,12 @@ class LoRASB(LowRankOptimizer):
         # A two-sided map. One side could be a map of the moment step, but then the gradients would be stacked for the other all the same.
         # W(WᵀgW)Wᵀ, not (WWᵀ)g(WWᵀ): the entries of the inverses cancel, at the price of cond(B)² cond(A)².
         stacked = torch.stack([params[i].grad for i in active])  # type: ignore[misc]
-        options, weight = self._sgd(group) if group["update"] == "sgd" else ({}, 1.0)
-        grads = (weight * (left @ (left.mT @ stacked.to(left.dtype) @ right) @ right.mT)).to(stacked.dtype)
+        mapped = left @ (left.mT @ stacked.to(left.dtype) @ right) @ right.mT
+        options: dict[str, Any] = {}
+        if group["update"] == "sgd":
+            options, weight = self._sgd(group)
+            mapped *= weight
+        grads = mapped.to(stacked.dtype)
         members = [cores[i].position[1] for i in active]
         self._adamw(cores[0].position[0], members, is_factor=True, is_second=False, grads=list(grads), **options)
 
