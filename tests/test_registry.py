@@ -153,15 +153,15 @@ def test_a_triton_that_lacks_what_the_kernels_need_is_remembered_not_raised() ->
 
 
 def test_a_refusal_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2)
+    model = lrk.adapt(nn.Sequential(nn.Linear(4, 4)), rank=2).bfloat16()
     exceptions = "native,lora_linear=reference,lora_linear_backward=reference"
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "native")
     with pytest.raises(registry.BackendError, match=rf"^lora_linear: .*; write {exceptions}$"):
-        model(torch.ones(2, 4))
+        model(torch.ones(2, 4, dtype=torch.bfloat16))
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, exceptions)
-    model(torch.ones(2, 4)).sum().backward()
+    model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     with registry.force("native,lora_linear=native"), pytest.raises(registry.BackendError, match=r"lora_linear: .*(?<!reference)$"):
-        model(torch.ones(2, 4))
+        model(torch.ones(2, 4, dtype=torch.bfloat16))
 
 
 def test_autocast_is_off_inside_an_implementation_and_on_again_after_its_error() -> None:

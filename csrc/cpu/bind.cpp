@@ -485,6 +485,77 @@ void lorsum(int64_t n, const py::buffer& layer_buffer, int64_t terms, const py::
   grouped_lorsum(scalars, items.data(), n, threads);
 }
 
+// Dense matrices of one dtype on the CPU.
+class Dense {
+ public:
+  Dense(const char* what, const py::handle& first) : what_(what), first_(TensorReader::get().read(first.ptr())) {
+    if (first_.ndim != 2 || first_.device_type != kCpu) fail();
+    dtype_ = dtype_of(first_.dtype);
+    if (element_size(dtype_) < 4) fail();
+  }
+  DType dtype() const { return dtype_; }
+  int64_t size(int dimension) const { return first_.sizes[dimension]; }
+  // What must be a (rows, columns) one, or null of None.
+  void* data(const py::handle& tensor, int64_t rows, int64_t columns) const {
+    if (tensor.is_none()) return nullptr;
+    const TensorInfo info = TensorReader::get().read(tensor.ptr());
+    if (info.ndim != 2 || info.sizes[0] != rows || info.sizes[1] != columns || !info.is_like(first_) ||
+        !info.is_contiguous())
+      fail();
+    return info.data();
+  }
+
+ private:
+  [[noreturn]] void fail() const {
+    throw std::invalid_argument(std::string(what_) +
+                                ": needs contiguous matrices of one dtype, fp32 or fp64, that fit each other");
+  }
+
+  const char* what_;
+  TensorInfo first_;
+  DType dtype_ = DType::kFloat32;
+};
+
+AdapterLayer adapter_layer(const Dense& dense, int64_t tokens, int64_t d_in, int64_t d_out, int64_t r, double scale,
+                           const py::list& downs, const py::list& ups) {
+  AdapterLayer layer{tokens, d_in, d_out, r, scale, {}, {}};
+  for (const py::handle down : downs) layer.downs.push_back(dense.data(down, r, d_in));
+  for (const py::handle up : ups) layer.ups.push_back(dense.data(up, d_out, r));
+  check_sizes("lora_linear", layer.downs.size() == layer.ups.size());
+  return layer;
+}
+
+// x (tokens, d_in); downs (r, d_in) and ups (d_out, r), as many; y (tokens, d_out) is added to, hidden (tokens, r)
+// written.
+void adapter_forward(const py::object& x, const py::list& downs, const py::list& ups, double scale, const py::object& y,
+                     const py::object& hidden, int threads) {
+  const Dense dense("lora_linear", x);
+  const int64_t tokens = dense.size(0), d_in = dense.size(1), d_out = Dense("lora_linear", y).size(1);
+  const int64_t r = Dense("lora_linear", hidden).size(1);
+  const AdapterLayer layer = adapter_layer(dense, tokens, d_in, d_out, r, scale, downs, ups);
+  const AdapterForward call{dense.data(x, tokens, d_in), dense.data(y, tokens, d_out), dense.data(hidden, tokens, r)};
+  const py::gil_scoped_release released;
+  run_adapter(dense.dtype(), layer, call, threads);
+}
+
+// grad (tokens, d_out), x (tokens, d_in) or None, hidden (tokens, r) or None; grad_x (tokens, d_in) is added to, grad_a
+// (r, d_in) and grad_b (d_out, r) are written; None: not asked for.
+void adapter_backward(const py::object& grad, const py::object& x, const py::object& hidden, int64_t d_in, int64_t r,
+                      const py::list& downs, const py::list& ups, double scale, const py::object& grad_x,
+                      const py::object& grad_a, const py::object& grad_b, int threads) {
+  const Dense dense("lora_linear_backward", grad);
+  const int64_t tokens = dense.size(0), d_out = dense.size(1);
+  const AdapterLayer layer = adapter_layer(dense, tokens, d_in, d_out, r, scale, downs, ups);
+  AdapterBackward call{dense.data(grad, tokens, d_out), dense.data(x, tokens, d_in), dense.data(hidden, tokens, r)};
+  call.grad_x = dense.data(grad_x, tokens, d_in);
+  call.grad_a = dense.data(grad_a, r, d_in);
+  call.grad_b = dense.data(grad_b, d_out, r);
+  if ((call.grad_a && x.is_none()) || (call.grad_b && hidden.is_none()))
+    throw std::invalid_argument("lora_linear_backward: a gradient without what it is made of");
+  const py::gil_scoped_release released;
+  run_adapter_backward(dense.dtype(), layer, call, threads);
+}
+
 }  // namespace
 
 void bind_lists(py::module_& m);  // lists.cpp
@@ -508,6 +579,8 @@ void bind_cpu(py::module_& m) {
   m.def("sylvester", &sylvester, "Sylvester equations of a stack, with symmetric coefficients.");
   m.def("lorsum", &lorsum,
         "Rank-r approximations of sums of low-rank matrices of a list, by alternating least squares.");
+  m.def("adapter_forward", &adapter_forward, "What an adapter adds to a linear layer's output, in place.");
+  m.def("adapter_backward", &adapter_backward, "The gradients of an adapter.");
   m.attr("max_lorsum_terms") = kMaxLorsumTerms;
   m.def("guard_scratch", &guard_scratch, py::arg("guard"),
         "For tests: end the process where a kernel writes behind its scratch.");

@@ -49,4 +49,8 @@ void grouped_altlora_turn(const AdamWScalars& scalars, const TurnArguments& turn
 // LoRSum of n layers, computed in double for fp64 factors and else in float; r × r matrices always in double.
 void grouped_lorsum(const LorsumScalars& scalars, const LorsumItem* items, int64_t n, int threads);
 
+// What the adapter of a linear layer adds to its output, and its gradients.
+void run_adapter(DType dtype, const AdapterLayer& layer, const AdapterForward& call, int threads);
+void run_adapter_backward(DType dtype, const AdapterLayer& layer, const AdapterBackward& call, int threads);
+
 }  // namespace lowrank

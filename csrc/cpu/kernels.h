@@ -4,6 +4,8 @@
 // standard library is included before the pragma, so that no code for a newer processor ends up in a shared template.
 #pragma once
 
+#include <vector>
+
 #include "cpu/common.h"
 
 namespace lowrank {
@@ -130,6 +132,28 @@ struct LorsumScalars {
   bool u_first;
 };
 
+// A linear layer's adapter: (r, d_in) factors that go down to the rank, as many (d_out, r) ones that go up, all dense.
+struct AdapterLayer {
+  int64_t tokens = 0, d_in = 0, d_out = 0, r = 0;
+  double scale = 0;
+  std::vector<const void*> downs, ups;
+
+  int64_t width() const { return static_cast<int64_t>(downs.size()) * r; }
+};
+
+// y += s x [D₁ D₂ …]ᵀ [U₁ U₂ …]ᵀ; hidden (tokens, r) = x Dᵀ for the last D. Rows of all are dense.
+struct AdapterForward {
+  const void* x = nullptr;
+  void *y = nullptr, *hidden = nullptr;
+};
+
+// With p = s ∂y [U₁ U₂ …]: grad_x += p [D₁; D₂; …], grad_a = p₁ᵀ x, grad_b = s ∂yᵀ hidden; what is null is not asked
+// for.
+struct AdapterBackward {
+  const void *grad = nullptr, *x = nullptr, *hidden = nullptr;
+  void *grad_x = nullptr, *grad_a = nullptr, *grad_b = nullptr;
+};
+
 // Scratch of one LoRSum.
 template <class T>
 struct LorsumWork {
@@ -205,6 +229,15 @@ struct Kernels {
   // Of matrices [first, first + count); scratch for sylvester_scratch(r) doubles.
   void (*sylvester)(const SylvesterArguments&, int64_t first, int64_t count, double* scratch);
   void (*lorsum)(const LorsumScalars&, const LorsumItem&, const LorsumWork<T>&, int threads);
+  // out (rows, pitch) = factor · x · panel, y (rows, width) += u · panel, and columns [first, last) of out (r, ·) = uᵀ
+  // x; the first panel has `pitch` columns, a multiple of `lanes`, the second one k rows.
+  void (*project_rows)(const T* x, int64_t stride, int64_t rows, int64_t width, const T* panel, int64_t pitch, T factor,
+                       T* out);
+  void (*expand_rows)(const T* u, int64_t pitch, int64_t rows, int64_t k, const T* const* panel, int64_t width, T* y,
+                      int64_t stride);
+  void (*sum_over_tokens)(const T* u, int64_t pitch, int64_t r, const T* x, int64_t stride, int64_t tokens,
+                          int64_t first, int64_t last, T* out, int64_t out_stride);
+  int64_t lanes;
 };
 
 template <class T>

@@ -4,6 +4,7 @@
 #include "cpu/damped_inverse.h"
 #include "cpu/eigh.h"
 #include "cpu/gram_rows.h"
+#include "cpu/lora_linear.h"
 #include "cpu/lorsum.h"
 #include "cpu/polar.h"
 #include "cpu/preconditioner.h"
@@ -23,7 +24,9 @@ const Kernels<T>& table() {
       svd_product<T>,    polar<T>,
       eigh<T>,           damped_inverse<T>,
       preconditioner<T>, sylvester,
-      lorsum<T>,
+      lorsum<T>,         project_rows<T>,
+      expand_rows<T>,    sum_over_tokens<T>,
+      kLanes<T>,
   };
   return kernels;
 }

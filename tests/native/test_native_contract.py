@@ -105,7 +105,7 @@ def test_refusals_name_the_reason() -> None:
     state = torch.zeros(2, 3, 4, 5)
     with pytest.raises(registry.BackendError, match="strides"):
         ops.grouped_adamw_([channels_last], [channels_last], [state], [state], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0, step=1)
-    x = torch.randn(4, 8)
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
     with pytest.raises(registry.BackendError, match="GEMM"):
         ops.lora_linear(x, None, None, torch.randn(2, 8), torch.randn(3, 2))
 

@@ -1,0 +1,172 @@
+// What an adapter adds to a linear layer, and its gradients: blocks of tokens, then blocks of columns, spread over
+// threads. No number depends on how many there are.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/grouped.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/sizes.h"
+
+namespace lowrank {
+namespace {
+
+constexpr int64_t kSmallestBlock = 12, kTokenBlock = 48;  // whole tiles of 6 and of 12 tokens
+constexpr int64_t kPacked = 32;                           // rows that are packed at a time, in the first-level cache
+constexpr int64_t kWidthBlock = 512;                      // of a factor, to be packed
+constexpr int64_t kColumnBlock = 96;                      // of a gradient
+constexpr int64_t kThreadWork = 1 << 19;                  // products that one thread should have at least: some 10 µs
+
+int threads_for(int64_t products, int threads) {
+  return usable_threads(std::max<int64_t>(1, products / kThreadWork), threads);
+}
+
+template <class Body>
+void for_blocks(int64_t size, int64_t block, int threads, const Body& body) {
+  const int64_t count = (size + block - 1) / block;
+  parallel_for(count, static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(count, 1))),
+               [&](int64_t b, int worker) { body(b * block, std::min(block, size - b * block), worker); });
+}
+
+// Blocks of tokens, smaller ones where there are few.
+int64_t token_block(int64_t tokens, int threads) {
+  return std::clamp(round_up((tokens + threads - 1) / threads, kSmallestBlock), kSmallestBlock, kTokenBlock);
+}
+
+// Rows [first, first + count) of panel (width, pitch) = [F₁ᵀ F₂ᵀ … 0] for factors (r, width).
+template <class T>
+void pack_rows(const std::vector<const void*>& factors, int64_t r, int64_t width, int64_t first, int64_t count,
+               T* panel, int64_t pitch) {
+  const int64_t k = static_cast<int64_t>(factors.size()) * r, end = first + count;
+  for (int64_t begin = first; begin < end; begin += kPacked) {
+    const int64_t last = std::min(begin + kPacked, end);
+    for (int64_t j = 0; j < k; ++j) {
+      const T* const from = static_cast<const T*>(factors[j / r]) + j % r * width;
+      for (int64_t i = begin; i < last; ++i) panel[i * pitch + j] = from[i];
+    }
+    for (int64_t i = begin; i < last; ++i) std::fill(panel + i * pitch + k, panel + (i + 1) * pitch, T(0));
+  }
+}
+
+// The same of [F₁ F₂ … 0] for factors (width, r).
+template <class T>
+void pack_columns(const std::vector<const void*>& factors, int64_t r, int64_t first, int64_t count, T* panel,
+                  int64_t pitch) {
+  for (int64_t i = first; i < first + count; ++i) {
+    T* to = panel + i * pitch;
+    for (const void* factor : factors) to = std::copy_n(static_cast<const T*>(factor) + i * r, r, to);
+    std::fill(to, panel + (i + 1) * pitch, T(0));
+  }
+}
+
+// Columns [first, first + count) of [F₁ F₂ …]ᵀ for factors (width, r).
+template <class T>
+void pack_transposed(const std::vector<const void*>& factors, int64_t r, int64_t width, int64_t first, int64_t count,
+                     T* panel) {
+  const int64_t k = static_cast<int64_t>(factors.size()) * r, end = first + count;
+  for (int64_t begin = first; begin < end; begin += kPacked) {
+    const int64_t last = std::min(begin + kPacked, end);
+    for (int64_t j = 0; j < k; ++j) {
+      const T* const from = static_cast<const T*>(factors[j / r]) + j % r;
+      for (int64_t i = begin; i < last; ++i) panel[j * width + i] = from[i * r];
+    }
+  }
+}
+
+template <class T>
+void forward(const AdapterLayer& layer, const AdapterForward& call, int allowed) {
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t tokens = layer.tokens, d_in = layer.d_in, d_out = layer.d_out, r = layer.r, k = layer.width();
+  const int64_t pitch = round_up(k, kernel.lanes);
+  const int threads = threads_for(tokens * k * (d_in + d_out), allowed);
+  const int64_t block = token_block(tokens, threads);
+  const int64_t down_size = round_up(d_in * pitch, 16), up_size = round_up(k * d_out, 16), u_size = block * pitch;
+  const Scratch scratch(static_cast<size_t>(down_size + up_size + threads * u_size) * sizeof(T), 1);
+  T *const down = scratch.of<T>(0), *const up = down + down_size, *const us = up + up_size;
+  std::vector<const T*> up_rows(static_cast<size_t>(k));
+  for (int64_t i = 0; i < k; ++i) up_rows[i] = up + i * d_out;
+  const int64_t in_blocks = (d_in + kWidthBlock - 1) / kWidthBlock,
+                out_blocks = (d_out + kWidthBlock - 1) / kWidthBlock;
+  parallel_for(in_blocks + out_blocks, threads_for(64 * k * (d_in + d_out), threads), [&](int64_t task, int) {
+    const bool is_in = task < in_blocks;
+    const int64_t first = (is_in ? task : task - in_blocks) * kWidthBlock;
+    const int64_t count = std::min(kWidthBlock, (is_in ? d_in : d_out) - first);
+    if (is_in) {
+      pack_rows(layer.downs, r, d_in, first, count, down, pitch);
+    } else {
+      pack_transposed(layer.ups, r, d_out, first, count, up);
+    }
+  });
+  const T *const x = static_cast<const T*>(call.x), scale = static_cast<T>(layer.scale);
+  T *const y = static_cast<T*>(call.y), *const hidden = static_cast<T*>(call.hidden);
+  for_blocks(tokens, block, threads, [&](int64_t first, int64_t count, int worker) {
+    T* const u = us + worker * u_size;
+    kernel.project_rows(x + first * d_in, d_in, count, d_in, down, pitch, T(1), u);
+    for (int64_t t = 0; t < count; ++t) std::copy_n(u + t * pitch + k - r, r, hidden + (first + t) * r);
+    for (int64_t i = 0; i < count * pitch; ++i) u[i] *= scale;
+    kernel.expand_rows(u, pitch, count, k, up_rows.data(), d_out, y + first * d_out, d_out);
+  });
+}
+
+template <class T>
+void backward(const AdapterLayer& layer, const AdapterBackward& call, int allowed) {
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t tokens = layer.tokens, d_in = layer.d_in, d_out = layer.d_out, r = layer.r, k = layer.width();
+  const int64_t pitch = round_up(k, kernel.lanes);
+  const bool projects = call.grad_x != nullptr || call.grad_a != nullptr;
+  const int64_t products = tokens * (projects ? k * d_out : 0) + tokens * (call.grad_x ? k * d_in : 0) +
+                           tokens * r * ((call.grad_a ? d_in : 0) + (call.grad_b ? d_out : 0));
+  const int threads = threads_for(products, allowed);
+  const int64_t panel_size = projects ? round_up(d_out * pitch, 16) : 0;
+  const int64_t p_size = projects ? round_up(tokens * pitch, 16) : 0, b_size = call.grad_b ? r * d_out : 0;
+  const Scratch scratch(static_cast<size_t>(panel_size + p_size + b_size) * sizeof(T), 1);
+  T *const panel = scratch.of<T>(0), *const p = panel + panel_size, *const of_b = p + p_size;
+  const T *const grad = static_cast<const T*>(call.grad), scale = static_cast<T>(layer.scale);
+  if (projects) {
+    for_blocks(d_out, kWidthBlock, threads_for(64 * k * d_out, threads),
+               [&](int64_t first, int64_t count, int) { pack_columns(layer.ups, r, first, count, panel, pitch); });
+    std::vector<const T*> down_rows;
+    for (const void* down : layer.downs) {
+      for (int64_t i = 0; i < r; ++i) down_rows.push_back(static_cast<const T*>(down) + i * d_in);
+    }
+    for_blocks(tokens, token_block(tokens, threads), threads, [&](int64_t first, int64_t count, int) {
+      kernel.project_rows(grad + first * d_out, d_out, count, d_out, panel, pitch, scale, p + first * pitch);
+      if (call.grad_x)
+        kernel.expand_rows(p + first * pitch, pitch, count, k, down_rows.data(), d_in,
+                           static_cast<T*>(call.grad_x) + first * d_in, d_in);
+    });
+  }
+  const int64_t a_blocks = call.grad_a ? (d_in + kColumnBlock - 1) / kColumnBlock : 0;
+  const int64_t b_blocks = call.grad_b ? (d_out + kColumnBlock - 1) / kColumnBlock : 0;
+  parallel_for(
+      a_blocks + b_blocks, static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, a_blocks + b_blocks))),
+      [&](int64_t task, int) {
+        const bool is_a = task < a_blocks;
+        const int64_t first = (is_a ? task : task - a_blocks) * kColumnBlock;
+        const int64_t last = std::min(first + kColumnBlock, is_a ? d_in : d_out);
+        if (is_a) {
+          kernel.sum_over_tokens(p, pitch, r, static_cast<const T*>(call.x), d_in, tokens, first, last,
+                                 static_cast<T*>(call.grad_a), d_in);
+          return;
+        }
+        kernel.sum_over_tokens(static_cast<const T*>(call.hidden), r, r, grad, d_out, tokens, first, last, of_b, d_out);
+        T* const to = static_cast<T*>(call.grad_b);
+        for (int64_t j = first; j < last; ++j) {
+          for (int64_t i = 0; i < r; ++i) to[j * r + i] = scale * of_b[i * d_out + j];
+        }
+      });
+}
+
+}  // namespace
+
+void run_adapter(DType dtype, const AdapterLayer& layer, const AdapterForward& call, int threads) {
+  if (layer.tokens == 0 || layer.r == 0) return;
+  with_compute_type(dtype, [&](auto t) { forward<decltype(t)>(layer, call, threads); });
+}
+
+void run_adapter_backward(DType dtype, const AdapterLayer& layer, const AdapterBackward& call, int threads) {
+  if (layer.r == 0) return;
+  with_compute_type(dtype, [&](auto t) { backward<decltype(t)>(layer, call, threads); });
+}
+
+}  // namespace lowrank
