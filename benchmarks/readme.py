@@ -24,7 +24,7 @@ OPERATIONS = {
     "sds_lora_refresh_step": ("SDS-LoRA `step()` with a refresh", "torch's fused AdamW", "torch-fused-adamw", "ours-optimizer"),
     "altlora_plus_step": ("AltLoRA+ `step()`", "torch's fused AdamW", "torch-fused-adamw", "ours-optimizer"),
     "training_step": ("whole training step, SDS-LoRA", "PEFT LoRA + fused AdamW", "peft-torch-fused", "ours-SDSLoRA"),
-    "decoupled_linear_forward_backward": ("decoupled layer, forward + backward", "frozen layer alone", "frozen-linear", "ours-reference"),
+    "decoupled_linear_forward_backward": ("decoupled layer, forward + backward", "frozen layer alone", "frozen-linear", "ours-native"),
     "grouped_qr": ("`grouped_qr` (sign-aligned)", "stacked torch", "torch-batched", "ours-native"),
     "reparametrize": ("`grouped_svd_product`", "stacked torch", "torch-batched", "ours-native"),
     "lora_sb_init": ("`grouped_svd` (one block)", "`torch.svd_lowrank`", "torch-svd-lowrank", "ours-native"),
@@ -52,7 +52,7 @@ LAYERS = {
     "decoupled_linear_forward_backward": "decoupled (PEFT: of rank 2r)",
 }
 #: provider → what it is called, of the table of adapted layers
-LAYER_PROVIDERS = {"frozen-linear": "frozen layer alone", "peft": "PEFT", "torch.compile": "`torch.compile`", "ours-reference": "ours"}
+LAYER_PROVIDERS = {"frozen-linear": "frozen layer alone", "peft": "PEFT", "torch.compile": "`torch.compile`", "ours-native": "ours"}
 #: Columns without which there are no tables.
 NEEDED = (*KEY, "median_ms", "ratio_to_naive", "ratio_to_rival", "roofline_share", "copy_gb_s", "gemm_gflop_s", "torch", "date", "commit")
 

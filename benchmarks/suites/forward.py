@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
+from lowrank_kernels.backends.registry import implementations
 from lowrank_kernels.ops import lora_down, lora_linear, lora_up
 
 from ..compiled import compiled
@@ -321,12 +322,20 @@ def cases(setting: Setting) -> Iterator[Case]:
                 "frozen-linear": partial(trial, frozen, block, backward, floor),
                 "peft": partial(peft_trial, *arguments),
                 **({"torch.compile": partial(compiled_trial, *arguments, setting.compile_seconds)} if setting.compile_seconds else {}),
-                **{f"ours-{name}": partial(trial, ours, *arguments, name, True) for name in setting.backends if name != "native"},
+                **{f"ours-{name}": partial(trial, ours, *arguments, name, True) for name in _backends(block, setting)},
             }
             yield _case("decoupled_linear" if decoupled else "lora_linear", block, backward, providers, setting)
         if not decoupled:
             yield dropout_case(block, setting)
         yield from shared_cases(setting, decoupled)
+
+
+def _backends(block: list[Layer], setting: Setting) -> list[str]:
+    """Those to time: compiled code where it takes such layers."""
+    layer, native = block[0], implementations("lora_linear").get("native")
+    arguments = (layer.x, layer.weight, None, layer.a, layer.b, layer.q_a, layer.q_b, SCALE, None, 1.0)
+    taken = native is not None and native.verify(*arguments)[0]
+    return [name for name in setting.backends if name != "native" or taken]
 
 
 def _case(name: str, block: list[Layer], backward: bool, providers: dict[str, Callable[[], Trial]], setting: Setting) -> Case:
@@ -370,11 +379,7 @@ def dropout_case(block: list[Layer], setting: Setting) -> Case:
         "naive": partial(dropout_trial, prepare(naive_dropout), block, judge),
         "frozen-linear": partial(trial, frozen, block, True, Judge(block, True, frozen)),
         "peft": partial(dropout_trial, partial(peft_results, backward=True, lora_dropout=DROPOUT), block, judge),
-        **{
-            f"ours-{name}": partial(dropout_trial, prepare(ours_dropout), block, judge, name, True)
-            for name in setting.backends
-            if name != "native"
-        },
+        **{f"ours-{name}": partial(dropout_trial, prepare(ours_dropout), block, judge, name, True) for name in _backends(block, setting)},
     }
     return _case("lora_linear_dropout", block, True, providers, setting)
 
