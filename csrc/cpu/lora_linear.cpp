@@ -15,6 +15,7 @@ constexpr int64_t kSmallestBlock = 12, kTokenBlock = 48;  // whole tiles of 6 an
 constexpr int64_t kPacked = 32;                           // rows that are packed at a time, in the first-level cache
 constexpr int64_t kWidthBlock = 512;                      // of a factor, to be packed
 constexpr int64_t kColumnBlock = 96;                      // of a gradient
+constexpr int64_t kPackingWork = 64;                      // products that take as long as packing an element
 constexpr int64_t kThreadWork = 1 << 19;                  // products that one thread should have at least: some 10 µs
 
 int threads_for(int64_t products, int threads) {
@@ -24,8 +25,20 @@ int threads_for(int64_t products, int threads) {
 template <class Body>
 void for_blocks(int64_t size, int64_t block, int threads, const Body& body) {
   const int64_t count = (size + block - 1) / block;
-  parallel_for(count, static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(count, 1))),
+  parallel_for(count, usable_threads(count, threads),
                [&](int64_t b, int worker) { body(b * block, std::min(block, size - b * block), worker); });
+}
+
+// Blocks of the input's width and of the output's, in one parallel region: body(whether it is the input's, first,
+// count).
+template <class Body>
+void for_blocks_of_both(int64_t in, int64_t out, int64_t block, int threads, const Body& body) {
+  const int64_t in_blocks = (in + block - 1) / block, count = in_blocks + (out + block - 1) / block;
+  parallel_for(count, usable_threads(count, threads), [&](int64_t b, int) {
+    const bool is_in = b < in_blocks;
+    const int64_t first = (is_in ? b : b - in_blocks) * block;
+    body(is_in, first, std::min(block, (is_in ? in : out) - first));
+  });
 }
 
 // Blocks of tokens, smaller ones where there are few.
@@ -85,18 +98,11 @@ void forward(const AdapterLayer& layer, const AdapterForward& call, int allowed)
   T *const down = scratch.of<T>(0), *const up = down + down_size, *const us = up + up_size;
   std::vector<const T*> up_rows(static_cast<size_t>(k));
   for (int64_t i = 0; i < k; ++i) up_rows[i] = up + i * d_out;
-  const int64_t in_blocks = (d_in + kWidthBlock - 1) / kWidthBlock,
-                out_blocks = (d_out + kWidthBlock - 1) / kWidthBlock;
-  parallel_for(in_blocks + out_blocks, threads_for(64 * k * (d_in + d_out), threads), [&](int64_t task, int) {
-    const bool is_in = task < in_blocks;
-    const int64_t first = (is_in ? task : task - in_blocks) * kWidthBlock;
-    const int64_t count = std::min(kWidthBlock, (is_in ? d_in : d_out) - first);
-    if (is_in) {
-      pack_rows(layer.downs, r, d_in, first, count, down, pitch);
-    } else {
-      pack_transposed(layer.ups, r, d_out, first, count, up);
-    }
-  });
+  for_blocks_of_both(d_in, d_out, kWidthBlock, threads_for(kPackingWork * k * (d_in + d_out), threads),
+                     [&](bool is_in, int64_t first, int64_t count) {
+                       is_in ? pack_rows(layer.downs, r, d_in, first, count, down, pitch)
+                             : pack_transposed(layer.ups, r, d_out, first, count, up);
+                     });
   const T *const x = static_cast<const T*>(call.x), scale = static_cast<T>(layer.scale);
   T *const y = static_cast<T*>(call.y), *const hidden = static_cast<T*>(call.hidden);
   for_blocks(tokens, block, threads, [&](int64_t first, int64_t count, int worker) {
@@ -123,7 +129,7 @@ void backward(const AdapterLayer& layer, const AdapterBackward& call, int allowe
   T *const panel = scratch.of<T>(0), *const p = panel + panel_size, *const of_b = p + p_size;
   const T *const grad = static_cast<const T*>(call.grad), scale = static_cast<T>(layer.scale);
   if (projects) {
-    for_blocks(d_out, kWidthBlock, threads_for(64 * k * d_out, threads),
+    for_blocks(d_out, kWidthBlock, threads_for(kPackingWork * k * d_out, threads),
                [&](int64_t first, int64_t count, int) { pack_columns(layer.ups, r, first, count, panel, pitch); });
     std::vector<const T*> down_rows;
     for (const void* down : layer.downs) {
@@ -136,25 +142,21 @@ void backward(const AdapterLayer& layer, const AdapterBackward& call, int allowe
                            static_cast<T*>(call.grad_x) + first * d_in, d_in);
     });
   }
-  const int64_t a_blocks = call.grad_a ? (d_in + kColumnBlock - 1) / kColumnBlock : 0;
-  const int64_t b_blocks = call.grad_b ? (d_out + kColumnBlock - 1) / kColumnBlock : 0;
-  parallel_for(
-      a_blocks + b_blocks, static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, a_blocks + b_blocks))),
-      [&](int64_t task, int) {
-        const bool is_a = task < a_blocks;
-        const int64_t first = (is_a ? task : task - a_blocks) * kColumnBlock;
-        const int64_t last = std::min(first + kColumnBlock, is_a ? d_in : d_out);
-        if (is_a) {
-          kernel.sum_over_tokens(p, pitch, r, static_cast<const T*>(call.x), d_in, tokens, first, last,
-                                 static_cast<T*>(call.grad_a), d_in);
-          return;
-        }
-        kernel.sum_over_tokens(static_cast<const T*>(call.hidden), r, r, grad, d_out, tokens, first, last, of_b, d_out);
-        T* const to = static_cast<T*>(call.grad_b);
-        for (int64_t j = first; j < last; ++j) {
-          for (int64_t i = 0; i < r; ++i) to[j * r + i] = scale * of_b[i * d_out + j];
-        }
-      });
+  for_blocks_of_both(call.grad_a ? d_in : 0, call.grad_b ? d_out : 0, kColumnBlock, threads,
+                     [&](bool is_in, int64_t first, int64_t count) {
+                       const int64_t last = first + count;
+                       if (is_in) {
+                         kernel.sum_over_tokens(p, pitch, r, static_cast<const T*>(call.x), d_in, tokens, first, last,
+                                                static_cast<T*>(call.grad_a), d_in);
+                         return;
+                       }
+                       kernel.sum_over_tokens(static_cast<const T*>(call.hidden), r, r, grad, d_out, tokens, first,
+                                              last, of_b, d_out);
+                       T* const to = static_cast<T*>(call.grad_b);
+                       for (int64_t j = first; j < last; ++j) {
+                         for (int64_t i = 0; i < r; ++i) to[j * r + i] = scale * of_b[i * d_out + j];
+                       }
+                     });
 }
 
 }  // namespace

@@ -12,6 +12,24 @@ constexpr int64_t kSummedWidth = 512, kSummedTokens = 256;
 // Accumulators are kMoreTokens × 1 or kTokens × 2 vectors, in sums over tokens kSumRanks × kSumVectors.
 constexpr int kTokens = 6, kMoreTokens = 12, kSumRanks = 4, kSumVectors = 3;
 
+// V vectors that lie one behind the other.
+template <class T, int V>
+LOWRANK_INLINE void load_vectors(const T* p, Vec<T>* vectors) {
+  LOWRANK_UNROLL
+  for (int v = 0; v < V; ++v) vectors[v] = load(p + v * kLanes<T>);
+}
+
+// sum (M, V vectors) += the outer product of M elements, so far apart, and V vectors.
+template <class T, int M, int V>
+LOWRANK_INLINE void add_outer_product(const T* elements, int64_t stride, const Vec<T>* vectors, Vec<T> (*sum)[V]) {
+  LOWRANK_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const Vec<T> element = splat(elements[m * stride]);
+    LOWRANK_UNROLL
+    for (int v = 0; v < V; ++v) sum[m][v] += element * vectors[v];
+  }
+}
+
 // M tokens: columns of out, V vectors of them, = factor · x · panel.
 template <class T, int M, int V>
 LOWRANK_INLINE void project_tokens(const T* x, int64_t stride, int64_t width, const T* panel, int64_t pitch, T factor,
@@ -23,14 +41,8 @@ LOWRANK_INLINE void project_tokens(const T* x, int64_t stride, int64_t width, co
     Vec<T> sum[M][V] = {};
     for (int64_t i = begin; i < end; ++i) {
       Vec<T> p[V];
-      LOWRANK_UNROLL
-      for (int v = 0; v < V; ++v) p[v] = load(panel + i * pitch + v * L);
-      LOWRANK_UNROLL
-      for (int m = 0; m < M; ++m) {
-        const Vec<T> element = splat(x[m * stride + i]);
-        LOWRANK_UNROLL
-        for (int v = 0; v < V; ++v) sum[m][v] += element * p[v];
-      }
+      load_vectors<T, V>(panel + i * pitch, p);
+      add_outer_product<T, M, V>(x + i, stride, p, sum);
     }
     LOWRANK_UNROLL
     for (int m = 0; m < M; ++m) {
@@ -74,20 +86,11 @@ LOWRANK_INLINE void expand_tokens(const T* u, int64_t pitch, int64_t k, const T*
   constexpr int L = kLanes<T>;
   Vec<T> sum[M][V];
   LOWRANK_UNROLL
-  for (int m = 0; m < M; ++m) {
-    LOWRANK_UNROLL
-    for (int v = 0; v < V; ++v) sum[m][v] = load(y + m * stride + first + v * L);
-  }
+  for (int m = 0; m < M; ++m) load_vectors<T, V>(y + m * stride + first, sum[m]);
   for (int64_t i = 0; i < k; ++i) {
     Vec<T> p[V];
-    LOWRANK_UNROLL
-    for (int v = 0; v < V; ++v) p[v] = load(panel[i] + first + v * L);
-    LOWRANK_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const Vec<T> element = splat(u[m * pitch + i]);
-      LOWRANK_UNROLL
-      for (int v = 0; v < V; ++v) sum[m][v] += element * p[v];
-    }
+    load_vectors<T, V>(panel[i] + first, p);
+    add_outer_product<T, M, V>(u + i, pitch, p, sum);
   }
   LOWRANK_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -130,17 +133,10 @@ LOWRANK_INLINE void sum_tokens(const T* u, int64_t pitch, const T* x, int64_t st
   Vec<T> sum[M][V] = {};
   for (int64_t t = 0; t < tokens; ++t) {
     Vec<T> p[V];
+    load_vectors<T, V>(x + t * stride, p);
     LOWRANK_UNROLL
-    for (int v = 0; v < V; ++v) {
-      p[v] = load(x + t * stride + v * L);
-      if (kCopies) store(copy + (t * V + v) * L, p[v]);
-    }
-    LOWRANK_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const Vec<T> element = splat(u[t * pitch + m]);
-      LOWRANK_UNROLL
-      for (int v = 0; v < V; ++v) sum[m][v] += element * p[v];
-    }
+    for (int v = 0; kCopies && v < V; ++v) store(copy + (t * V + v) * L, p[v]);
+    add_outer_product<T, M, V>(u + t * pitch, 1, p, sum);
   }
   LOWRANK_UNROLL
   for (int m = 0; m < M; ++m) {

@@ -87,7 +87,8 @@ def lora_linear(
     y = x.new_zeros(x.shape[0], b.shape[0]) if weight is None else F.linear(x, weight, bias)
     hidden = x.new_empty(x.shape[0], a.shape[0])
     downs, ups = ([a], [b]) if q_a is None or q_b is None else ([a, q_a], [q_b, b])
-    csrc.adapter_forward(dropped(x, mask, keep).contiguous(), _dense(downs), _dense(ups), scale, y, hidden, torch.get_num_threads())
+    factors = _dense(downs), _dense(ups)
+    csrc.adapter_forward(dropped(x, mask, keep).contiguous(), *factors, scale, y, hidden, torch.get_num_threads())
     return y, hidden
 
 
@@ -118,8 +119,8 @@ def lora_linear_backward(
     downs, ups = [a], [b if q_b is None else q_b]
     if need_x and q_a is not None:
         downs, ups = [a, q_a], [*ups, b]
-    fused = mask is None and weight is not None
-    grad_x = (grad @ weight if fused and weight is not None else grad.new_zeros(grad.shape[0], a.shape[1])) if need_x else None
+    base = weight if mask is None else None  # what is dropped is dropped of the adapter's part alone, so with a mask that stands alone
+    grad_x = (grad.new_zeros(grad.shape[0], a.shape[1]) if base is None else grad @ base) if need_x else None
     grad_a = a.new_empty(a.shape) if need_a else None
     grad_b = b.new_empty(b.shape) if need_b else None
     csrc.adapter_backward(
@@ -130,7 +131,7 @@ def lora_linear_backward(
         *(_dense(downs), _dense(ups), scale),
         *(grad_x, grad_a, grad_b, torch.get_num_threads()),
     )
-    if grad_x is not None and not fused:
+    if grad_x is not None and base is None:
         grad_x = dropped(grad_x, mask, keep)
         grad_x = grad_x if weight is None else grad_x.addmm_(grad, weight)
     of_weight = grad.mT @ x if need_weight else None
@@ -139,4 +140,4 @@ def lora_linear_backward(
 
 
 def _dense(factors: list[Tensor]) -> list[Tensor]:
-    return [factor if factor.is_contiguous() else factor.contiguous() for factor in factors]
+    return [factor.contiguous() for factor in factors]
