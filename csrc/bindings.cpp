@@ -10,7 +10,7 @@ void bind_cuda(pybind11::module_& m);
 // The version of what Python and these functions ask of each other. Raise it, here and in backends/extension.py,
 // whenever a function's arguments, their meaning or its result change, or a function is added or taken away: Python
 // refuses an extension of another number, such as one that was not built again after the sources were updated.
-constexpr int kInterface = 8;
+constexpr int kInterface = 9;
 
 PYBIND11_MODULE(_csrc, m) {
   m.doc() = "lowrank_kernels: CPU kernels and the cuSOLVER/cuBLAS loader";

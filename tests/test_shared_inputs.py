@@ -23,7 +23,7 @@ from lowrank_kernels.backends import registry
 from lowrank_kernels.backends.registry import call_counts, force
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-BACKENDS = [(device, backend) for device in DEVICES for backend in registry.PREFERENCE[device] if backend != "native"]
+BACKENDS = [(device, backend) for device in DEVICES for backend in registry.PREFERENCE[device]]
 
 
 class Block(nn.Module):

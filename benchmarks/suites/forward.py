@@ -405,11 +405,7 @@ def shared_cases(setting: Setting, decoupled: bool) -> Iterator[Case]:
             providers={
                 "naive": partial(shared_trial, apart(naive), block, backward),
                 "ours-apart": partial(shared_trial, apart(ours), block, backward, "auto", True),
-                **{
-                    f"ours-{name}": partial(shared_trial, together, block, backward, name, True)
-                    for name in setting.backends
-                    if name != "native"
-                },
+                **{f"ours-{name}": partial(shared_trial, together, block, backward, name, True) for name in _backends(block, setting)},
             },
             rival="ours-apart",
             flops={setting.dtype: 2 * setting.tokens * (passes * weights + (factors * passes + (1 if backward else 0)) * thin)},

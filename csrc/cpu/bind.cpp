@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -495,20 +496,31 @@ class Dense {
   }
   DType dtype() const { return dtype_; }
   int64_t size(int dimension) const { return first_.sizes[dimension]; }
+  Dense like(const py::handle& tensor) const { return Dense(what_, tensor); }
   // What must be a (rows, columns) one, or null of None.
   void* data(const py::handle& tensor, int64_t rows, int64_t columns) const {
     if (tensor.is_none()) return nullptr;
-    const TensorInfo info = TensorReader::get().read(tensor.ptr());
-    if (info.ndim != 2 || info.sizes[0] != rows || info.sizes[1] != columns || !info.is_like(first_) ||
-        !info.is_contiguous())
-      fail();
+    const TensorInfo info = read(tensor, rows, columns);
+    if (!info.is_contiguous()) fail();
     return info.data();
   }
-
- private:
+  // The same of one whose rows are dense, but may lie apart.
+  Activation activation(const py::handle& tensor, int64_t rows, int64_t columns) const {
+    if (tensor.is_none()) return {};
+    const TensorInfo info = read(tensor, rows, columns);
+    if (columns > 1 && info.strides[1] != 1) fail();
+    return {info.data(), info.strides[0]};
+  }
   [[noreturn]] void fail() const {
     throw std::invalid_argument(std::string(what_) +
                                 ": needs contiguous matrices of one dtype, fp32 or fp64, that fit each other");
+  }
+
+ private:
+  TensorInfo read(const py::handle& tensor, int64_t rows, int64_t columns) const {
+    const TensorInfo info = TensorReader::get().read(tensor.ptr());
+    if (info.ndim != 2 || info.sizes[0] != rows || info.sizes[1] != columns || !info.is_like(first_)) fail();
+    return info;
   }
 
   const char* what_;
@@ -516,41 +528,74 @@ class Dense {
   DType dtype_ = DType::kFloat32;
 };
 
-AdapterLayer adapter_layer(const Dense& dense, int64_t tokens, int64_t d_in, int64_t d_out, int64_t r, double scale,
-                           const py::list& downs, const py::list& ups) {
-  AdapterLayer layer{tokens, d_in, d_out, r, scale, {}, {}};
-  for (const py::handle down : downs) layer.downs.push_back(dense.data(down, r, d_in));
-  for (const py::handle up : ups) layer.ups.push_back(dense.data(up, d_out, r));
-  check_sizes("lora_linear", layer.downs.size() == layer.ups.size());
+// The list's members as `read` gives them; as many as there are pairs, or none.
+template <class Read>
+auto read_pairs(const py::list& tensors, AdapterLayer& layer, const Dense& dense, const Read& read) {
+  std::vector<decltype(read(py::handle()))> parts;
+  for (const py::handle tensor : tensors) parts.push_back(read(tensor));
+  const int64_t count = static_cast<int64_t>(parts.size());
+  if (count > 0 && layer.pairs > 0 && count != layer.pairs) dense.fail();
+  layer.pairs = std::max(layer.pairs, count);
+  return parts;
+}
+
+// Of `downs` (r, d_in) and `ups` (d_out, r); where they do not tell, r and d_in are as given.
+AdapterLayer adapter_layer(const Dense& dense, const py::list& downs, const py::list& ups, double scale, int64_t r,
+                           int64_t d_in) {
+  AdapterLayer layer;
+  layer.tokens = dense.size(0), layer.scale = scale, layer.r = r, layer.d_in = d_in;
+  if (!ups.empty()) layer.r = dense.like(ups[0]).size(1), layer.d_out = dense.like(ups[0]).size(0);
+  if (!downs.empty()) layer.r = dense.like(downs[0]).size(0), layer.d_in = dense.like(downs[0]).size(1);
+  layer.downs = read_pairs(downs, layer, dense, [&](const py::handle& down) -> const void* {
+    return dense.data(down, layer.r, layer.d_in);
+  });
+  layer.ups = read_pairs(ups, layer, dense,
+                         [&](const py::handle& up) -> const void* { return dense.data(up, layer.d_out, layer.r); });
   return layer;
 }
 
-// x (tokens, d_in); downs (r, d_in) and ups (d_out, r), as many; y (tokens, d_out) is added to, hidden (tokens, r)
-// written.
+// (tokens, r), one for each pair; None only if they are written.
+std::vector<Activation> activations(const Dense& dense, AdapterLayer& layer, const py::list& tensors, bool written) {
+  return read_pairs(tensors, layer, dense, [&](const py::handle& tensor) {
+    if (tensor.is_none() && !written) dense.fail();
+    return dense.activation(tensor, layer.tokens, layer.r);
+  });
+}
+
+// y (tokens, d_out), if not None, is added to, and needs `ups`. Of `through` (tokens, r), with x (tokens, d_in) and
+// `downs`, those that are not None are written; without, they are read.
 void adapter_forward(const py::object& x, const py::list& downs, const py::list& ups, double scale, const py::object& y,
-                     const py::object& hidden, int threads) {
-  const Dense dense("lora_linear", x);
-  const int64_t tokens = dense.size(0), d_in = dense.size(1), d_out = Dense("lora_linear", y).size(1);
-  const int64_t r = Dense("lora_linear", hidden).size(1);
-  const AdapterLayer layer = adapter_layer(dense, tokens, d_in, d_out, r, scale, downs, ups);
-  const AdapterForward call{dense.data(x, tokens, d_in), dense.data(y, tokens, d_out), dense.data(hidden, tokens, r)};
+                     const py::list& through, int threads) {
+  const Dense dense("lora_linear", x.is_none() ? y : x);
+  AdapterLayer layer = adapter_layer(dense, downs, ups, scale, 0, 0);
+  const AdapterForward call{dense.data(x, layer.tokens, layer.d_in), dense.data(y, layer.tokens, layer.d_out),
+                            activations(dense, layer, through, !x.is_none())};
+  if (x.is_none() != downs.empty() || y.is_none() != ups.empty() || through.empty()) dense.fail();
   const py::gil_scoped_release released;
   run_adapter(dense.dtype(), layer, call, threads);
 }
 
-// grad (tokens, d_out), x (tokens, d_in) or None, hidden (tokens, r) or None; grad_x (tokens, d_in) is added to, grad_a
-// (r, d_in) and grad_b (d_out, r) are written; None: not asked for.
-void adapter_backward(const py::object& grad, const py::object& x, const py::object& hidden, int64_t d_in, int64_t r,
-                      const py::list& downs, const py::list& ups, double scale, const py::object& grad_x,
-                      const py::object& grad_a, const py::object& grad_b, int threads) {
-  const Dense dense("lora_linear_backward", grad);
-  const int64_t tokens = dense.size(0), d_out = dense.size(1);
-  const AdapterLayer layer = adapter_layer(dense, tokens, d_in, d_out, r, scale, downs, ups);
-  AdapterBackward call{dense.data(grad, tokens, d_out), dense.data(x, tokens, d_in), dense.data(hidden, tokens, r)};
+// What is not None of grad_x (tokens, d_in), which is added to (to `before` if that is not None), grad_a (r, d_in) and
+// grad_b (d_out, r); of grad (tokens, d_out) with `ups`, x (tokens, d_in) and hidden (tokens, r). Of `through` (tokens,
+// r), with grad, those that are not None are written; without, they are read.
+void adapter_backward(const py::object& grad, const py::object& x, const py::object& hidden, const py::object& before,
+                      const py::list& through, const py::list& downs, const py::list& ups, double scale,
+                      const py::object& grad_x, const py::object& grad_a, const py::object& grad_b, int threads) {
+  const bool begins = !grad.is_none();
+  const char* const what = "lora_linear_backward";
+  if (!begins && through.empty()) throw std::invalid_argument("lora_linear_backward: nothing to begin with");
+  const Dense dense(what, begins ? grad : py::object(through[0]));
+  const bool has_a = !grad_a.is_none();
+  AdapterLayer layer = adapter_layer(dense, downs, ups, scale, has_a ? dense.like(grad_a).size(0) : 0,
+                                     has_a ? dense.like(grad_a).size(1) : 0);
+  const int64_t tokens = layer.tokens, d_in = layer.d_in, d_out = layer.d_out, r = layer.r;
+  AdapterBackward call{dense.data(grad, tokens, d_out), dense.data(x, tokens, d_in), dense.data(before, tokens, d_in),
+                       dense.activation(hidden, tokens, r), activations(dense, layer, through, begins)};
   call.grad_x = dense.data(grad_x, tokens, d_in);
   call.grad_a = dense.data(grad_a, r, d_in);
   call.grad_b = dense.data(grad_b, d_out, r);
-  if ((call.grad_a && x.is_none()) || (call.grad_b && hidden.is_none()))
+  if (begins == ups.empty() || (call.grad_x && downs.empty())) dense.fail();
+  if ((call.grad_a && x.is_none()) || (call.grad_b && (hidden.is_none() || !begins)))
     throw std::invalid_argument("lora_linear_backward: a gradient without what it is made of");
   const py::gil_scoped_release released;
   run_adapter_backward(dense.dtype(), layer, call, threads);

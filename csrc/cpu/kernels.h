@@ -132,25 +132,37 @@ struct LorsumScalars {
   bool u_first;
 };
 
-// A linear layer's adapter: (r, d_in) factors that go down to the rank, as many (d_out, r) ones that go up, all dense.
+// A linear layer's adapter: for each pair a factor (r, d_in) that goes down to the rank and one (d_out, r) that goes
+// up, dense. What a call does not use is empty, and its width 0.
 struct AdapterLayer {
-  int64_t tokens = 0, d_in = 0, d_out = 0, r = 0;
+  int64_t tokens = 0, pairs = 0, d_in = 0, d_out = 0, r = 0;
   double scale = 0;
   std::vector<const void*> downs, ups;
 
-  int64_t width() const { return static_cast<int64_t>(downs.size()) * r; }
+  int64_t width() const { return pairs * r; }
 };
 
-// y += s x [D₁ D₂ …]ᵀ [U₁ U₂ …]ᵀ; hidden (tokens, r) = x Dᵀ for the last D. Rows of all are dense.
+// (tokens, r), rows so far apart; or null.
+struct Activation {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// y += s [H₁ H₂ …] [U₁ U₂ …]ᵀ for H = x Dᵀ, one for each pair. With x, those that are not null are written; without,
+// they are read. Rows of x and y are dense; y may be null.
 struct AdapterForward {
   const void* x = nullptr;
-  void *y = nullptr, *hidden = nullptr;
+  void* y = nullptr;
+  std::vector<Activation> through;
 };
 
-// With p = s ∂y [U₁ U₂ …]: grad_x += p [D₁; D₂; …], grad_a = p₁ᵀ x, grad_b = s ∂yᵀ hidden; what is null is not asked
-// for.
+// With P = s ∂y U, one for each pair: grad_x += P₁ D₁ + P₂ D₂ + …, grad_a = P₁ᵀ x, grad_b = s ∂yᵀ hidden; what is null
+// is not asked for. With grad, those P that are not null are written; without, they are read. If `before` is not null,
+// grad_x becomes the sum with that.
 struct AdapterBackward {
-  const void *grad = nullptr, *x = nullptr, *hidden = nullptr;
+  const void *grad = nullptr, *x = nullptr, *before = nullptr;
+  Activation hidden;
+  std::vector<Activation> through;
   void *grad_x = nullptr, *grad_a = nullptr, *grad_b = nullptr;
 };
 

@@ -86,6 +86,26 @@ void pack_transposed(const std::vector<const void*>& factors, int64_t r, int64_t
   }
 }
 
+// Rows [first, first + count) of the activations beside each other, (count, pitch): read, or written.
+template <class T>
+void gather(const std::vector<Activation>& through, int64_t r, int64_t first, int64_t count, T* rows, int64_t pitch) {
+  for (const Activation& part : through) {
+    const T* const from = static_cast<const T*>(part.data) + first * part.stride;
+    for (int64_t t = 0; t < count; ++t) std::copy_n(from + t * part.stride, r, rows + t * pitch);
+    rows += r;
+  }
+}
+
+template <class T>
+void scatter(const T* rows, int64_t pitch, int64_t r, int64_t first, int64_t count,
+             const std::vector<Activation>& through) {
+  for (const Activation& part : through) {
+    T* const to = static_cast<T*>(part.data) + first * part.stride;
+    for (int64_t t = 0; t < count && part.data != nullptr; ++t) std::copy_n(rows + t * pitch, r, to + t * part.stride);
+    rows += r;
+  }
+}
+
 template <class T>
 void forward(const AdapterLayer& layer, const AdapterForward& call, int allowed) {
   const Kernels<T>& kernel = kernels<T>();
@@ -104,11 +124,16 @@ void forward(const AdapterLayer& layer, const AdapterForward& call, int allowed)
                              : pack_transposed(layer.ups, r, d_out, first, count, up);
                      });
   const T *const x = static_cast<const T*>(call.x), scale = static_cast<T>(layer.scale);
-  T *const y = static_cast<T*>(call.y), *const hidden = static_cast<T*>(call.hidden);
+  T* const y = static_cast<T*>(call.y);
   for_blocks(tokens, block, threads, [&](int64_t first, int64_t count, int worker) {
     T* const u = us + worker * u_size;
-    kernel.project_rows(x + first * d_in, d_in, count, d_in, down, pitch, T(1), u);
-    for (int64_t t = 0; t < count; ++t) std::copy_n(u + t * pitch + k - r, r, hidden + (first + t) * r);
+    if (x != nullptr) {
+      kernel.project_rows(x + first * d_in, d_in, count, d_in, down, pitch, T(1), u);
+      scatter(u, pitch, r, first, count, call.through);
+    } else {
+      gather(call.through, r, first, count, u, pitch);
+    }
+    if (y == nullptr) return;
     for (int64_t i = 0; i < count * pitch; ++i) u[i] *= scale;
     kernel.expand_rows(u, pitch, count, k, up_rows.data(), d_out, y + first * d_out, d_out);
   });
@@ -119,16 +144,16 @@ void backward(const AdapterLayer& layer, const AdapterBackward& call, int allowe
   const Kernels<T>& kernel = kernels<T>();
   const int64_t tokens = layer.tokens, d_in = layer.d_in, d_out = layer.d_out, r = layer.r, k = layer.width();
   const int64_t pitch = round_up(k, kernel.lanes);
-  const bool projects = call.grad_x != nullptr || call.grad_a != nullptr;
-  const int64_t products = tokens * (projects ? k * d_out : 0) + tokens * (call.grad_x ? k * d_in : 0) +
+  const T *const grad = static_cast<const T*>(call.grad), scale = static_cast<T>(layer.scale);
+  const bool needs_p = k > 0 && (call.grad_x != nullptr || call.grad_a != nullptr || !call.through.empty());
+  const int64_t products = tokens * (needs_p ? k * d_out : 0) + tokens * (call.grad_x ? k * d_in : 0) +
                            tokens * r * ((call.grad_a ? d_in : 0) + (call.grad_b ? d_out : 0));
   const int threads = threads_for(products, allowed);
-  const int64_t panel_size = projects ? round_up(d_out * pitch, 16) : 0;
-  const int64_t p_size = projects ? round_up(tokens * pitch, 16) : 0, b_size = call.grad_b ? r * d_out : 0;
+  const int64_t panel_size = needs_p ? round_up(d_out * pitch, 16) : 0;
+  const int64_t p_size = needs_p ? round_up(tokens * pitch, 16) : 0, b_size = call.grad_b ? r * d_out : 0;
   const Scratch scratch(static_cast<size_t>(panel_size + p_size + b_size) * sizeof(T), 1);
   T *const panel = scratch.of<T>(0), *const p = panel + panel_size, *const of_b = p + p_size;
-  const T *const grad = static_cast<const T*>(call.grad), scale = static_cast<T>(layer.scale);
-  if (projects) {
+  if (needs_p) {
     for_blocks(d_out, kWidthBlock, threads_for(kPackingWork * k * d_out, threads),
                [&](int64_t first, int64_t count, int) { pack_columns(layer.ups, r, first, count, panel, pitch); });
     std::vector<const T*> down_rows;
@@ -136,10 +161,17 @@ void backward(const AdapterLayer& layer, const AdapterBackward& call, int allowe
       for (int64_t i = 0; i < r; ++i) down_rows.push_back(static_cast<const T*>(down) + i * d_in);
     }
     for_blocks(tokens, token_block(tokens, threads), threads, [&](int64_t first, int64_t count, int) {
-      kernel.project_rows(grad + first * d_out, d_out, count, d_out, panel, pitch, scale, p + first * pitch);
-      if (call.grad_x)
-        kernel.expand_rows(p + first * pitch, pitch, count, k, down_rows.data(), d_in,
-                           static_cast<T*>(call.grad_x) + first * d_in, d_in);
+      T* const rows = p + first * pitch;
+      if (grad != nullptr) {
+        kernel.project_rows(grad + first * d_out, d_out, count, d_out, panel, pitch, scale, rows);
+        scatter(rows, pitch, r, first, count, call.through);
+      } else {
+        gather(call.through, r, first, count, rows, pitch);
+      }
+      if (call.grad_x == nullptr) return;
+      T* const to = static_cast<T*>(call.grad_x) + first * d_in;
+      if (call.before != nullptr) std::copy_n(static_cast<const T*>(call.before) + first * d_in, count * d_in, to);
+      kernel.expand_rows(rows, pitch, count, k, down_rows.data(), d_in, to, d_in);
     });
   }
   for_blocks_of_both(call.grad_a ? d_in : 0, call.grad_b ? d_out : 0, kColumnBlock, threads,
@@ -150,8 +182,8 @@ void backward(const AdapterLayer& layer, const AdapterBackward& call, int allowe
                                                 static_cast<T*>(call.grad_a), d_in);
                          return;
                        }
-                       kernel.sum_over_tokens(static_cast<const T*>(call.hidden), r, r, grad, d_out, tokens, first,
-                                              last, of_b, d_out);
+                       kernel.sum_over_tokens(static_cast<const T*>(call.hidden.data), call.hidden.stride, r, grad,
+                                              d_out, tokens, first, last, of_b, d_out);
                        T* const to = static_cast<T*>(call.grad_b);
                        for (int64_t j = first; j < last; ++j) {
                          for (int64_t i = 0; i < r; ++i) to[j * r + i] = scale * of_b[i * d_out + j];

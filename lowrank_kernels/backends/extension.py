@@ -15,7 +15,7 @@ from typing import Any
 import torch  # noqa: F401
 
 #: What this package asks of the extension; ``kInterface`` in csrc/bindings.cpp, where it says when to raise both.
-INTERFACE = 8
+INTERFACE = 9
 
 
 def _load() -> Any:

@@ -121,4 +121,32 @@ def test_compiled_code_refuses_what_does_not_fit(wrong: str) -> None:
     for other in (torch.ones(3, 7), tensors[wrong].double(), torch.ones(*tensors[wrong].shape, 2)[..., 0]):
         given = dict(tensors, **{wrong: other})
         with pytest.raises(ValueError, match="lora_linear: needs contiguous matrices of one dtype"):
-            _csrc.adapter_forward(given["x"], [given["a"]], [given["b"]], 1.0, given["y"], given["hidden"], 1)
+            _csrc.adapter_forward(given["x"], [given["a"]], [given["b"]], 1.0, given["y"], [given["hidden"]], 1)
+
+
+def test_compiled_code_refuses_calls_that_miss_something() -> None:
+    x, a, b, y, hidden = torch.ones(3, 4), torch.ones(2, 4), torch.ones(5, 2), torch.ones(3, 5), torch.ones(3, 2)
+    message = "lora_linear: needs contiguous matrices of one dtype"
+    for arguments in (
+        (x, [a], [b, b], 1.0, y, [hidden]),
+        (x, [a], [b], 1.0, y, []),
+        (x, [a], [b], 1.0, y, [hidden, hidden]),
+        (x, [], [b], 1.0, y, [hidden]),
+        (x, [a], [], 1.0, y, [hidden]),
+        (None, [], [b], 1.0, y, [None]),  # nothing to read
+    ):
+        with pytest.raises(ValueError, match=message):
+            _csrc.adapter_forward(*arguments, 1)
+    message = "needs contiguous matrices|nothing to begin with|a gradient without what it is made of|not a strided tensor"
+    for arguments in (
+        (None, x, None, None, [], [a], [], 1.0, x, a, None),
+        (None, x, None, None, [None], [a], [], 1.0, x, a, None),
+        (None, None, None, None, [hidden], [a], [], 1.0, x, a, None),
+        (None, x, None, None, [hidden], [], [], 1.0, x, None, None),
+        (None, None, hidden, None, [hidden], [a], [], 1.0, x, None, b),
+        (y, None, None, None, [], [], [b], 1.0, None, None, b),
+        (y, None, None, None, [hidden, hidden], [], [b], 1.0, None, None, None),
+        (y, None, hidden, x[:2], [], [a], [b], 1.0, x, None, None),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _csrc.adapter_backward(*arguments, 1)

@@ -9,22 +9,27 @@ from torch.nn import functional as F
 from ..dropout import dropped
 from ..extension import csrc
 from ..reference.dropout import dropout_mask
-from ..registry import count_launch, implements
+from ..registry import Verdict, count_launch, implements
 from ._common import COMPILED
 
 #: Above it torch's GEMMs, which pack both of their factors, are as fast.
 LARGEST_RANK = 32
 
 
-def _verify(x: Tensor, a: Tensor, core: Tensor | None) -> tuple[bool, str]:
+def adapter_verdict(x: Tensor, rank: int, largest: int) -> Verdict:
+    """Refuses other devices than the CPU, other dtypes than fp32 and fp64, and more than ``largest`` ranks."""
     reason = None if x.device.type == "cpu" else f"it is written for CPU tensors, these are on {x.device.type}"
-    if reason is None and core is not None:
-        reason = "a layer with a core is small products, for which torch's own GEMMs are used"
     if reason is None and x.dtype not in (torch.float32, torch.float64):
         reason = f"it is written for fp32 and fp64, x is {x.dtype}; torch's own GEMMs are used"
-    if reason is None and a.shape[0] > LARGEST_RANK:
-        reason = f"r = {a.shape[0]}: above {LARGEST_RANK} torch's own GEMMs are as fast"
+    if reason is None and rank > largest:
+        reason = f"r = {rank}: above {largest} torch's own GEMMs are as fast"
     return (False, reason) if reason is not None else (True, f"torch's GEMM for the base, {COMPILED} for the adapter")
+
+
+def _verify(x: Tensor, a: Tensor, core: Tensor | None) -> Verdict:
+    if core is not None:
+        return False, "a layer with a core is small products, for which torch's own GEMMs are used"
+    return adapter_verdict(x, a.shape[0], LARGEST_RANK)
 
 
 def verify(
@@ -40,7 +45,7 @@ def verify(
     keep: float,
     core: Tensor | None = None,
     seed: Tensor | None = None,
-) -> tuple[bool, str]:
+) -> Verdict:
     """Takes fp32 and fp64 without a core, up to rank 32."""
     return _verify(x, a, core)
 
@@ -60,7 +65,7 @@ def verify_backward(
     needs: list[bool],
     core: Tensor | None = None,
     seed: Tensor | None = None,
-) -> tuple[bool, str]:
+) -> Verdict:
     """As :func:`verify`."""
     return _verify(grad, a, core)
 
@@ -87,8 +92,9 @@ def lora_linear(
     y = x.new_zeros(x.shape[0], b.shape[0]) if weight is None else F.linear(x, weight, bias)
     hidden = x.new_empty(x.shape[0], a.shape[0])
     downs, ups = ([a], [b]) if q_a is None or q_b is None else ([a, q_a], [q_b, b])
-    factors = _dense(downs), _dense(ups)
-    csrc.adapter_forward(dropped(x, mask, keep).contiguous(), *factors, scale, y, hidden, torch.get_num_threads())
+    factors = dense(downs), dense(ups)
+    through = [*[None] * (len(downs) - 1), hidden]  # that of the last pair, which B goes up from
+    csrc.adapter_forward(dropped(x, mask, keep).contiguous(), *factors, scale, y, through, torch.get_num_threads())
     return y, hidden
 
 
@@ -123,14 +129,10 @@ def lora_linear_backward(
     grad_x = (grad.new_zeros(grad.shape[0], a.shape[1]) if base is None else grad @ base) if need_x else None
     grad_a = a.new_empty(a.shape) if need_a else None
     grad_b = b.new_empty(b.shape) if need_b else None
-    csrc.adapter_backward(
-        grad,
-        dropped(x, mask, keep).contiguous() if need_a else None,
-        hidden.contiguous() if need_b else None,
-        *(a.shape[1], a.shape[0]),
-        *(_dense(downs), _dense(ups), scale),
-        *(grad_x, grad_a, grad_b, torch.get_num_threads()),
-    )
+    kept = dropped(x, mask, keep).contiguous() if need_a else None
+    met = hidden.contiguous() if need_b else None
+    factors, gradients = (dense(downs), dense(ups)), (grad_x, grad_a, grad_b)
+    csrc.adapter_backward(grad, kept, met, None, [], *factors, scale, *gradients, torch.get_num_threads())
     if grad_x is not None and base is None:
         grad_x = dropped(grad_x, mask, keep)
         grad_x = grad_x if weight is None else grad_x.addmm_(grad, weight)
@@ -139,5 +141,6 @@ def lora_linear_backward(
     return [found for found in (grad_x, of_weight, of_bias, grad_a, grad_b) if found is not None]
 
 
-def _dense(factors: list[Tensor]) -> list[Tensor]:
+def dense(factors: list[Tensor]) -> list[Tensor]:
+    """What compiled code reads: without strides."""
     return [factor.contiguous() for factor in factors]
