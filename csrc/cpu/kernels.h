@@ -241,6 +241,10 @@ struct Kernels {
   // Of matrices [first, first + count); scratch for sylvester_scratch(r) doubles.
   void (*sylvester)(const SylvesterArguments&, int64_t first, int64_t count, double* scratch);
   void (*lorsum)(const LorsumScalars&, const LorsumItem&, const LorsumWork<T>&, int threads);
+  // `rows` rows of r dense elements, `stride` apart, are columns of a panel, `pitch` apart, padded with zeros to
+  // padded_rows(rows); and back.
+  void (*columns_from_rows)(const T* source, int64_t stride, int64_t rows, int64_t r, T* panel, int64_t pitch);
+  void (*rows_from_columns)(const T* panel, int64_t pitch, int64_t rows, int64_t r, T* out, int64_t stride);
   // out (rows, pitch) = factor · x · panel, y (rows, width) += u · panel, and columns [first, last) of out (r, ·) = uᵀ
   // x; the first panel has `pitch` columns, a multiple of `lanes`, the second one k rows.
   void (*project_rows)(const T* x, int64_t stride, int64_t rows, int64_t width, const T* panel, int64_t pitch, T factor,

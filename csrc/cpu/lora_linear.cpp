@@ -12,10 +12,9 @@ namespace lowrank {
 namespace {
 
 constexpr int64_t kSmallestBlock = 12, kTokenBlock = 48;  // whole tiles of 6 and of 12 tokens
-constexpr int64_t kPacked = 32;                           // rows that are packed at a time, in the first-level cache
 constexpr int64_t kWidthBlock = 512;                      // of a factor, to be packed
 constexpr int64_t kColumnBlock = 96;                      // of a gradient
-constexpr int64_t kPackingWork = 64;                      // products that take as long as packing an element
+constexpr int64_t kPackingWork = 24;                      // products that take as long as packing an element
 constexpr int64_t kThreadWork = 1 << 19;                  // products that one thread should have at least: some 10 µs
 
 int threads_for(int64_t products, int threads) {
@@ -50,15 +49,13 @@ int64_t token_block(int64_t tokens, int threads) {
 template <class T>
 void pack_rows(const std::vector<const void*>& factors, int64_t r, int64_t width, int64_t first, int64_t count,
                T* panel, int64_t pitch) {
-  const int64_t k = static_cast<int64_t>(factors.size()) * r, end = first + count;
-  for (int64_t begin = first; begin < end; begin += kPacked) {
-    const int64_t last = std::min(begin + kPacked, end);
-    for (int64_t j = 0; j < k; ++j) {
-      const T* const from = static_cast<const T*>(factors[j / r]) + j % r * width;
-      for (int64_t i = begin; i < last; ++i) panel[i * pitch + j] = from[i];
-    }
-    for (int64_t i = begin; i < last; ++i) std::fill(panel + i * pitch + k, panel + (i + 1) * pitch, T(0));
+  int64_t k = 0;
+  for (const void* factor : factors) {
+    kernels<T>().rows_from_columns(static_cast<const T*>(factor) + first, width, count, r, panel + first * pitch + k,
+                                   pitch);
+    k += r;
   }
+  for (int64_t i = first; i < first + count; ++i) std::fill(panel + i * pitch + k, panel + (i + 1) * pitch, T(0));
 }
 
 // The same of [F₁ F₂ … 0] for factors (width, r).
@@ -72,17 +69,13 @@ void pack_columns(const std::vector<const void*>& factors, int64_t r, int64_t fi
   }
 }
 
-// Columns [first, first + count) of [F₁ F₂ …]ᵀ for factors (width, r).
+// Columns [first, first + count) of panel (·, pitch) = [F₁ F₂ …]ᵀ for factors (width, r), padded.
 template <class T>
-void pack_transposed(const std::vector<const void*>& factors, int64_t r, int64_t width, int64_t first, int64_t count,
-                     T* panel) {
-  const int64_t k = static_cast<int64_t>(factors.size()) * r, end = first + count;
-  for (int64_t begin = first; begin < end; begin += kPacked) {
-    const int64_t last = std::min(begin + kPacked, end);
-    for (int64_t j = 0; j < k; ++j) {
-      const T* const from = static_cast<const T*>(factors[j / r]) + j % r;
-      for (int64_t i = begin; i < last; ++i) panel[j * width + i] = from[i * r];
-    }
+void pack_transposed(const std::vector<const void*>& factors, int64_t r, int64_t first, int64_t count, T* panel,
+                     int64_t pitch) {
+  for (const void* factor : factors) {
+    kernels<T>().columns_from_rows(static_cast<const T*>(factor) + first * r, r, count, r, panel + first, pitch);
+    panel += r * pitch;
   }
 }
 
@@ -110,18 +103,18 @@ template <class T>
 void forward(const AdapterLayer& layer, const AdapterForward& call, int allowed) {
   const Kernels<T>& kernel = kernels<T>();
   const int64_t tokens = layer.tokens, d_in = layer.d_in, d_out = layer.d_out, r = layer.r, k = layer.width();
-  const int64_t pitch = round_up(k, kernel.lanes);
+  const int64_t pitch = round_up(k, kernel.lanes), up_pitch = padded_rows(d_out);
   const int threads = threads_for(tokens * k * (d_in + d_out), allowed);
   const int64_t block = token_block(tokens, threads);
-  const int64_t down_size = round_up(d_in * pitch, 16), up_size = round_up(k * d_out, 16), u_size = block * pitch;
+  const int64_t down_size = round_up(d_in * pitch, 16), up_size = k * up_pitch, u_size = block * pitch;
   const Scratch scratch(static_cast<size_t>(down_size + up_size + threads * u_size) * sizeof(T), 1);
   T *const down = scratch.of<T>(0), *const up = down + down_size, *const us = up + up_size;
   std::vector<const T*> up_rows(static_cast<size_t>(k));
-  for (int64_t i = 0; i < k; ++i) up_rows[i] = up + i * d_out;
+  for (int64_t i = 0; i < k; ++i) up_rows[i] = up + i * up_pitch;
   for_blocks_of_both(d_in, d_out, kWidthBlock, threads_for(kPackingWork * k * (d_in + d_out), threads),
                      [&](bool is_in, int64_t first, int64_t count) {
                        is_in ? pack_rows(layer.downs, r, d_in, first, count, down, pitch)
-                             : pack_transposed(layer.ups, r, d_out, first, count, up);
+                             : pack_transposed(layer.ups, r, first, count, up, up_pitch);
                      });
   const T *const x = static_cast<const T*>(call.x), scale = static_cast<T>(layer.scale);
   T* const y = static_cast<T*>(call.y);

@@ -10,7 +10,8 @@ namespace lowrank::LOWRANK_ISA {
 // Sums over the width, and over tokens, are taken over so many terms at a time and then over those sums.
 constexpr int64_t kSummedWidth = 512, kSummedTokens = 256;
 // Accumulators are kMoreTokens × 1 or kTokens × 2 vectors, in sums over tokens kSumRanks × kSumVectors.
-constexpr int kTokens = 6, kMoreTokens = 12, kSumRanks = 4, kSumVectors = 3;
+constexpr int kTokens = kManyRegisters ? 12 : 6, kMoreTokens = 12, kSumRanks = kManyRegisters ? 8 : 4, kSumVectors = 3,
+              kExpandTokens = 6, kExpandVectors = kManyRegisters ? 4 : 2;
 
 // V vectors that lie one behind the other.
 template <class T, int V>
@@ -102,9 +103,9 @@ LOWRANK_INLINE void expand_tokens(const T* u, int64_t pitch, int64_t k, const T*
 template <class T, int M>
 LOWRANK_INLINE void expand_width(const T* u, int64_t pitch, int64_t k, const T* const* panel, int64_t width, T* y,
                                  int64_t stride) {
-  constexpr int L = kLanes<T>;
+  constexpr int L = kLanes<T>, V = kExpandVectors;
   int64_t j = 0;
-  for (; j + 2 * L <= width; j += 2 * L) expand_tokens<T, M, 2>(u, pitch, k, panel, j, y, stride);
+  for (; j + V * L <= width; j += V * L) expand_tokens<T, M, V>(u, pitch, k, panel, j, y, stride);
   for (; j + L <= width; j += L) expand_tokens<T, M, 1>(u, pitch, k, panel, j, y, stride);
   for (; j < width; ++j) {
     for (int m = 0; m < M; ++m) {
@@ -120,8 +121,8 @@ template <class T>
 void expand_rows(const T* u, int64_t pitch, int64_t rows, int64_t k, const T* const* panel, int64_t width, T* y,
                  int64_t stride) {
   int64_t t = 0;
-  for (; t + kTokens <= rows; t += kTokens)
-    expand_width<T, kTokens>(u + t * pitch, pitch, k, panel, width, y + t * stride, stride);
+  for (; t + kExpandTokens <= rows; t += kExpandTokens)
+    expand_width<T, kExpandTokens>(u + t * pitch, pitch, k, panel, width, y + t * stride, stride);
   for (; t < rows; ++t) expand_width<T, 1>(u + t * pitch, pitch, k, panel, width, y + t * stride, stride);
 }
 
