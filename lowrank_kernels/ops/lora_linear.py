@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .._checks import as_flag, as_number
 from ..backends.dropout import RESOLUTION, dropped
-from ..backends.dtypes import FLOATING, autocast_dtype, compute_dtype, under_autocast
+from ..backends.dtypes import FLOATING, autocast_dtype, cast, compute_dtype, under_autocast
 from ..backends.registry import implementations, run, select
 from ._library import LIBRARY, NAMESPACE, applies, define, is_eager, is_plain_eager, is_transformed, no_backward
 from ._tensor_checks import check_tensor, check_tensor_on
@@ -76,15 +76,15 @@ def lora_linear(
         _check(x, weight, bias, a, b, q_a, q_b, core)
         scale, dropout = _check_options(scale, dropout, training, capture)
     dtype = autocast_dtype(x)
-    x, a, b = _cast(x, dtype), _cast(a, dtype), _cast(b, dtype)
+    x, a, b = cast(x, dtype), cast(a, dtype), cast(b, dtype)
     if weight is not None:
-        weight = _cast(weight, dtype)
+        weight = cast(weight, dtype)
     if bias is not None:
-        bias = _cast(bias, dtype)
+        bias = cast(bias, dtype)
     if q_a is not None and q_b is not None:
-        q_a, q_b = (_cast(q.detach() if q.requires_grad else q, dtype) for q in (q_a, q_b))
+        q_a, q_b = (cast(q.detach() if q.requires_grad else q, dtype) for q in (q_a, q_b))
     if core is not None:
-        core = _cast(core, compute_dtype(dtype))
+        core = cast(core, compute_dtype(dtype))
     mask, seed, keep = _draw(x, a.shape[0], dropout) if training and dropout > 0.0 else (None, None, 1.0)
     rest = (weight, bias, a, b, q_a, q_b, scale, mask, keep, core, seed)  # what the schema names after x, in its order
     if capture is not None and torch.is_grad_enabled():
@@ -94,14 +94,9 @@ def lora_linear(
     elif is_plain_eager(x, weight, bias, a, b, q_a, q_b, core):
         return _eager(x, rest)
     else:
-        flat = x.reshape(-1, x.shape[-1])
-        y = _composed(flat, *rest) if is_transformed() else torch.ops.lowrank_kernels.lora_linear(flat, *rest)[0]
+        rows = x.reshape(-1, x.shape[-1])
+        y = _composed(rows, *rest) if is_transformed() else torch.ops.lowrank_kernels.lora_linear(rows, *rest)[0]
     return y.reshape(*x.shape[:-1], b.shape[0])
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which takes longer than to see that there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class _TensorSpec(NamedTuple):
@@ -163,11 +158,11 @@ def _eager(x: Tensor, rest: tuple[Any, ...]) -> Tensor:
         or (bias is not None and bias.requires_grad)
     ):
         return _apply(x, *rest, None)
-    y, _ = run("lora_linear", x.device.type, _flat(x), *rest)
+    y, _ = run("lora_linear", x.device.type, flat(x), *rest)
     return _shaped(y, x.shape[:-1])
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """(tokens, ·), of any number of leading dimensions."""
     return x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 2 else x[None]  # reshape takes longer
 
@@ -334,7 +329,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if x is None:
         x, known = grad.new_empty(grad.shape[0], 0), not (needs[0] and hidden is not None)
     else:
-        x, known = _flat(x), True
+        x, known = flat(x), True
     backward: Callable[..., list[Tensor]]
     if not torch.is_grad_enabled() and is_plain_eager(grad, *saved):
         backward = _backward
@@ -359,7 +354,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         *rest, capture = args
-        y, hidden = run("lora_linear", x.device.type, _flat(x), *rest)
+        y, hidden = run("lora_linear", x.device.type, flat(x), *rest)
         _save(ctx, (x, *rest), hidden)  # x as it was given: a view of it made here has no graph
         ctx.capture, ctx.leading = capture, x.shape[:-1]
         ctx.set_materialize_grads(False)
@@ -369,7 +364,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 13
-        of_x, *others = _gradients(ctx, _flat(grad))
+        of_x, *others = _gradients(ctx, flat(grad))
         return (None if of_x is None else of_x.reshape(*ctx.leading, of_x.shape[1]), *others, None)
 
 

@@ -15,10 +15,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .._checks import as_number
-from ..backends.dtypes import FLOATING, autocast_dtype
+from ..backends.dtypes import FLOATING, autocast_dtype, cast
 from ..backends.registry import run
 from ._library import LIBRARY, NAMESPACE, applies, define, is_plain_eager, is_plain_node, no_backward
 from ._tensor_checks import check_lists, check_tensor, check_tensor_on
+from .lora_linear import flat
 
 
 def lora_down(
@@ -39,14 +40,14 @@ def lora_down(
         TypeError, ValueError: shapes, dtypes or devices do not fit, or there is no layer.
     """
     _check_down(x, factors, bases)
-    x = x.to(autocast_dtype(x))
-    q = None if bases is None else torch.cat(list(bases)).detach().to(x.dtype)
+    x = cast(x, autocast_dtype(x))
+    q = None if bases is None else cast(torch.cat(list(bases)).detach(), x.dtype)
     eager = is_plain_eager(x, *factors)
     if eager and torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
         passed, *through = _apply_down(x, q, *factors)
         count = len(factors)
         return x if passed is None else passed, through[:count], None if q is None else through[count:]
-    a = torch.cat(list(factors)).to(x.dtype)
+    a = cast(torch.cat(list(factors)), x.dtype)
     through_q: Tensor | None
     if eager:
         through_a, through_q = _down(x, a, q)
@@ -58,7 +59,7 @@ def lora_down(
     else:
         through_a, through_q = F.linear(x, a), None if q is None else F.linear(x, q)
     ranks = [factor.shape[0] for factor in factors]
-    return x, list(through_a.split(ranks, -1)), None if through_q is None else list(through_q.split(ranks, -1))
+    return x, list(through_a.split_with_sizes(ranks, -1)), None if through_q is None else list(through_q.split_with_sizes(ranks, -1))
 
 
 def lora_up(
@@ -88,30 +89,34 @@ def lora_up(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or ``scale`` do not fit, or one of two that come together is missing.
     """
-    _check_up(x, weight, bias, hidden, b, hidden_q, q_b)
-    scale = as_number("lora_up", "scale", scale)
-    dtype = hidden.dtype
-    b = b.to(dtype)
-    hidden_q = None if hidden_q is None else hidden_q.to(dtype)
-    q_b = None if q_b is None else q_b.detach().to(dtype)
+    try:
+        fits = _up_fits(x, weight, bias, hidden, b, hidden_q, q_b)
+    except (AttributeError, IndexError, ValueError):  # something is no tensor, or no matrix
+        fits = False
+    if not fits:
+        _check_up(x, weight, bias, hidden, b, hidden_q, q_b)
+    scale, dtype = as_number("lora_up", "scale", scale), hidden.dtype
+    b = cast(b, dtype)
+    hidden_q = None if hidden_q is None else cast(hidden_q, dtype)
+    q_b = None if q_b is None else cast(q_b.detach() if q_b.requires_grad else q_b, dtype)
     if x is not None:
-        x = x.to(dtype)
-        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+        x = cast(x, dtype)
+        weight, bias = (None if t is None else cast(t, dtype) for t in (weight, bias))
     frozen = not any(t is not None and t.requires_grad for t in (weight, bias))
     eager = frozen and is_plain_eager(hidden, x, weight, bias, b, hidden_q, q_b)
     if not eager and not (frozen and is_plain_node(hidden, x, weight, bias, b, hidden_q, q_b)):
         delta = F.linear(hidden, b) if q_b is None or hidden_q is None else F.linear(hidden, q_b) + F.linear(hidden_q, b)
         return scale * delta if x is None or weight is None else F.linear(x, weight, bias) + scale * delta
     leading = hidden.shape[:-1]
-    flat = tuple(None if t is None else t.flatten(0, -2) if t.ndim > 1 else t[None] for t in (x, hidden, hidden_q))
-    arguments = (flat[0], weight, bias, flat[1], b, flat[2], q_b, scale)
+    rows = [None if t is None else flat(t) for t in (x, hidden, hidden_q)]
+    arguments = (rows[0], weight, bias, rows[1], b, rows[2], q_b, scale)
     if not eager:
         y = torch.ops.lowrank_kernels.lora_up(*arguments)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, b, hidden_q)):
         y = _apply_up(*arguments)
     else:
         y = _up(*arguments)
-    return y.view(*leading, y.shape[-1])
+    return y if len(leading) == 1 else y.view(*leading, y.shape[-1])
 
 
 def _check_down(x: Tensor, factors: Sequence[Tensor], bases: Sequence[Tensor] | None) -> None:
@@ -137,6 +142,23 @@ def _check_down(x: Tensor, factors: Sequence[Tensor], bases: Sequence[Tensor] | 
 def _is_ordinary(tensor: Any, device: torch.device) -> bool:
     """The quick form of :func:`check_tensor_on`, for every call."""
     return isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.dtype in FLOATING and tensor.device == device
+
+
+def _up_fits(
+    x: Tensor | None, weight: Tensor | None, bias: Tensor | None, hidden: Tensor, b: Tensor, hidden_q: Tensor | None, q_b: Tensor | None
+) -> bool:
+    """The quick form of :func:`_check_up`, for every call: True for ordinary arguments, False for what deserves a closer look."""
+    device, shape, (d_out, rank) = hidden.device, hidden.shape, b.shape
+    if len(shape) == 0 or shape[-1] != rank or (hidden_q is None) != (q_b is None) or (x is None) != (weight is None):
+        return False
+    for tensor in (hidden, b, x, weight, bias, hidden_q, q_b):
+        if tensor is not None and not _is_ordinary(tensor, device):
+            return False
+    if q_b is not None and (hidden_q.shape != shape or q_b.shape != b.shape):  # type: ignore[union-attr]
+        return False
+    if x is None or weight is None:
+        return bias is None
+    return x.shape[:-1] == shape[:-1] and weight.shape == (d_out, x.shape[-1]) and (bias is None or bias.shape == (d_out,))
 
 
 def _check_up(
@@ -188,7 +210,7 @@ class _Down(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.of_factors = [(factor.shape[0], factor.dtype) for factor in factors]
         ranks = [rank for rank, _ in ctx.of_factors]
-        through_a, through_q = (() if through is None else through.split(ranks, -1) for through in _down(x, a, q))
+        through_a, through_q = (() if through is None else through.split_with_sizes(ranks, -1) for through in _down(x, a, q))
         if not need_x:
             ctx.mark_non_differentiable(*through_q)
         return (x.view_as(x) if need_x else None, *through_a, *through_q)
@@ -204,7 +226,7 @@ class _Down(torch.autograd.Function):
         whole = _joined(on[:count], ranks), _joined(on[count:], ranks)
         flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (grad_x, *whole, x)]
         of_x, of_a = run("lora_down_backward", some.device.type, *flat, a, q)
-        pieces = [None] * count if of_a is None else of_a.split(ranks)
+        pieces = [None] * count if of_a is None else of_a.split_with_sizes(ranks)
         of_factors = [
             piece.to(dtype) if grad is not None and needed else None
             for piece, grad, needed, (_, dtype) in zip(pieces, on, ctx.needs_input_grad[2:], ctx.of_factors, strict=False)
@@ -214,11 +236,13 @@ class _Down(torch.autograd.Function):
 
 def _joined(grads: Sequence[Tensor | None], ranks: list[int]) -> Tensor | None:
     """The gradients of the columns of one product; zero for those that have none, None if none has any."""
-    some = next((grad for grad in grads if grad is not None), None)
-    if some is None:
+    found = [grad for grad in grads if grad is not None]
+    if not found:
         return None
-    zeros = (some.new_zeros(()).expand(*some.shape[:-1], rank) for rank in ranks)
-    return torch.cat([zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)], -1)
+    if len(found) < len(grads):
+        zero, leading = found[0].new_zeros(()), found[0].shape[:-1]
+        found = [zero.expand(*leading, rank) if grad is None else grad for grad, rank in zip(grads, ranks, strict=True)]
+    return torch.cat(found, -1)
 
 
 def _up_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
