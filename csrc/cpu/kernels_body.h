@@ -1,4 +1,4 @@
-// Included by kernels_*.cpp with LOWRANK_ISA and LOWRANK_VECTOR_BYTES defined, after kernels_begin.h.
+// Included by kernels_*.cpp with LOWRANK_ISA and LOWRANK_VECTOR_BYTES defined.
 #include "cpu/adamw.h"
 #include "cpu/cholesky_lanes.h"
 #include "cpu/damped_inverse.h"
