@@ -100,6 +100,11 @@ def test_takes_any_strides() -> None:
     strided = {name: None if t is None else (t.T.contiguous().T if t.ndim == 2 else t) for name, t in given.items()}
     exact = everything(given, 4, reference)
     assert_as_good(everything(strided, 4, native), exact, exact)
+    for on_a, x in ((None, strided["x"]), (strided["on_a"], None)):
+        down = [strided["grad_x"], on_a, strided["on_q"], x, strided["a"], strided["q"]]
+        of_x, of_a = native.lora_down_backward(*down)
+        assert of_a is None
+        assert_as_good([of_x], *[[reference.lora_down_backward(*down)[0]]] * 2)
     up = [None, None, None, strided["on_a"][:, :4], strided["b"], strided["on_q"][:, 4:8], strided["q_b"], 0.3]
     assert_as_good([native.lora_up(*up)], *[[reference.lora_up(*up)]] * 2)
 

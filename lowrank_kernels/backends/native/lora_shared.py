@@ -45,18 +45,16 @@ def lora_down_backward(
     """See the reference."""
     count_launch()
     into_x = [(on, factor) for on, factor in ((on_a, a), (on_q, q)) if on is not None and factor is not None]
-    of_x = of_a = None
+    of_x = None
     if into_x:
         (on, factor), *_ = into_x
         of_x = on.new_zeros(on.shape[0], factor.shape[1]) if grad_x is None else grad_x.new_empty(grad_x.shape)
-    if on_a is not None and x is not None:
-        of_a = x.new_empty(on_a.shape[1], x.shape[1])
-        x = x.contiguous()
+    of_a = None if on_a is None or x is None else x.new_empty(on_a.shape[1], x.shape[1])
     if of_x is not None or of_a is not None:
         through, downs = dense([on for on, _ in into_x] or [on_a]), dense([factor for _, factor in into_x])  # type: ignore[list-item]
         before = None if of_x is None or grad_x is None else grad_x.contiguous()
-        gradients = of_x, of_a, None
-        csrc.adapter_backward(None, x, None, before, through, downs, [], 1.0, *gradients, torch.get_num_threads())
+        kept, gradients = None if of_a is None or x is None else x.contiguous(), (of_x, of_a, None)
+        csrc.adapter_backward(None, kept, None, before, through, downs, [], 1.0, *gradients, torch.get_num_threads())
     return of_x, of_a
 
 
