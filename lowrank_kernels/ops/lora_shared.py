@@ -224,8 +224,8 @@ class _Down(torch.autograd.Function):
         if some is None:
             return (grad_x, *[None] * (1 + count))
         whole = _joined(on[:count], ranks), _joined(on[count:], ranks)
-        flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (grad_x, *whole, x)]
-        of_x, of_a = run("lora_down_backward", some.device.type, *flat, a, q)
+        rows = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (grad_x, *whole, x)]
+        of_x, of_a = run("lora_down_backward", some.device.type, *rows, a, q)
         pieces = [None] * count if of_a is None else of_a.split_with_sizes(ranks)
         of_factors = [
             piece.to(dtype) if grad is not None and needed else None
@@ -306,8 +306,8 @@ def _down_autograd(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, Tensor
 
 
 def _down_backward(on_a: Tensor, on_q: Tensor | None, x: Tensor | None, a: Tensor | None, q: Tensor | None) -> list[Tensor]:
-    flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (on_a, on_q, x)]
-    of_x, of_a = run("lora_down_backward", on_a.device.type, None, *flat, a, q)
+    rows = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (on_a, on_q, x)]
+    of_x, of_a = run("lora_down_backward", on_a.device.type, None, *rows, a, q)
     return _given(None if of_x is None else of_x.view(*on_a.shape[:-1], of_x.shape[-1]), of_a)
 
 
